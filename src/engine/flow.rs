@@ -1,0 +1,362 @@
+//! A link's flow: what waits to be sent, what the peer has room for, what is unconfirmed.
+//!
+//! ```text
+//!  enqueue ─▶ [ queue of a lane ] ─ credit? ─▶ batch ─▶ sent ──▶ peer
+//!                                                        │
+//!  confirmed ◀── "consumed" in the preamble of each batch ◀─┘
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::engine::{Queue, Time};
+use crate::message::MessageId;
+use crate::peer::NodeId;
+use crate::report::DropReason;
+use crate::wire::{
+    BatchEncoder, Control, EncodedBatch, Envelope, Lane, Limits, Preamble, Totals,
+};
+
+/// Batches that the transport may hold unencoded. Two keep it busy; more would only hide the
+/// queue from the one who counts it.
+const MAX_IN_FLIGHT: u32 = 2;
+
+/// When silence becomes a heartbeat, a suspicion, a death.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Timing {
+    pub(crate) heartbeat: Duration,
+    pub(crate) suspect: Duration,
+    pub(crate) dead: Duration,
+}
+
+/// What silence says of the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Liveness {
+    Alive,
+    Suspect,
+    Dead,
+}
+
+/// The peer broke the rules of flow control.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Violation {
+    #[error("it took back credit, or confirmed what was not sent")]
+    Credit,
+    #[error("it sent more than its credit allows")]
+    Overrun,
+    #[error("it took back drops that it had reported")]
+    Drops,
+}
+
+/// What was on its way when a link ended.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lost {
+    /// Never handed to the transport: these are dropped.
+    pub(crate) unsent: u64,
+    /// Calls among them, whose callers can be told that nothing was executed.
+    pub(crate) unsent_calls: Vec<MessageId>,
+    /// Sent and not confirmed: nobody can say.
+    pub(crate) in_doubt: u64,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    queue: Queue<Envelope>,
+    sent: Totals,
+    confirmed: Totals,
+    /// How many unconfirmed bytes the peer takes.
+    window: u64,
+}
+
+#[derive(Debug, Default)]
+struct Incoming {
+    received: Totals,
+    consumed: Totals,
+    told: Totals,
+    /// How many unconsumed bytes we take.
+    window: u64,
+}
+
+/// One link's flow control, pure.
+#[derive(Debug)]
+pub(crate) struct Flow {
+    me: NodeId,
+    outgoing: [Outgoing; 3],
+    incoming: [Incoming; 3],
+    control: VecDeque<Control>,
+    in_flight: u32,
+    peer_max_body: u64,
+    /// An otherwise empty batch is worth sending: a heartbeat, or credit.
+    batch_due: bool,
+    dropped_here: BTreeMap<DropReason, u64>,
+    dropped_here_untold: bool,
+    dropped_there: BTreeMap<DropReason, u64>,
+    last_sent: Time,
+    last_heard: Time,
+    closed: bool,
+}
+
+impl Flow {
+    /// A flow that carries control records only, until the peer's limits are known.
+    pub(crate) fn new(now: Time, me: NodeId, ours: &Limits, queue_bytes: u64) -> Self {
+        let outgoing = || Outgoing {
+            queue: Queue::new(queue_bytes),
+            sent: Totals::default(),
+            confirmed: Totals::default(),
+            window: 0,
+        };
+        let incoming = |window| Incoming { window, ..Incoming::default() };
+        Self {
+            me,
+            outgoing: std::array::from_fn(|_| outgoing()),
+            incoming: ours.windows.map(incoming),
+            control: VecDeque::new(),
+            in_flight: 0,
+            peer_max_body: 0,
+            batch_due: false,
+            dropped_here: BTreeMap::new(),
+            dropped_here_untold: false,
+            dropped_there: BTreeMap::new(),
+            last_sent: now,
+            last_heard: now,
+            closed: false,
+        }
+    }
+
+    /// The peer said how much it takes.
+    pub(crate) fn handle_limits(&mut self, limits: &Limits) {
+        self.peer_max_body = limits.max_body;
+        for (lane, window) in self.outgoing.iter_mut().zip(limits.windows) {
+            lane.window = window;
+        }
+    }
+
+    /// Queues a message, or says why it is dropped.
+    pub(crate) fn enqueue(&mut self, envelope: Envelope) -> Result<(), DropReason> {
+        if self.closed {
+            return Err(DropReason::LinkLost);
+        }
+        let cost = envelope.cost();
+        let lane = &mut self.outgoing[envelope.lane() as usize];
+        if envelope.body_len() as u64 > self.peer_max_body || cost > lane.window {
+            return Err(DropReason::TooLarge);
+        }
+        lane.queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
+    }
+
+    pub(crate) fn enqueue_control(&mut self, control: Control) {
+        if !self.closed {
+            self.control.push_back(control);
+        }
+    }
+
+    /// Takes back a call that has not been handed to the transport yet.
+    pub(crate) fn take_back(&mut self, id: MessageId) -> bool {
+        self.outgoing[Lane::Calls as usize].queue.take(|call| call.header.id == id).is_some()
+    }
+
+    /// The next batch for the transport; `None` if nothing can go now.
+    pub(crate) fn poll_transmit(&mut self, now: Time) -> Option<EncodedBatch> {
+        if self.closed || self.in_flight >= MAX_IN_FLIGHT || !self.has_something_to_send() {
+            return None;
+        }
+        let consumed = self.incoming.each_ref().map(|lane| lane.consumed);
+        for (lane, consumed) in self.incoming.iter_mut().zip(consumed) {
+            lane.told = consumed;
+        }
+        let mut batch = BatchEncoder::new(&self.me, &Preamble { consumed });
+        if std::mem::take(&mut self.dropped_here_untold) {
+            let counts = self.dropped_here.iter();
+            let counts = counts.map(|(reason, count)| (reason.as_str().to_owned(), *count));
+            batch.push_control(&Control::Dropped(counts.collect()));
+        }
+        while !batch.is_full()
+            && let Some(control) = self.control.pop_front()
+        {
+            batch.push_control(&control);
+        }
+        // Replies first, since somebody waits for them.
+        for lane in [Lane::Replies, Lane::Calls, Lane::Events] {
+            let lane = &mut self.outgoing[lane as usize];
+            while let Some(next) = lane.sendable()
+                && batch.has_room_for(next)
+                && let Some(envelope) = lane.queue.pop()
+            {
+                lane.sent.messages += 1;
+                lane.sent.bytes += envelope.cost();
+                batch.push(&envelope);
+            }
+        }
+        self.batch_due = false;
+        self.last_sent = now;
+        self.in_flight += 1;
+        Some(batch.finish())
+    }
+
+    fn has_something_to_send(&self) -> bool {
+        self.batch_due
+            || self.dropped_here_untold
+            || !self.control.is_empty()
+            || self.outgoing.iter().any(|lane| lane.sendable().is_some())
+    }
+
+    /// The transport has encoded `batches` of those it was handed.
+    pub(crate) fn handle_released(&mut self, batches: u32) {
+        self.in_flight = self.in_flight.saturating_sub(batches);
+    }
+
+    /// Bytes came from the peer, whatever they say.
+    pub(crate) fn handle_alive(&mut self, at: Time) {
+        self.last_heard = self.last_heard.max(at);
+    }
+
+    /// A batch arrived.
+    ///
+    /// # Errors
+    /// [`Violation`] if its credit goes backwards or beyond what was sent.
+    pub(crate) fn handle_preamble(&mut self, now: Time, preamble: &Preamble) -> Result<(), Violation> {
+        self.handle_alive(now);
+        for (lane, consumed) in self.outgoing.iter_mut().zip(preamble.consumed) {
+            let forward = consumed.messages >= lane.confirmed.messages
+                && consumed.bytes >= lane.confirmed.bytes;
+            let sent = consumed.messages <= lane.sent.messages && consumed.bytes <= lane.sent.bytes;
+            if !(forward && sent) {
+                return Err(Violation::Credit);
+            }
+            lane.confirmed = consumed;
+        }
+        Ok(())
+    }
+
+    /// A message arrived and waits to be consumed.
+    ///
+    /// # Errors
+    /// [`Violation`] if the peer had no credit for it.
+    pub(crate) fn handle_received(&mut self, lane: Lane, cost: u64) -> Result<(), Violation> {
+        let lane = &mut self.incoming[lane as usize];
+        lane.received.messages += 1;
+        lane.received.bytes += cost;
+        if lane.received.bytes - lane.consumed.bytes > lane.window {
+            return Err(Violation::Overrun);
+        }
+        Ok(())
+    }
+
+    /// A received message was consumed: an event when every matching subscription took or
+    /// dropped it, a call when its handler ended, a reply when its caller has it.
+    pub(crate) fn handle_consumed(&mut self, lane: Lane, cost: u64) {
+        let incoming = &mut self.incoming[lane as usize];
+        incoming.consumed.messages += 1;
+        incoming.consumed.bytes += cost;
+        // The end of a call is told at once: the caller chooses among instances by it.
+        let untold = incoming.consumed.bytes - incoming.told.bytes;
+        if lane == Lane::Calls || untold >= incoming.window / 4 {
+            self.batch_due = true;
+        }
+    }
+
+    /// A received message was dropped; it counts as consumed as well.
+    pub(crate) fn handle_dropped(&mut self, reason: DropReason) {
+        *self.dropped_here.entry(reason).or_default() += 1;
+        self.dropped_here_untold = true;
+    }
+
+    /// The peer reported what it dropped. Returns what is new.
+    ///
+    /// # Errors
+    /// [`Violation`] if a count went backwards.
+    pub(crate) fn handle_drop_report(
+        &mut self,
+        counts: &[(String, u64)],
+    ) -> Result<Vec<(DropReason, u64)>, Violation> {
+        // Reasons unknown to this version share one, so they are added up first.
+        let mut totals = BTreeMap::<DropReason, u64>::new();
+        for (reason, count) in counts {
+            let total = totals.entry(DropReason::from_wire(reason)).or_default();
+            *total = total.saturating_add(*count);
+        }
+        let mut news = Vec::new();
+        for (reason, total) in totals {
+            let known = self.dropped_there.insert(reason, total).unwrap_or_default();
+            match total.checked_sub(known).ok_or(Violation::Drops)? {
+                0 => {}
+                new => news.push((reason, new)),
+            }
+        }
+        Ok(news)
+    }
+
+    /// Looks at how long nothing was sent or heard.
+    pub(crate) fn handle_timeout(&mut self, now: Time, timing: &Timing) -> Liveness {
+        if now.since(self.last_sent) >= timing.heartbeat {
+            self.batch_due = true;
+        }
+        match now.since(self.last_heard) {
+            silence if silence >= timing.dead => Liveness::Dead,
+            silence if silence >= timing.suspect => Liveness::Suspect,
+            _ => Liveness::Alive,
+        }
+    }
+
+    /// When [`Flow::handle_timeout`] has something to do next.
+    pub(crate) fn poll_timeout(&self, now: Time, timing: &Timing) -> Time {
+        let suspect = self.last_heard + timing.suspect;
+        let silence = if suspect > now { suspect } else { self.last_heard + timing.dead };
+        // A heartbeat that is due, but can't go, waits for the transport and not for the clock.
+        if self.batch_due { silence } else { silence.min(self.last_sent + timing.heartbeat) }
+    }
+
+    pub(crate) fn last_heard(&self) -> Time {
+        self.last_heard
+    }
+
+    /// Our calls that the peer has not finished.
+    pub(crate) fn unfinished_calls(&self) -> u64 {
+        let calls = &self.outgoing[Lane::Calls as usize];
+        calls.queue.len() as u64 + calls.sent.messages - calls.confirmed.messages
+    }
+
+    /// Whether all that was queued was sent and confirmed.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.outgoing.iter().all(|lane| lane.queue.is_empty() && lane.sent == lane.confirmed)
+    }
+
+    /// What waits in the queues, in bytes.
+    pub(crate) fn queued_bytes(&self) -> u64 {
+        self.outgoing.iter().map(|lane| lane.queue.bytes()).sum()
+    }
+
+    pub(crate) fn has_pending(&self) -> bool {
+        self.has_something_to_send()
+    }
+
+    /// Whether everything was handed over and encoded.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.in_flight == 0 && !self.has_something_to_send()
+    }
+
+    /// The link ended. What comes after is refused.
+    pub(crate) fn close(&mut self) -> Lost {
+        let mut lost = Lost::default();
+        if std::mem::replace(&mut self.closed, true) {
+            return lost;
+        }
+        self.control.clear();
+        for lane in &mut self.outgoing {
+            lost.in_doubt += lane.sent.messages - lane.confirmed.messages;
+            lost.unsent += lane.queue.len() as u64;
+        }
+        let calls = self.outgoing[Lane::Calls as usize].queue.drain();
+        lost.unsent_calls.extend(calls.map(|call| call.header.id));
+        self.outgoing.iter_mut().for_each(|lane| drop(lane.queue.drain()));
+        lost
+    }
+}
+
+impl Outgoing {
+    /// The next message, if the peer has credit for it.
+    fn sendable(&self) -> Option<&Envelope> {
+        let room = self.window - (self.sent.bytes - self.confirmed.bytes).min(self.window);
+        self.queue.front().filter(|next| next.cost() <= room)
+    }
+}

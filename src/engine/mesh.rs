@@ -1,0 +1,628 @@
+//! Membership: who is there, who wants and serves what.
+//!
+//! ```text
+//!  connected ──▶ Greeting ──hello──▶ Deciding ──accept──▶ Up ──▶ closed
+//!                   │                   │ known id, new incarnation: probe the old link
+//!                   └─ 5 s without      └─ bye(duplicate)
+//! ```
+//!
+//! Of two nodes the one with the smaller id decides which connection becomes their one link.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::Duration;
+
+use crate::address::{MeshName, Pattern, ServiceName};
+use crate::engine::dialer::{Dialer, Sighting, TargetKey};
+use crate::engine::{LinkId, Routing, Time};
+use crate::peer::{Address, Incarnation, NodeId, PeerInfo, ServiceInfo, Source, Unreachable};
+use crate::wire::{Announcement, Bye, Control, Hello, Limits};
+
+/// A connection without a hello ends after this.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the old link may take to prove that it is alive.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Who this node is.
+#[derive(Debug, Clone)]
+pub(crate) struct MeshConfig {
+    pub(crate) id: NodeId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) mesh: MeshName,
+    pub(crate) name: String,
+    pub(crate) limits: Limits,
+}
+
+/// What is known of a connection from its outside.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Connection {
+    /// The id that the connection's own handshake claimed; the hello must agree.
+    pub(crate) claimed: Option<NodeId>,
+    /// The target that we dialled; `None` if the peer dialled.
+    pub(crate) target: Option<TargetKey>,
+    pub(crate) address: Option<Address>,
+}
+
+/// Why a link ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DownReason {
+    Closed,
+    Silent,
+    Bye(Bye),
+    Replaced,
+    Violation(String),
+    ShutDownHere,
+}
+
+/// What the owner of the mesh is to do, in this order.
+#[derive(Debug)]
+pub(crate) enum Action {
+    Dial { target: TargetKey, addresses: Vec<Address> },
+    /// Queue a control record.
+    Send(LinkId, Control),
+    /// The peer's limits are known: messages may flow.
+    Open { link: LinkId, limits: Limits },
+    /// End the connection once what was queued is sent.
+    Close { link: LinkId, reason: DownReason },
+    Report(MeshEvent),
+}
+
+/// What a user of the node may want to know.
+#[derive(Debug, Clone)]
+pub(crate) enum MeshEvent {
+    PeerUp(Box<PeerInfo>),
+    PeerDown { id: NodeId, name: String, reason: DownReason },
+    /// A connection ended before it became a link.
+    Refused { address: Option<Address>, reason: String },
+    /// Another live node has this node's identity.
+    IdentityConflict { address: Option<Address> },
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Waiting for the peer's hello.
+    Greeting { deadline: Time },
+    /// Waiting for the decider, be it us after a probe or the peer.
+    Deciding { deadline: Time },
+    Up,
+    /// Ended by us; what still arrives is ignored.
+    Ended,
+}
+
+#[derive(Debug)]
+struct Link {
+    connection: Connection,
+    phase: Phase,
+    hello_sent: bool,
+    hello: Option<Box<Hello>>,
+}
+
+/// A peer whose old link is being probed for a newcomer's sake.
+#[derive(Debug)]
+struct Probe {
+    newcomer: LinkId,
+    nonce: u64,
+    deadline: Time,
+}
+
+#[derive(Debug)]
+struct Peer {
+    link: LinkId,
+    probe: Option<Probe>,
+}
+
+/// A node's view of its mesh, pure.
+#[derive(Debug)]
+pub(crate) struct Mesh {
+    me: MeshConfig,
+    seq: u64,
+    /// How many local subscriptions ask for each pattern.
+    patterns: BTreeMap<Pattern, usize>,
+    services: BTreeMap<ServiceName, u32>,
+    links: HashMap<LinkId, Link>,
+    peers: BTreeMap<NodeId, Peer>,
+    dialer: Dialer,
+    dialing: bool,
+    nonce: u64,
+    actions: VecDeque<Action>,
+    routing_changed: bool,
+}
+
+impl Mesh {
+    pub(crate) fn new(me: MeshConfig, seed: u64) -> Self {
+        Self {
+            seq: 0,
+            patterns: BTreeMap::new(),
+            services: BTreeMap::new(),
+            links: HashMap::new(),
+            peers: BTreeMap::new(),
+            dialer: Dialer::new(me.id, seed),
+            dialing: true,
+            nonce: 0,
+            actions: VecDeque::new(),
+            routing_changed: false,
+            me,
+        }
+    }
+
+    // What discovery and the links tell.
+
+    pub(crate) fn handle_sighting(&mut self, now: Time, sighting: Sighting) {
+        self.dialer.handle_sighting(now, sighting);
+        self.dial_due(now);
+    }
+
+    pub(crate) fn handle_gone(&mut self, key: &TargetKey) {
+        self.dialer.handle_gone(key);
+    }
+
+    pub(crate) fn handle_dial_failed(&mut self, now: Time, target: &TargetKey, error: String) {
+        self.dialer.handle_dial_failed(now, target, error);
+    }
+
+    pub(crate) fn handle_connected(&mut self, now: Time, link: LinkId, connection: Connection) {
+        if let Some(target) = &connection.target {
+            self.dialer.handle_connected(target, link);
+        }
+        let dialled = connection.target.is_some();
+        let phase = Phase::Greeting { deadline: now + HELLO_TIMEOUT };
+        self.links.insert(link, Link { connection, phase, hello_sent: false, hello: None });
+        if dialled {
+            self.send_hello(link);
+        }
+    }
+
+    /// A control record that is the mesh's to handle.
+    pub(crate) fn handle_control(&mut self, now: Time, link: LinkId, control: Control) {
+        match (control, self.links.get(&link).map(|link| &link.phase)) {
+            (_, None | Some(Phase::Ended)) => {}
+            (Control::Hello(hello), Some(Phase::Greeting { .. })) => {
+                self.handle_hello(now, link, hello);
+            }
+            (Control::Accept, Some(Phase::Deciding { .. })) => self.handle_accept(now, link),
+            (Control::Announce(announcement), Some(Phase::Deciding { .. } | Phase::Up)) => {
+                self.handle_announcement(now, link, &announcement);
+            }
+            (Control::Bye(bye), Some(_)) => self.handle_bye(now, link, bye),
+            (Control::Probe(nonce), Some(_)) => self.send(link, Control::ProbeReply(nonce)),
+            (Control::ProbeReply(nonce), Some(Phase::Up)) => self.handle_probe_reply(now, link, nonce),
+            (control, Some(_)) => {
+                let kind = match control {
+                    Control::Hello(_) => "a second hello",
+                    Control::Accept => "an accept out of turn",
+                    Control::Announce(_) => "an announcement before its hello",
+                    _ => "a record out of turn",
+                };
+                self.handle_violation(now, link, kind.into());
+            }
+        }
+    }
+
+    /// The peer broke the protocol: it loses its link and is told why.
+    pub(crate) fn handle_violation(&mut self, now: Time, link: LinkId, text: String) {
+        self.send(link, Control::Bye(Bye::Violation(text.clone())));
+        self.end(now, link, DownReason::Violation(text));
+    }
+
+    /// The peer speaks a newer protocol than ours.
+    pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
+        self.send(link, Control::Bye(Bye::Version));
+        self.refuse(now, link, format!("it speaks protocol version {version}"), true);
+    }
+
+    /// The connection is gone, or silent for so long that it counts as gone.
+    pub(crate) fn handle_closed(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        self.end(now, link, reason);
+        self.links.remove(&link);
+    }
+
+    pub(crate) fn handle_timeout(&mut self, now: Time) {
+        let late = self.links.iter().filter_map(|(id, link)| match link.phase {
+            Phase::Greeting { deadline } | Phase::Deciding { deadline } if deadline <= now => {
+                Some(*id)
+            }
+            _ => None,
+        });
+        for link in late.collect::<Vec<_>>() {
+            if !self.is_probing_for(link) {
+                self.refuse(now, link, "no hello within 5 s".into(), false);
+            }
+        }
+        let probes = self.peers.iter().filter_map(|(id, peer)| {
+            let probe = peer.probe.as_ref()?;
+            (probe.deadline <= now).then_some((*id, probe.newcomer))
+        });
+        for (id, newcomer) in probes.collect::<Vec<_>>() {
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.probe = None;
+            }
+            self.accept(now, newcomer);
+        }
+        self.dial_due(now);
+    }
+
+    pub(crate) fn poll_timeout(&self) -> Option<Time> {
+        let links = self.links.values().filter_map(|link| match link.phase {
+            Phase::Greeting { deadline } | Phase::Deciding { deadline } => Some(deadline),
+            Phase::Up | Phase::Ended => None,
+        });
+        let probes = self.peers.values().filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
+        let dials = self.dialing.then(|| self.dialer.poll_timeout(|id| self.is_linked(id))).flatten();
+        links.chain(probes).chain(dials).min()
+    }
+
+    pub(crate) fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// The new snapshot, if anything changed since the last call.
+    pub(crate) fn poll_routing(&mut self) -> Option<Routing> {
+        if !std::mem::take(&mut self.routing_changed) {
+            return None;
+        }
+        let mut routing = Routing::default();
+        for (id, peer) in &self.peers {
+            if let Some(hello) = self.links.get(&peer.link).and_then(|link| link.hello.as_ref()) {
+                let services = hello.services.iter().map(|info| (&info.name, info.concurrency));
+                routing.add_peer(*id, peer.link, hello.patterns.iter(), services);
+            }
+        }
+        Some(routing)
+    }
+
+    // What the user of the node does.
+
+    pub(crate) fn subscribe(&mut self, pattern: &Pattern) {
+        let count = self.patterns.entry(pattern.clone()).or_default();
+        *count += 1;
+        if *count == 1 {
+            let subscribed = vec![pattern.clone()];
+            self.announce(Announcement { subscribed, ..Announcement::default() });
+        }
+    }
+
+    pub(crate) fn unsubscribe(&mut self, pattern: &Pattern) {
+        let Some(count) = self.patterns.get_mut(pattern) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.patterns.remove(pattern);
+            let unsubscribed = vec![pattern.clone()];
+            self.announce(Announcement { unsubscribed, ..Announcement::default() });
+        }
+    }
+
+    pub(crate) fn serve(&mut self, name: &ServiceName, concurrency: u32) {
+        self.services.insert(name.clone(), concurrency);
+        let serving = vec![ServiceInfo { name: name.clone(), concurrency }];
+        self.announce(Announcement { serving, ..Announcement::default() });
+    }
+
+    pub(crate) fn withdraw(&mut self, name: &ServiceName) {
+        if self.services.remove(name).is_some() {
+            let withdrawn = vec![name.clone()];
+            self.announce(Announcement { withdrawn, ..Announcement::default() });
+        }
+    }
+
+    /// Stops dialling; links stay.
+    pub(crate) fn stop_dialing(&mut self) {
+        self.dialing = false;
+    }
+
+    /// Says goodbye to every peer.
+    pub(crate) fn say_goodbye(&mut self) {
+        let links: Vec<LinkId> = self.peers.values().map(|peer| peer.link).collect();
+        for link in links {
+            self.send(link, Control::Bye(Bye::Shutdown));
+        }
+    }
+
+    /// Asks every peer to confirm at once what it has consumed.
+    pub(crate) fn probe_all(&mut self) {
+        let links: Vec<LinkId> = self.peers.values().map(|peer| peer.link).collect();
+        for link in links {
+            self.send(link, Control::Probe(0));
+        }
+    }
+
+    pub(crate) fn peers(&self) -> Vec<PeerInfo> {
+        self.peers.values().filter_map(|peer| self.peer_info(peer.link)).collect()
+    }
+
+    pub(crate) fn links(&self) -> impl Iterator<Item = (NodeId, LinkId)> {
+        self.peers.iter().map(|(id, peer)| (*id, peer.link))
+    }
+
+    pub(crate) fn unreachable(&self) -> Vec<Unreachable> {
+        self.dialer.unreachable(|id| self.is_linked(id))
+    }
+
+    pub(crate) fn is_linked(&self, id: &NodeId) -> bool {
+        self.peers.contains_key(id)
+    }
+
+    // The handshake.
+
+    fn handle_hello(&mut self, now: Time, link: LinkId, hello: Box<Hello>) {
+        let Some(entry) = self.links.get_mut(&link) else { return };
+        let address = entry.connection.address.clone();
+        if hello.mesh != self.me.mesh {
+            let text = format!("it is of the mesh {:?}, this node of {:?}", hello.mesh, self.me.mesh);
+            self.send(link, Control::Bye(Bye::Mesh));
+            return self.refuse(now, link, text, true);
+        }
+        if entry.connection.claimed.is_some_and(|claimed| claimed != hello.id) {
+            let text = "its hello names another node than its connection".to_owned();
+            return self.handle_violation(now, link, text);
+        }
+        if hello.id == self.me.id {
+            if hello.incarnation == self.me.incarnation {
+                self.dialer.handle_own(link);
+                return self.close(now, link, DownReason::Replaced);
+            }
+            self.actions.push_back(Action::Report(MeshEvent::IdentityConflict { address }));
+            self.send(link, Control::Bye(Bye::IdentityInUse));
+            return self.refuse(now, link, "it has this node's own identity".into(), true);
+        }
+        let expected = match &entry.connection.target {
+            Some(TargetKey::Node(id)) => Some(*id),
+            _ => None,
+        };
+        if expected.is_some_and(|id| id != hello.id) {
+            let text = "another node than the announced one answered".to_owned();
+            return self.handle_violation(now, link, text);
+        }
+        let (id, incarnation) = (hello.id, hello.incarnation);
+        entry.hello = Some(hello);
+        entry.phase = Phase::Deciding { deadline: now + HELLO_TIMEOUT };
+        let answer = !entry.hello_sent;
+        self.dialer.handle_identified(link, id);
+        if answer {
+            self.send_hello(link);
+        }
+        if self.me.id < id {
+            self.decide(now, link, id, incarnation);
+        }
+    }
+
+    fn decide(&mut self, now: Time, link: LinkId, id: NodeId, incarnation: Incarnation) {
+        let Some(peer) = self.peers.get_mut(&id) else { return self.accept(now, link) };
+        let known = self.links.get(&peer.link).and_then(|link| link.hello.as_ref());
+        if peer.probe.is_some() || known.is_some_and(|hello| hello.incarnation == incarnation) {
+            self.send(link, Control::Bye(Bye::Duplicate));
+            return self.close(now, link, DownReason::Bye(Bye::Duplicate));
+        }
+        self.nonce += 1;
+        let (old, nonce) = (peer.link, self.nonce);
+        peer.probe = Some(Probe { newcomer: link, nonce, deadline: now + PROBE_TIMEOUT });
+        self.send(old, Control::Probe(nonce));
+    }
+
+    fn handle_probe_reply(&mut self, now: Time, link: LinkId, nonce: u64) {
+        let id = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
+        let Some(peer) = id.and_then(|id| self.peers.get_mut(&id)) else { return };
+        if peer.probe.as_ref().is_none_or(|probe| probe.nonce != nonce) {
+            return;
+        }
+        if let Some(probe) = peer.probe.take() {
+            self.send(probe.newcomer, Control::Bye(Bye::IdentityInUse));
+            let text = "another live node has its identity".to_owned();
+            self.refuse(now, probe.newcomer, text, false);
+        }
+    }
+
+    fn accept(&mut self, now: Time, link: LinkId) {
+        let waiting = |link: &Link| matches!(link.phase, Phase::Deciding { .. });
+        if self.links.get(&link).is_some_and(waiting) {
+            self.send(link, Control::Accept);
+            self.establish(now, link);
+        }
+    }
+
+    fn handle_accept(&mut self, now: Time, link: LinkId) {
+        let decider = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
+        if decider.is_some_and(|id| id < self.me.id) {
+            self.establish(now, link);
+        } else {
+            self.handle_violation(now, link, "an accept that was ours to send".into());
+        }
+    }
+
+    fn establish(&mut self, now: Time, link: LinkId) {
+        let Some((id, limits)) =
+            self.links.get(&link).and_then(|link| link.hello.as_ref()).map(|hello| (hello.id, hello.limits))
+        else {
+            return;
+        };
+        if let Some(old) = self.peers.get(&id).map(|peer| peer.link) {
+            self.end(now, old, DownReason::Replaced);
+        }
+        if let Some(entry) = self.links.get_mut(&link) {
+            entry.phase = Phase::Up;
+        }
+        self.peers.insert(id, Peer { link, probe: None });
+        self.dialer.handle_success(link);
+        self.routing_changed = true;
+        self.actions.push_back(Action::Open { link, limits });
+        if let Some(info) = self.peer_info(link) {
+            self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
+        }
+    }
+
+    fn handle_announcement(&mut self, now: Time, link: LinkId, news: &Announcement) {
+        let Some(entry) = self.links.get_mut(&link) else { return };
+        let Some(hello) = entry.hello.as_mut() else { return };
+        if news.seq != hello.seq + 1 {
+            return self.handle_violation(now, link, "an announcement is missing".into());
+        }
+        hello.seq = news.seq;
+        hello.patterns.retain(|pattern| !news.unsubscribed.contains(pattern));
+        hello.patterns.extend(news.subscribed.iter().cloned());
+        let changed = |name: &ServiceName| {
+            news.withdrawn.contains(name) || news.serving.iter().any(|info| info.name == *name)
+        };
+        hello.services.retain(|info| !changed(&info.name));
+        hello.services.extend(news.serving.iter().cloned());
+        self.routing_changed |= matches!(entry.phase, Phase::Up);
+    }
+
+    fn handle_bye(&mut self, now: Time, link: LinkId, bye: Bye) {
+        let is_up = self.links.get(&link).is_some_and(|link| matches!(link.phase, Phase::Up));
+        match &bye {
+            _ if is_up => self.end(now, link, DownReason::Bye(bye)),
+            // The pair has its link, or is about to; nothing failed.
+            Bye::Duplicate => self.end(now, link, DownReason::Bye(bye)),
+            Bye::Mesh | Bye::Version | Bye::IdentityInUse => {
+                self.refuse(now, link, bye.to_string(), true);
+            }
+            _ => self.refuse(now, link, bye.to_string(), false),
+        }
+    }
+
+    // Endings.
+
+    /// A connection that never became a link, and that a user may want to know of.
+    fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
+        let Some(entry) = self.links.get(&link) else { return };
+        let address = entry.connection.address.clone();
+        self.dialer.handle_refused(now, link, reason.clone(), for_good);
+        self.actions.push_back(Action::Report(MeshEvent::Refused { address, reason: reason.clone() }));
+        self.close(now, link, DownReason::Violation(reason));
+    }
+
+    fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        let Some(entry) = self.links.get(&link) else { return };
+        match (&entry.phase, &entry.hello) {
+            (Phase::Ended, _) => {}
+            (Phase::Up, Some(hello)) => {
+                let (id, name) = (hello.id, hello.name.clone());
+                self.end_peer(now, link, id, name, reason);
+            }
+            _ => {
+                if reason != DownReason::Bye(Bye::Duplicate) {
+                    let text = match &reason {
+                        DownReason::Closed => "the connection closed before a hello".to_owned(),
+                        other => other.to_string(),
+                    };
+                    self.dialer.handle_refused(now, link, text, false);
+                }
+                self.close(now, link, reason);
+            }
+        }
+    }
+
+    fn end_peer(&mut self, now: Time, link: LinkId, id: NodeId, name: String, reason: DownReason) {
+        let newcomer = self.peers.remove(&id).and_then(|peer| peer.probe).map(|probe| probe.newcomer);
+        self.routing_changed = true;
+        let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
+        self.actions.push_back(Action::Report(report));
+        self.close(now, link, reason);
+        self.dialer.handle_peer_lost(now, id);
+        if let Some(newcomer) = newcomer {
+            self.accept(now, newcomer);
+        }
+    }
+
+    fn close(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        if let Some(entry) = self.links.get_mut(&link) {
+            entry.phase = Phase::Ended;
+            self.actions.push_back(Action::Close { link, reason });
+        }
+        self.dialer.handle_ended(now, link);
+        for peer in self.peers.values_mut() {
+            if peer.probe.as_ref().is_some_and(|probe| probe.newcomer == link) {
+                peer.probe = None;
+            }
+        }
+    }
+
+    // Small parts.
+
+    fn dial_due(&mut self, now: Time) {
+        if !self.dialing {
+            return;
+        }
+        let peers = &self.peers;
+        while let Some((target, addresses)) =
+            self.dialer.poll_dial(now, |id| peers.contains_key(id))
+        {
+            self.actions.push_back(Action::Dial { target, addresses });
+        }
+    }
+
+    fn is_probing_for(&self, link: LinkId) -> bool {
+        let probes = self.peers.values().filter_map(|peer| peer.probe.as_ref());
+        probes.into_iter().any(|probe| probe.newcomer == link)
+    }
+
+    fn send(&mut self, link: LinkId, control: Control) {
+        self.actions.push_back(Action::Send(link, control));
+    }
+
+    fn send_hello(&mut self, link: LinkId) {
+        let services = self.services.iter();
+        let services = services
+            .map(|(name, concurrency)| ServiceInfo { name: name.clone(), concurrency: *concurrency });
+        let hello = Hello {
+            mesh: self.me.mesh.clone(),
+            id: self.me.id,
+            incarnation: self.me.incarnation,
+            name: self.me.name.clone(),
+            limits: self.me.limits,
+            seq: self.seq,
+            patterns: self.patterns.keys().cloned().collect(),
+            services: services.collect(),
+        };
+        if let Some(entry) = self.links.get_mut(&link) {
+            entry.hello_sent = true;
+        }
+        self.send(link, Control::Hello(Box::new(hello)));
+    }
+
+    /// Tells everybody who has our hello.
+    fn announce(&mut self, mut news: Announcement) {
+        self.seq += 1;
+        news.seq = self.seq;
+        let told = self.links.iter().filter(|(_, link)| {
+            link.hello_sent && !matches!(link.phase, Phase::Ended)
+        });
+        let told: Vec<LinkId> = told.map(|(id, _)| *id).collect();
+        for link in told {
+            self.send(link, Control::Announce(Box::new(news.clone())));
+        }
+    }
+
+    fn peer_info(&self, link: LinkId) -> Option<PeerInfo> {
+        let entry = self.links.get(&link)?;
+        let hello = entry.hello.as_ref()?;
+        let local = matches!(entry.connection.address, Some(Address::Local(_)));
+        let source = self
+            .dialer
+            .source(link)
+            .or(local.then_some(Source::Local))
+            .or_else(|| self.dialer.sighted_by(&hello.id))
+            .unwrap_or(Source::Inbound);
+        Some(PeerInfo {
+            id: hello.id,
+            incarnation: hello.incarnation,
+            name: hello.name.clone(),
+            source,
+            address: entry.connection.address.clone(),
+            patterns: hello.patterns.clone(),
+            services: hello.services.clone(),
+            suspect_for: None,
+        })
+    }
+}
+
+impl std::fmt::Display for DownReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the connection closed"),
+            Self::Silent => f.write_str("nothing was heard of it for too long"),
+            Self::Bye(bye) => bye.fmt(f),
+            Self::Replaced => f.write_str("a new link took the place of this one"),
+            Self::Violation(text) => write!(f, "it broke the protocol: {text}"),
+            Self::ShutDownHere => f.write_str("this node shuts down"),
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The engine: every decision of a node, with no I/O and no clock.
+//!
+//! It is told what happened and what time it is (`handle_*`) and hands back what to do
+//! (`poll_*`). The async shell in `node/` performs that over real links, the simulator in `sim/`
+//! over simulated ones.
+//!
+//! ```text
+//!            rarely touched                   touched for every message
+//!  ┌──────────────────────────────┐   ┌─────────────────────────────────────┐
+//!  │ Mesh: who is there, who      │──▶│ Routing: an immutable snapshot      │
+//!  │ wants and serves what,       │   │ Flow: one a link: queues, credit    │
+//!  │ whom to dial                 │   │ Requests: who waits for a reply     │
+//!  └──────────────────────────────┘   │ Service, Queue: who is handed what  │
+//!                                     └─────────────────────────────────────┘
+//! ```
+
+mod dialer;
+mod flow;
+mod mesh;
+mod queue;
+mod requests;
+mod routing;
+mod service;
+#[cfg(test)]
+mod sim;
+
+pub(crate) use dialer::{Sighting, TargetKey};
+pub(crate) use flow::{Flow, Liveness, Timing, Violation};
+pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};
+pub(crate) use queue::Queue;
+pub(crate) use requests::Requests;
+pub(crate) use routing::{Instance, PatternTrie, Routing};
+pub(crate) use service::{Admission, Service};
+
+use std::ops::Add;
+use std::time::Duration;
+
+/// A point in time, as the time since the engine's start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) struct Time(Duration);
+
+impl Time {
+    pub(crate) const fn after_start(elapsed: Duration) -> Self {
+        Self(elapsed)
+    }
+
+    pub(crate) fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    pub(crate) fn since_start(self) -> Duration {
+        self.0
+    }
+}
+
+impl Add<Duration> for Time {
+    type Output = Self;
+    fn add(self, later: Duration) -> Self {
+        Self(self.0.saturating_add(later))
+    }
+}
+
+/// A connection between two nodes, from its first byte to its end; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct LinkId(pub(crate) u64);

@@ -1,0 +1,69 @@
+//! Seeds. A failing one is printed; `PEERBUS_SIM_SEED=n` runs it alone, `PEERBUS_SIM_SEEDS=n`
+//! runs that many.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Duration;
+
+use super::ledger::Seen;
+use super::world::World;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+fn run_seeds(faults: bool, default: u64) -> Seen {
+    let seeds = match number("PEERBUS_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("PEERBUS_SIM_SEEDS").unwrap_or(default),
+    };
+    let mut seen = Seen::default();
+    for seed in seeds {
+        let nodes = 3 + (seed % 3) as usize;
+        let run = || World::new(seed, nodes, faults).run(Duration::from_secs(4));
+        match catch_unwind(AssertUnwindSafe(run)) {
+            Ok(ledger) => seen.add(&ledger.seen),
+            Err(panic) => {
+                eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
+                resume_unwind(panic);
+            }
+        }
+    }
+    println!("{seen:#?}");
+    seen
+}
+
+#[test]
+fn a_thousand_faulty_runs_lose_nothing_silently_and_hang_nowhere() {
+    let seen = run_seeds(true, 1000);
+    if number("PEERBUS_SIM_SEED").is_some() {
+        return;
+    }
+    let fired = [
+        ("deliveries", seen.delivered),
+        ("replies", seen.replies),
+        ("requests that failed with their link", seen.failed_requests),
+        ("requests past their deadline", seen.late_requests),
+        ("calls taken back", seen.cancelled),
+        ("drops", seen.dropped),
+        ("drops for a slow peer", seen.slow_peer),
+        ("drops for a slow subscriber", seen.slow_subscriber),
+        ("messages in doubt", seen.in_doubt),
+        ("cuts", seen.cuts),
+        ("silent cuts", seen.silent_cuts),
+        ("deaths noticed by silence", seen.silent_deaths),
+        ("crashes", seen.crashes),
+        ("restarts", seen.restarts),
+        ("duplicate links", seen.duplicate_links),
+        ("links replaced by a new incarnation's", seen.replaced_links),
+    ];
+    for (what, count) in fired {
+        assert!(count > 0, "no {what} in the whole run");
+    }
+}
+
+#[test]
+fn without_faults_nothing_is_in_doubt() {
+    let seen = run_seeds(false, 50);
+    assert_eq!((seen.in_doubt, seen.failed_requests, seen.silent_deaths), (0, 0, 0));
+    assert!(seen.delivered > 0 && seen.replies > 0);
+}

@@ -1,0 +1,7 @@
+//! peerbus
+mod address;
+mod engine;
+mod message;
+mod peer;
+mod report;
+mod wire;

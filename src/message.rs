@@ -1,0 +1,361 @@
+//! Messages: a header, and a body of raw bytes or any serde type.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
+
+use crate::address::{Destination, Topic};
+use crate::peer::NodeId;
+
+/// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
+///
+/// ```text
+///  48 bits          4   12       2   30       32 bits
+/// | Unix time, ms | 7 | stem   | 2 | stem   | counter |
+/// ```
+///
+/// The 42-bit stem is drawn at each start of a node; the counter grows by one for each message.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MessageId(u128);
+
+impl MessageId {
+    /// An id from its 16 bytes.
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_be_bytes(bytes))
+    }
+
+    /// The 16 bytes, in network order.
+    pub const fn to_bytes(self) -> [u8; 16] {
+        self.0.to_be_bytes()
+    }
+
+    /// When the message was made, by its sender's clock, to the millisecond.
+    pub fn sent_at(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.unix_ms())
+    }
+
+    const fn unix_ms(self) -> u64 {
+        (self.0 >> 80) as u64
+    }
+
+    const fn new(unix_ms: u64, stem: u64, counter: u32) -> Self {
+        let high = ((stem >> 30) & 0xfff) as u128;
+        let low = (stem & 0x3fff_ffff) as u128;
+        Self(
+            (unix_ms as u128) << 80
+                | 0x7 << 76
+                | high << 64
+                | 0b10 << 62
+                | low << 32
+                | counter as u128,
+        )
+    }
+
+    /// The id of the sender's next message, if that is made `later_ms` after this one.
+    pub(crate) const fn successor(self, later_ms: u64) -> Self {
+        let counter = (self.0 as u32).wrapping_add(1) as u128;
+        let rest = self.0 & 0xffff_ffff_ffff_ffff_0000_0000;
+        Self(((self.unix_ms() + later_ms) as u128) << 80 | rest | counter)
+    }
+
+    /// How much later than `previous` this was made, if it is its successor within 127 ms.
+    pub(crate) fn follows(self, previous: Self) -> Option<u8> {
+        let later = self.unix_ms().checked_sub(previous.unix_ms())?;
+        (later < 128 && previous.successor(later) == self).then_some(later as u8)
+    }
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        uuid::Uuid::from_u128(self.0).fmt(f)
+    }
+}
+
+impl fmt::Debug for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for MessageId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Draws the ids of one node's messages.
+#[derive(Debug)]
+pub(crate) struct IdSource {
+    stem: u64,
+    counter: AtomicU32,
+    last_ms: AtomicU64,
+}
+
+impl IdSource {
+    pub(crate) fn new(stem: u64) -> Self {
+        Self { stem, counter: AtomicU32::new(0), last_ms: AtomicU64::new(0) }
+    }
+
+    /// The next id. A clock that goes back does not take the ids back with it.
+    pub(crate) fn next(&self, unix_ms: u64) -> MessageId {
+        let unix_ms = self.last_ms.fetch_max(unix_ms, Ordering::Relaxed).max(unix_ms);
+        MessageId::new(unix_ms, self.stem, self.counter.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn next_now(&self) -> MessageId {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.next(now.as_millis() as u64)
+    }
+}
+
+/// What a message is to its receiver (Hohpe and Woolf, *Enterprise Integration Patterns*).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Something happened. What `publish` sends, unless it is told otherwise.
+    Event,
+    /// Do this. What `send` and `request` send, unless they are told otherwise.
+    Command,
+    /// Data; the receiver decides. What a reply is.
+    Document,
+}
+
+/// What travels with a body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Header {
+    /// The message's own id.
+    pub id: MessageId,
+    /// Event, command or document.
+    pub kind: Kind,
+    /// Where it was sent to.
+    pub destination: Destination,
+    /// The id of the message that this one answers.
+    pub correlation_id: Option<MessageId>,
+    /// The return address: the node to which an answer should go.
+    pub reply_to: Option<NodeId>,
+    /// How much longer it is worth handling; counted from its receipt, in whole milliseconds,
+    /// so that clocks needn't agree.
+    pub time_to_live: Option<Duration>,
+    /// What few messages have; `None` where this one has none of it.
+    pub extra: Option<Box<Extra>>,
+}
+
+/// The parts of a header that few messages need.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Extra {
+    /// Messages with the same key belong in one order.
+    pub ordering_key: Option<String>,
+    /// The body's media type, such as `application/json`.
+    pub content_type: Option<String>,
+    /// The trace that it is part of: a W3C `traceparent`.
+    pub traceparent: Option<String>,
+    /// Whatever the users of the mesh agree on.
+    pub headers: Vec<(String, String)>,
+}
+
+impl Header {
+    pub(crate) fn new(id: MessageId, kind: Kind, destination: Destination) -> Self {
+        Self {
+            id,
+            kind,
+            destination,
+            correlation_id: None,
+            reply_to: None,
+            time_to_live: None,
+            extra: None,
+        }
+    }
+
+    /// When the message was made, by its sender's clock, to the millisecond.
+    pub fn sent_at(&self) -> SystemTime {
+        self.id.sent_at()
+    }
+
+    /// The user header of that name; the first, if there are several.
+    pub fn user_header(&self, name: &str) -> Option<&str> {
+        let extra = self.extra.as_ref()?;
+        extra.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The body's media type, if its sender named one.
+    pub fn content_type(&self) -> Option<&str> {
+        self.extra.as_ref()?.content_type.as_deref()
+    }
+
+    /// The ordering key, if its sender gave one.
+    pub fn ordering_key(&self) -> Option<&str> {
+        self.extra.as_ref()?.ordering_key.as_deref()
+    }
+
+    /// The W3C `traceparent`, if its sender gave one.
+    pub fn traceparent(&self) -> Option<&str> {
+        self.extra.as_ref()?.traceparent.as_deref()
+    }
+
+    pub(crate) fn extra_mut(&mut self) -> &mut Extra {
+        self.extra.get_or_insert_default()
+    }
+
+    /// The bytes of what the user put into the header, as flow control counts them.
+    pub(crate) fn extra_len(&self) -> usize {
+        let Some(extra) = &self.extra else { return 0 };
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let headers: usize = extra.headers.iter().map(|(key, value)| key.len() + value.len()).sum();
+        text(&extra.ordering_key) + text(&extra.content_type) + text(&extra.traceparent) + headers
+    }
+}
+
+/// A message as it was received.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Message {
+    /// The node that sent it: the peer at the other end of the link, or this node itself.
+    pub from: NodeId,
+    /// What travels with the body.
+    pub header: Header,
+    /// The body's bytes.
+    pub body: Bytes,
+}
+
+impl Message {
+    /// The topic that it was published on, or `None` if it was sent point to point.
+    pub fn topic(&self) -> Option<&Topic> {
+        match &self.header.destination {
+            Destination::Topic(topic) => Some(topic),
+            Destination::Service(_) | Destination::Node(_) => None,
+        }
+    }
+
+    /// The body as text; what is not UTF-8 is replaced.
+    pub fn text(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(&self.body)
+    }
+
+    /// The body as a serde type, from the MessagePack that [`Body::encode`] writes.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if the body is something else.
+    pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
+        rmp_serde::from_slice(&self.body).map_err(DecodeError)
+    }
+}
+
+/// The media type that [`Body::encode`] names.
+pub const MESSAGEPACK: &str = "application/msgpack";
+
+/// A body to send: raw bytes, or any serde type as MessagePack.
+///
+/// ```
+/// # use peerbus::Body;
+/// let raw: Body = "just bytes".into();
+/// let typed = Body::encode(&("order", 17))?;
+/// # Ok::<(), peerbus::EncodeError>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Body {
+    pub(crate) bytes: Bytes,
+    pub(crate) content_type: Option<&'static str>,
+}
+
+impl Body {
+    /// No bytes at all.
+    pub const fn empty() -> Self {
+        Self { bytes: Bytes::new(), content_type: None }
+    }
+
+    /// `value` as MessagePack with named fields, so that both sides may add fields in their own
+    /// time. Its content type is `application/msgpack`.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if the type's `Serialize` fails.
+    pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Self, EncodeError> {
+        let bytes = rmp_serde::to_vec_named(value).map_err(EncodeError)?;
+        Ok(Self { bytes: bytes.into(), content_type: Some(MESSAGEPACK) })
+    }
+
+    /// The length in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+}
+
+/// The value can't be written as MessagePack.
+#[derive(Debug, thiserror::Error)]
+#[error("the body can't be encoded")]
+pub struct EncodeError(#[source] rmp_serde::encode::Error);
+
+/// The body is not the MessagePack of the wanted type.
+#[derive(Debug, thiserror::Error)]
+#[error("the body can't be decoded")]
+pub struct DecodeError(#[source] rmp_serde::decode::Error);
+
+macro_rules! body_from {
+    ($($type:ty => |$value:ident| $bytes:expr;)*) => {$(
+        impl From<$type> for Body {
+            fn from($value: $type) -> Self {
+                Self { bytes: $bytes, content_type: None }
+            }
+        }
+    )*};
+}
+
+body_from! {
+    Bytes => |bytes| bytes;
+    Vec<u8> => |bytes| bytes.into();
+    String => |text| text.into();
+    &[u8] => |bytes| Bytes::copy_from_slice(bytes);
+    &Vec<u8> => |bytes| Bytes::copy_from_slice(bytes);
+    &str => |text| Bytes::copy_from_slice(text.as_bytes());
+    &String => |text| Bytes::copy_from_slice(text.as_bytes());
+    () => |_unit| Bytes::new();
+}
+
+impl<const N: usize> From<&[u8; N]> for Body {
+    fn from(bytes: &[u8; N]) -> Self {
+        bytes.as_slice().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_uuid_v7_and_tell_their_time() {
+        let ids = IdSource::new(0x3ff_ffff_ffff);
+        let id = ids.next(1_700_000_000_123);
+        let uuid = uuid::Uuid::from_bytes(id.to_bytes());
+        assert_eq!(uuid.get_version_num(), 7);
+        assert_eq!(uuid.get_variant(), uuid::Variant::RFC4122);
+        assert_eq!(id.sent_at(), UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
+    }
+
+    #[test]
+    fn a_successor_is_recognised_and_rebuilt() {
+        let ids = IdSource::new(0x123_4567_89ab);
+        let first = ids.next(1_000);
+        let second = ids.next(1_005);
+        assert_eq!(second.follows(first), Some(5));
+        assert_eq!(first.successor(5), second);
+        assert_eq!(ids.next(2_000).follows(second), None, "too much later");
+        assert_eq!(IdSource::new(7).next(1_000).follows(first), None, "another sender");
+    }
+
+    #[test]
+    fn ids_stay_in_order_when_the_clock_goes_back() {
+        let ids = IdSource::new(1);
+        let first = ids.next(2_000);
+        assert!(ids.next(1_000) > first);
+    }
+}

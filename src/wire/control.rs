@@ -1,0 +1,258 @@
+//! Control records: what nodes say about themselves rather than for their users.
+
+use super::WireError;
+use super::pack::{ArrayWriter, Fields, Reader, push_str};
+use crate::address::{MeshName, Pattern, ServiceName};
+use crate::message::MessageId;
+use crate::peer::{Incarnation, NodeId, ServiceInfo};
+
+/// A record that needs no credit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// `[1, mesh, id, incarnation, name, max_body, windows, seq, patterns, services]`
+    Hello(Box<Hello>),
+    /// `[2]`: the decider takes this link for the pair.
+    Accept,
+    /// `[3, seq, added patterns, removed patterns, added services, removed services]`
+    Announce(Box<Announcement>),
+    /// `[4, [reason, count, …]]`: what this side dropped after receipt, cumulative for the link.
+    Dropped(Vec<(String, u64)>),
+    /// `[5, id]`: the caller no longer wants the reply.
+    Cancel(MessageId),
+    /// `[6, code, text]`: the link ends, and why.
+    Bye(Bye),
+    /// `[7, nonce]`: are you there, and how far are you?
+    Probe(u64),
+    /// `[8, nonce]`
+    ProbeReply(u64),
+}
+
+/// Who a node is and what it wants; the first record on a link in each direction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hello {
+    pub(crate) mesh: MeshName,
+    pub(crate) id: NodeId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) name: String,
+    pub(crate) limits: Limits,
+    /// The number of the announcement that the lists below include.
+    pub(crate) seq: u64,
+    pub(crate) patterns: Vec<Pattern>,
+    pub(crate) services: Vec<ServiceInfo>,
+}
+
+/// How much a node takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// The longest body, in bytes.
+    pub(crate) max_body: u64,
+    /// The credit window of events, calls and replies, in bytes.
+    pub(crate) windows: [u64; 3],
+}
+
+/// What changed among a node's subscriptions and services.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Announcement {
+    pub(crate) seq: u64,
+    pub(crate) subscribed: Vec<Pattern>,
+    pub(crate) unsubscribed: Vec<Pattern>,
+    pub(crate) serving: Vec<ServiceInfo>,
+    pub(crate) withdrawn: Vec<ServiceName>,
+}
+
+/// Why a link ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Bye {
+    /// The node shuts down.
+    Shutdown,
+    /// There is another link for this pair.
+    Duplicate,
+    /// The nodes are of different meshes.
+    Mesh,
+    /// The other side speaks a newer protocol.
+    Version,
+    /// Another live node has the same identity.
+    IdentityInUse,
+    /// The other side broke the protocol.
+    Violation(String),
+    /// Of a code that this version doesn't know.
+    Other(u64, String),
+}
+
+impl Bye {
+    fn code(&self) -> u64 {
+        match self {
+            Self::Shutdown => 0,
+            Self::Duplicate => 1,
+            Self::Mesh => 2,
+            Self::Version => 3,
+            Self::IdentityInUse => 4,
+            Self::Violation(_) => 5,
+            Self::Other(code, _) => *code,
+        }
+    }
+}
+
+impl std::fmt::Display for Bye {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("it shut down"),
+            Self::Duplicate => f.write_str("there is another link for this pair"),
+            Self::Mesh => f.write_str("it is of another mesh"),
+            Self::Version => f.write_str("it speaks another version of the protocol"),
+            Self::IdentityInUse => f.write_str("another live node has the same identity"),
+            Self::Violation(text) => write!(f, "the protocol was broken: {text}"),
+            Self::Other(code, text) => write!(f, "reason {code}: {text}"),
+        }
+    }
+}
+
+fn push_service(buf: &mut Vec<u8>, service: &ServiceInfo) {
+    let mut pair = ArrayWriter::new(buf);
+    pair.str(service.name.as_str());
+    pair.uint(u64::from(service.concurrency));
+    pair.finish();
+}
+
+fn read_service(reader: &mut Reader<'_>) -> Result<ServiceInfo, WireError> {
+    let mut fields = reader.array()?;
+    let name = fields.need(|reader| Ok(ServiceName::from_wire(reader.str()?)?))?;
+    let concurrency = fields.need(Reader::uint)?;
+    fields.finish()?;
+    let concurrency = u32::try_from(concurrency).unwrap_or(u32::MAX).max(1);
+    Ok(ServiceInfo { name, concurrency })
+}
+
+fn read_pattern(reader: &mut Reader<'_>) -> Result<Pattern, WireError> {
+    Ok(reader.str()?.parse()?)
+}
+
+impl Control {
+    /// Appends the record, without its length prefix.
+    pub(super) fn write(&self, buf: &mut Vec<u8>) {
+        let mut record = ArrayWriter::new(buf);
+        match self {
+            Self::Hello(hello) => {
+                record.uint(1);
+                record.str(hello.mesh.as_str());
+                record.bin(hello.id.as_bytes());
+                record.uint(hello.incarnation.0);
+                record.str(&hello.name);
+                record.uint(hello.limits.max_body);
+                record.list(hello.limits.windows.iter(), |buf, window| {
+                    buf.push(rmp::Marker::U64.to_u8());
+                    buf.extend_from_slice(&window.to_be_bytes());
+                });
+                record.uint(hello.seq);
+                record.list(hello.patterns.iter(), |buf, text| push_str(buf, text.as_str()));
+                record.list(hello.services.iter(), push_service);
+            }
+            Self::Accept => record.uint(2),
+            Self::Announce(announcement) => {
+                record.uint(3);
+                record.uint(announcement.seq);
+                let patterns = [&announcement.subscribed, &announcement.unsubscribed];
+                for list in patterns {
+                    record.list(list.iter(), |buf, text| push_str(buf, text.as_str()));
+                }
+                record.list(announcement.serving.iter(), push_service);
+                record.list(announcement.withdrawn.iter(), |buf, name| push_str(buf, name.as_str()));
+            }
+            Self::Dropped(counts) => {
+                record.uint(4);
+                record.list(counts.iter(), |buf, (reason, count)| {
+                    let mut pair = ArrayWriter::new(buf);
+                    pair.str(reason);
+                    pair.uint(*count);
+                    pair.finish();
+                });
+            }
+            Self::Cancel(id) => {
+                record.uint(5);
+                record.bin(&id.to_bytes());
+            }
+            Self::Bye(bye) => {
+                record.uint(6);
+                record.uint(bye.code());
+                record.str(&bye.to_string());
+            }
+            Self::Probe(nonce) => {
+                record.uint(7);
+                record.uint(*nonce);
+            }
+            Self::ProbeReply(nonce) => {
+                record.uint(8);
+                record.uint(*nonce);
+            }
+        }
+        record.finish();
+    }
+
+    /// Reads the fields after the type; `None` if the type is unknown.
+    pub(super) fn read(
+        record_type: u64,
+        fields: &mut Fields<'_, '_>,
+    ) -> Result<Option<Self>, WireError> {
+        Ok(Some(match record_type {
+            1 => Self::Hello(Box::new(read_hello(fields)?)),
+            2 => Self::Accept,
+            3 => Self::Announce(Box::new(Announcement {
+                seq: fields.need(Reader::uint)?,
+                subscribed: fields.list(read_pattern)?,
+                unsubscribed: fields.list(read_pattern)?,
+                serving: fields.list(read_service)?,
+                withdrawn: fields.list(|reader| Ok(ServiceName::from_wire(reader.str()?)?))?,
+            })),
+            4 => Self::Dropped(fields.list(|reader| {
+                let mut pair = reader.array()?;
+                let reason = pair.need(|reader| reader.str().map(str::to_owned))?;
+                let count = pair.need(Reader::uint)?;
+                pair.finish()?;
+                Ok((reason, count))
+            })?),
+            5 => Self::Cancel(MessageId::from_bytes(fields.need(Reader::bin_array)?)),
+            6 => {
+                let code = fields.need(Reader::uint)?;
+                let text = fields.opt(|reader| reader.str().map(str::to_owned))?.unwrap_or_default();
+                Self::Bye(match code {
+                    0 => Bye::Shutdown,
+                    1 => Bye::Duplicate,
+                    2 => Bye::Mesh,
+                    3 => Bye::Version,
+                    4 => Bye::IdentityInUse,
+                    5 => Bye::Violation(text),
+                    code => Bye::Other(code, text),
+                })
+            }
+            7 => Self::Probe(fields.need(Reader::uint)?),
+            8 => Self::ProbeReply(fields.need(Reader::uint)?),
+            _ => return Ok(None),
+        }))
+    }
+}
+
+/// The longest human name that is taken, in bytes.
+const MAX_NAME: usize = 255;
+
+fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
+    let mesh = fields.need(|reader| Ok(reader.str()?.parse()?))?;
+    let id = NodeId::from_bytes(fields.need(Reader::bin_array)?);
+    let incarnation = Incarnation(fields.need(Reader::uint)?);
+    let name = fields.need(|reader| reader.str().map(str::to_owned))?;
+    if name.len() > MAX_NAME || name.chars().any(char::is_control) {
+        return Err(WireError::Unexpected("a node's name that is too long or not printable"));
+    }
+    let max_body = fields.need(Reader::uint)?;
+    let windows = fields.list(Reader::uint)?;
+    let windows = windows.try_into().map_err(|_| WireError::Unexpected("other than 3 windows"))?;
+    Ok(Hello {
+        mesh,
+        id,
+        incarnation,
+        name,
+        limits: Limits { max_body, windows },
+        seq: fields.need(Reader::uint)?,
+        patterns: fields.list(read_pattern)?,
+        services: fields.list(read_service)?,
+    })
+}

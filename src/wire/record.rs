@@ -1,0 +1,357 @@
+//! Records that carry messages: events, calls, replies and failures.
+//!
+//! ```text
+//! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers]
+//! ```
+
+use bytes::Bytes;
+use rmp::Marker;
+
+use super::pack::{ArrayWriter, Next, Reader, push_str};
+use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
+use crate::address::{Destination, ServiceName, Topic};
+use crate::message::{Extra, Header, Kind, MessageId};
+use crate::peer::NodeId;
+
+/// One of the three flows on a link that have credit of their own. One credit for all would
+/// deadlock: a subscriber that awaits a request in its event loop would block its own reply
+/// behind unread events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Lane {
+    Events,
+    Calls,
+    Replies,
+}
+
+impl Lane {
+    pub(crate) const ALL: [Self; 3] = [Self::Events, Self::Calls, Self::Replies];
+}
+
+/// The code and text with which a handler, or the node on its behalf, declined a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) code: String,
+    pub(crate) text: String,
+}
+
+/// A message between two nodes; its lane follows from the payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Envelope {
+    pub(crate) header: Header,
+    pub(crate) payload: Payload,
+}
+
+/// What a message is to the protocol.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Payload {
+    Event(Bytes),
+    /// A one-way message or a request; a request has a return address.
+    Call(Bytes),
+    Reply(Bytes),
+    Failed(Failure),
+}
+
+/// What the fixed part of a message counts for in flow control.
+const BASE_COST: u64 = 128;
+
+impl Envelope {
+    pub(crate) fn lane(&self) -> Lane {
+        match self.payload {
+            Payload::Event(_) => Lane::Events,
+            Payload::Call(_) => Lane::Calls,
+            Payload::Reply(_) | Payload::Failed(_) => Lane::Replies,
+        }
+    }
+
+    pub(crate) fn body_len(&self) -> usize {
+        match &self.payload {
+            Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => body.len(),
+            Payload::Failed(failure) => failure.code.len() + failure.text.len(),
+        }
+    }
+
+    /// What the message takes from its lane's credit, in bytes. Both sides compute it from the
+    /// message alone.
+    pub(crate) fn cost(&self) -> u64 {
+        BASE_COST + self.body_len() as u64 + self.header.extra_len() as u64
+    }
+}
+
+const TYPE_EVENT: u64 = 16;
+const TYPE_CALL: u64 = 17;
+const TYPE_REPLY: u64 = 18;
+const TYPE_FAILURE: u64 = 19;
+
+/// What a record may leave unsaid because the message record before it in the batch said it.
+#[derive(Debug, Default)]
+pub(crate) struct Inheritance {
+    id: Option<MessageId>,
+    topic: Option<Topic>,
+    service: Option<ServiceName>,
+}
+
+/// One record of a batch.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Record {
+    Control(Control),
+    Message(Envelope),
+    /// Of a type that this version doesn't know, passed over.
+    Unknown(u64),
+}
+
+fn kind_number(kind: Kind) -> u64 {
+    match kind {
+        Kind::Event => 0,
+        Kind::Command => 1,
+        Kind::Document => 2,
+    }
+}
+
+fn kind_from(number: u64) -> Result<Kind, WireError> {
+    match number {
+        0 => Ok(Kind::Event),
+        1 => Ok(Kind::Command),
+        2 => Ok(Kind::Document),
+        _ => Err(WireError::Unexpected("an unknown kind")),
+    }
+}
+
+fn usual_kind(payload: &Payload) -> Kind {
+    match payload {
+        Payload::Event(_) => Kind::Event,
+        Payload::Call(_) => Kind::Command,
+        Payload::Reply(_) | Payload::Failed(_) => Kind::Document,
+    }
+}
+
+/// Appends the record, without its length prefix; returns the body if that needs a frame of its
+/// own. `me` is the node that writes.
+pub(super) fn write_message(
+    buf: &mut Vec<u8>,
+    envelope: &Envelope,
+    inherited: &mut Inheritance,
+    me: &NodeId,
+) -> Option<Bytes> {
+    let Envelope { header, payload } = envelope;
+    let mut record = ArrayWriter::new(buf);
+    record.uint(match payload {
+        Payload::Event(_) => TYPE_EVENT,
+        Payload::Call(_) => TYPE_CALL,
+        Payload::Reply(_) => TYPE_REPLY,
+        Payload::Failed(_) => TYPE_FAILURE,
+    });
+    match inherited.id.and_then(|previous| header.id.follows(previous)) {
+        Some(later) => record.uint(u64::from(later)),
+        None => record.bin(&header.id.to_bytes()),
+    }
+    inherited.id = Some(header.id);
+    write_destination(&mut record, header, payload, inherited);
+    let mut own_frame = None;
+    match payload {
+        Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => {
+            if body.len() > INLINE_BODY {
+                record.uint(body.len() as u64);
+                own_frame = Some(body.clone());
+            } else {
+                record.bin(body);
+            }
+        }
+        Payload::Failed(failure) => {
+            let mut body = Vec::with_capacity(failure.code.len() + failure.text.len() + 8);
+            body.push(Marker::FixArray(2).to_u8());
+            push_str(&mut body, &failure.code);
+            push_str(&mut body, &failure.text);
+            record.bin(&body);
+        }
+    }
+    let kind = (header.kind != usual_kind(payload)).then(|| kind_number(header.kind));
+    record.opt_uint(kind);
+    record.opt_bin(header.correlation_id.map(MessageId::to_bytes).as_ref().map(|id| &id[..]));
+    match &header.reply_to {
+        Some(node) if node == me => record.bool(true),
+        other => record.opt_bin(other.as_ref().map(|node| &node.as_bytes()[..])),
+    }
+    record.opt_uint(header.time_to_live.map(|ttl| ttl.as_millis() as u64));
+    if let Some(extra) = &header.extra {
+        record.opt_str(extra.ordering_key.as_deref());
+        record.opt_str(extra.content_type.as_deref());
+        record.opt_str(extra.traceparent.as_deref());
+        let texts: Vec<&String> = extra.headers.iter().flat_map(|(key, value)| [key, value]).collect();
+        record.list(texts.into_iter(), |buf, text| push_str(buf, text));
+    }
+    record.finish();
+    own_frame
+}
+
+fn write_destination(
+    record: &mut ArrayWriter<'_>,
+    header: &Header,
+    payload: &Payload,
+    inherited: &mut Inheritance,
+) {
+    match (&header.destination, payload) {
+        // A reply goes to the node at the other end of the link, which needn't be said.
+        (_, Payload::Reply(_) | Payload::Failed(_)) => record.nil(),
+        (Destination::Topic(topic), _) if inherited.topic.as_ref() == Some(topic) => record.nil(),
+        (Destination::Topic(topic), _) => {
+            record.str(topic.as_str());
+            inherited.topic = Some(topic.clone());
+        }
+        (Destination::Service(name), _) if inherited.service.as_ref() == Some(name) => record.nil(),
+        (Destination::Service(name), _) => {
+            record.str(name.as_str());
+            inherited.service = Some(name.clone());
+        }
+        (Destination::Node(node), _) => record.bin(node.as_bytes()),
+    }
+}
+
+/// Who reads, who wrote, and how large a body may be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ReadContext<'a> {
+    pub(super) me: &'a NodeId,
+    pub(super) peer: &'a NodeId,
+    pub(super) max_body: usize,
+}
+
+/// Reads one record. `frame` is the frame that `bytes` is a part of, for bodies to be slices of;
+/// `next_body` hands out the body frames in order.
+pub(super) fn read_record(
+    frame: &Bytes,
+    bytes: &[u8],
+    context: ReadContext<'_>,
+    inherited: &mut Inheritance,
+    next_body: &mut dyn FnMut() -> Option<Bytes>,
+) -> Result<Record, WireError> {
+    let mut reader = Reader::new(bytes);
+    let mut fields = reader.array()?;
+    let record_type = fields.need(Reader::uint)?;
+    if !(TYPE_EVENT..=TYPE_FAILURE).contains(&record_type) {
+        return match Control::read(record_type, &mut fields)? {
+            Some(control) => {
+                fields.finish()?;
+                Ok(Record::Control(control))
+            }
+            None => Ok(Record::Unknown(record_type)),
+        };
+    }
+    let id = read_id(&mut fields, inherited)?;
+    inherited.id = Some(id);
+    let destination = fields.opt(|reader| read_destination(reader, record_type, inherited))?;
+    let destination = match destination {
+        Some(destination) => destination,
+        None => inherited_destination(record_type, inherited, context.me)?,
+    };
+    let body = fields.need(|reader| match reader.next_is() {
+        Next::Uint => {
+            let len = reader.uint()?;
+            let body = next_body().ok_or(WireError::Bodies)?;
+            if body.len() as u64 != len { Err(WireError::Bodies) } else { Ok(body) }
+        }
+        _ => Ok(frame.slice_ref(reader.bin()?)),
+    })?;
+    if body.len() > context.max_body {
+        return Err(WireError::BodyTooLarge(body.len()));
+    }
+    let payload = match record_type {
+        TYPE_EVENT => Payload::Event(body),
+        TYPE_CALL => Payload::Call(body),
+        TYPE_REPLY => Payload::Reply(body),
+        _ => Payload::Failed(read_failure(&body)?),
+    };
+    let kind = match fields.opt(Reader::uint)? {
+        Some(number) => kind_from(number)?,
+        None => usual_kind(&payload),
+    };
+    let mut header = Header::new(id, kind, destination);
+    header.correlation_id = fields.opt(Reader::bin_array)?.map(MessageId::from_bytes);
+    header.reply_to = fields.opt(|reader| match reader.next_is() {
+        Next::True => reader.skip().map(|()| *context.peer),
+        _ => reader.bin_array().map(NodeId::from_bytes),
+    })?;
+    header.time_to_live = fields.opt(Reader::uint)?.map(std::time::Duration::from_millis);
+    let owned = |reader: &mut Reader<'_>| reader.str().map(str::to_owned);
+    let ordering_key = fields.opt(owned)?;
+    let content_type = fields.opt(owned)?;
+    let traceparent = fields.opt(owned)?;
+    let mut texts = fields.list(owned)?.into_iter();
+    fields.finish()?;
+    let mut headers = Vec::with_capacity(texts.len() / 2);
+    while let Some(key) = texts.next() {
+        let value = texts.next().ok_or(WireError::Unexpected("a header without a value"))?;
+        headers.push((key, value));
+    }
+    let extra = Extra { ordering_key, content_type, traceparent, headers };
+    header.extra = (extra != Extra::default()).then(|| Box::new(extra));
+    if header.extra_len() > MAX_HEADER {
+        return Err(WireError::HeaderTooLarge(header.extra_len()));
+    }
+    Ok(Record::Message(Envelope { header, payload }))
+}
+
+fn read_id(
+    fields: &mut super::pack::Fields<'_, '_>,
+    inherited: &Inheritance,
+) -> Result<MessageId, WireError> {
+    fields.need(|reader| match reader.next_is() {
+        Next::Uint => {
+            let later = reader.uint()?;
+            let previous = inherited.id.ok_or(WireError::Inheritance)?;
+            if later > 127 {
+                return Err(WireError::Unexpected("an id that is more than 127 ms later"));
+            }
+            Ok(previous.successor(later))
+        }
+        _ => reader.bin_array().map(MessageId::from_bytes),
+    })
+}
+
+fn read_destination(
+    reader: &mut Reader<'_>,
+    record_type: u64,
+    inherited: &mut Inheritance,
+) -> Result<Destination, WireError> {
+    match record_type {
+        TYPE_EVENT => {
+            let text = reader.str()?;
+            let topic = match &inherited.topic {
+                Some(topic) if topic.as_str() == text => topic.clone(),
+                _ => text.parse()?,
+            };
+            inherited.topic = Some(topic.clone());
+            Ok(Destination::Topic(topic))
+        }
+        TYPE_CALL if reader.next_is() == Next::Str => {
+            let text = reader.str()?;
+            let name = match &inherited.service {
+                Some(name) if name.as_str() == text => name.clone(),
+                _ => ServiceName::from_wire(text)?,
+            };
+            inherited.service = Some(name.clone());
+            Ok(Destination::Service(name))
+        }
+        _ => reader.bin_array().map(|node| Destination::Node(NodeId::from_bytes(node))),
+    }
+}
+
+fn inherited_destination(
+    record_type: u64,
+    inherited: &Inheritance,
+    me: &NodeId,
+) -> Result<Destination, WireError> {
+    let destination = match record_type {
+        TYPE_EVENT => inherited.topic.clone().map(Destination::Topic),
+        TYPE_CALL => inherited.service.clone().map(Destination::Service),
+        _ => Some(Destination::Node(*me)),
+    };
+    destination.ok_or(WireError::Inheritance)
+}
+
+fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
+    let mut reader = Reader::new(body);
+    let mut fields = reader.array()?;
+    let code = fields.need(|reader| reader.str().map(str::to_owned))?;
+    let text = fields.need(|reader| reader.str().map(str::to_owned))?;
+    fields.finish()?;
+    Ok(Failure { code, text })
+}
