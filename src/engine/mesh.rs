@@ -84,8 +84,6 @@ enum Phase {
     /// Waiting for the decider, be it us after a probe or the peer.
     Deciding { deadline: Time },
     Up,
-    /// Ended by us; what still arrives is ignored.
-    Ended,
 }
 
 #[derive(Debug)]
@@ -174,7 +172,8 @@ impl Mesh {
     /// A control record that is the mesh's to handle.
     pub(crate) fn handle_control(&mut self, now: Time, link: LinkId, control: Control) {
         match (control, self.links.get(&link).map(|link| &link.phase)) {
-            (_, None | Some(Phase::Ended)) => {}
+            // What still arrives on a link that ended is ignored.
+            (_, None) => {}
             (Control::Hello(hello), Some(Phase::Greeting { .. })) => {
                 self.handle_hello(now, link, hello);
             }
@@ -212,7 +211,6 @@ impl Mesh {
     /// The connection is gone, or silent for so long that it counts as gone.
     pub(crate) fn handle_closed(&mut self, now: Time, link: LinkId, reason: DownReason) {
         self.end(now, link, reason);
-        self.links.remove(&link);
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Time) {
@@ -243,7 +241,7 @@ impl Mesh {
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
         let links = self.links.values().filter_map(|link| match link.phase {
             Phase::Greeting { deadline } | Phase::Deciding { deadline } => Some(deadline),
-            Phase::Up | Phase::Ended => None,
+            Phase::Up => None,
         });
         let probes = self.peers.values().filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
         let dials = self.dialing.then(|| self.dialer.poll_timeout(|id| self.is_linked(id))).flatten();
@@ -492,7 +490,6 @@ impl Mesh {
     fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
         let Some(entry) = self.links.get(&link) else { return };
         match (&entry.phase, &entry.hello) {
-            (Phase::Ended, _) => {}
             (Phase::Up, Some(hello)) => {
                 let (id, name) = (hello.id, hello.name.clone());
                 self.end_peer(now, link, id, name, reason);
@@ -523,8 +520,7 @@ impl Mesh {
     }
 
     fn close(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        if let Some(entry) = self.links.get_mut(&link) {
-            entry.phase = Phase::Ended;
+        if self.links.remove(&link).is_some() {
             self.actions.push_back(Action::Close { link, reason });
         }
         self.dialer.handle_ended(now, link);
@@ -582,9 +578,7 @@ impl Mesh {
     fn announce(&mut self, mut news: Announcement) {
         self.seq += 1;
         news.seq = self.seq;
-        let told = self.links.iter().filter(|(_, link)| {
-            link.hello_sent && !matches!(link.phase, Phase::Ended)
-        });
+        let told = self.links.iter().filter(|(_, link)| link.hello_sent);
         let told: Vec<LinkId> = told.map(|(id, _)| *id).collect();
         for link in told {
             self.send(link, Control::Announce(Box::new(news.clone())));

@@ -1,0 +1,235 @@
+//! A node's configuration: defaults that work on this host, and checked setters.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::address::MeshName;
+use crate::link::memory::MemoryNetwork;
+use crate::node::{Node, StartError};
+use crate::peer::Address;
+
+/// How a node starts. [`Node::builder`] makes one; [`Config::start`] uses it.
+///
+/// The defaults make a node that talks to the nodes of the same user on this host. A LAN takes
+/// one setting: [`Config::listen`] on an address of it.
+#[derive(Clone)]
+#[must_use = "a configuration does nothing until it is started"]
+pub struct Config {
+    pub(crate) name: Option<String>,
+    pub(crate) mesh: MeshName,
+    pub(crate) identity: Option<PathBuf>,
+    pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) peers: Vec<Address>,
+    pub(crate) advertise: Vec<Address>,
+    pub(crate) interfaces: Vec<String>,
+    pub(crate) excluded_interfaces: Vec<String>,
+    pub(crate) local: bool,
+    pub(crate) mdns: bool,
+    pub(crate) memory: Option<MemoryNetwork>,
+    pub(crate) max_body: usize,
+    pub(crate) window: u64,
+    pub(crate) send_queue: u64,
+    pub(crate) subscription_queue: u64,
+    pub(crate) heartbeat: Duration,
+    pub(crate) suspect_after: Duration,
+    pub(crate) dead_after: Duration,
+    pub(crate) request_deadline: Duration,
+    pub(crate) service_grace: Duration,
+    pub(crate) fail_fast: bool,
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) max_pending_handshakes: usize,
+    pub(crate) max_pending_per_address: usize,
+    pub(crate) max_connections: usize,
+    pub(crate) runtime_dir: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: None,
+            mesh: MeshName::default(),
+            identity: None,
+            listen: Vec::new(),
+            peers: Vec::new(),
+            advertise: Vec::new(),
+            interfaces: Vec::new(),
+            excluded_interfaces: Vec::new(),
+            local: cfg!(unix),
+            mdns: true,
+            memory: None,
+            max_body: 1024 * 1024,
+            window: 4 * 1024 * 1024,
+            send_queue: 4 * 1024 * 1024,
+            subscription_queue: 2 * 1024 * 1024,
+            heartbeat: Duration::from_secs(1),
+            suspect_after: Duration::from_secs(3),
+            dead_after: Duration::from_secs(5),
+            request_deadline: Duration::from_secs(10),
+            service_grace: Duration::from_secs(1),
+            fail_fast: true,
+            handshake_timeout: Duration::from_secs(5),
+            max_pending_handshakes: 128,
+            max_pending_per_address: 64,
+            max_connections: 1024,
+            runtime_dir: None,
+        }
+    }
+}
+
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $type:ty;)*) => {
+        $($(#[$doc])*
+        pub fn $name(mut self, $name: $type) -> Self {
+            self.$name = $name;
+            self
+        })*
+    };
+}
+
+impl Config {
+    /// The human name, shown to other nodes; the host's name by default. Names may repeat.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Keeps the node's identity in this file, which is created if it is missing. Without it an
+    /// identity is drawn for this run.
+    pub fn identity(mut self, path: impl Into<PathBuf>) -> Self {
+        self.identity = Some(path.into());
+        self
+    }
+
+    /// Listens on this TCP address; may be called several times. Port 0 takes a free one.
+    ///
+    /// An address beyond loopback declares its network trusted: **what passes there is neither
+    /// encrypted nor authenticated.** Without one, nothing beyond this host is dialled either.
+    pub fn listen(mut self, addr: SocketAddr) -> Self {
+        self.listen.push(addr);
+        self
+    }
+
+    /// Dials this address, and again whenever the link is lost; may be called several times.
+    pub fn peer(mut self, address: Address) -> Self {
+        self.peers.push(address);
+        self
+    }
+
+    /// Announces this address by mDNS in place of the interfaces' own: for containers and port
+    /// mappings. May be called several times.
+    pub fn advertise(mut self, address: Address) -> Self {
+        self.advertise.push(address);
+        self
+    }
+
+    /// Uses this network interface for mDNS, and no other that is not named as well.
+    pub fn interface(mut self, name: impl Into<String>) -> Self {
+        self.interfaces.push(name.into());
+        self
+    }
+
+    /// Leaves this network interface out of mDNS.
+    pub fn exclude_interface(mut self, name: impl Into<String>) -> Self {
+        self.excluded_interfaces.push(name.into());
+        self
+    }
+
+    /// Joins a network within this process, in place of all others. For tests of whole nodes.
+    #[cfg(test)]
+    pub(crate) fn memory(mut self, network: &MemoryNetwork) -> Self {
+        self.memory = Some(network.clone());
+        self
+    }
+
+    setters! {
+        /// The mesh to join; `default` unless set. Nodes of different meshes never talk.
+        mesh: MeshName;
+        /// Whether to find the nodes of the same user on this host by their socket directory;
+        /// true by default, except on Windows.
+        local: bool;
+        /// Whether to announce this node, and to find others, by multicast DNS; true by
+        /// default. It needs a TCP address to listen on.
+        mdns: bool;
+        /// The longest body that this node takes, in bytes: 1 MiB by default, and never more
+        /// than half of [`Config::window`].
+        max_body: usize;
+        /// The credit that a peer has in each lane (events, calls, replies), in bytes: what may
+        /// be on its way or unread. 4 MiB by default, 512 KiB at the least.
+        window: u64;
+        /// What may wait here for each peer and lane, in bytes: 4 MiB by default. Beyond it
+        /// messages for that peer are dropped and counted.
+        send_queue: u64;
+        /// What may wait in each local subscription, in bytes: 2 MiB by default. Beyond it the
+        /// newest message is dropped, and counted at its sender.
+        subscription_queue: u64;
+        /// After how much silence in a direction an empty batch is sent: 1 s by default.
+        heartbeat: Duration;
+        /// After how much silence a peer is suspected: 3 s by default.
+        suspect_after: Duration;
+        /// After how much silence a peer is dead: 5 s by default.
+        dead_after: Duration;
+        /// How long a request may take unless it says so itself: 10 s by default.
+        request_deadline: Duration;
+        /// How long a request waits for an instance of its service: 1 s by default.
+        service_grace: Duration;
+        /// Whether a request for a service that nobody offers fails at once when any peer is
+        /// up; true by default. Otherwise it waits out the grace.
+        fail_fast: bool;
+        /// How long a connection from a network may take for its handshake: 5 s by default.
+        handshake_timeout: Duration;
+        /// How many connections may be in their handshake at once: 128 by default.
+        max_pending_handshakes: usize;
+        /// How many of those from one address: 64 by default.
+        max_pending_per_address: usize;
+        /// How many accepted connections there may be: 1,024 by default.
+        max_connections: usize;
+    }
+
+    /// The folder under which the meshes of this host keep their sockets, in place of
+    /// `peerbus` in `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
+    pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.runtime_dir = Some(dir.into());
+        self
+    }
+
+    /// Starts the node.
+    ///
+    /// # Errors
+    /// [`StartError`] names the setting that has to change.
+    pub async fn start(self) -> Result<Node, StartError> {
+        Node::start(self).await
+    }
+
+    /// What no node could work with.
+    pub(crate) fn check(&self) -> Result<(), StartError> {
+        let problem = |text: String| Err(StartError::Config(text));
+        if self.window < 512 * 1024 {
+            return problem(format!("window is {} bytes; at least 524288 are needed", self.window));
+        }
+        if self.max_body as u64 > self.window / 2 {
+            return problem(format!(
+                "max_body is {} bytes, more than half of the window of {}",
+                self.max_body, self.window
+            ));
+        }
+        if !(self.heartbeat < self.suspect_after && self.suspect_after < self.dead_after) {
+            return problem(
+                "heartbeat, suspect_after and dead_after must grow in this order".into(),
+            );
+        }
+        if self.name.as_ref().is_some_and(|name| name.len() > 255 || name.chars().any(char::is_control))
+        {
+            return problem("name takes at most 255 bytes and no control characters".into());
+        }
+        if let Some(addr) = self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..))) {
+            return problem(format!("{addr} can't be advertised; a TCP address can"));
+        }
+        Ok(())
+    }
+
+    /// Whether a network beyond this host was declared trusted.
+    pub(crate) fn trusts_network(&self) -> bool {
+        self.listen.iter().any(|addr| !addr.ip().is_loopback())
+    }
+}

@@ -1,0 +1,195 @@
+//! This host: nodes of the same user and mesh find each other by the sockets in one folder.
+//!
+//! ```text
+//!  $XDG_RUNTIME_DIR/peerbus/        mode 0700
+//!    default/                       the mesh's name
+//!      k3vq7a2m.sock                one node; a fresh name at each start
+//!    .private/                      sockets of nodes that keep out of this (--no-local)
+//! ```
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::interval;
+
+use super::{Discovered, Sink};
+use crate::address::MeshName;
+use crate::engine::{Sighting, TargetKey};
+use crate::peer::{Address, Source, random_bytes};
+
+/// A newcomer dials whom it finds, so looking again is for the rare race only.
+const RESCAN: Duration = Duration::from_secs(2);
+/// A socket that refuses and is older than this belongs to a process that is gone.
+const STALE_AFTER: Duration = Duration::from_secs(5);
+
+/// The folders of one mesh.
+pub(crate) struct SocketDirs {
+    mesh: PathBuf,
+    private: PathBuf,
+}
+
+impl SocketDirs {
+    /// Creates the folders, for this user alone.
+    ///
+    /// # Errors
+    /// The folder, and why it can't be used: it belongs to another user, or is open to others.
+    pub(crate) fn prepare(root: Option<&Path>, mesh: &MeshName) -> Result<Self, (PathBuf, io::Error)> {
+        let root = root.map_or_else(default_root, Path::to_path_buf);
+        let dirs = Self { mesh: root.join(mesh.as_str()), private: root.join(".private") };
+        for dir in [&root, &dirs.mesh, &dirs.private] {
+            platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
+        }
+        Ok(dirs)
+    }
+
+    /// A path for a node's socket, found by the others of this host if it is `open` to them.
+    pub(crate) fn new_socket(&self, open: bool) -> PathBuf {
+        let name = data_encoding::BASE32_NOPAD.encode(&random_bytes::<5>()).to_ascii_lowercase();
+        let dir = if open { &self.mesh } else { &self.private };
+        dir.join(format!("{name}.sock"))
+    }
+
+    fn sockets(&self) -> HashSet<PathBuf> {
+        let Ok(entries) = fs::read_dir(&self.mesh) else { return HashSet::new() };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "sock")).collect()
+    }
+}
+
+fn default_root() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("peerbus"),
+        _ => std::env::temp_dir().join(platform::shared_name()),
+    }
+}
+
+/// Reports the sockets that come and go, except `own`. Runs until it is dropped.
+pub(crate) async fn watch(dirs: SocketDirs, own: PathBuf, sink: Sink) {
+    let mut known = HashSet::new();
+    let mut ticks = interval(RESCAN);
+    loop {
+        ticks.tick().await;
+        let mut found = dirs.sockets();
+        found.remove(&own);
+        for path in found.difference(&known) {
+            let addresses = vec![Address::Local(path.clone())];
+            sink(Discovered::Seen(Sighting { source: Source::Local, id: None, addresses }));
+        }
+        for path in known.difference(&found) {
+            sink(Discovered::Gone(TargetKey::Address(Address::Local(path.clone()))));
+        }
+        known = found;
+    }
+}
+
+/// Removes the socket of a process that is gone. One that listens is never touched.
+pub(crate) fn remove_if_stale(path: &Path) {
+    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let old = age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER);
+    if old && platform::refuses(path) {
+        tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
+        let _gone_already = fs::remove_file(path);
+    }
+}
+
+#[cfg(unix)]
+mod platform {
+    use super::{Path, fs, io};
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+
+    pub(super) fn shared_name() -> String {
+        format!("peerbus-{}", rustix::process::geteuid().as_raw())
+    }
+
+    pub(super) fn create_private(dir: &Path) -> io::Result<()> {
+        match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let metadata = fs::symlink_metadata(dir)?;
+        if !metadata.is_dir() {
+            return Err(io::Error::other("it is not a folder"));
+        }
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(io::Error::other("it belongs to another user"));
+        }
+        if metadata.mode() & 0o077 != 0 {
+            return Err(io::Error::other("others may enter it; chmod 700 it"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn refuses(path: &Path) -> bool {
+        let connected = std::os::unix::net::UnixStream::connect(path);
+        connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+}
+
+#[cfg(not(unix))]
+mod platform {
+    use super::{Path, fs, io};
+
+    pub(super) fn shared_name() -> String {
+        "peerbus".into()
+    }
+
+    pub(super) fn create_private(dir: &Path) -> io::Result<()> {
+        fs::create_dir_all(dir)
+    }
+
+    pub(super) fn refuses(_: &Path) -> bool {
+        false
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_folder_that_others_can_enter_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let (dir, error) =
+            SocketDirs::prepare(Some(root.path()), &MeshName::default()).err().unwrap();
+        assert_eq!(dir, root.path());
+        assert!(error.to_string().contains("chmod 700"), "{error}");
+    }
+
+    #[test]
+    fn a_dead_socket_is_removed_once_it_is_old_and_a_live_one_never() {
+        let dir = tempfile::tempdir().unwrap();
+        let age = |path: &Path| {
+            let old = std::time::SystemTime::now() - 2 * STALE_AFTER;
+            set_modified(path, old);
+        };
+        let live = dir.path().join("live.sock");
+        let _listener = UnixListener::bind(&live).unwrap();
+        let dead = dir.path().join("dead.sock");
+        drop(UnixListener::bind(&dead).unwrap());
+        remove_if_stale(&dead);
+        assert!(dead.exists(), "it may be about to listen");
+        age(&live);
+        age(&dead);
+        remove_if_stale(&live);
+        remove_if_stale(&dead);
+        assert!(live.exists() && !dead.exists());
+    }
+
+    /// A socket can't be opened, so its time is set from outside.
+    fn set_modified(path: &Path, at: std::time::SystemTime) {
+        let stamp = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let set = std::process::Command::new("touch")
+            .arg("-d")
+            .arg(format!("@{stamp}"))
+            .arg(path)
+            .status()
+            .unwrap();
+        assert!(set.success());
+    }
+}

@@ -1,0 +1,176 @@
+//! Multicast DNS: announces this node, and watches for others (RFC 6762, RFC 6763).
+//!
+//! The instance's name is the node id, so that names never conflict; the TXT record says which
+//! mesh it is, the human name, and addresses where the interfaces' own won't do.
+//!
+//! This is the only file that names the mdns-sd crate.
+
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use mdns_sd::{IfKind, ResolvedService, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
+use tokio::time::sleep;
+
+use super::{Discovered, Sink};
+use crate::address::MeshName;
+use crate::engine::{Sighting, TargetKey};
+use crate::peer::{Address, NodeId, Source};
+
+const SERVICE: &str = "_peerbus._tcp.local.";
+/// How long the goodbye may hold up a shutdown.
+const GOODBYE: Duration = Duration::from_millis(200);
+/// How soon changed interfaces are noticed, in seconds.
+const INTERFACE_CHECK: u32 = 2;
+const BROWSE_AGAIN: Duration = Duration::from_secs(1);
+
+/// What is announced of a node.
+pub(crate) struct Beacon {
+    pub(crate) id: NodeId,
+    pub(crate) name: String,
+    pub(crate) mesh: MeshName,
+    pub(crate) listening: Vec<SocketAddr>,
+    pub(crate) advertise: Vec<Address>,
+    pub(crate) interfaces: Vec<String>,
+    pub(crate) excluded_interfaces: Vec<String>,
+}
+
+/// Announces the node; the returned future reports others until it is dropped.
+///
+/// # Errors
+/// Why multicast can't be used, in words.
+pub(crate) fn start(
+    beacon: Beacon,
+    sink: Sink,
+) -> Result<impl Future<Output = ()> + Send + 'static, String> {
+    let known: Vec<String> = if_addrs::get_if_addrs()
+        .map(|found| found.into_iter().map(|interface| interface.name).collect())
+        .unwrap_or_default();
+    if let Some(missing) = beacon.interfaces.iter().find(|name| !known.contains(name)) {
+        return Err(format!("there is no network interface {missing:?} (there are {})", known.join(", ")));
+    }
+    let words = |error: mdns_sd::Error| error.to_string();
+    let daemon = ServiceDaemon::new().map_err(words)?;
+    let _default_is_fine = daemon.set_ip_check_interval(INTERFACE_CHECK);
+    choose_interfaces(&daemon, &beacon).map_err(words)?;
+    let info = service_info(&beacon).map_err(words)?;
+    let guard = Guard { fullname: info.get_fullname().to_owned(), daemon };
+    guard.daemon.register(info).map_err(words)?;
+    Ok(watch(guard, beacon, sink))
+}
+
+fn choose_interfaces(daemon: &ServiceDaemon, beacon: &Beacon) -> mdns_sd::Result<()> {
+    let loopback = beacon.listening.iter().all(|addr| addr.ip().is_loopback());
+    if loopback {
+        daemon.disable_interface(IfKind::All)?;
+        daemon.enable_interface(vec![IfKind::LoopbackV4, IfKind::LoopbackV6])?;
+    } else if !beacon.interfaces.is_empty() {
+        daemon.disable_interface(IfKind::All)?;
+        for name in &beacon.interfaces {
+            daemon.enable_interface(IfKind::Name(name.clone()))?;
+        }
+    }
+    for name in &beacon.excluded_interfaces {
+        daemon.disable_interface(IfKind::Name(name.clone()))?;
+    }
+    Ok(())
+}
+
+fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
+    let id = beacon.id.to_string();
+    let host = format!("{id}.local.");
+    let port = beacon.listening.first().map_or(0, SocketAddr::port);
+    let advertise: Vec<String> = beacon.advertise.iter().map(Address::to_string).collect();
+    let mut txt = vec![("mesh", beacon.mesh.to_string()), ("v", "1".to_owned())];
+    // A TXT string takes 255 bytes in all.
+    txt.push(("name", beacon.name.chars().take(60).collect()));
+    for address in advertise {
+        txt.push(("addr", address));
+    }
+    let txt: Vec<(String, String)> = txt.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let everywhere = beacon.listening.iter().any(|addr| addr.ip().is_unspecified());
+    let ips: Vec<IpAddr> = beacon
+        .listening
+        .iter()
+        .filter(|addr| addr.port() == port && !addr.ip().is_unspecified())
+        .map(SocketAddr::ip)
+        .collect();
+    let mut info = if everywhere {
+        ServiceInfo::new(SERVICE, &id, &host, "", port, txt.as_slice())?.enable_addr_auto()
+    } else {
+        ServiceInfo::new(SERVICE, &id, &host, ips.as_slice(), port, txt.as_slice())?
+    };
+    // Nobody else has this name.
+    info.set_requires_probe(false);
+    Ok(info)
+}
+
+async fn watch(guard: Guard, beacon: Beacon, sink: Sink) {
+    loop {
+        if let Ok(found) = guard.daemon.browse(SERVICE) {
+            while let Ok(event) = found.recv_async().await {
+                match event {
+                    ServiceEvent::ServiceResolved(service) => {
+                        if let Some(sighting) = sighting(&service, &beacon) {
+                            sink(Discovered::Seen(sighting));
+                        }
+                    }
+                    ServiceEvent::ServiceRemoved(_, fullname) => {
+                        if let Some(id) = node_id(&fullname) {
+                            sink(Discovered::Gone(TargetKey::Node(id)));
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        // The daemon closes a channel that it found full.
+        sleep(BROWSE_AGAIN).await;
+    }
+}
+
+fn node_id(fullname: &str) -> Option<NodeId> {
+    fullname.split('.').next()?.parse().ok()
+}
+
+fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
+    let id = node_id(&service.fullname)?;
+    let mesh = service.get_property_val_str("mesh")?;
+    if id == beacon.id || mesh != beacon.mesh.as_str() {
+        return None;
+    }
+    let advertised = service.txt_properties.iter().filter(|property| property.key() == "addr");
+    let mut addresses: Vec<Address> =
+        advertised.filter_map(|property| property.val_str().parse().ok()).collect();
+    if addresses.is_empty() {
+        let port = service.get_port();
+        addresses.extend(service.get_addresses().iter().map(|ip| Address::Tcp(socket_addr(ip, port))));
+    }
+    addresses.sort_unstable();
+    Some(Sighting { source: Source::Mdns, id: Some(id), addresses })
+}
+
+fn socket_addr(ip: &ScopedIp, port: u16) -> SocketAddr {
+    match ip {
+        ScopedIp::V6(v6) => {
+            let scope = v6.scope_id().index;
+            std::net::SocketAddrV6::new(*v6.addr(), port, 0, scope).into()
+        }
+        other => SocketAddr::new(other.to_ip_addr(), port),
+    }
+}
+
+/// Says goodbye when the node ends.
+struct Guard {
+    daemon: ServiceDaemon,
+    fullname: String,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Ok(gone) = self.daemon.unregister(&self.fullname) {
+            let _too_slow = gone.recv_timeout(GOODBYE);
+        }
+        let _gone_already = self.daemon.shutdown();
+    }
+}

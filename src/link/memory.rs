@@ -1,0 +1,141 @@
+//! Links within one process: for tests of whole nodes without sockets, with a knife.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::{Acceptor, DialError, Link, Receiver};
+use crate::engine::{Connection, TargetKey};
+use crate::peer::{Address, NodeId};
+
+/// A network of nodes within this process.
+#[derive(Clone, Default)]
+pub(crate) struct MemoryNetwork {
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    nodes: HashMap<u64, Listener>,
+    next: u64,
+    /// The live ends, so that they can be cut.
+    ends: Vec<(u64, Weak<End>)>,
+}
+
+struct Listener {
+    id: NodeId,
+    acceptor: Weak<dyn Acceptor>,
+}
+
+/// A node's place in the network.
+pub(crate) struct MemoryPort {
+    network: MemoryNetwork,
+    pub(crate) number: u64,
+    id: NodeId,
+    acceptor: Arc<dyn Acceptor>,
+}
+
+enum Parcel {
+    Batch(Vec<Bytes>),
+    End,
+}
+
+/// One direction: what is sent here arrives at the other end.
+struct End {
+    outbox: mpsc::UnboundedSender<Parcel>,
+    back: mpsc::UnboundedSender<Parcel>,
+}
+
+impl Link for End {
+    fn send(&self, frames: Vec<Bytes>) {
+        // The copy stands for the transport: the sender's buffers are released at once.
+        let frames = frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect();
+        let _ended = self.outbox.send(Parcel::Batch(frames));
+    }
+
+    fn close(&self) {
+        let _ended = self.outbox.send(Parcel::End);
+        let _ended = self.back.send(Parcel::End);
+    }
+}
+
+impl MemoryNetwork {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins the network; connections reach the node through `acceptor`.
+    pub(crate) fn join(&self, id: NodeId, acceptor: &Arc<dyn Acceptor>) -> MemoryPort {
+        let mut shared = self.lock();
+        let number = shared.next;
+        shared.next += 1;
+        shared.nodes.insert(number, Listener { id, acceptor: Arc::downgrade(acceptor) });
+        MemoryPort { network: self.clone(), number, id, acceptor: acceptor.clone() }
+    }
+
+    /// The addresses of all nodes but one.
+    pub(crate) fn others(&self, number: u64) -> Vec<Address> {
+        let shared = self.lock();
+        let others = shared.nodes.keys().filter(|other| **other != number);
+        others.map(|other| Address::Memory(*other)).collect()
+    }
+
+    /// Cuts every connection of a node.
+    #[cfg(test)]
+    pub(crate) fn cut(&self, number: u64) {
+        let ends: Vec<_> = self.lock().ends.clone();
+        for (_, end) in ends.iter().filter(|(owner, _)| *owner == number) {
+            if let Some(end) = end.upgrade() {
+                end.close();
+            }
+        }
+    }
+}
+
+impl MemoryPort {
+    pub(crate) fn dial(&self, target: &TargetKey, number: u64) -> Result<(), DialError> {
+        let listener = {
+            let shared = self.network.lock();
+            let found = shared.nodes.get(&number);
+            found.and_then(|node| Some((node.id, node.acceptor.upgrade()?)))
+        };
+        let Some((peer, acceptor)) = listener else {
+            return Err(DialError(format!("no node {number} in memory")));
+        };
+        let (to_peer, from_us) = mpsc::unbounded_channel();
+        let (to_us, from_peer) = mpsc::unbounded_channel();
+        let near = Arc::new(End { outbox: to_peer.clone(), back: to_us.clone() });
+        let far = Arc::new(End { outbox: to_us, back: to_peer });
+        let mut shared = self.network.lock();
+        shared.ends.retain(|(_, end)| end.strong_count() > 0);
+        shared.ends.push((self.number, Arc::downgrade(&near)));
+        shared.ends.push((number, Arc::downgrade(&far)));
+        drop(shared);
+        let connection = |claimed, address, target| Connection {
+            claimed: Some(claimed),
+            target,
+            address: Some(Address::Memory(address)),
+        };
+        let there = acceptor.handle_connected(far, connection(self.id, self.number, None));
+        tokio::spawn(deliver(from_us, there));
+        let here = connection(peer, number, Some(target.clone()));
+        let here = self.acceptor.handle_connected(near, here);
+        tokio::spawn(deliver(from_peer, here));
+        Ok(())
+    }
+}
+
+impl Drop for MemoryPort {
+    fn drop(&mut self) {
+        self.network.lock().nodes.remove(&self.number);
+    }
+}
+
+async fn deliver(mut parcels: mpsc::UnboundedReceiver<Parcel>, receiver: Arc<dyn Receiver>) {
+    while let Some(Parcel::Batch(frames)) = parcels.recv().await {
+        receiver.handle_batch(frames);
+    }
+    receiver.handle_closed();
+}

@@ -1,0 +1,204 @@
+//! A link as the node sees it: its flow, and the transport beneath.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use crate::engine::{Flow, LinkId, Time};
+use crate::link::Link;
+use crate::message::MessageId;
+use crate::peer::NodeId;
+use crate::report::DropReason;
+use crate::wire::{Control, Envelope, Lane};
+
+/// One link of a node.
+///
+/// Whoever changes the flow also hands what it yields to the transport, in the same call and
+/// under the flow's lock, which keeps the order. The lock is never held across an await.
+pub(crate) struct LinkCell {
+    pub(crate) id: LinkId,
+    pub(crate) peer: NodeId,
+    flow: Mutex<Flow>,
+    link: Arc<dyn Link>,
+    started: Instant,
+    /// Messages may flow: the decider accepted.
+    open: AtomicBool,
+    /// Batches that the transport has encoded since the flow was last told.
+    released: AtomicU32,
+    /// The flow has more than the transport may hold.
+    starved: AtomicBool,
+    /// Wakes the task that goes on when the transport has room again.
+    room: Notify,
+}
+
+impl LinkCell {
+    pub(crate) fn new(id: LinkId, peer: NodeId, flow: Flow, link: Arc<dyn Link>, started: Instant) -> Self {
+        Self {
+            id,
+            peer,
+            flow: Mutex::new(flow),
+            link,
+            started,
+            open: AtomicBool::new(false),
+            released: AtomicU32::new(0),
+            starved: AtomicBool::new(false),
+            room: Notify::new(),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time::after_start(self.started.elapsed())
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_open(&self) {
+        self.open.store(true, Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Flow> {
+        self.flow.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the flow without sending anything.
+    pub(crate) fn peek<R>(&self, look: impl FnOnce(&Flow) -> R) -> R {
+        look(&self.lock())
+    }
+
+    /// Changes the flow, then sends what can go.
+    pub(crate) fn with_flow<R>(self: &Arc<Self>, change: impl FnOnce(&mut Flow) -> R) -> R {
+        let mut flow = self.lock();
+        let result = change(&mut flow);
+        self.transmit(&mut flow);
+        result
+    }
+
+    fn transmit(self: &Arc<Self>, flow: &mut Flow) {
+        loop {
+            flow.handle_released(self.released.swap(0, Ordering::SeqCst));
+            while let Some(batch) = flow.poll_transmit(self.now()) {
+                let own = |bytes| Bytes::from_owner(Tracked { bytes, cell: self.clone() });
+                self.link.send(batch.into_frames(own));
+            }
+            if !flow.has_pending() {
+                return;
+            }
+            // Either the transport sees this flag when it lets go of a batch, or we see here
+            // that it already has.
+            self.starved.store(true, Ordering::SeqCst);
+            if self.released.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Sends on whenever the transport has room again. Runs until it is dropped.
+    pub(crate) async fn keep_sending(self: Arc<Self>) {
+        loop {
+            self.room.notified().await;
+            self.with_flow(|_| ());
+        }
+    }
+
+    pub(crate) fn send_control(self: &Arc<Self>, control: Control) {
+        self.with_flow(|flow| flow.enqueue_control(control));
+    }
+
+    pub(crate) fn send_message(self: &Arc<Self>, envelope: Envelope) -> Result<(), DropReason> {
+        self.with_flow(|flow| flow.enqueue(envelope))
+    }
+
+    /// Takes back a call, or tells the peer that its reply is no longer wanted; whether it was
+    /// taken back.
+    pub(crate) fn cancel(self: &Arc<Self>, id: MessageId) -> bool {
+        self.with_flow(|flow| {
+            let taken_back = flow.take_back(id);
+            if !taken_back {
+                flow.enqueue_control(Control::Cancel(id));
+            }
+            taken_back
+        })
+    }
+
+    pub(crate) fn unfinished_calls(&self) -> u64 {
+        self.peek(Flow::unfinished_calls)
+    }
+
+    /// What the pump heard counts as a sign of life.
+    pub(crate) fn last_heard(&self) -> Option<Time> {
+        let heard = self.link.last_heard()?;
+        Some(Time::after_start(heard.saturating_duration_since(self.started)))
+    }
+
+    pub(crate) fn close(&self) {
+        self.link.close();
+    }
+}
+
+/// The head of a batch, whose drop tells that the transport is done with it.
+struct Tracked {
+    bytes: Vec<u8>,
+    cell: Arc<LinkCell>,
+}
+
+impl AsRef<[u8]> for Tracked {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        // No lock here: this may run inside the transport's own send, under the flow's lock.
+        self.cell.released.fetch_add(1, Ordering::SeqCst);
+        if self.cell.starved.swap(false, Ordering::SeqCst) {
+            self.cell.room.notify_one();
+        }
+    }
+}
+
+/// What a received message holds of its link's credit. Dropping it gives the credit back.
+pub(crate) struct Credit {
+    cell: Arc<LinkCell>,
+    lane: Lane,
+    cost: u64,
+}
+
+impl Credit {
+    pub(crate) fn new(cell: &Arc<LinkCell>, lane: Lane, cost: u64) -> Self {
+        Self { cell: cell.clone(), lane, cost }
+    }
+
+    pub(crate) fn cell(&self) -> &Arc<LinkCell> {
+        &self.cell
+    }
+
+    /// Tells the sender that its message was dropped here.
+    pub(crate) fn report_drop(&self, reason: DropReason) {
+        self.cell.with_flow(|flow| flow.handle_dropped(reason));
+    }
+
+    /// Gives the credit back and sends the reply, in one batch.
+    pub(crate) fn answer(mut self, reply: Envelope) -> Result<(), DropReason> {
+        let (lane, cost) = (self.lane, std::mem::take(&mut self.cost));
+        self.cell.with_flow(|flow| {
+            flow.handle_consumed(lane, cost);
+            flow.enqueue(reply)
+        })
+    }
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        // `answer` leaves nothing to give back; no message costs nothing.
+        if self.cost > 0 {
+            let (lane, cost) = (self.lane, self.cost);
+            self.cell.with_flow(|flow| flow.handle_consumed(lane, cost));
+        }
+    }
+}

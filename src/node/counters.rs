@@ -1,0 +1,82 @@
+//! Counters that many tasks add to.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::peer::NodeId;
+use crate::report::{Counters, DropReason};
+
+#[derive(Default)]
+pub(crate) struct LiveCounters {
+    pub(crate) published: AtomicU64,
+    pub(crate) queued: AtomicU64,
+    pub(crate) received: AtomicU64,
+    pub(crate) delivered: AtomicU64,
+    pub(crate) handled: AtomicU64,
+    pub(crate) requests: AtomicU64,
+    pub(crate) in_doubt: AtomicU64,
+    pub(crate) links: AtomicU64,
+    rare: Mutex<Rare>,
+}
+
+#[derive(Default)]
+struct Rare {
+    dropped: BTreeMap<DropReason, u64>,
+    dropped_for_others: BTreeMap<DropReason, u64>,
+    refused: BTreeMap<String, u64>,
+    /// Drops that no event has told of yet.
+    untold: BTreeMap<(NodeId, DropReason), u64>,
+}
+
+pub(crate) fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl LiveCounters {
+    fn rare(&self) -> MutexGuard<'_, Rare> {
+        self.rare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A message of ours for `peer` was dropped. Whether this is the first untold drop.
+    pub(crate) fn dropped(&self, peer: NodeId, reason: DropReason, count: u64) -> bool {
+        if count == 0 {
+            return false;
+        }
+        let mut rare = self.rare();
+        *rare.dropped.entry(reason).or_default() += count;
+        let first = rare.untold.is_empty();
+        *rare.untold.entry((peer, reason)).or_default() += count;
+        first
+    }
+
+    pub(crate) fn take_untold(&self) -> BTreeMap<(NodeId, DropReason), u64> {
+        std::mem::take(&mut self.rare().untold)
+    }
+
+    pub(crate) fn dropped_for_others(&self, reason: DropReason) {
+        *self.rare().dropped_for_others.entry(reason).or_default() += 1;
+    }
+
+    pub(crate) fn refused(&self, reason: &str) {
+        *self.rare().refused.entry(reason.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn snapshot(&self) -> Counters {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let rare = self.rare();
+        Counters {
+            published: get(&self.published),
+            queued: get(&self.queued),
+            received: get(&self.received),
+            delivered: get(&self.delivered),
+            handled: get(&self.handled),
+            requests: get(&self.requests),
+            dropped: rare.dropped.clone(),
+            in_doubt: get(&self.in_doubt),
+            dropped_for_others: rare.dropped_for_others.clone(),
+            links: get(&self.links),
+            refused: rare.refused.clone(),
+        }
+    }
+}

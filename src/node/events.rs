@@ -1,0 +1,139 @@
+//! What happens to a node, as a stream.
+
+use crate::engine::{DownReason, MeshEvent};
+use crate::peer::{Address, NodeId, PeerInfo};
+use crate::report::DropReason;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+
+/// Something that a user or an operator may want to know.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// A peer can be talked to.
+    PeerUp(Box<PeerInfo>),
+    /// A peer can no longer be talked to.
+    PeerDown {
+        /// Who it was.
+        id: NodeId,
+        /// Its human name.
+        name: String,
+        /// Why.
+        reason: DownCause,
+    },
+    /// Messages of ours were dropped. Drops for one peer and reason within 100 ms are told
+    /// together.
+    Dropped {
+        /// For whom they were; this node's own id, if it is a subscription or service here.
+        peer: NodeId,
+        /// Why.
+        reason: DropReason,
+        /// How many.
+        count: u64,
+    },
+    /// A connection was refused or cut.
+    Refused {
+        /// Where it came from or led to.
+        address: Option<Address>,
+        /// Why.
+        reason: String,
+    },
+    /// Another live node has this node's identity. The two will fight over every peer.
+    IdentityConflict {
+        /// Where it is.
+        address: Option<Address>,
+    },
+}
+
+/// Why a peer is down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DownCause {
+    /// It said goodbye.
+    Left,
+    /// Its connection closed without a goodbye: it crashed, or the network did.
+    Lost,
+    /// Nothing was heard of it for too long.
+    Silent,
+    /// Another connection took the place of this one.
+    Replaced,
+    /// One side broke the protocol.
+    Protocol(String),
+    /// This node shuts down.
+    ShutDownHere,
+}
+
+impl std::fmt::Display for DownCause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Left => f.write_str("it said goodbye"),
+            Self::Lost => f.write_str("its connection closed without a goodbye"),
+            Self::Silent => f.write_str("nothing was heard of it for too long"),
+            Self::Replaced => f.write_str("another connection took the place of this one"),
+            Self::Protocol(text) => f.write_str(text),
+            Self::ShutDownHere => f.write_str("this node shuts down"),
+        }
+    }
+}
+
+impl From<DownReason> for DownCause {
+    fn from(reason: DownReason) -> Self {
+        match reason {
+            DownReason::Closed => Self::Lost,
+            DownReason::Silent => Self::Silent,
+            DownReason::Bye(crate::wire::Bye::Shutdown) => Self::Left,
+            DownReason::Replaced => Self::Replaced,
+            DownReason::ShutDownHere => Self::ShutDownHere,
+            reason @ (DownReason::Bye(_) | DownReason::Violation(_)) => {
+                Self::Protocol(reason.to_string())
+            }
+        }
+    }
+}
+
+impl From<MeshEvent> for Event {
+    fn from(event: MeshEvent) -> Self {
+        match event {
+            MeshEvent::PeerUp(info) => Self::PeerUp(info),
+            MeshEvent::PeerDown { id, name, reason } => {
+                Self::PeerDown { id, name, reason: reason.into() }
+            }
+            MeshEvent::Refused { address, reason } => Self::Refused { address, reason },
+            MeshEvent::IdentityConflict { address } => Self::IdentityConflict { address },
+        }
+    }
+}
+
+/// The events of a node from the moment it was asked for.
+///
+/// Up to 1,024 wait; who is slower than that misses the oldest, and [`Events::missed`] counts
+/// them.
+pub struct Events {
+    receiver: broadcast::Receiver<Event>,
+    missed: u64,
+}
+
+impl Events {
+    pub(crate) fn new(receiver: broadcast::Receiver<Event>) -> Self {
+        Self { receiver, missed: 0 }
+    }
+
+    /// The next event; `None` when the node is gone.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses nothing.
+    pub async fn recv(&mut self) -> Option<Event> {
+        loop {
+            match self.receiver.recv().await {
+                Ok(event) => return Some(event),
+                Err(RecvError::Lagged(missed)) => self.missed += missed,
+                Err(RecvError::Closed) => return None,
+            }
+        }
+    }
+
+    /// How many events were missed for being slow.
+    pub fn missed(&self) -> u64 {
+        self.missed
+    }
+}

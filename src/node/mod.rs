@@ -1,0 +1,328 @@
+//! The async shell: handles for users, and the tasks that perform what the engine decides.
+
+mod cell;
+mod counters;
+mod driver;
+mod events;
+mod outgoing;
+mod receive;
+mod service;
+mod shared;
+mod shutdown;
+mod start;
+mod subscription;
+#[cfg(test)]
+mod tests;
+mod transport;
+
+pub use events::{DownCause, Event, Events};
+pub use outgoing::{BodyError, Publish, PublishError, Request, RequestError, Send, SendError, Sent};
+pub use service::{Call, HandlerError, Serve, ServeError, Service};
+pub use shutdown::ShutdownReport;
+pub use start::StartError;
+pub use subscription::Subscription;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::address::{AddressError, IntoRecipient, Pattern, ServiceName, Topic};
+use crate::config::Config;
+use crate::message::{Body, Message};
+use crate::peer::{NodeId, PeerInfo, Unreachable};
+use crate::report::Counters;
+use outgoing::Draft;
+use shared::{Shared, lock};
+
+/// How long [`Node::shutdown`] gives what is on its way.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// A participant of a mesh. Cloning is cheap; all clones are the same node.
+///
+/// It lives until [`Node::shutdown`], or until the last clone is dropped, which ends it without
+/// a goodbye.
+///
+/// ```
+/// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+/// let node = peerbus::Node::builder().mesh("doctest-node".parse()?).start().await?;
+/// let mut orders = node.subscribe("orders.>")?;
+/// node.publish("orders.eu.placed", "17 apples").await?;
+/// assert_eq!(orders.recv().await.unwrap().text(), "17 apples");
+/// node.shutdown().await;
+/// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+/// ```
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+/// Ends the node's tasks with the last handle.
+struct Inner {
+    shared: Arc<Shared>,
+    listening: Vec<SocketAddr>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        lock(&self.shared.tasks).abort_all();
+        self.shared.fail_all_requests();
+        self.shared.inboxes.load().all().for_each(|inbox| inbox.close());
+        let shared = self.shared.clone();
+        self.shared.runtime.spawn(async move {
+            if let Some(transport) = shared.transport.get() {
+                transport.close().await;
+            }
+        });
+    }
+}
+
+impl Node {
+    /// A configuration with the defaults, to be changed and started.
+    pub fn builder() -> Config {
+        Config::default()
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.inner.shared
+    }
+
+    /// This node's id.
+    pub fn id(&self) -> NodeId {
+        self.shared().id
+    }
+
+    /// This node's human name.
+    pub fn name(&self) -> &str {
+        &self.shared().name
+    }
+
+    /// The TCP addresses that it listens on, with their ports.
+    pub fn listening(&self) -> &[SocketAddr] {
+        &self.inner.listening
+    }
+
+    /// Publishes an event to every node with a matching subscription, this one included.
+    ///
+    /// It never waits: awaiting it queues the message and returns a
+    /// [`PublishReport`](crate::PublishReport). A peer that takes events more slowly than they
+    /// are published loses messages, which are counted, and holds nobody up.
+    pub fn publish<T>(&self, topic: T, body: impl Into<Body>) -> Publish<'_>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(Into::into);
+        Publish { shared: self.shared(), topic, draft: Draft::new(body.into()) }
+    }
+
+    /// Sends a one-way message to a service, or to one node by its id.
+    ///
+    /// Awaiting it queues the message for the least loaded of the nodes that serve the name. A
+    /// handler's error is counted here as a drop.
+    pub fn send(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Send<'_> {
+        let recipient = recipient.into_recipient();
+        Send { shared: self.shared(), recipient, draft: Draft::new(body.into()) }
+    }
+
+    /// Sends a request and waits for its reply.
+    pub fn request(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Request<'_> {
+        let (recipient, draft) = (recipient.into_recipient(), Draft::new(body.into()));
+        let deadline = self.shared().config.request_deadline;
+        Request { shared: self.shared(), recipient, draft, deadline }
+    }
+
+    /// Answers a message that carries a return address, whenever it suits: the answer is sent
+    /// there as a one-way message with the message's id as its correlation id.
+    ///
+    /// A handler's own return value is sent by itself; this is for answers that come later, or
+    /// to messages that were published.
+    ///
+    /// # Errors
+    /// [`SendError`]; `None` where the message has no return address.
+    pub fn answer(&self, message: &Message, body: impl Into<Body>) -> Option<Send<'_>> {
+        let address = message.header.reply_to?;
+        Some(self.send(address, body).correlation_id(message.header.id))
+    }
+
+    /// Subscribes to the topics that match a pattern.
+    ///
+    /// # Errors
+    /// [`AddressError`] if the pattern can't be parsed.
+    pub fn subscribe<P>(&self, pattern: P) -> Result<Subscription, AddressError>
+    where
+        P: TryInto<Pattern>,
+        P::Error: Into<AddressError>,
+    {
+        let pattern = pattern.try_into().map_err(Into::into)?;
+        let limit = self.shared().config.subscription_queue;
+        Ok(self.shared().subscribe(&pattern, limit))
+    }
+
+    /// Serves a name with a handler: what it returns is the reply, and its error reaches the
+    /// caller with code and text. Nodes that serve the same name share its calls (competing
+    /// consumers).
+    ///
+    /// ```
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// # let node = peerbus::Node::builder().mesh("doctest-serve".parse()?).start().await?;
+    /// use peerbus::HandlerError;
+    /// let service = node.serve("double", |call| async move {
+    ///     let n: u64 = call.message.text().parse().map_err(|_| HandlerError::new("nan", "no number"))?;
+    ///     Ok((n * 2).to_string())
+    /// }).start()?;
+    /// assert_eq!(node.request("double", "21").await?.text(), "42");
+    /// # node.shutdown().await;
+    /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+    /// ```
+    pub fn serve<N, F, R, B>(&self, name: N, handler: F) -> Serve
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+        F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
+        R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
+        B: Into<Body>,
+    {
+        Serve {
+            shared: self.shared().clone(),
+            name: name.try_into().map_err(Into::into),
+            handler: service::boxed(handler),
+            concurrency: service::DEFAULT_CONCURRENCY,
+        }
+    }
+
+    /// Takes messages that are addressed to this node itself, by its id.
+    pub fn serve_node<F, R, B>(&self, handler: F) -> Serve
+    where
+        F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
+        R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
+        B: Into<Body>,
+    {
+        Serve {
+            shared: self.shared().clone(),
+            name: Ok(ServiceName::node_inbox()),
+            handler: service::boxed(handler),
+            concurrency: service::DEFAULT_CONCURRENCY,
+        }
+    }
+
+    /// The peers with a live link.
+    pub fn peers(&self) -> Vec<PeerInfo> {
+        let shared = self.shared();
+        let mut peers = shared.with_mesh(|mesh, _| mesh.peers());
+        let routing = shared.routing.load();
+        for peer in &mut peers {
+            if let Some(Some(cell)) = routing.link(&peer.id) {
+                let silence = cell.now().since(cell.peek(|flow| flow.last_heard()));
+                peer.suspect_for = (silence >= shared.timing.suspect).then_some(silence);
+            }
+        }
+        peers
+    }
+
+    /// The addresses that are known, but behind which nobody could be reached.
+    pub fn unreachable(&self) -> Vec<Unreachable> {
+        self.shared().with_mesh(|mesh, _| mesh.unreachable())
+    }
+
+    /// What happens from now on: peers that come and go, messages that are dropped.
+    pub fn events(&self) -> Events {
+        Events::new(self.shared().events.subscribe())
+    }
+
+    /// All that was sent, received and dropped so far.
+    pub fn counters(&self) -> Counters {
+        self.shared().counters.snapshot()
+    }
+
+    /// What waits here for a peer to take it, in bytes; nothing for one that is not linked.
+    pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
+        match self.shared().routing.load().link(peer) {
+            Some(Some(cell)) => cell.peek(|flow| flow.queued_bytes()),
+            _ => 0,
+        }
+    }
+
+    /// Waits until at least `count` nodes subscribe to a topic, this one included.
+    ///
+    /// # Errors
+    /// [`WaitError`] if the topic can't be parsed or the time runs out.
+    pub async fn wait_for_subscribers<T>(
+        &self,
+        topic: T,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        let enough = || {
+            let here = !self.shared().inboxes.load().matching(&topic).is_empty();
+            self.shared().routing.load().subscribers(&topic).len() + usize::from(here) >= count
+        };
+        self.wait_until(enough, within).await
+    }
+
+    /// Waits until a node offers a service, this one included.
+    ///
+    /// # Errors
+    /// [`WaitError`] if the name can't be parsed or the time runs out.
+    pub async fn wait_for_service<N>(&self, name: N, within: Duration) -> Result<(), WaitError>
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+    {
+        let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        let offered = || {
+            let there = !self.shared().routing.load().instances(&name).is_empty();
+            there || self.shared().service(&name).is_some()
+        };
+        self.wait_until(offered, within).await
+    }
+
+    /// Waits until at least `count` peers are up.
+    ///
+    /// # Errors
+    /// [`WaitError::TimedOut`] if the time runs out.
+    pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
+        self.wait_until(|| self.shared().routing.load().peers() >= count, within).await
+    }
+
+    async fn wait_until(&self, holds: impl Fn() -> bool, within: Duration) -> Result<(), WaitError> {
+        let mut changes = self.shared().routing_version.subscribe();
+        let wait = async {
+            while !holds() && changes.changed().await.is_ok() {}
+        };
+        timeout(within, wait).await.map_err(|_| WaitError::TimedOut(within))
+    }
+
+    /// Shuts down: withdraws the services and lets their handlers end, waits until the peers
+    /// have confirmed what they were sent, says goodbye, closes. Takes 5 s for that at most, and
+    /// about one more to say goodbye.
+    pub async fn shutdown(&self) -> ShutdownReport {
+        self.shutdown_within(DRAIN).await
+    }
+
+    /// [`Node::shutdown`] with another limit.
+    pub async fn shutdown_within(&self, within: Duration) -> ShutdownReport {
+        shutdown::run(self.shared(), within).await
+    }
+}
+
+/// What was waited for did not come.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The topic or name can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// The time ran out.
+    #[error("it did not happen within {0:?}")]
+    TimedOut(Duration),
+}

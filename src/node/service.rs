@@ -1,0 +1,450 @@
+//! Services: handlers, and how many of them run at once.
+
+use std::fmt;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::cell::Credit;
+use super::counters::add;
+use super::shared::{Outcome, Shared, lock};
+use crate::address::{AddressError, Destination, ServiceName};
+use crate::engine::{Admission, LinkId, Service as Admissions};
+use crate::message::{Body, Header, Kind, Message, MessageId};
+use crate::report::DropReason;
+use crate::wire::{Envelope, Failure, Payload};
+
+/// Stands for the link of calls that this node makes to itself.
+pub(crate) const LOCAL: LinkId = LinkId(0);
+
+/// How many calls a service runs at once, unless it says so itself.
+pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
+
+/// Why a handler declined a call. Its code and text reach the caller.
+///
+/// Any error turns into one, with the code `error`, so that `?` works in handlers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HandlerError {
+    /// A short name that a program can match, such as `not_found`.
+    pub code: String,
+    /// A sentence for people.
+    pub text: String,
+}
+
+impl HandlerError {
+    /// An error with a code for programs and a text for people.
+    pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { code: code.into(), text: text.into() }
+    }
+}
+
+impl fmt::Display for HandlerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.text)
+    }
+}
+
+impl<E: std::error::Error> From<E> for HandlerError {
+    fn from(error: E) -> Self {
+        Self::new("error", error.to_string())
+    }
+}
+
+/// A call as its handler sees it: the message, and what is known of its caller's patience.
+#[derive(Debug)]
+pub struct Call {
+    /// The message.
+    pub message: Message,
+    cancelled: Arc<Cancelled>,
+    deadline: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Cancelled {
+    flag: AtomicBool,
+    notify: Notify,
+}
+
+impl Cancelled {
+    fn set(&self) {
+        self.flag.store(true, Ordering::Release);
+        self.notify.notify_waiters();
+    }
+
+    async fn wait(&self) {
+        let notified = self.notify.notified();
+        if !self.flag.load(Ordering::Acquire) {
+            notified.await;
+        }
+    }
+}
+
+impl Call {
+    /// Whether somebody waits for a reply.
+    pub fn wants_reply(&self) -> bool {
+        self.message.header.reply_to.is_some()
+    }
+
+    /// How much longer the reply is of use; `None` if the caller set no limit.
+    pub fn time_left(&self) -> Option<Duration> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Whether the caller gave up, or is gone.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.flag.load(Ordering::Acquire)
+    }
+
+    /// Waits until the caller gives up or is gone. A handler that ignores it runs to its end;
+    /// its reply is then dropped.
+    pub async fn cancelled(&self) {
+        self.cancelled.wait().await;
+    }
+}
+
+type HandlerFuture = Pin<Box<dyn Future<Output = Result<Body, HandlerError>> + Send>>;
+type Handler = dyn Fn(Call) -> HandlerFuture + Send + Sync;
+
+/// Wraps a user's handler.
+pub(crate) fn boxed<F, R, B>(handler: F) -> Arc<Handler>
+where
+    F: Fn(Call) -> R + Send + Sync + 'static,
+    R: Future<Output = Result<B, HandlerError>> + Send + 'static,
+    B: Into<Body>,
+{
+    Arc::new(move |call| {
+        let running = handler(call);
+        Box::pin(async move { running.await.map(Into::into) })
+    })
+}
+
+type Key = (LinkId, MessageId);
+
+/// A call that was admitted, and holds its link's credit until it ends.
+struct Held {
+    message: Message,
+    credit: Option<Credit>,
+    cancelled: Arc<Cancelled>,
+    deadline: Option<Instant>,
+}
+
+/// One service of this node.
+pub(crate) struct ServiceCell {
+    pub(crate) name: ServiceName,
+    pub(crate) concurrency: u32,
+    handler: Arc<Handler>,
+    state: Mutex<State>,
+    /// Woken whenever a call ends.
+    ended: Notify,
+}
+
+struct State {
+    admissions: Admissions<Key, Held>,
+    running: std::collections::HashMap<Key, Running>,
+}
+
+struct Running {
+    cancelled: Arc<Cancelled>,
+    task: Option<AbortHandle>,
+}
+
+impl ServiceCell {
+    pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
+        let admissions = Admissions::new(concurrency as usize);
+        let state = Mutex::new(State { admissions, running: std::collections::HashMap::new() });
+        Self { name, concurrency, handler, state, ended: Notify::new() }
+    }
+
+    pub(crate) fn handle_call(self: &Arc<Self>, shared: &Arc<Shared>, message: Message, credit: Option<Credit>) {
+        let link = credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
+        let key = (link, message.header.id);
+        let time_to_live = message.header.time_to_live;
+        let deadline = time_to_live.and_then(|ttl| Instant::now().checked_add(ttl));
+        let expires = time_to_live.map(|ttl| shared.now() + ttl);
+        let held = Held { message, credit, cancelled: Arc::default(), deadline };
+        let admission = lock(&self.state).admissions.handle_call(key, expires, held);
+        match admission {
+            Admission::Start(held) => self.start(shared, key, held),
+            Admission::Waits => {}
+            Admission::Refused(held) => {
+                shared.decline(&held.message, held.credit, DropReason::NoService);
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
+        let Held { message, credit, cancelled, deadline } = held;
+        let running = Running { cancelled: cancelled.clone(), task: None };
+        lock(&self.state).running.insert(key, running);
+        let (service, node) = (self.clone(), shared.clone());
+        let task = shared.runtime.spawn(async move {
+            let call = Call { message: message.clone(), cancelled, deadline };
+            let handler = service.handler.clone();
+            // A handler's panic is its caller's error, and nobody else's.
+            let run = AssertUnwindSafe(async move { handler(call).await });
+            let result = run.catch_unwind().await.unwrap_or_else(|panic| {
+                let text = panic_text(panic.as_ref());
+                tracing::warn!(service = %service.name, message_id = %message.header.id, text, "a handler panicked");
+                Err(HandlerError::new("panic", "the handler panicked"))
+            });
+            service.finish(&node, key, &message, credit, result);
+        });
+        if let Some(running) = lock(&self.state).running.get_mut(&key) {
+            running.task = Some(task.abort_handle());
+        }
+    }
+
+    fn finish(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        key: Key,
+        message: &Message,
+        credit: Option<Credit>,
+        result: Result<Body, HandlerError>,
+    ) {
+        add(&shared.counters.handled, 1);
+        match result {
+            Ok(body) => shared.reply_with_body(message, credit, body),
+            Err(HandlerError { code, text }) if message.header.reply_to.is_some() => {
+                shared.reply(message, credit, Payload::Failed(Failure { code, text }));
+            }
+            Err(error) => {
+                tracing::warn!(service = %self.name, message_id = %message.header.id, %error, "a handler failed");
+                shared.drop_received(credit.as_ref(), DropReason::HandlerFailed);
+            }
+        }
+        self.end(shared, key);
+    }
+
+    fn end(self: &Arc<Self>, shared: &Arc<Shared>, key: Key) {
+        let mut state = lock(&self.state);
+        state.running.remove(&key);
+        let (next, expired) = state.admissions.handle_finished(shared.now(), key);
+        drop(state);
+        for held in expired {
+            shared.decline(&held.message, held.credit, DropReason::Expired);
+        }
+        if let Some(next) = next {
+            let link = next.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
+            self.start(shared, (link, next.message.header.id), next);
+        }
+        self.ended.notify_waiters();
+    }
+
+    pub(crate) fn handle_cancel(&self, link: LinkId, id: MessageId) {
+        let mut state = lock(&self.state);
+        let waiting = state.admissions.handle_cancel((link, id));
+        if let Some(running) = state.running.get(&(link, id)) {
+            running.cancelled.set();
+        }
+        drop(state);
+        if let Some(Held { credit: Some(credit), .. }) = waiting {
+            credit.report_drop(DropReason::Cancelled);
+        }
+    }
+
+    /// What came over the link has nobody left to wait for it.
+    pub(crate) fn handle_link_lost(&self, link: LinkId) {
+        let mut state = lock(&self.state);
+        let waiting = state.admissions.take_waiting(|key| key.0 == link);
+        for (_, running) in state.running.iter().filter(|(key, _)| key.0 == link) {
+            running.cancelled.set();
+        }
+        drop(state);
+        // Their credit goes back to a flow that is closed.
+        drop(waiting);
+        self.ended.notify_waiters();
+    }
+
+    /// Unfinished local calls.
+    pub(crate) fn running(&self) -> usize {
+        lock(&self.state).admissions.running()
+    }
+
+    /// Takes no more calls, and waits until those that it has are done.
+    pub(crate) async fn drain(&self) {
+        lock(&self.state).admissions.drain();
+        loop {
+            let ended = self.ended.notified();
+            if lock(&self.state).admissions.is_idle() {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    /// Ends what still runs; how many calls that were.
+    pub(crate) fn abort(&self) -> usize {
+        let state = lock(&self.state);
+        state.running.values().filter_map(|running| running.task.as_ref()).for_each(AbortHandle::abort);
+        state.running.len()
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (_, Some(text)) => text,
+        _ => "no message",
+    }
+}
+
+impl Shared {
+    fn reply_with_body(self: &Arc<Self>, call: &Message, credit: Option<Credit>, body: Body) {
+        if call.header.reply_to.is_none() {
+            return;
+        }
+        if body.len() > self.config.max_body {
+            let text = format!("the reply is {} bytes long, over the limit", body.len());
+            let failure = Failure { code: "too_large".into(), text };
+            return self.reply(call, credit, Payload::Failed(failure));
+        }
+        self.send_reply(call, credit, Payload::Reply(body.bytes), body.content_type);
+    }
+
+    pub(crate) fn reply(self: &Arc<Self>, call: &Message, credit: Option<Credit>, payload: Payload) {
+        self.send_reply(call, credit, payload, None);
+    }
+
+    /// Sends a reply to a call's return address.
+    fn send_reply(
+        self: &Arc<Self>,
+        call: &Message,
+        credit: Option<Credit>,
+        payload: Payload,
+        content_type: Option<&str>,
+    ) {
+        let Some(address) = call.header.reply_to else { return };
+        let id = self.ids.next_now();
+        let mut header = Header::new(id, Kind::Document, Destination::Node(address));
+        header.correlation_id = Some(call.header.id);
+        if let Some(content_type) = content_type {
+            header.extra_mut().content_type = Some(content_type.to_owned());
+        }
+        if address == self.id {
+            return self.reply_to_self(Envelope { header, payload });
+        }
+        let envelope = Envelope { header, payload };
+        let sent = match credit {
+            Some(credit) if credit.cell().peer == address => credit.answer(envelope),
+            // The return address is another node than the one that called.
+            _ => match self.routing.load().link(&address) {
+                Some(Some(cell)) => cell.send_message(envelope),
+                _ => Err(DropReason::LinkLost),
+            },
+        };
+        match sent {
+            Ok(()) => add(&self.counters.queued, 1),
+            Err(reason) => self.count_drop(address, reason, 1),
+        }
+    }
+
+    fn reply_to_self(&self, Envelope { header, payload }: Envelope) {
+        let Some(id) = header.correlation_id else { return };
+        let outcome = match payload {
+            Payload::Failed(failure) => Outcome::Failed(failure),
+            Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => {
+                Outcome::Reply(Message { from: self.id, header, body })
+            }
+        };
+        match self.end_request(id) {
+            Some((waiter, _)) => {
+                let _caller_left = waiter.send(outcome);
+            }
+            None => self.count_drop(self.id, DropReason::Late, 1),
+        }
+    }
+}
+
+/// A service name that can't be offered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The name can't be parsed.
+    #[error(transparent)]
+    Name(#[from] AddressError),
+    /// This node offers it already.
+    #[error("this node serves {0} already")]
+    AlreadyServed(ServiceName),
+    /// The node is shutting down.
+    #[error("the node is shutting down")]
+    ShutDown,
+}
+
+/// A service that is about to be offered. [`Serve::start`] does it.
+#[must_use = "a service is offered when it is started"]
+pub struct Serve {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) name: Result<ServiceName, AddressError>,
+    pub(crate) handler: Arc<Handler>,
+    pub(crate) concurrency: u32,
+}
+
+impl Serve {
+    /// How many calls run at once: 64 by default, 1 at the least. Others wait, as far as the
+    /// credit of their senders goes.
+    pub fn concurrency(mut self, calls: u32) -> Self {
+        self.concurrency = calls.max(1);
+        self
+    }
+
+    /// Offers the service and announces it to the mesh.
+    ///
+    /// # Errors
+    /// [`ServeError`] if the name can't be parsed or is served here already.
+    pub fn start(self) -> Result<Service, ServeError> {
+        let name = self.name?;
+        if self.shared.is_stopping() {
+            return Err(ServeError::ShutDown);
+        }
+        let cell = Arc::new(ServiceCell::new(name.clone(), self.concurrency, self.handler));
+        if !self.shared.add_service(&cell) {
+            return Err(ServeError::AlreadyServed(name));
+        }
+        Ok(Service { cell, shared: self.shared })
+    }
+}
+
+/// A service that this node offers. Dropping it withdraws the service; what runs is finished.
+#[must_use = "dropping a service withdraws it"]
+pub struct Service {
+    cell: Arc<ServiceCell>,
+    shared: Arc<Shared>,
+}
+
+impl Service {
+    /// The name under which it is offered.
+    pub fn name(&self) -> &ServiceName {
+        &self.cell.name
+    }
+
+    /// How many calls run now.
+    pub fn running(&self) -> usize {
+        self.cell.running()
+    }
+
+    /// Withdraws the service and waits until the calls that it has taken are done: for a
+    /// rolling deploy. Calls that arrive meanwhile are turned down with `no_service`.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the service withdrawn.
+    pub async fn drain(self) {
+        self.shared.withdraw(&self.cell.name);
+        self.cell.drain().await;
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.shared.withdraw(&self.cell.name);
+        self.shared.remove_service(&self.cell.name);
+    }
+}

@@ -1,0 +1,387 @@
+//! What the handles of a node and its tasks share, and how the engine's actions are performed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, broadcast, oneshot, watch};
+use tokio::task::JoinSet;
+
+use super::cell::LinkCell;
+use super::counters::{LiveCounters, add};
+use super::events::Event;
+use super::service::ServiceCell;
+use super::subscription::Inboxes;
+use super::transport::Transport;
+use crate::address::{Pattern, ServiceName};
+use crate::config::Config;
+use crate::discovery::Discovered;
+use crate::engine::{
+    Action, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time, Timing,
+};
+use crate::message::{IdSource, Message, MessageId};
+use crate::peer::{Address, Incarnation, NodeId};
+use crate::report::DropReason;
+use crate::tunnel::{Refusal, Watch};
+use crate::wire::{Failure, Limits};
+
+/// How the links are reached from a routing snapshot.
+pub(crate) type LiveRouting = Routing<Option<Arc<LinkCell>>>;
+
+/// What became of a request.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Reply(Message),
+    Failed(Failure),
+    DeadlineExceeded,
+    PeerLost { maybe_executed: bool },
+    ShutDown,
+}
+
+pub(crate) struct Shared {
+    pub(crate) id: NodeId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) name: String,
+    pub(crate) config: Config,
+    pub(crate) limits: Limits,
+    pub(crate) timing: Timing,
+    pub(crate) ids: IdSource,
+    pub(crate) started: Instant,
+    pub(crate) runtime: Handle,
+    mesh: Mutex<Mesh>,
+    cells: Mutex<HashMap<LinkId, Arc<LinkCell>>>,
+    next_link: AtomicU64,
+    pub(crate) routing: ArcSwap<LiveRouting>,
+    /// Counts the snapshots, for those who wait for a change.
+    pub(crate) routing_version: watch::Sender<u64>,
+    requests: Mutex<Requests<oneshot::Sender<Outcome>>>,
+    pub(crate) inboxes: ArcSwap<Inboxes>,
+    inboxes_change: Mutex<()>,
+    services: Mutex<BTreeMap<ServiceName, Arc<ServiceCell>>>,
+    pub(crate) turn: AtomicUsize,
+    pub(crate) counters: LiveCounters,
+    pub(crate) events: broadcast::Sender<Event>,
+    /// Drops are told in groups, by a task that this wakes.
+    pub(crate) drops: Notify,
+    /// Wakes the driver for an earlier deadline.
+    pub(crate) earlier: Notify,
+    /// Until when the driver sleeps, in ms since the start.
+    pub(crate) armed_ms: AtomicU64,
+    pub(crate) transport: OnceLock<Transport>,
+    pub(crate) tasks: Mutex<JoinSet<()>>,
+    pub(crate) stopping: AtomicBool,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn new(
+        id: NodeId,
+        incarnation: Incarnation,
+        name: String,
+        config: Config,
+        limits: Limits,
+        mesh: Mesh,
+        stem: u64,
+    ) -> Self {
+        let timing = Timing {
+            heartbeat: config.heartbeat,
+            suspect: config.suspect_after,
+            dead: config.dead_after,
+        };
+        Self {
+            id,
+            incarnation,
+            name,
+            config,
+            limits,
+            timing,
+            ids: IdSource::new(stem),
+            started: Instant::now(),
+            runtime: Handle::current(),
+            mesh: Mutex::new(mesh),
+            cells: Mutex::default(),
+            next_link: AtomicU64::new(1),
+            routing: ArcSwap::default(),
+            routing_version: watch::Sender::new(0),
+            requests: Mutex::default(),
+            inboxes: ArcSwap::default(),
+            inboxes_change: Mutex::default(),
+            services: Mutex::default(),
+            turn: AtomicUsize::new(0),
+            counters: LiveCounters::default(),
+            events: broadcast::Sender::new(1024),
+            drops: Notify::new(),
+            earlier: Notify::new(),
+            armed_ms: AtomicU64::new(0),
+            transport: OnceLock::new(),
+            tasks: Mutex::default(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time::after_start(self.started.elapsed())
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Spawns a task that ends with the node.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, &self.runtime);
+    }
+
+    // The mesh.
+
+    /// Tells the mesh something, then performs what it decided before anyone else can, so that
+    /// records leave in the order in which they were decided on.
+    pub(crate) fn with_mesh<R>(self: &Arc<Self>, tell: impl FnOnce(&mut Mesh, Time) -> R) -> R {
+        let mut mesh = lock(&self.mesh);
+        let result = tell(&mut mesh, self.now());
+        while let Some(action) = mesh.poll_action() {
+            self.perform(action);
+        }
+        if let Some(routing) = mesh.poll_routing() {
+            let cells = lock(&self.cells);
+            self.routing.store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
+            self.routing_version.send_modify(|version| *version += 1);
+        }
+        if let Some(at) = mesh.poll_timeout() {
+            self.wake_by(at);
+        }
+        result
+    }
+
+    fn perform(self: &Arc<Self>, action: Action) {
+        match action {
+            Action::Dial { target, addresses } => self.dial(target, addresses),
+            Action::Send(link, control) => {
+                if let Some(cell) = self.cell(link) {
+                    cell.send_control(control);
+                }
+            }
+            Action::Open { link, limits } => {
+                if let Some(cell) = self.cell(link) {
+                    cell.with_flow(|flow| flow.handle_limits(&limits));
+                    cell.set_open();
+                    add(&self.counters.links, 1);
+                }
+            }
+            Action::Close { link, reason } => self.close_link(link, &reason),
+            Action::Report(event) => self.report(event),
+        }
+    }
+
+    fn dial(self: &Arc<Self>, target: TargetKey, addresses: Vec<Address>) {
+        let shared = self.clone();
+        self.spawn(async move {
+            let Some(transport) = shared.transport.get() else { return };
+            if let Err(error) = transport.dial(&target, &addresses).await {
+                tracing::debug!(address = ?addresses.first(), %error, "dialling failed");
+                let text = error.to_string();
+                shared.with_mesh(|mesh, now| mesh.handle_dial_failed(now, &target, text));
+            }
+        });
+    }
+
+    fn close_link(&self, link: LinkId, reason: &DownReason) {
+        let Some(cell) = lock(&self.cells).remove(&link) else { return };
+        let lost = cell.with_flow(crate::engine::Flow::close);
+        self.count_drop(cell.peer, DropReason::LinkLost, lost.unsent);
+        add(&self.counters.in_doubt, lost.in_doubt);
+        tracing::debug!(peer = %cell.peer.short(), %reason, "link closed");
+        for (id, waiter) in lock(&self.requests).handle_link_lost(link) {
+            let maybe_executed = !lost.unsent_calls.contains(&id);
+            let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed });
+        }
+        for service in self.services() {
+            service.handle_link_lost(link);
+        }
+        cell.close();
+    }
+
+    fn report(&self, event: MeshEvent) {
+        let event = Event::from(event);
+        match &event {
+            Event::PeerUp(peer) => {
+                tracing::info!(peer = %peer.id.short(), name = %peer.name, by = %peer.source, "peer up");
+            }
+            Event::PeerDown { id, name, reason } => {
+                tracing::info!(peer = %id.short(), %name, %reason, "peer down");
+            }
+            Event::Refused { address, reason } => {
+                tracing::warn!(address = address.as_ref().map(tracing::field::display), %reason, "connection refused");
+            }
+            Event::IdentityConflict { address } => {
+                tracing::warn!(
+                    address = address.as_ref().map(tracing::field::display),
+                    "another live node has this node's identity: give one of them another file"
+                );
+            }
+            Event::Dropped { .. } => {}
+        }
+        let _nobody_watches = self.events.send(event);
+    }
+
+    // Links.
+
+    pub(crate) fn add_cell(&self, make: impl FnOnce(LinkId) -> LinkCell) -> Arc<LinkCell> {
+        let id = LinkId(self.next_link.fetch_add(1, Ordering::Relaxed));
+        let cell = Arc::new(make(id));
+        lock(&self.cells).insert(id, cell.clone());
+        self.spawn(cell.clone().keep_sending());
+        cell
+    }
+
+    fn cell(&self, link: LinkId) -> Option<Arc<LinkCell>> {
+        lock(&self.cells).get(&link).cloned()
+    }
+
+    pub(crate) fn cells(&self) -> Vec<Arc<LinkCell>> {
+        lock(&self.cells).values().cloned().collect()
+    }
+
+    /// Counts a drop of ours, and sees to it that it is told.
+    pub(crate) fn count_drop(&self, peer: NodeId, reason: DropReason, count: u64) {
+        if self.counters.dropped(peer, reason, count) {
+            self.drops.notify_one();
+        }
+    }
+
+    /// Makes sure that the driver looks at the clock by then.
+    pub(crate) fn wake_by(&self, at: Time) {
+        let at = at.since_start().as_millis() as u64;
+        if at < self.armed_ms.load(Ordering::Acquire) {
+            self.earlier.notify_one();
+        }
+    }
+
+    // Requests.
+
+    pub(crate) fn open_request(
+        &self,
+        id: MessageId,
+        deadline: Time,
+        link: Option<LinkId>,
+        waiter: oneshot::Sender<Outcome>,
+    ) {
+        lock(&self.requests).insert(id, deadline, link, waiter);
+        self.wake_by(deadline);
+    }
+
+    pub(crate) fn end_request(&self, id: MessageId) -> Option<(oneshot::Sender<Outcome>, Option<LinkId>)> {
+        lock(&self.requests).remove(id)
+    }
+
+    /// Takes a request back: from the queue, or from its handler's attention.
+    pub(crate) fn cancel_call(&self, id: MessageId, link: Option<LinkId>) {
+        match link {
+            Some(link) => {
+                if let Some(cell) = self.cell(link)
+                    && cell.cancel(id)
+                {
+                    self.count_drop(cell.peer, DropReason::Cancelled, 1);
+                }
+            }
+            None => self.services().iter().for_each(|service| service.handle_cancel(super::service::LOCAL, id)),
+        }
+    }
+
+    pub(crate) fn expire_requests(&self) {
+        let late = lock(&self.requests).handle_timeout(self.now());
+        for (id, waiter, link) in late {
+            let _caller_left = waiter.send(Outcome::DeadlineExceeded);
+            self.cancel_call(id, link);
+        }
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
+        lock(&self.requests).poll_timeout()
+    }
+
+    pub(crate) fn fail_all_requests(&self) {
+        let forever = Time::after_start(std::time::Duration::MAX);
+        for (_, waiter, _) in lock(&self.requests).handle_timeout(forever) {
+            let _caller_left = waiter.send(Outcome::ShutDown);
+        }
+    }
+
+    // Subscriptions and services.
+
+    pub(crate) fn subscribe(self: &Arc<Self>, pattern: &Pattern, limit: u64) -> super::Subscription {
+        let change = lock(&self.inboxes_change);
+        let mut inboxes = Inboxes::clone(&self.inboxes.load());
+        let (number, inbox) = inboxes.add(pattern, limit);
+        self.inboxes.store(Arc::new(inboxes));
+        drop(change);
+        self.with_mesh(|mesh, _| mesh.subscribe(pattern));
+        super::Subscription::new(self, number, inbox)
+    }
+
+    pub(crate) fn unsubscribe(self: &Arc<Self>, number: u64, pattern: &Pattern) {
+        self.with_mesh(|mesh, _| mesh.unsubscribe(pattern));
+        let _change = lock(&self.inboxes_change);
+        let mut inboxes = Inboxes::clone(&self.inboxes.load());
+        inboxes.remove(number);
+        self.inboxes.store(Arc::new(inboxes));
+    }
+
+    pub(crate) fn service(&self, name: &ServiceName) -> Option<Arc<ServiceCell>> {
+        lock(&self.services).get(name).cloned()
+    }
+
+    pub(crate) fn services(&self) -> Vec<Arc<ServiceCell>> {
+        lock(&self.services).values().cloned().collect()
+    }
+
+    /// Offers a service, unless the node does so already.
+    pub(crate) fn add_service(self: &Arc<Self>, service: &Arc<ServiceCell>) -> bool {
+        let mut services = lock(&self.services);
+        if services.contains_key(&service.name) {
+            return false;
+        }
+        services.insert(service.name.clone(), service.clone());
+        drop(services);
+        self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency));
+        self.routing_version.send_modify(|version| *version += 1);
+        true
+    }
+
+    pub(crate) fn withdraw(self: &Arc<Self>, name: &ServiceName) {
+        self.with_mesh(|mesh, _| mesh.withdraw(name));
+    }
+
+    pub(crate) fn remove_service(&self, name: &ServiceName) {
+        lock(&self.services).remove(name);
+    }
+
+    pub(crate) fn handle_discovered(self: &Arc<Self>, discovered: Discovered) {
+        self.with_mesh(|mesh, now| match discovered {
+            Discovered::Seen(sighting) => mesh.handle_sighting(now, sighting),
+            Discovered::Gone(key) => mesh.handle_gone(&key),
+        });
+    }
+}
+
+/// Counts what the front door turned away.
+pub(crate) struct DoorWatch(pub(crate) Weak<Shared>);
+
+impl Watch for DoorWatch {
+    fn handle_refusal(&self, address: Address, refusal: Refusal) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.counters.refused(refusal.as_str());
+            tracing::debug!(%address, %refusal, "the front door cut a connection");
+            let event = Event::Refused { address: Some(address), reason: refusal.to_string() };
+            let _nobody_watches = shared.events.send(event);
+        }
+    }
+}

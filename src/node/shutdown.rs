@@ -1,0 +1,91 @@
+//! Drain, say goodbye, close: in this order.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::shared::{Shared, lock};
+use crate::engine::Flow;
+use crate::report::Counters;
+
+/// What a node left behind when it shut down.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ShutdownReport {
+    /// Messages that were still queued here and are dropped.
+    pub undelivered: u64,
+    /// Messages that were sent, and of which nobody can say whether they were handled.
+    pub in_doubt: u64,
+    /// Handlers that were still running and were ended.
+    pub aborted: usize,
+    /// All that was counted in the node's life.
+    pub counters: Counters,
+}
+
+/// How often peers are asked how far they are.
+const ASK_EVERY: Duration = Duration::from_millis(20);
+/// How long peers may take to close after the goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Ends a node's work within about `within`.
+pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
+    shared.stopping.store(true, Ordering::Release);
+    let deadline = Instant::now() + within;
+    shared.with_mesh(|mesh, _| mesh.stop_dialing());
+    let services = shared.services();
+    for service in &services {
+        shared.withdraw(&service.name);
+    }
+    for service in &services {
+        let _too_slow = timeout_at(deadline, service.drain()).await;
+    }
+    let aborted = services.iter().map(|service| service.abort()).sum();
+    let _too_slow = timeout_at(deadline, settled(shared)).await;
+    let before = shared.counters.snapshot();
+    shared.with_mesh(|mesh, _| mesh.say_goodbye());
+    // Peers close a link when they have read the goodbye.
+    let _too_slow = timeout_at(Instant::now() + GOODBYE, unlinked(shared)).await;
+    shared.with_mesh(|mesh, now| {
+        let links: Vec<_> = mesh.links().map(|(_, link)| link).collect();
+        for link in links {
+            mesh.handle_closed(now, link, crate::engine::DownReason::ShutDownHere);
+        }
+    });
+    shared.fail_all_requests();
+    shared.inboxes.load().all().for_each(|inbox| inbox.close());
+    let mut tasks = std::mem::take(&mut *lock(&shared.tasks));
+    tasks.shutdown().await;
+    if let Some(transport) = shared.transport.get() {
+        transport.close().await;
+    }
+    let counters = shared.counters.snapshot();
+    ShutdownReport {
+        undelivered: counters.dropped_total() - before.dropped_total(),
+        in_doubt: counters.in_doubt - before.in_doubt,
+        aborted,
+        counters,
+    }
+}
+
+/// Until every peer has confirmed all that it was sent.
+async fn settled(shared: &Arc<Shared>) {
+    loop {
+        if shared.cells().iter().all(|cell| cell.peek(Flow::is_settled)) {
+            return;
+        }
+        shared.with_mesh(|mesh, _| mesh.probe_all());
+        sleep(ASK_EVERY).await;
+    }
+}
+
+/// Until no peer is left.
+async fn unlinked(shared: &Arc<Shared>) {
+    let mut changes = shared.routing_version.subscribe();
+    while shared.routing.load().peers() > 0 {
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! From a configuration to a running node.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::driver;
+use super::receive::NodeAcceptor;
+use super::shared::{DoorWatch, Shared};
+use super::transport::Transport;
+use super::{Inner, Node};
+use crate::config::Config;
+use crate::discovery::{self, Discovered, Sink, local};
+use crate::engine::{Mesh, MeshConfig, Sighting};
+use crate::link::Acceptor;
+use crate::link::zmq::ZmqPort;
+use crate::peer::{Identity, IdentityError, Incarnation, Source, random_u64};
+use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits};
+use crate::wire::Limits;
+
+/// A node that can't start, and which setting has to change.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// Settings that contradict each other or make no sense.
+    #[error("{0}")]
+    Config(String),
+    /// The identity file can't be used.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The address can't be listened on.
+    #[error("can't listen on {addr}: {source}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The private socket can't be made.
+    #[error("can't use the socket folder {dir}: {source}", dir = dir.display())]
+    SocketDir {
+        /// The folder.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Multicast DNS can't be used.
+    #[error("mDNS can't be used: {0}; it can be turned off (--no-mdns)")]
+    Mdns(String),
+}
+
+impl Node {
+    pub(crate) async fn start(config: Config) -> Result<Self, StartError> {
+        config.check()?;
+        let identity = match &config.identity {
+            Some(path) => Identity::load_or_create(path)?,
+            None => Identity::ephemeral(),
+        };
+        let id = identity.node_id();
+        let incarnation = Incarnation(random_u64());
+        let name = config.name.clone().unwrap_or_else(host_name);
+        let limits =
+            Limits { max_body: config.max_body as u64, windows: [config.window; 3] };
+        let mesh_config =
+            MeshConfig { id, incarnation, mesh: config.mesh.clone(), name: name.clone(), limits };
+        let mesh = Mesh::new(mesh_config, random_u64());
+        let stem = random_u64() >> 22;
+        let shared = Arc::new(Shared::new(id, incarnation, name, config, limits, mesh, stem));
+        let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(shared.clone()));
+        // From here on the node's tasks end with it, whatever fails.
+        let mut inner = Inner { shared: shared.clone(), listening: Vec::new() };
+        match &shared.config.memory {
+            Some(network) => start_memory(&shared, network, &acceptor),
+            None => inner.listening = start_sockets(&shared, acceptor).await?,
+        }
+        shared.spawn(driver::run(shared.clone()));
+        shared.spawn(driver::tell_drops(shared.clone()));
+        Ok(Self { inner: Arc::new(inner) })
+    }
+}
+
+fn start_memory(
+    shared: &Arc<Shared>,
+    network: &crate::link::memory::MemoryNetwork,
+    acceptor: &Arc<dyn Acceptor>,
+) {
+    let port = network.join(shared.id, acceptor);
+    let others = network.others(port.number);
+    let _first = shared.transport.set(Transport::Memory(port));
+    for address in others {
+        let sighting = Sighting { source: Source::Fixed, id: None, addresses: vec![address] };
+        shared.handle_discovered(Discovered::Seen(sighting));
+    }
+}
+
+async fn start_sockets(
+    shared: &Arc<Shared>,
+    acceptor: Arc<dyn Acceptor>,
+) -> Result<Vec<SocketAddr>, StartError> {
+    let config = &shared.config;
+    let dirs = local::SocketDirs::prepare(config.runtime_dir.as_deref(), &config.mesh)
+        .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
+    let path = dirs.new_socket(config.local);
+    let port = ZmqPort::bind(&path, shared.id, config.local, acceptor).await;
+    let port = port.map_err(|source| StartError::SocketDir { dir: path.clone(), source })?;
+    let port = Arc::new(port);
+    let door_config = FrontDoorConfig {
+        gate: GateLimits::for_bodies(config.max_body as u64),
+        handshake_timeout: config.handshake_timeout,
+        max_pending: config.max_pending_handshakes,
+        max_pending_per_address: config.max_pending_per_address,
+        max_connections: config.max_connections,
+        loopback_only: !config.trusts_network(),
+    };
+    let watch = Arc::new(DoorWatch(Arc::downgrade(shared)));
+    let door = Arc::new(FrontDoor::new(door_config, port.clone(), watch));
+    let _first = shared.transport.set(Transport::Sockets { port, door: door.clone() });
+
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let wanted = match (config.listen.as_slice(), config.local) {
+        // Without the socket directory, loopback TCP is how the nodes of this host meet.
+        ([], false) => vec![loopback],
+        (listen, _) => listen.to_vec(),
+    };
+    let mut listening = Vec::new();
+    for addr in wanted {
+        let bound = door.listen(addr).await;
+        listening.push(bound.map_err(|source| StartError::Listen { addr, source })?);
+    }
+    if config.trusts_network() {
+        tracing::warn!(
+            listening = ?listening,
+            "this network is taken as trusted: what passes here is neither encrypted nor authenticated"
+        );
+    }
+
+    let node = shared.clone();
+    let sink: Sink = Arc::new(move |discovered| node.handle_discovered(discovered));
+    discovery::fixed::announce(&config.peers, &sink);
+    if config.local {
+        shared.spawn(local::watch(dirs, path, sink.clone()));
+    }
+    if config.mdns && !listening.is_empty() {
+        let beacon = discovery::mdns::Beacon {
+            id: shared.id,
+            name: shared.name.clone(),
+            mesh: config.mesh.clone(),
+            listening: listening.clone(),
+            advertise: config.advertise.clone(),
+            interfaces: config.interfaces.clone(),
+            excluded_interfaces: config.excluded_interfaces.clone(),
+        };
+        let watching = discovery::mdns::start(beacon, sink).map_err(StartError::Mdns)?;
+        shared.spawn(watching);
+    }
+    Ok(listening)
+}
+
+#[cfg(unix)]
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(not(unix))]
+fn host_name() -> String {
+    std::env::var("COMPUTERNAME").unwrap_or_else(|_| "node".into())
+}

@@ -1,0 +1,41 @@
+//! The ways in which a node reaches others.
+
+use std::sync::Arc;
+
+use crate::discovery::local;
+use crate::engine::TargetKey;
+use crate::link::DialError;
+use crate::link::memory::MemoryPort;
+use crate::link::zmq::ZmqPort;
+use crate::peer::Address;
+use crate::tunnel::FrontDoor;
+
+pub(crate) enum Transport {
+    Sockets { port: Arc<ZmqPort>, door: Arc<FrontDoor> },
+    Memory(MemoryPort),
+}
+
+impl Transport {
+    /// Dials a target; returns when the link has been handed to the node.
+    pub(crate) async fn dial(&self, target: &TargetKey, addresses: &[Address]) -> Result<(), DialError> {
+        match (self, addresses.first()) {
+            (Self::Sockets { port, .. }, Some(Address::Local(path))) => {
+                let dialled = port.dial(target, path).await;
+                if dialled.is_err() {
+                    local::remove_if_stale(path);
+                }
+                dialled
+            }
+            (Self::Sockets { door, .. }, _) => door.dial(target, addresses).await,
+            (Self::Memory(port), Some(Address::Memory(number))) => port.dial(target, *number),
+            (Self::Memory(_), _) => Err(DialError("this node is on an in-memory network".into())),
+        }
+    }
+
+    pub(crate) async fn close(&self) {
+        if let Self::Sockets { port, door } = self {
+            door.close().await;
+            port.close().await;
+        }
+    }
+}
