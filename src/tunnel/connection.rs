@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
-use super::gate::{Gate, inner_handshake};
+use super::gate::{Gate, inner_greeting, inner_ready};
 use super::{GateLimits, Refusal};
 use crate::engine::Connection;
 use crate::link::zmq::{Pump, Registration, ZmqPort, new_identity};
@@ -102,7 +102,7 @@ pub(super) async fn run(
     handshake_timeout: Duration,
     connection: Connection,
     live: oneshot::Sender<()>,
-    admitted: impl Drop + Send,
+    admitted: impl Send,
 ) -> Ended {
     let _refused_by_the_system = tcp.set_nodelay(true);
     let (mut from_net, to_net) = tcp.into_split();
@@ -127,6 +127,7 @@ pub(super) async fn run(
     let handle = Arc::new(Handle::new());
     let mut outward = pin!(outward(from_inner, to_net));
     let inward = async {
+        to_inner.write_all(&inner_greeting()).await?;
         let mut gate = Gate::new(limits);
         let shaking = handshake(&mut gate, &mut from_net, &mut buffer, first);
         let (ready, rest) = tokio::time::timeout_at(deadline, shaking)
@@ -138,7 +139,7 @@ pub(super) async fn run(
         let registration = Registration { connection, pump: handle.clone(), live };
         let _unregister = Unregister { port: &port, identity: identity.clone() };
         port.register(identity.clone(), registration);
-        to_inner.write_all(&inner_handshake(&ready, &identity)).await?;
+        to_inner.write_all(&inner_ready(&ready, &identity)).await?;
         gate.inspect(&rest)?;
         to_inner.write_all(&rest).await?;
         loop {

@@ -92,7 +92,7 @@ impl FrontDoor {
         };
         let (live, went_live) = oneshot::channel();
         let (told, ended) = oneshot::channel();
-        let run = self.run(tcp, connection, live, NoPermit);
+        let run = self.run(tcp, connection, live, ());
         self.spawn(async move {
             let _no_longer_awaited = told.send(run.await);
         });
@@ -140,7 +140,7 @@ impl FrontDoor {
         tcp: TcpStream,
         connection: Connection,
         live: oneshot::Sender<()>,
-        admitted: impl Drop + Send + 'static,
+        admitted: impl Send + 'static,
     ) -> impl Future<Output = Ended> + Send + 'static {
         let (config, port, watch) = (&self.config, self.port.clone(), self.watch.clone());
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
@@ -250,11 +250,4 @@ impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         lock(&self.0).connections -= 1;
     }
-}
-
-/// What we dial needs no permit.
-struct NoPermit;
-
-impl Drop for NoPermit {
-    fn drop(&mut self) {}
 }

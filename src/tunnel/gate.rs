@@ -8,8 +8,6 @@
 //! A pure state machine. The crate behind it trusts a frame's length (73 bytes can make it abort
 //! the process), a peer's identity (one can take another's place), and any number of parts.
 
-use bytes::Bytes;
-
 use super::Refusal;
 use crate::peer::NodeId;
 use crate::wire::{MAX_BATCH, MAX_FRAMES, MAX_HEADER};
@@ -223,24 +221,28 @@ fn property(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     Some((name, value, rest))
 }
 
-/// The handshake as the socket library gets to see it: a greeting of ours, and the READY with
-/// the identity under which this side knows the connection.
-pub(super) fn inner_handshake(ready: &Ready, identity: &Bytes) -> Vec<u8> {
-    let mut bytes = vec![0; GREETING_LEN];
-    bytes[0] = 0xff;
-    bytes[9] = 0x7f;
-    bytes[10] = 3;
-    bytes[12..16].copy_from_slice(b"NULL");
+/// The greeting that the socket library gets to see: ours, whatever the peer's says. It waits for
+/// one before it sends its READY, so this is not held back until the peer's READY is here.
+pub(super) fn inner_greeting() -> [u8; GREETING_LEN] {
+    let mut greeting = [0; GREETING_LEN];
+    greeting[0] = 0xff;
+    greeting[9] = 0x7f;
+    greeting[10] = 3;
+    greeting[12..16].copy_from_slice(b"NULL");
+    greeting
+}
+
+/// The peer's READY as the socket library gets to see it: with the identity under which this
+/// side knows the connection.
+pub(super) fn inner_ready(ready: &Ready, identity: &[u8]) -> Vec<u8> {
     let mut command = b"\x05READY".to_vec();
-    for (name, value) in
-        [("Socket-Type", ready.socket_type.as_bytes()), ("Identity", identity.as_ref())]
-    {
+    for (name, value) in [("Socket-Type", ready.socket_type.as_bytes()), ("Identity", identity)] {
         command.push(name.len() as u8);
         command.extend_from_slice(name.as_bytes());
         command.extend_from_slice(&(value.len() as u32).to_be_bytes());
         command.extend_from_slice(value);
     }
-    bytes.extend_from_slice(&[FLAG_COMMAND, command.len() as u8]);
+    let mut bytes = vec![FLAG_COMMAND, command.len() as u8];
     bytes.extend_from_slice(&command);
     bytes
 }

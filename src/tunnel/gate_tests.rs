@@ -6,7 +6,7 @@ const LIMITS: GateLimits = GateLimits { message: 1000, frames: 8 };
 
 fn handshake(identity: &[u8]) -> Vec<u8> {
     let ready = Ready { claimed: NodeId::from_bytes([1; 32]), socket_type: "ROUTER" };
-    inner_handshake(&ready, &Bytes::copy_from_slice(identity))
+    [&inner_greeting()[..], &inner_ready(&ready, identity)].concat()
 }
 
 fn open_gate() -> Gate {
