@@ -1,1 +1,94 @@
-fn main(){}
+//! The `peerbus` command: nodes to run, messages to send, a demo and a benchmark.
+
+mod bench;
+mod demo;
+mod node;
+mod options;
+mod output;
+mod peers;
+mod publish;
+mod request;
+mod send;
+mod serve;
+mod subscribe;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Brokerless messaging: nodes that find each other and talk directly.
+#[derive(Parser)]
+#[command(name = "peerbus", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what the mesh does, with three real node processes
+    Demo(demo::Demo),
+    /// Run a node that prints what it sees
+    Node(node::NodeCommand),
+    /// Publish a message on a topic
+    #[command(name = "pub")]
+    Publish(publish::Publish),
+    /// Print the messages on topics
+    #[command(name = "sub")]
+    Subscribe(subscribe::Subscribe),
+    /// Send a one-way message to a service or a node
+    Send(send::Send),
+    /// Serve a name
+    Serve(serve::Serve),
+    /// Ask a service or a node, and print its reply
+    Request(request::Request),
+    /// List the peers that can be reached
+    Peers(peers::Peers),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("PEERBUS_LOG")
+                .unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.into()),
+    };
+    match runtime.block_on(run(cli.command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Demo(demo) => demo.run().await,
+        Command::Node(node) => node.run().await,
+        Command::Publish(publish) => publish.run().await,
+        Command::Subscribe(subscribe) => subscribe.run().await,
+        Command::Send(send) => send.run().await,
+        Command::Serve(serve) => serve.run().await,
+        Command::Request(request) => request.run().await,
+        Command::Peers(peers) => peers.run().await,
+        Command::Bench(bench) => bench.run().await,
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // A reader that went away (`peerbus sub … | head`) is no failure.
+    let gone = error.downcast_ref::<std::io::Error>();
+    if gone.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("peerbus: {error:#}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,263 @@
+//! `peerbus bench latency`
+
+use std::io::IsTerminal;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, ValueEnum};
+use peerbus::{Address, Call, Config, MeshName, Node};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::reference::{TcpClient, ZeromqClient, serve_tcp, serve_zeromq};
+use super::stats::{Samples, median};
+use crate::output;
+
+/// Who takes part. The first is the reference.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Contender {
+    TcpEcho,
+    ZeromqUnix,
+    ZeromqTcp,
+    PeerbusUnix,
+    PeerbusTcp,
+}
+
+impl Contender {
+    fn title(self) -> &'static str {
+        match self {
+            Self::TcpEcho => "tokio TCP echo (reference)",
+            Self::ZeromqUnix => "zeromq crate, Unix socket",
+            Self::ZeromqTcp => "zeromq crate, TCP",
+            Self::PeerbusUnix => "peerbus, Unix socket",
+            Self::PeerbusTcp => "peerbus, TCP through pump and gate",
+        }
+    }
+
+    fn all() -> Vec<Self> {
+        let unix = cfg!(unix);
+        let all = [Self::TcpEcho, Self::ZeromqUnix, Self::ZeromqTcp, Self::PeerbusUnix, Self::PeerbusTcp];
+        let wanted = |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
+        all.into_iter().filter(wanted).collect()
+    }
+}
+
+/// Each contender's far side is a process of its own. They run in turn, round after round, so
+/// that what the machine does meanwhile meets them all.
+#[derive(Args)]
+pub struct Latency {
+    /// Body size, in bytes
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024 * 1024))]
+    size: u32,
+    /// Rounds
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Round trips of each contender in a round
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
+    count: u32,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// The near side of a contender.
+enum Client {
+    Tcp(TcpClient),
+    Zeromq(ZeromqClient),
+    Peerbus { node: Node, body: Vec<u8> },
+}
+
+struct Side {
+    contender: Contender,
+    client: Client,
+    _server: Child,
+    all: Samples,
+    medians: Vec<f64>,
+}
+
+impl Latency {
+    pub async fn run(self) -> anyhow::Result<()> {
+        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        tokio::spawn(self.measure()).await?
+    }
+
+    async fn measure(self) -> anyhow::Result<()> {
+        let dir = BenchDir::new()?;
+        let mut sides = Vec::new();
+        for contender in Contender::all() {
+            sides.push(Side::start(contender, self.size as usize, &dir).await?);
+        }
+        // Warm-up, not counted.
+        for side in &mut sides {
+            side.client.round(self.count as usize / 4 + 1).await?;
+        }
+        for round in 1..=self.rounds {
+            if std::io::stderr().is_terminal() {
+                eprint!("\rround {round} of {}", self.rounds);
+            }
+            for side in &mut sides {
+                let samples = side.client.round(self.count as usize).await?;
+                side.medians.push(samples.percentile(500));
+                side.all.extend(&samples);
+            }
+        }
+        if std::io::stderr().is_terminal() {
+            eprint!("\r{:20}\r", "");
+        }
+        self.report(&sides)
+    }
+
+    fn report(&self, sides: &[Side]) -> anyhow::Result<()> {
+        let reference = &sides[0];
+        let mut results = Vec::new();
+        let mut text = format!(
+            "Round trips of {} bytes, {} processes in turn, {} rounds of {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}\n",
+            self.size, sides.len(), self.rounds, self.count, "", "p50", "p99", "p99.9", "p50 ratio"
+        );
+        for side in sides {
+            let ratios = side.medians.iter().zip(&reference.medians).map(|(a, b)| a / b).collect();
+            let ratio = median(ratios);
+            let [p50, p99, p999] = [500, 990, 999].map(|per_mille| side.all.percentile(per_mille));
+            text += &format!(
+                "{:<36}{p50:>9.1}{p99:>9.1}{p999:>9.1}{ratio:>12.2}\n",
+                side.contender.title()
+            );
+            results.push(json!({
+                "contender": side.contender.title(), "samples": side.all.len(),
+                "p50_us": p50, "p99_us": p99, "p999_us": p999, "p50_ratio": ratio,
+            }));
+        }
+        text += "\nThe ratio is the median, over the rounds, of the p50 against the reference's in that round.";
+        let value = json!({ "size": self.size, "rounds": self.rounds, "count": self.count, "results": results });
+        output::line(self.json, &value, || text)?;
+        Ok(())
+    }
+}
+
+impl Side {
+    async fn start(contender: Contender, size: usize, dir: &BenchDir) -> anyhow::Result<Self> {
+        let name = contender.to_possible_value().map(|value| value.get_name().to_owned());
+        let mut server = Command::new(std::env::current_exe()?)
+            .args(["bench", "echo", "--size", &size.to_string()])
+            .arg("--contender")
+            .arg(name.unwrap_or_default())
+            .arg("--dir")
+            .arg(&dir.path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let stdout = server.stdout.take().context("the far side has no output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let ready = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await;
+        let Some(address) = ready.context("the far side did not start")?? else {
+            bail!("the far side ended at once");
+        };
+        let client = match contender {
+            Contender::TcpEcho => Client::Tcp(TcpClient::connect(&address, size).await?),
+            Contender::ZeromqUnix | Contender::ZeromqTcp => {
+                Client::Zeromq(ZeromqClient::connect(&address, size).await?)
+            }
+            Contender::PeerbusUnix | Contender::PeerbusTcp => {
+                let mut config = config(contender, dir)?.name("near");
+                if contender == Contender::PeerbusTcp {
+                    config = config.peer(address.parse::<Address>()?);
+                }
+                let node = config.start().await?;
+                node.wait_for_service("echo", Duration::from_secs(10)).await?;
+                Client::Peerbus { node, body: vec![7; size] }
+            }
+        };
+        Ok(Self { contender, client, _server: server, all: Samples::default(), medians: Vec::new() })
+    }
+}
+
+impl Client {
+    async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
+        match self {
+            Self::Tcp(client) => client.round(count).await,
+            Self::Zeromq(client) => client.round(count).await,
+            Self::Peerbus { node, body } => {
+                let service: peerbus::ServiceName = "echo".parse()?;
+                let mut samples = Samples::default();
+                for _ in 0..count {
+                    let begun = Instant::now();
+                    let reply = node.request(&service, body.as_slice()).await?;
+                    samples.add(begun.elapsed());
+                    ensure!(reply.body.len() == body.len(), "the reply is not what was sent");
+                }
+                Ok(samples)
+            }
+        }
+    }
+}
+
+fn config(contender: Contender, dir: &BenchDir) -> anyhow::Result<Config> {
+    let (mesh, local) = match contender {
+        Contender::PeerbusUnix => ("unix", true),
+        _ => ("tcp", false),
+    };
+    let mesh: MeshName = mesh.parse()?;
+    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(&dir.path))
+}
+
+/// A folder for the sockets of this run.
+struct BenchDir {
+    path: std::path::PathBuf,
+    own: bool,
+}
+
+impl BenchDir {
+    fn new() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("peerbus-bench-{}", std::process::id()));
+        let mut builder = std::fs::DirBuilder::new();
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
+        Ok(Self { path, own: true })
+    }
+}
+
+impl Drop for BenchDir {
+    fn drop(&mut self) {
+        if self.own {
+            let _left_behind = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// The far side of one contender.
+#[derive(Args)]
+pub struct Echo {
+    #[arg(long)]
+    contender: Contender,
+    #[arg(long)]
+    size: usize,
+    #[arg(long)]
+    dir: std::path::PathBuf,
+}
+
+impl Echo {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let ready = |address: String| println!("{address}");
+        let serving = async move {
+            match self.contender {
+                Contender::TcpEcho => serve_tcp(self.size, ready).await,
+                Contender::ZeromqUnix => serve_zeromq(Some(self.dir.join("zeromq.sock")), ready).await,
+                Contender::ZeromqTcp => serve_zeromq(None, ready).await,
+                Contender::PeerbusUnix | Contender::PeerbusTcp => {
+                    let dir = BenchDir { path: self.dir, own: false };
+                    let node = config(self.contender, &dir)?.name("far").start().await?;
+                    let echo = |call: Call| std::future::ready(Ok(call.message.body));
+                    let _service = node.serve("echo", echo).start()?;
+                    let address = node.listening().first().map(ToString::to_string);
+                    ready(address.unwrap_or_else(|| "here".into()));
+                    std::future::pending().await
+                }
+            }
+        };
+        tokio::spawn(serving).await?
+    }
+}

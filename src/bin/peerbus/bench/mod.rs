@@ -1,0 +1,24 @@
+//! `peerbus bench`
+mod latency;
+mod reference;
+mod stats;
+
+use clap::Subcommand;
+
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Round trips of small requests, beside plain TCP and the bare zeromq crate in the same run
+    Latency(latency::Latency),
+    /// The far side of a benchmark
+    #[command(hide = true)]
+    Echo(latency::Echo),
+}
+
+impl Bench {
+    pub async fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Latency(latency) => latency.run().await,
+            Self::Echo(echo) => echo.run().await,
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! `peerbus node`: a demo node that prints what it sees.
+
+use std::time::Duration;
+
+use clap::Args;
+use futures_util::stream::{SelectAll, StreamExt};
+use peerbus::{Body, Call, HandlerError, Node, Pattern, ServiceName, Topic};
+use serde_json::json;
+
+use crate::options::{NodeOptions, interrupted};
+use crate::output;
+
+/// Runs until Ctrl-C.
+#[derive(Args)]
+pub struct NodeCommand {
+    /// Pattern to subscribe to; repeatable
+    #[arg(long, value_name = "PATTERN")]
+    subscribe: Vec<Pattern>,
+    /// Service to offer: it replies with what it is sent; repeatable
+    #[arg(long, value_name = "SERVICE")]
+    serve: Vec<ServiceName>,
+    /// Topic to publish on, again and again
+    #[arg(long, value_name = "TOPIC")]
+    publish: Option<Topic>,
+    /// How often to publish
+    #[arg(long, value_name = "TIME", default_value = "1s")]
+    every: humantime::Duration,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    node: NodeOptions,
+}
+
+impl NodeCommand {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let node = self.node.start().await?;
+        let mut events = node.events();
+        let value = json!({
+            "event": "started", "id": node.id(), "name": node.name(), "listening": node.listening(),
+        });
+        output::line(self.json, &value, || {
+            let listening: Vec<String> = node.listening().iter().map(ToString::to_string).collect();
+            let tcp = if listening.is_empty() { "this host only".into() } else { listening.join(", ") };
+            format!("{} is up as {} ({tcp})", node.name(), node.id())
+        })?;
+        let mut messages = SelectAll::new();
+        for pattern in &self.subscribe {
+            messages.push(node.subscribe(pattern)?);
+        }
+        let mut services = Vec::new();
+        for name in &self.serve {
+            services.push(node.serve(name, echo(self.json)).start()?);
+        }
+        let mut ticks = tokio::time::interval((*self.every).max(Duration::from_millis(1)));
+        let mut number = 0u64;
+        let mut end = std::pin::pin!(interrupted());
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                Some(message) = messages.next(), if !messages.is_empty() => {
+                    output::line(self.json, &output::message(&message), || {
+                        format!("{}: {}", message.header.destination, output::body(&message))
+                    })?;
+                }
+                Some(event) = events.recv() => {
+                    let (value, text) = output::event(&event);
+                    output::line(self.json, &value, || text)?;
+                }
+                _ = ticks.tick(), if self.publish.is_some() => {
+                    number += 1;
+                    publish(&node, self.publish.as_ref(), number).await?;
+                }
+            }
+        }
+        drop(services);
+        let report = node.shutdown().await;
+        let value = json!({
+            "event": "stopped", "undelivered": report.undelivered, "in_doubt": report.in_doubt,
+            "aborted": report.aborted, "counters": report.counters,
+        });
+        output::line(self.json, &value, || {
+            format!("stopped; {} not delivered, {} in doubt", report.undelivered, report.in_doubt)
+        })?;
+        Ok(())
+    }
+}
+
+async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Result<()> {
+    if let Some(topic) = topic {
+        node.publish(topic, format!("{} says {number}", node.name())).await?;
+    }
+    Ok(())
+}
+
+/// A handler that says what it was asked and replies with the same.
+pub fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Body, HandlerError>> {
+    move |call| {
+        let message = call.message;
+        let mut value = output::message(&message);
+        value["event"] = json!("call");
+        let line = output::line(json, &value, || {
+            format!("call to {}: {}", message.header.destination, output::body(&message))
+        });
+        std::future::ready(line.map(|()| message.body.into()).map_err(HandlerError::from))
+    }
+}

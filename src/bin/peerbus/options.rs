@@ -1,0 +1,155 @@
+//! The flags that every command with a node has.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use peerbus::{Address, MeshName, Node, NodeId, Recipient};
+
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Node")]
+pub struct NodeOptions {
+    /// Human name of this node [default: the host's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Mesh to join; meshes on one network or host never mix
+    #[arg(long, env = "PEERBUS_MESH", default_value = "default")]
+    pub mesh: MeshName,
+    /// File that keeps this node's identity; created if missing [default: a new identity]
+    #[arg(long, value_name = "FILE")]
+    pub identity: Option<PathBuf>,
+    /// TCP address to listen on, port 0 for a free one; repeatable. One that is not loopback
+    /// declares its network trusted: nothing there is encrypted or authenticated
+    #[arg(long, value_name = "IP:PORT")]
+    pub listen: Vec<SocketAddr>,
+    /// Address of a node to dial; repeatable
+    #[arg(long, value_name = "HOST:PORT")]
+    pub peer: Vec<Address>,
+    /// Address to announce by mDNS in place of the interfaces' own; repeatable
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise: Vec<Address>,
+    /// Network interface for mDNS, and no other; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub interface: Vec<String>,
+    /// Network interface to leave out of mDNS; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub exclude_interface: Vec<String>,
+    /// Don't look for nodes on this host by the socket folder
+    #[arg(long)]
+    pub no_local: bool,
+    /// Don't use multicast DNS
+    #[arg(long)]
+    pub no_mdns: bool,
+}
+
+impl NodeOptions {
+    pub async fn start(&self) -> anyhow::Result<Node> {
+        let mut config = Node::builder().mesh(self.mesh.clone()).mdns(!self.no_mdns);
+        if self.no_local {
+            config = config.local(false);
+        }
+        if let Some(name) = &self.name {
+            config = config.name(name);
+        }
+        if let Some(path) = &self.identity {
+            config = config.identity(path);
+        }
+        config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
+        config = self.peer.iter().cloned().fold(config, peerbus::Config::peer);
+        config = self.advertise.iter().cloned().fold(config, peerbus::Config::advertise);
+        config = self.interface.iter().fold(config, |config, name| config.interface(name));
+        let excluded = self.exclude_interface.iter();
+        config = excluded.fold(config, |config, name| config.exclude_interface(name));
+        config.start().await.context("the node can't start")
+    }
+}
+
+/// Where a message or request goes.
+#[derive(Args, Clone)]
+pub struct To {
+    /// Name of the service; with --node, the id of a node
+    #[arg(value_name = "SERVICE")]
+    to: String,
+    /// SERVICE is the id of a node, which takes the message itself
+    #[arg(long)]
+    node: bool,
+    /// How long to wait for somebody to be there
+    #[arg(long, value_name = "TIME", default_value = "3s")]
+    wait: humantime::Duration,
+}
+
+impl To {
+    /// The recipient, once a node serves it.
+    pub async fn find(&self, node: &Node) -> anyhow::Result<Recipient> {
+        if self.node {
+            let id: NodeId = self.to.parse()?;
+            let within = tokio::time::Instant::now() + *self.wait;
+            let mut peers = 0;
+            while !node.peers().iter().any(|peer| peer.id == id) {
+                peers = node.peers().len().max(peers) + 1;
+                let left = within.saturating_duration_since(tokio::time::Instant::now());
+                node.wait_for_peers(peers, left)
+                    .await
+                    .with_context(|| format!("no node {id} was found within {}", self.wait))?;
+            }
+            return Ok(Recipient::Node(id));
+        }
+        let service: peerbus::ServiceName = self.to.parse()?;
+        node.wait_for_service(&service, *self.wait).await.map_err(|_| {
+            let met = node.peers().len();
+            anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
+        })?;
+        Ok(Recipient::Service(service))
+    }
+}
+
+/// The body of a message.
+#[derive(Args, Clone)]
+pub struct BodyArg {
+    /// The body [default: what comes from standard input]
+    body: Option<String>,
+}
+
+impl BodyArg {
+    pub fn read(&self) -> anyhow::Result<Vec<u8>> {
+        match &self.body {
+            Some(body) => Ok(body.clone().into_bytes()),
+            None => {
+                let mut bytes = Vec::new();
+                std::io::Read::read_to_end(&mut std::io::stdin(), &mut bytes)
+                    .context("the body can't be read from standard input")?;
+                Ok(bytes)
+            }
+        }
+    }
+}
+
+/// Waits for Ctrl-C or a polite request to end.
+pub async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    let _no_signals = tokio::signal::ctrl_c().await;
+}
+
+/// How long one-shot commands let their messages arrive before they end.
+pub const DRAIN: Duration = Duration::from_secs(5);
+
+/// Shuts down a node; an error if something that it was given did not arrive.
+pub async fn finish(node: &Node) -> anyhow::Result<()> {
+    let report = node.shutdown_within(DRAIN).await;
+    match (report.undelivered, report.in_doubt) {
+        (0, 0) => Ok(()),
+        (lost, doubt) => anyhow::bail!("{lost} messages were not delivered, {doubt} are in doubt"),
+    }
+}

@@ -1,0 +1,87 @@
+//! Results, for people or for machines.
+
+use std::io::Write;
+
+use peerbus::{Event, Message};
+use serde_json::{Value, json};
+
+/// Writes a line to stdout; JSON if `as_json`, else what `text` makes.
+pub fn line(as_json: bool, value: &Value, text: impl FnOnce() -> String) -> std::io::Result<()> {
+    let line = if as_json { value.to_string() } else { text() };
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{line}")?;
+    stdout.flush()
+}
+
+pub fn message(message: &Message) -> Value {
+    let header = &message.header;
+    let extra = header.extra.as_deref();
+    let headers: serde_json::Map<String, Value> = extra
+        .map(|extra| extra.headers.iter().map(|(key, value)| (key.clone(), json!(value))).collect())
+        .unwrap_or_default();
+    json!({
+        "event": "message",
+        "id": header.id,
+        "kind": header.kind,
+        "from": message.from,
+        "to": header.destination.to_string(),
+        "correlation_id": header.correlation_id,
+        "reply_to": header.reply_to,
+        "content_type": header.content_type(),
+        "key": header.ordering_key(),
+        "headers": headers,
+        "body": body_text(message),
+        "body_hex": std::str::from_utf8(&message.body).is_err().then(|| hex(&message.body)),
+    })
+}
+
+fn body_text(message: &Message) -> Option<&str> {
+    std::str::from_utf8(&message.body).ok()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A body for a terminal: text as it is, anything else described.
+pub fn body(message: &Message) -> String {
+    match body_text(message) {
+        Some(text) => text.to_owned(),
+        None => format!("<{} bytes: {}…>", message.body.len(), hex(&message.body[..message.body.len().min(16)])),
+    }
+}
+
+pub fn event(event: &Event) -> (Value, String) {
+    match event {
+        Event::PeerUp(peer) => (
+            json!({
+                "event": "peer_up",
+                "id": peer.id,
+                "name": peer.name,
+                "found_by": peer.source,
+                "address": peer.address,
+            }),
+            format!("peer up: {} ({}), found by {}", peer.name, peer.id.short(), peer.source),
+        ),
+        Event::PeerDown { id, name, reason } => (
+            json!({ "event": "peer_down", "id": id, "name": name, "reason": reason.to_string() }),
+            format!("peer down: {name} ({}): {reason}", id.short()),
+        ),
+        Event::Dropped { peer, reason, count } => (
+            json!({ "event": "dropped", "peer": peer, "reason": reason, "count": count }),
+            format!("dropped {count} for {}: {reason}", peer.short()),
+        ),
+        Event::Refused { address, reason } => (
+            json!({ "event": "refused", "address": address, "reason": reason }),
+            match address {
+                Some(address) => format!("refused {address}: {reason}"),
+                None => format!("refused a connection: {reason}"),
+            },
+        ),
+        Event::IdentityConflict { address } => (
+            json!({ "event": "identity_conflict", "address": address }),
+            "another live node has this node's identity".to_owned(),
+        ),
+        other => (json!({ "event": "other" }), format!("{other:?}")),
+    }
+}

@@ -1,0 +1,75 @@
+//! `peerbus pub`
+
+use anyhow::bail;
+use clap::Args;
+use peerbus::{Body, Topic};
+use serde_json::json;
+
+use crate::options::{BodyArg, NodeOptions, finish};
+use crate::output;
+
+/// Waits for a subscriber, publishes, and ends when the message is taken.
+#[derive(Args)]
+pub struct Publish {
+    /// Topic, such as orders.eu.placed
+    topic: Topic,
+    #[command(flatten)]
+    body: BodyArg,
+    /// How many times
+    #[arg(long, default_value_t = 1)]
+    count: u64,
+    /// How many subscribing nodes to wait for
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    subscribers: usize,
+    /// How long to wait for them
+    #[arg(long, value_name = "TIME", default_value = "3s")]
+    wait: humantime::Duration,
+    /// Ordering key
+    #[arg(long)]
+    key: Option<String>,
+    /// User header NAME=VALUE; repeatable
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    headers: Vec<(String, String)>,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    node: NodeOptions,
+}
+
+pub fn header(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((pair.0.to_owned(), pair.1.to_owned()))
+}
+
+impl Publish {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let body: Body = self.body.read()?.into();
+        let node = self.node.start().await?;
+        let waited = node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await;
+        if waited.is_err() {
+            let met = node.peers().len();
+            node.shutdown().await;
+            bail!(
+                "fewer than {} nodes subscribe to {} (waited {}, met {met} nodes)",
+                self.subscribers, self.topic, self.wait
+            );
+        }
+        let (mut queued, mut dropped) = (0, 0);
+        for _ in 0..self.count {
+            let mut publish = node.publish(&self.topic, body.clone());
+            if let Some(key) = &self.key {
+                publish = publish.key(key);
+            }
+            for (name, value) in &self.headers {
+                publish = publish.header(name, value);
+            }
+            let report = publish.await?;
+            queued += report.queued;
+            dropped += report.dropped.len();
+        }
+        let value = json!({ "queued": queued, "dropped": dropped });
+        output::line(self.json, &value, || format!("queued for {queued} nodes, dropped for {dropped}"))?;
+        finish(&node).await
+    }
+}

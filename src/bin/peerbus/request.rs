@@ -1,0 +1,47 @@
+//! `peerbus request`
+
+use std::io::Write;
+
+use clap::Args;
+
+use crate::options::{BodyArg, NodeOptions, To};
+use crate::output;
+
+/// Prints the reply's body to standard output, as it is.
+#[derive(Args)]
+pub struct Request {
+    #[command(flatten)]
+    to: To,
+    #[command(flatten)]
+    body: BodyArg,
+    /// How long to wait for the reply
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    deadline: humantime::Duration,
+    /// The whole reply as one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    node: NodeOptions,
+}
+
+impl Request {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let body = self.body.read()?;
+        let node = self.node.start().await?;
+        let to = self.to.find(&node).await?;
+        let reply = node.request(to, body).deadline(*self.deadline).await;
+        node.shutdown().await;
+        let reply = reply?;
+        if self.json {
+            output::line(true, &output::message(&reply), String::new)?;
+        } else {
+            let mut stdout = std::io::stdout().lock();
+            stdout.write_all(&reply.body)?;
+            if !reply.body.ends_with(b"\n") {
+                stdout.write_all(b"\n")?;
+            }
+            stdout.flush()?;
+        }
+        Ok(())
+    }
+}

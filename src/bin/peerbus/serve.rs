@@ -1,0 +1,36 @@
+//! `peerbus serve`
+
+use clap::Args;
+use peerbus::ServiceName;
+
+use crate::node::echo;
+use crate::options::{NodeOptions, interrupted};
+
+/// Serves until Ctrl-C; then finishes what runs.
+#[derive(Args)]
+pub struct Serve {
+    /// Name of the service
+    service: ServiceName,
+    /// Reply with what was sent
+    #[arg(long, required = true)]
+    echo: bool,
+    /// How many calls run at once
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    concurrency: u32,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    node: NodeOptions,
+}
+
+impl Serve {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let node = self.node.start().await?;
+        let service = node.serve(&self.service, echo(self.json)).concurrency(self.concurrency).start()?;
+        interrupted().await;
+        service.drain().await;
+        node.shutdown().await;
+        Ok(())
+    }
+}
