@@ -1,0 +1,234 @@
+//! What every kind of link must do.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use super::memory::MemoryNetwork;
+use super::zmq::ZmqPort;
+use super::{Acceptor, Link, Receiver};
+use crate::engine::{Connection, TargetKey};
+use crate::peer::{Address, NodeId};
+use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
+
+const SOON: Duration = Duration::from_secs(20);
+
+enum Arrival {
+    Batch(Vec<Bytes>),
+    Closed,
+}
+
+/// A side of a link under test: what it can send with, and what reaches it.
+struct Side {
+    link: Arc<dyn Link>,
+    connection: Connection,
+    arrivals: mpsc::UnboundedReceiver<Arrival>,
+}
+
+impl Side {
+    fn send(&self, frames: &[&[u8]]) {
+        self.link.send(frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect());
+    }
+
+    async fn batch(&mut self) -> Vec<Bytes> {
+        match self.next().await {
+            Arrival::Batch(frames) => frames,
+            Arrival::Closed => panic!("the link closed"),
+        }
+    }
+
+    async fn next(&mut self) -> Arrival {
+        tokio::time::timeout(SOON, self.arrivals.recv()).await.expect("in time").expect("not gone")
+    }
+}
+
+struct Taker(mpsc::UnboundedSender<Arrival>);
+
+impl Receiver for Taker {
+    fn handle_batch(&self, frames: Vec<Bytes>) {
+        let _test_is_over = self.0.send(Arrival::Batch(frames));
+    }
+
+    fn handle_closed(&self) {
+        let _test_is_over = self.0.send(Arrival::Closed);
+    }
+}
+
+/// Hands the next connection to the test.
+struct Host {
+    id: NodeId,
+    sides: mpsc::UnboundedSender<Side>,
+}
+
+impl Acceptor for Host {
+    fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
+        let (sender, arrivals) = mpsc::unbounded_channel();
+        let _test_is_over = self.sides.send(Side { link, connection, arrivals });
+        Arc::new(Taker(sender))
+    }
+}
+
+fn host(byte: u8) -> (Arc<dyn Acceptor>, NodeId, mpsc::UnboundedReceiver<Side>) {
+    let (sides, connected) = mpsc::unbounded_channel();
+    let id = NodeId::from_bytes([byte; 32]);
+    let host = Host { id, sides };
+    let id = host.id;
+    (Arc::new(host), id, connected)
+}
+
+struct Nobody;
+
+impl Watch for Nobody {
+    fn handle_refusal(&self, address: Address, refusal: Refusal) {
+        panic!("{address} was refused: {refusal}");
+    }
+}
+
+/// A pair of sides, and what has to live as long as they do.
+struct Pair {
+    dialler: Side,
+    listener: Side,
+    _world: Box<dyn std::any::Any>,
+}
+
+async fn side(sides: &mut mpsc::UnboundedReceiver<Side>) -> Side {
+    tokio::time::timeout(SOON, sides.recv()).await.expect("in time").expect("a connection")
+}
+
+async fn over_memory() -> Pair {
+    let network = MemoryNetwork::default();
+    let (a, a_id, mut a_sides) = host(1);
+    let (b, b_id, mut b_sides) = host(2);
+    let (a_port, b_port) = (network.join(a_id, &a), network.join(b_id, &b));
+    let target = TargetKey::Node(b_id);
+    a_port.dial(&target, b_port.number).unwrap();
+    let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
+    Pair { dialler, listener, _world: Box::new((a_port, b_port, a, b)) }
+}
+
+async fn over_unix() -> Pair {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, a_id, mut a_sides) = host(1);
+    let (b, b_id, mut b_sides) = host(2);
+    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, true, a).await.unwrap();
+    let path = dir.path().join("b");
+    let b_port = ZmqPort::bind(&path, b_id, true, b).await.unwrap();
+    a_port.dial(&TargetKey::Node(b_id), &path).await.unwrap();
+    let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
+    Pair { dialler, listener, _world: Box::new((a_port, b_port, dir)) }
+}
+
+async fn over_tcp() -> Pair {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, a_id, mut a_sides) = host(1);
+    let (b, b_id, mut b_sides) = host(2);
+    let config = FrontDoorConfig {
+        gate: GateLimits::for_bodies(1024 * 1024),
+        handshake_timeout: SOON,
+        max_pending: 8,
+        max_pending_per_address: 8,
+        max_connections: 8,
+        loopback_only: true,
+    };
+    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, false, a).await.unwrap();
+    let b_port = ZmqPort::bind(&dir.path().join("b"), b_id, false, b).await.unwrap();
+    let a_door = Arc::new(FrontDoor::new(config.clone(), Arc::new(a_port), Arc::new(Nobody)));
+    let b_door = Arc::new(FrontDoor::new(config, Arc::new(b_port), Arc::new(Nobody)));
+    let addr = b_door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    a_door.dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)]).await.unwrap();
+    let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
+    Pair { dialler, listener, _world: Box::new((a_door, b_door, dir)) }
+}
+
+/// Runs the suite over one kind of link.
+macro_rules! suite {
+    ($($kind:ident => $make:ident),*) => {$(
+        mod $kind {
+            #[tokio::test]
+            async fn both_sides_know_who_is_there() {
+                super::both_sides_know_who_is_there(super::$make().await).await;
+            }
+            #[tokio::test]
+            async fn batches_arrive_whole_and_in_order() {
+                super::batches_arrive_whole_and_in_order(super::$make().await).await;
+            }
+            #[tokio::test]
+            async fn a_batch_is_let_go_of_once_it_is_encoded() {
+                super::a_batch_is_let_go_of_once_it_is_encoded(super::$make().await).await;
+            }
+            #[tokio::test]
+            async fn what_was_sent_before_a_close_arrives_and_both_sides_are_told() {
+                super::closing(super::$make().await, true).await;
+                super::closing(super::$make().await, false).await;
+            }
+        }
+    )*};
+}
+
+suite!(memory => over_memory, unix => over_unix, tcp => over_tcp);
+
+async fn both_sides_know_who_is_there(pair: Pair) {
+    assert_eq!(pair.dialler.connection.claimed, Some(NodeId::from_bytes([2; 32])));
+    assert_eq!(pair.listener.connection.claimed, Some(NodeId::from_bytes([1; 32])));
+    assert!(pair.dialler.connection.target.is_some());
+    assert!(pair.listener.connection.target.is_none());
+}
+
+async fn batches_arrive_whole_and_in_order(mut pair: Pair) {
+    let long = vec![9; 200_000];
+    for number in 0..500_u32 {
+        let number = number.to_be_bytes();
+        pair.dialler.send(&[&number, b"", &long[..(number[3] as usize) * 100]]);
+        pair.listener.send(&[&number]);
+    }
+    pair.dialler.send(&[&long]);
+    for number in 0..500_u32 {
+        let bytes = number.to_be_bytes();
+        let frames = pair.listener.batch().await;
+        assert_eq!(frames.len(), 3);
+        assert_eq!((&frames[0][..], frames[1].len()), (&bytes[..], 0));
+        assert_eq!(frames[2].len(), (bytes[3] as usize) * 100);
+        assert_eq!(pair.dialler.batch().await, [Bytes::copy_from_slice(&bytes)]);
+    }
+    assert_eq!(pair.listener.batch().await, [Bytes::from(long)]);
+}
+
+/// Tells when it is dropped.
+struct Tracked(Vec<u8>, Mutex<Option<oneshot::Sender<()>>>);
+
+impl AsRef<[u8]> for Tracked {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        if let Some(sender) = self.1.get_mut().unwrap().take() {
+            let _test_is_over = sender.send(());
+        }
+    }
+}
+
+async fn a_batch_is_let_go_of_once_it_is_encoded(mut pair: Pair) {
+    let (sender, dropped) = oneshot::channel();
+    let owner = Tracked(b"held".to_vec(), Mutex::new(Some(sender)));
+    pair.dialler.link.send(vec![Bytes::from_owner(owner)]);
+    tokio::time::timeout(SOON, dropped).await.expect("in time").unwrap();
+    assert_eq!(pair.listener.batch().await, [Bytes::from("held")]);
+}
+
+async fn closing(mut pair: Pair, by_dialler: bool) {
+    let (near, far) = match by_dialler {
+        true => (&mut pair.dialler, &mut pair.listener),
+        false => (&mut pair.listener, &mut pair.dialler),
+    };
+    near.send(&[b"last words"]);
+    near.link.close();
+    near.send(&[b"too late"]);
+    assert_eq!(far.batch().await, [Bytes::from("last words")]);
+    assert!(matches!(far.next().await, Arrival::Closed));
+    assert!(matches!(near.next().await, Arrival::Closed));
+}
