@@ -1,0 +1,303 @@
+//! Bad input from a network, and a node that goes on working.
+#![cfg(unix)]
+
+mod common;
+
+use std::net::SocketAddr;
+
+use common::{Host, SOON, soon, wait_for};
+use peerbus::{Call, Event, Node};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// A node with a front door, and a peer that must not suffer.
+struct Target {
+    node: Node,
+    friend: Node,
+    addr: SocketAddr,
+    _service: peerbus::Service,
+    _host: Host,
+}
+
+impl Target {
+    async fn new() -> Self {
+        Self::with(|config| config).await
+    }
+
+    async fn with(change: impl FnOnce(peerbus::Config) -> peerbus::Config) -> Self {
+        let host = Host::new();
+        let node = change(host.config("target").listen("127.0.0.1:0".parse().unwrap()));
+        let node = node.start().await.unwrap();
+        let addr = node.listening()[0];
+        let service = node.serve("echo", |call: Call| async { Ok(call.message.body) }).start().unwrap();
+        let friend = host.node("friend").await;
+        friend.wait_for_service("echo", SOON).await.unwrap();
+        Self { node, friend, addr, _service: service, _host: host }
+    }
+
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.unwrap()
+    }
+
+    /// The rest of the node works, and counted the refusal.
+    async fn is_unharmed(&self, counted: &str) {
+        assert_eq!(self.friend.request("echo", "still there?").await.unwrap().text(), "still there?");
+        assert_eq!(self.node.peers().len(), 1);
+        let refused = self.node.counters().refused;
+        assert!(refused.get(counted).is_some_and(|count| *count > 0), "{counted}: {refused:?}");
+    }
+}
+
+/// Waits until the other side closes the connection.
+async fn cut(stream: &mut TcpStream) {
+    let mut rest = Vec::new();
+    // A reset is an end as well.
+    let _reset = soon(stream.read_to_end(&mut rest)).await;
+}
+
+const GREETING: [u8; 64] = {
+    let mut greeting = [0; 64];
+    greeting[0] = 0xff;
+    greeting[9] = 0x7f;
+    greeting[10] = 3;
+    greeting[12] = b'N';
+    greeting[13] = b'U';
+    greeting[14] = b'L';
+    greeting[15] = b'L';
+    greeting
+};
+
+fn ready(identity: &[u8]) -> Vec<u8> {
+    let mut command = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity".to_vec();
+    command.extend_from_slice(&(identity.len() as u32).to_be_bytes());
+    command.extend_from_slice(identity);
+    let mut bytes = vec![4, command.len() as u8];
+    bytes.extend_from_slice(&command);
+    bytes
+}
+
+fn frame(more: bool, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![2 | u8::from(more)];
+    bytes.extend_from_slice(&(body.len() as u64).to_be_bytes());
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// A connection that is past the ZMTP handshake.
+async fn shaken(target: &Target) -> TcpStream {
+    let mut stream = target.connect().await;
+    stream.write_all(&[&GREETING[..], &ready(&[5; 48])].concat()).await.unwrap();
+    stream
+}
+
+/// A batch of one record.
+fn batch(preamble: &[u8], record: &[u8]) -> Vec<u8> {
+    let mut records = (record.len() as u32).to_be_bytes().to_vec();
+    records.extend_from_slice(record);
+    [frame(true, preamble), frame(false, &records)].concat()
+}
+
+const PREAMBLE: [u8; 8] = [0x97, 1, 0, 0, 0, 0, 0, 0];
+
+fn hello(mesh: &str, id: [u8; 32]) -> Vec<u8> {
+    let mut record = vec![0x98, 1, 0xa0 | mesh.len() as u8];
+    record.extend_from_slice(mesh.as_bytes());
+    record.extend_from_slice(&[0xc4, 32]);
+    record.extend_from_slice(&id);
+    record.extend_from_slice(&[7, 0xa1, b'x']);
+    record.extend_from_slice(&[0xce, 0, 0x10, 0, 0]);
+    record.push(0x93);
+    for _ in 0..3 {
+        record.extend_from_slice(&[0xce, 0, 0x40, 0, 0]);
+    }
+    record.push(0);
+    record
+}
+
+#[tokio::test]
+async fn the_73_bytes_that_abort_the_socket_library_are_cut() {
+    let target = Target::new().await;
+    let mut stream = target.connect().await;
+    let mut bytes = GREETING.to_vec();
+    bytes.push(2);
+    bytes.extend_from_slice(&(1_u64 << 45).to_be_bytes());
+    assert_eq!(bytes.len(), 73);
+    stream.write_all(&bytes).await.unwrap();
+    cut(&mut stream).await;
+    target.is_unharmed("ready").await;
+    // The same frame after a good handshake.
+    let mut stream = shaken(&target).await;
+    stream.write_all(&bytes[64..]).await.unwrap();
+    cut(&mut stream).await;
+    target.is_unharmed("too_large").await;
+}
+
+#[tokio::test]
+async fn the_73_bytes_are_cut_on_the_dialling_side_too() {
+    let host = Host::new();
+    let trap = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = peerbus::Address::Tcp(trap.local_addr().unwrap());
+    let node = host.config("dialler").peer(address).start().await.unwrap();
+    let (mut stream, _) = soon(trap.accept()).await.unwrap();
+    let mut events = node.events();
+    let mut bytes = GREETING.to_vec();
+    bytes.push(2);
+    bytes.extend_from_slice(&(1_u64 << 45).to_be_bytes());
+    stream.write_all(&bytes).await.unwrap();
+    wait_for(&mut events, |event| matches!(event, Event::Refused { .. }).then_some(())).await;
+    assert_eq!(node.counters().refused["ready"], 1);
+}
+
+#[tokio::test]
+async fn garbage_and_other_protocols_are_cut() {
+    let target = Target::new().await;
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 200], &[0xff; 200]] {
+        let mut stream = target.connect().await;
+        stream.write_all(bytes).await.unwrap();
+        cut(&mut stream).await;
+    }
+    target.is_unharmed("not_zmtp").await;
+}
+
+#[tokio::test]
+async fn endless_multipart_is_cut() {
+    let target = Target::new().await;
+    let mut stream = shaken(&target).await;
+    let part = frame(true, b"");
+    let flood = async {
+        while stream.write_all(&part.repeat(100)).await.is_ok() {}
+    };
+    soon(flood).await;
+    target.is_unharmed("too_many_frames").await;
+}
+
+#[tokio::test]
+async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
+    let target = Target::new().await;
+    let records: [&[u8]; 6] = [
+        b"not messagepack",
+        // A hello cut short, a message before its time, an array that claims 2^32 values.
+        &hello("default", [5; 32])[..20],
+        &[0x94, 16, 0xc4, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa1, b'a', 0xc4, 0],
+        &[0xdd, 0xff, 0xff, 0xff, 0xff],
+        &[0x92, 4, 0xdd, 0xff, 0xff, 0xff, 0xff],
+        &[],
+    ];
+    for record in records {
+        let mut stream = shaken(&target).await;
+        stream.write_all(&batch(&PREAMBLE, record)).await.unwrap();
+        cut(&mut stream).await;
+    }
+    // A record length beyond its frame, a body frame that nobody announced.
+    let mut lying = batch(&PREAMBLE, b"x");
+    let at = lying.len() - 5;
+    lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
+    let extra = [frame(true, &PREAMBLE), frame(true, b""), frame(false, b"surplus")].concat();
+    for bytes in [lying, extra] {
+        let mut stream = shaken(&target).await;
+        stream.write_all(&bytes).await.unwrap();
+        cut(&mut stream).await;
+    }
+    target.is_unharmed("protocol").await;
+}
+
+#[tokio::test]
+async fn credit_that_was_never_earned_ends_the_link() {
+    let target = Target::new().await;
+    let mut stream = shaken(&target).await;
+    let generous = [0x97, 1, 9, 9, 0, 0, 0, 0];
+    stream.write_all(&batch(&generous, &hello("default", [5; 32]))).await.unwrap();
+    cut(&mut stream).await;
+    target.is_unharmed("protocol").await;
+}
+
+#[tokio::test]
+async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
+    let target = Target::new().await;
+    let newer = [0x97, 9, 0, 0, 0, 0, 0, 0];
+    let cases = [
+        (batch(&newer, &hello("default", [5; 32])), "protocol version 9"),
+        (batch(&PREAMBLE, &hello("other", [5; 32])), "mesh"),
+    ];
+    for (bytes, want) in cases {
+        let mut events = target.node.events();
+        let mut stream = shaken(&target).await;
+        stream.write_all(&bytes).await.unwrap();
+        let reason = wait_for(&mut events, |event| match event {
+            Event::Refused { reason, .. } => Some(reason),
+            _ => None,
+        });
+        let reason = reason.await;
+        assert!(reason.contains(want), "{reason}");
+        cut(&mut stream).await;
+    }
+    // A hello that names another node than its connection did.
+    let mut stream = shaken(&target).await;
+    stream.write_all(&batch(&PREAMBLE, &hello("default", [6; 32]))).await.unwrap();
+    cut(&mut stream).await;
+    assert_eq!(target.node.peers().len(), 1);
+}
+
+#[tokio::test]
+async fn two_hundred_silent_connections_do_not_keep_a_real_peer_out() {
+    let target = Target::with(|config| config.handshake_timeout(std::time::Duration::from_millis(300))).await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(target.connect().await);
+    }
+    // From one address no more than 64 may be in their handshake; the rest are turned away.
+    let mut refused = 0;
+    for stream in &mut silent {
+        cut(stream).await;
+        refused += 1;
+    }
+    assert_eq!(refused, 200);
+    target.is_unharmed("pending_from_address").await;
+    target.is_unharmed("handshake_timeout").await;
+    let host = Host::new();
+    let late = host.tcp_config("late").peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
+    late.wait_for_service("echo", SOON).await.unwrap();
+    assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
+}
+
+#[tokio::test]
+async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
+    let target = Target::new().await;
+    let host = Host::new();
+    let error = host.config("second").listen(target.addr).start().await.err().unwrap();
+    assert!(error.to_string().contains(&target.addr.to_string()), "{error}");
+    let nowhere = "no-such-host.invalid:4000".parse().unwrap();
+    let node = host.config("seeker").peer(nowhere).start().await.unwrap();
+    soon(async {
+        while node.unreachable().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(node.unreachable()[0].last_error.contains("does not resolve"));
+}
+
+#[tokio::test]
+async fn nothing_beyond_loopback_is_dialled_unless_a_network_is_declared_trusted() {
+    let host = Host::new();
+    // TEST-NET-1 (RFC 5737) leads nowhere; the refusal comes before any packet.
+    let node = host.config("careful").peer("192.0.2.1:4000".parse().unwrap()).start().await.unwrap();
+    soon(async {
+        while node.unreachable().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(node.unreachable()[0].last_error.contains("--listen"));
+}
+
+#[tokio::test]
+async fn what_makes_no_sense_in_a_configuration_is_refused() {
+    let host = Host::new();
+    let error = host.config("x").window(1000).start().await.err().unwrap();
+    assert!(error.to_string().contains("524288"), "{error}");
+    let error = host.config("x").max_body(3 << 20).start().await.err().unwrap();
+    assert!(error.to_string().contains("half of the window"), "{error}");
+    let error = host.config("line\nbreak").start().await.err().unwrap();
+    assert!(error.to_string().contains("control characters"), "{error}");
+}
