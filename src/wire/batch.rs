@@ -3,9 +3,9 @@
 use bytes::Bytes;
 
 use super::pack::{ArrayWriter, Reader};
-use super::record::{ReadContext, read_record, write_message};
+use super::record::{Inheritance, ReadContext, read_record, write_message};
 use super::{
-    Control, Envelope, Inheritance, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError,
+    Control, Envelope, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError,
 };
 use crate::peer::NodeId;
 

@@ -1,0 +1,290 @@
+//! Holds the examples of `protocol.md` against the codec, and the codec against everything.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::address::{Destination, MeshName, Topic};
+use crate::message::{Extra, Header, Kind, MessageId};
+use crate::peer::{Incarnation, NodeId, ServiceInfo};
+
+const ALICE: NodeId = NodeId::from_bytes([0xaa; 32]);
+const BOB: NodeId = NodeId::from_bytes([0xbb; 32]);
+const MAX_BODY: usize = 1 << 20;
+
+fn id(counter: u8) -> MessageId {
+    let mut bytes = [0x01, 0x93, 0x5b, 0, 0, 0, 0x71, 0x23, 0x84, 0x56, 0x78, 0x9a, 0, 0, 0, 0];
+    bytes[15] = counter;
+    MessageId::from_bytes(bytes)
+}
+
+fn event(counter: u8, topic: &str, body: impl Into<Bytes>) -> Envelope {
+    let topic: Topic = topic.parse().unwrap();
+    let header = Header::new(id(counter), Kind::Event, Destination::Topic(topic));
+    Envelope { header, payload: Payload::Event(body.into()) }
+}
+
+fn call(counter: u8, service: &str, body: &'static str) -> Envelope {
+    let destination = Destination::Service(service.parse().unwrap());
+    let header = Header::new(id(counter), Kind::Command, destination);
+    Envelope { header, payload: Payload::Call(body.into()) }
+}
+
+fn answer(counter: u8, to: u8, payload: Payload) -> Envelope {
+    let mut header = Header::new(id(counter), Kind::Document, Destination::Node(BOB));
+    header.correlation_id = Some(id(to));
+    Envelope { header, payload }
+}
+
+fn message(envelope: Envelope) -> Vec<Record> {
+    vec![Record::Message(envelope)]
+}
+
+fn control(control: Control) -> Vec<Record> {
+    vec![Record::Control(control)]
+}
+
+/// What alice sends to bob in each example of the page.
+fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
+    let fresh = Preamble::default();
+    let hello = Hello {
+        mesh: MeshName::default(),
+        id: ALICE,
+        incarnation: Incarnation(7),
+        name: "alice".into(),
+        limits: Limits { max_body: 1 << 20, windows: [4 << 20; 3] },
+        seq: 2,
+        patterns: vec!["orders.>".parse().unwrap()],
+        services: vec![ServiceInfo { name: "stock".parse().unwrap(), concurrency: 64 }],
+    };
+    let announcement = Announcement {
+        seq: 3,
+        subscribed: vec!["news.*".parse().unwrap()],
+        withdrawn: vec!["stock".parse().unwrap()],
+        ..Announcement::default()
+    };
+    let consumed = [
+        Totals { messages: 3, bytes: 420 },
+        Totals { messages: 0, bytes: 0 },
+        Totals { messages: 1, bytes: 130 },
+    ];
+    let mut request = call(3, "stock", "how many?");
+    request.header.reply_to = Some(ALICE);
+    request.header.time_to_live = Some(Duration::from_secs(5));
+    let mut rich = event(9, "orders.new", "{}");
+    rich.header.kind = Kind::Document;
+    rich.header.extra = Some(Box::new(Extra {
+        ordering_key: Some("customer-7".into()),
+        content_type: Some("application/json".into()),
+        traceparent: None,
+        headers: vec![("colour".into(), "red".into())],
+    }));
+    let declined = Failure { code: "not_found".into(), text: "no apples".into() };
+    vec![
+        ("hello", fresh, control(Control::Hello(Box::new(hello)))),
+        ("accept", fresh, control(Control::Accept)),
+        ("announce", fresh, control(Control::Announce(Box::new(announcement)))),
+        ("heartbeat", Preamble { consumed }, Vec::new()),
+        ("dropped", fresh, control(Control::Dropped(vec![("slow_subscriber".into(), 12)]))),
+        ("event", fresh, message(event(1, "orders.new", "apples"))),
+        (
+            "run",
+            fresh,
+            [message(event(1, "orders.new", "apples")), message(event(2, "orders.new", "pears"))]
+                .into_iter()
+                .flatten()
+                .collect(),
+        ),
+        ("rich event", fresh, message(rich)),
+        ("request", fresh, message(request)),
+        ("reply", fresh, message(answer(4, 3, Payload::Reply("17".into())))),
+        ("failure", fresh, message(answer(5, 3, Payload::Failed(declined)))),
+        ("cancel", fresh, control(Control::Cancel(id(3)))),
+        ("probe", fresh, control(Control::Probe(1))),
+        ("bye", fresh, control(Control::Bye(Bye::Shutdown))),
+    ]
+}
+
+fn encode(preamble: &Preamble, records: &[Record]) -> Vec<Bytes> {
+    let mut batch = BatchEncoder::new(&ALICE, preamble);
+    for record in records {
+        match record {
+            Record::Control(control) => batch.push_control(control),
+            Record::Message(envelope) => batch.push(envelope),
+            Record::Unknown(_) => panic!("nobody writes these"),
+        }
+    }
+    batch.finish().into_frames(Bytes::from)
+}
+
+fn read(frames: Vec<Bytes>) -> Result<(Preamble, Vec<Record>), WireError> {
+    let mut batch = decode(frames, &BOB, &ALICE, MAX_BODY)?;
+    let mut records = Vec::new();
+    while let Some(record) = batch.next_record()? {
+        records.push(record);
+    }
+    Ok((batch.preamble, records))
+}
+
+/// The frames of the page's example of that name: hex, `#` begins a comment, `--` a frame.
+fn from_page(name: &str) -> Vec<Bytes> {
+    let page = include_str!("protocol.md");
+    let head = format!("```hex {name}\n");
+    let block = page.split_once(&head).unwrap_or_else(|| panic!("no example {name:?}")).1;
+    let block = block.split_once("```").unwrap().0;
+    let frame = |text: &str| -> Bytes {
+        let digits = text.lines().flat_map(|line| line.split('#').next().unwrap().split_whitespace());
+        digits.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+    };
+    block.split("--").map(frame).collect()
+}
+
+#[test]
+fn the_examples_of_the_protocol_page_decode_to_what_they_say() {
+    for (name, preamble, records) in examples() {
+        let page = from_page(name);
+        let (read_preamble, read_records) = read(page.clone()).unwrap();
+        assert_eq!((read_preamble, &read_records), (preamble, &records), "{name}");
+        assert_eq!(encode(&preamble, &records), page, "{name}: another encoding of the same");
+    }
+}
+
+#[test]
+fn a_plain_event_takes_40_bytes_of_header_and_16_in_a_run() {
+    let body = [1; 64];
+    let one = encode(&Preamble::default(), &message(event(1, "orders.new", body.to_vec())));
+    assert!(one[1].len() - 64 <= 40, "{}", one[1].len() - 64);
+    let run: Vec<Record> =
+        (0..100).flat_map(|n| message(event(n, "orders.new", body.to_vec()))).collect();
+    let run = encode(&Preamble::default(), &run);
+    assert!(run[1].len() / 100 - 64 <= 16, "{}", run[1].len() / 100 - 64);
+}
+
+#[test]
+fn a_body_over_4_kib_gets_a_frame_of_its_own() {
+    let records: Vec<Record> = [10, 4097, 20, 100_000]
+        .iter()
+        .enumerate()
+        .flat_map(|(n, len)| message(event(n as u8, "a", vec![n as u8; *len])))
+        .collect();
+    let frames = encode(&Preamble::default(), &records);
+    assert_eq!(frames.iter().map(Bytes::len).skip(2).collect::<Vec<_>>(), [4097, 100_000]);
+    assert_eq!(read(frames.clone()).unwrap().1, records);
+    // One body frame too few, one too many, one of another length.
+    assert_eq!(read(frames[..3].to_vec()), Err(WireError::Bodies));
+    let mut surplus = frames.clone();
+    surplus.push(Bytes::from_static(b"x"));
+    assert_eq!(read(surplus), Err(WireError::Bodies));
+    let mut short = frames;
+    short[2].truncate(4096);
+    assert_eq!(read(short), Err(WireError::Bodies));
+}
+
+#[test]
+fn what_a_later_version_adds_is_passed_over() {
+    let preamble = Bytes::from_static(&[0x98, 1, 0, 0, 0, 0, 0, 0, 0xa3, b'n', b'e', b'w']);
+    // A record of an unknown type, and an accept with a field more.
+    let records = Bytes::from_static(&[0, 0, 0, 3, 0x92, 0x63, 0xc0, 0, 0, 0, 4, 0x92, 2, 0x91, 9]);
+    let (_, records) = read(vec![preamble, records]).unwrap();
+    assert_eq!(records, [Record::Unknown(0x63), Record::Control(Control::Accept)]);
+}
+
+#[test]
+fn another_version_is_named() {
+    let preamble = Bytes::from_static(&[0x97, 2, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(read(vec![preamble]).unwrap_err(), WireError::Version(2));
+}
+
+fn text() -> impl Strategy<Value = Option<String>> {
+    prop::option::of("[a-z]{0,12}")
+}
+
+prop_compose! {
+    fn any_extra()(
+        ordering_key in text(),
+        content_type in text(),
+        traceparent in text(),
+        headers in prop::collection::vec(("[a-z]{0,5}", "[a-z]{0,5}"), 0..4),
+    ) -> Option<Box<Extra>> {
+        let extra = Extra { ordering_key, content_type, traceparent, headers };
+        (extra != Extra::default()).then(|| Box::new(extra))
+    }
+}
+
+prop_compose! {
+    fn any_envelope()(
+        what in 0..4,
+        id in any::<[u8; 16]>(),
+        kind in prop::sample::select(vec![Kind::Event, Kind::Command, Kind::Document]),
+        address in prop::sample::select(vec!["a", "a.b", "orders.eu.new"]),
+        to_node in any::<bool>(),
+        body in prop::collection::vec(any::<u8>(), 0..6000),
+        correlation in prop::option::of(any::<[u8; 16]>()),
+        reply_to in prop::option::of(prop::sample::select(vec![ALICE, BOB])),
+        ttl in prop::option::of(0..100_000_u64),
+        extra in any_extra(),
+    ) -> Envelope {
+        let destination = match (what, to_node) {
+            (0, _) => Destination::Topic(address.parse().unwrap()),
+            (1, false) => Destination::Service(address.parse().unwrap()),
+            _ => Destination::Node(BOB),
+        };
+        let mut header = Header::new(MessageId::from_bytes(id), kind, destination);
+        header.correlation_id = correlation.map(MessageId::from_bytes);
+        header.reply_to = reply_to;
+        header.time_to_live = ttl.map(Duration::from_millis);
+        header.extra = extra;
+        let failure = || Failure { code: "code".into(), text: address.into() };
+        let payload = match what {
+            0 => Payload::Event(body.into()),
+            1 => Payload::Call(body.into()),
+            2 => Payload::Reply(body.into()),
+            _ => Payload::Failed(failure()),
+        };
+        Envelope { header, payload }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_batch_survives_the_wire(envelopes in prop::collection::vec(any_envelope(), 0..20)) {
+        let costs: Vec<u64> = envelopes.iter().map(Envelope::cost).collect();
+        let records: Vec<Record> = envelopes.into_iter().map(Record::Message).collect();
+        let (_, read) = read(encode(&Preamble::default(), &records)).unwrap();
+        prop_assert_eq!(&read, &records);
+        // Both sides count the same credit.
+        let read_costs: Vec<u64> = read.iter().map(|record| match record {
+            Record::Message(envelope) => envelope.cost(),
+            _ => 0,
+        }).collect();
+        prop_assert_eq!(read_costs, costs);
+    }
+
+    #[test]
+    fn a_batch_cut_or_changed_anywhere_is_read_or_refused_but_never_panics(
+        which in 0..14_usize,
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+        cut in any::<bool>(),
+    ) {
+        let (name, ..) = examples().swap_remove(which);
+        let mut frames = from_page(name);
+        let frame = at.index(frames.len());
+        let mut bytes = frames[frame].to_vec();
+        if !bytes.is_empty() {
+            let place = at.index(bytes.len());
+            if cut { bytes.truncate(place) } else { bytes[place] = byte }
+        }
+        frames[frame] = bytes.into();
+        let _read_or_refused = read(frames);
+    }
+
+    #[test]
+    fn arbitrary_frames_never_panic(
+        frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..4),
+    ) {
+        let _read_or_refused = read(frames.into_iter().map(Bytes::from).collect());
+    }
+}
