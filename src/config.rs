@@ -135,9 +135,8 @@ impl Config {
         self
     }
 
-    /// Joins a network within this process, in place of all others. For tests of whole nodes.
-    #[cfg(test)]
-    pub(crate) fn memory(mut self, network: &MemoryNetwork) -> Self {
+    /// Joins a network within this process, in place of sockets and discovery: for tests.
+    pub fn memory(mut self, network: &MemoryNetwork) -> Self {
         self.memory = Some(network.clone());
         self
     }
@@ -205,7 +204,10 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), StartError> {
         let problem = |text: String| Err(StartError::Config(text));
         if self.window < 512 * 1024 {
-            return problem(format!("window is {} bytes; at least 524288 are needed", self.window));
+            return problem(format!(
+                "window is {} bytes; at least 524288 are needed",
+                self.window
+            ));
         }
         if self.max_body as u64 > self.window / 2 {
             return problem(format!(
@@ -218,11 +220,18 @@ impl Config {
                 "heartbeat, suspect_after and dead_after must grow in this order".into(),
             );
         }
-        if self.name.as_ref().is_some_and(|name| name.len() > 255 || name.chars().any(char::is_control))
+        if self
+            .name
+            .as_ref()
+            .is_some_and(|name| name.len() > 255 || name.chars().any(char::is_control))
         {
             return problem("name takes at most 255 bytes and no control characters".into());
         }
-        if let Some(addr) = self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..))) {
+        if let Some(addr) = self
+            .advertise
+            .iter()
+            .find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
+        {
             return problem(format!("{addr} can't be advertised; a TCP address can"));
         }
         Ok(())

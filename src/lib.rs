@@ -1,4 +1,71 @@
-//! peerbus
+//! Brokerless messaging: nodes that find each other and talk directly.
+//!
+//! Each process embeds a [`Node`]. Nodes of one mesh find each other on this host by a folder of
+//! Unix sockets, on a LAN by multicast DNS, elsewhere by an address; then they publish,
+//! subscribe, send, serve and ask, with no server between them.
+//!
+//! ```text
+//!    service A                      service B                     service C
+//!  ┌───────────┐   publish /      ┌───────────┐    request /    ┌───────────┐
+//!  │   Node    │◀─ subscribe ────▶│   Node    │◀── reply ──────▶│   Node    │
+//!  └───────────┘                  └───────────┘                 └───────────┘
+//!        ▲                                                            ▲
+//!        └────────────── one link for each pair of nodes ─────────────┘
+//! ```
+//!
+//! # Example
+//!
+//! ```
+//! use peerbus::{Call, HandlerError, Node};
+//!
+//! # async fn stock(call: Call) -> Result<String, HandlerError> {
+//! #     match call.message.text().as_ref() {
+//! #         "apples" => Ok("17".into()),
+//! #         other => Err(HandlerError::new("not_found", format!("no {other} here"))),
+//! #     }
+//! # }
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let mesh = "doctest-lib".parse()?;
+//! # let node = Node::builder().mesh(mesh).start().await?;
+//! # #[cfg(any())]
+//! let node = Node::builder().start().await?;
+//!
+//! let mut orders = node.subscribe("orders.*")?;
+//! let _service = node.serve("stock", stock).start()?;
+//!
+//! let report = node.publish("orders.new", "3 apples").await?;
+//! println!("queued for {} nodes", report.queued);
+//! println!("heard: {}", orders.recv().await.unwrap().text());
+//!
+//! let reply = node.request("stock", "apples").await?;
+//! println!("in stock: {}", reply.text());
+//! # assert_eq!(reply.text(), "17");
+//! node.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is promised
+//!
+//! * **No silent loss.** Every send says what became of it. What is dropped is counted, with a
+//!   reason, at its sender: [`Node::counters`], [`Event::Dropped`]. What was on its way when a
+//!   link broke is counted as in doubt.
+//! * **At most once, in order.** On one link a message is delivered at most once, and messages
+//!   of one topic come in the order in which they were published. A link that breaks may lose
+//!   messages; they are not sent again.
+//! * **Bounded memory.** Every queue has a limit in bytes. A slow peer loses messages, costs a
+//!   fixed amount, and holds nobody up.
+//!
+//! `Queued` is what an awaited send promises: the message is accepted here and on its way. A
+//! reply to a [`request`](Node::request) tells that a handler ran.
+//!
+//! # Security
+//!
+//! Out of the box a node talks to processes of the same user on this host only. Networks beyond
+//! it have to be declared trusted ([`Config::listen`]), since **what passes there is neither
+//! encrypted nor authenticated yet**.
+
 mod address;
 mod config;
 mod discovery;
@@ -11,9 +78,30 @@ mod report;
 mod tunnel;
 mod wire;
 
-pub use address::*;
+#[doc = include_str!("wire/protocol.md")]
+pub mod protocol {}
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+pub use address::{
+    AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MeshName, Pattern, Recipient,
+    ServiceName, Topic,
+};
 pub use config::Config;
-pub use message::*;
-pub use node::*;
-pub use peer::*;
-pub use report::*;
+pub use link::memory::MemoryNetwork;
+pub use message::{
+    Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
+};
+pub use node::{
+    BodyError, Call, DownCause, Event, Events, HandlerError, Node, Publish, PublishError, Request,
+    RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
+    Subscription, WaitError,
+};
+pub use peer::{
+    Address, Identity, IdentityError, Incarnation, NodeId, NodeIdError, ParseAddressError,
+    PeerInfo, ServiceInfo, Source, Unreachable,
+};
+pub use report::{Counters, DropReason, PublishReport};

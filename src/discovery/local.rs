@@ -36,9 +36,15 @@ impl SocketDirs {
     ///
     /// # Errors
     /// The folder, and why it can't be used: it belongs to another user, or is open to others.
-    pub(crate) fn prepare(root: Option<&Path>, mesh: &MeshName) -> Result<Self, (PathBuf, io::Error)> {
+    pub(crate) fn prepare(
+        root: Option<&Path>,
+        mesh: &MeshName,
+    ) -> Result<Self, (PathBuf, io::Error)> {
         let root = root.map_or_else(default_root, Path::to_path_buf);
-        let dirs = Self { mesh: root.join(mesh.as_str()), private: root.join(".private") };
+        let dirs = Self {
+            mesh: root.join(mesh.as_str()),
+            private: root.join(".private"),
+        };
         for dir in [&root, &dirs.mesh, &dirs.private] {
             platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
         }
@@ -47,15 +53,24 @@ impl SocketDirs {
 
     /// A path for a node's socket, found by the others of this host if it is `open` to them.
     pub(crate) fn new_socket(&self, open: bool) -> PathBuf {
-        let name = data_encoding::BASE32_NOPAD.encode(&random_bytes::<5>()).to_ascii_lowercase();
+        let name = data_encoding::BASE32_NOPAD
+            .encode(&random_bytes::<5>())
+            .to_ascii_lowercase();
         let dir = if open { &self.mesh } else { &self.private };
         dir.join(format!("{name}.sock"))
     }
 
     fn sockets(&self) -> HashSet<PathBuf> {
-        let Ok(entries) = fs::read_dir(&self.mesh) else { return HashSet::new() };
+        let Ok(entries) = fs::read_dir(&self.mesh) else {
+            return HashSet::new();
+        };
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        paths.filter(|path| path.extension().is_some_and(|extension| extension == "sock")).collect()
+        paths
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "sock")
+            })
+            .collect()
     }
 }
 
@@ -76,10 +91,16 @@ pub(crate) async fn watch(dirs: SocketDirs, own: PathBuf, sink: Sink) {
         found.remove(&own);
         for path in found.difference(&known) {
             let addresses = vec![Address::Local(path.clone())];
-            sink(Discovered::Seen(Sighting { source: Source::Local, id: None, addresses }));
+            sink(Discovered::Seen(Sighting {
+                source: Source::Local,
+                id: None,
+                addresses,
+            }));
         }
         for path in known.difference(&found) {
-            sink(Discovered::Gone(TargetKey::Address(Address::Local(path.clone()))));
+            sink(Discovered::Gone(TargetKey::Address(Address::Local(
+                path.clone(),
+            ))));
         }
         known = found;
     }
@@ -87,8 +108,12 @@ pub(crate) async fn watch(dirs: SocketDirs, own: PathBuf, sink: Sink) {
 
 /// Removes the socket of a process that is gone. One that listens is never touched.
 pub(crate) fn remove_if_stale(path: &Path) {
-    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    let old = age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER);
+    let age = fs::metadata(path)
+        .and_then(|metadata| metadata.modified())
+        .ok();
+    let old = age
+        .and_then(|at| at.elapsed().ok())
+        .is_some_and(|age| age >= STALE_AFTER);
     if old && platform::refuses(path) {
         tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
         let _gone_already = fs::remove_file(path);
@@ -105,7 +130,11 @@ mod platform {
     }
 
     pub(super) fn create_private(dir: &Path) -> io::Result<()> {
-        match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+        match fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+        {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
@@ -146,6 +175,7 @@ mod platform {
 }
 
 #[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
@@ -155,8 +185,9 @@ mod tests {
     fn a_folder_that_others_can_enter_is_refused() {
         let root = tempfile::tempdir().unwrap();
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let (dir, error) =
-            SocketDirs::prepare(Some(root.path()), &MeshName::default()).err().unwrap();
+        let (dir, error) = SocketDirs::prepare(Some(root.path()), &MeshName::default())
+            .err()
+            .unwrap();
         assert_eq!(dir, root.path());
         assert!(error.to_string().contains("chmod 700"), "{error}");
     }

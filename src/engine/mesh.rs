@@ -56,13 +56,22 @@ pub(crate) enum DownReason {
 /// What the owner of the mesh is to do, in this order.
 #[derive(Debug)]
 pub(crate) enum Action {
-    Dial { target: TargetKey, addresses: Vec<Address> },
+    Dial {
+        target: TargetKey,
+        addresses: Vec<Address>,
+    },
     /// Queue a control record.
     Send(LinkId, Control),
     /// The peer's limits are known: messages may flow.
-    Open { link: LinkId, limits: Limits },
+    Open {
+        link: LinkId,
+        limits: Limits,
+    },
     /// End the connection once what was queued is sent.
-    Close { link: LinkId, reason: DownReason },
+    Close {
+        link: LinkId,
+        reason: DownReason,
+    },
     Report(MeshEvent),
 }
 
@@ -70,19 +79,32 @@ pub(crate) enum Action {
 #[derive(Debug, Clone)]
 pub(crate) enum MeshEvent {
     PeerUp(Box<PeerInfo>),
-    PeerDown { id: NodeId, name: String, reason: DownReason },
+    PeerDown {
+        id: NodeId,
+        name: String,
+        reason: DownReason,
+    },
     /// A connection ended before it became a link.
-    Refused { address: Option<Address>, reason: String },
+    Refused {
+        address: Option<Address>,
+        reason: String,
+    },
     /// Another live node has this node's identity.
-    IdentityConflict { address: Option<Address> },
+    IdentityConflict {
+        address: Option<Address>,
+    },
 }
 
 #[derive(Debug)]
 enum Phase {
     /// Waiting for the peer's hello.
-    Greeting { deadline: Time },
+    Greeting {
+        deadline: Time,
+    },
     /// Waiting for the decider, be it us after a probe or the peer.
-    Deciding { deadline: Time },
+    Deciding {
+        deadline: Time,
+    },
     Up,
 }
 
@@ -162,8 +184,18 @@ impl Mesh {
             self.dialer.handle_connected(target, link);
         }
         let dialled = connection.target.is_some();
-        let phase = Phase::Greeting { deadline: now + HELLO_TIMEOUT };
-        self.links.insert(link, Link { connection, phase, hello_sent: false, hello: None });
+        let phase = Phase::Greeting {
+            deadline: now + HELLO_TIMEOUT,
+        };
+        self.links.insert(
+            link,
+            Link {
+                connection,
+                phase,
+                hello_sent: false,
+                hello: None,
+            },
+        );
         if dialled {
             self.send_hello(link);
         }
@@ -183,7 +215,9 @@ impl Mesh {
             }
             (Control::Bye(bye), Some(_)) => self.handle_bye(now, link, bye),
             (Control::Probe(nonce), Some(_)) => self.send(link, Control::ProbeReply(nonce)),
-            (Control::ProbeReply(nonce), Some(Phase::Up)) => self.handle_probe_reply(now, link, nonce),
+            (Control::ProbeReply(nonce), Some(Phase::Up)) => {
+                self.handle_probe_reply(now, link, nonce)
+            }
             (control, Some(_)) => {
                 let kind = match control {
                     Control::Hello(_) => "a second hello",
@@ -205,7 +239,12 @@ impl Mesh {
     /// The peer speaks a newer protocol than ours.
     pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
         self.send(link, Control::Bye(Bye::Version));
-        self.refuse(now, link, format!("it speaks protocol version {version}"), true);
+        self.refuse(
+            now,
+            link,
+            format!("it speaks protocol version {version}"),
+            true,
+        );
     }
 
     /// The connection is gone, or silent for so long that it counts as gone.
@@ -243,8 +282,14 @@ impl Mesh {
             Phase::Greeting { deadline } | Phase::Deciding { deadline } => Some(deadline),
             Phase::Up => None,
         });
-        let probes = self.peers.values().filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
-        let dials = self.dialing.then(|| self.dialer.poll_timeout(|id| self.is_linked(id))).flatten();
+        let probes = self
+            .peers
+            .values()
+            .filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
+        let dials = self
+            .dialing
+            .then(|| self.dialer.poll_timeout(|id| self.is_linked(id)))
+            .flatten();
         links.chain(probes).chain(dials).min()
     }
 
@@ -259,8 +304,15 @@ impl Mesh {
         }
         let mut routing = Routing::default();
         for (id, peer) in &self.peers {
-            if let Some(hello) = self.links.get(&peer.link).and_then(|link| link.hello.as_ref()) {
-                let services = hello.services.iter().map(|info| (&info.name, info.concurrency));
+            if let Some(hello) = self
+                .links
+                .get(&peer.link)
+                .and_then(|link| link.hello.as_ref())
+            {
+                let services = hello
+                    .services
+                    .iter()
+                    .map(|info| (&info.name, info.concurrency));
                 routing.add_peer(*id, peer.link, hello.patterns.iter(), services);
             }
         }
@@ -274,30 +326,47 @@ impl Mesh {
         *count += 1;
         if *count == 1 {
             let subscribed = vec![pattern.clone()];
-            self.announce(Announcement { subscribed, ..Announcement::default() });
+            self.announce(Announcement {
+                subscribed,
+                ..Announcement::default()
+            });
         }
     }
 
     pub(crate) fn unsubscribe(&mut self, pattern: &Pattern) {
-        let Some(count) = self.patterns.get_mut(pattern) else { return };
+        let Some(count) = self.patterns.get_mut(pattern) else {
+            return;
+        };
         *count -= 1;
         if *count == 0 {
             self.patterns.remove(pattern);
             let unsubscribed = vec![pattern.clone()];
-            self.announce(Announcement { unsubscribed, ..Announcement::default() });
+            self.announce(Announcement {
+                unsubscribed,
+                ..Announcement::default()
+            });
         }
     }
 
     pub(crate) fn serve(&mut self, name: &ServiceName, concurrency: u32) {
         self.services.insert(name.clone(), concurrency);
-        let serving = vec![ServiceInfo { name: name.clone(), concurrency }];
-        self.announce(Announcement { serving, ..Announcement::default() });
+        let serving = vec![ServiceInfo {
+            name: name.clone(),
+            concurrency,
+        }];
+        self.announce(Announcement {
+            serving,
+            ..Announcement::default()
+        });
     }
 
     pub(crate) fn withdraw(&mut self, name: &ServiceName) {
         if self.services.remove(name).is_some() {
             let withdrawn = vec![name.clone()];
-            self.announce(Announcement { withdrawn, ..Announcement::default() });
+            self.announce(Announcement {
+                withdrawn,
+                ..Announcement::default()
+            });
         }
     }
 
@@ -323,7 +392,10 @@ impl Mesh {
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerInfo> {
-        self.peers.values().filter_map(|peer| self.peer_info(peer.link)).collect()
+        self.peers
+            .values()
+            .filter_map(|peer| self.peer_info(peer.link))
+            .collect()
     }
 
     pub(crate) fn links(&self) -> impl Iterator<Item = (NodeId, LinkId)> {
@@ -341,14 +413,23 @@ impl Mesh {
     // The handshake.
 
     fn handle_hello(&mut self, now: Time, link: LinkId, hello: Box<Hello>) {
-        let Some(entry) = self.links.get_mut(&link) else { return };
+        let Some(entry) = self.links.get_mut(&link) else {
+            return;
+        };
         let address = entry.connection.address.clone();
         if hello.mesh != self.me.mesh {
-            let text = format!("it is of the mesh {:?}, this node of {:?}", hello.mesh, self.me.mesh);
+            let text = format!(
+                "it is of the mesh {:?}, this node of {:?}",
+                hello.mesh, self.me.mesh
+            );
             self.send(link, Control::Bye(Bye::Mesh));
             return self.refuse(now, link, text, true);
         }
-        if entry.connection.claimed.is_some_and(|claimed| claimed != hello.id) {
+        if entry
+            .connection
+            .claimed
+            .is_some_and(|claimed| claimed != hello.id)
+        {
             let text = "its hello names another node than its connection".to_owned();
             return self.handle_violation(now, link, text);
         }
@@ -357,7 +438,8 @@ impl Mesh {
                 self.dialer.handle_own(link);
                 return self.close(now, link, DownReason::Replaced);
             }
-            self.actions.push_back(Action::Report(MeshEvent::IdentityConflict { address }));
+            self.actions
+                .push_back(Action::Report(MeshEvent::IdentityConflict { address }));
             self.send(link, Control::Bye(Bye::IdentityInUse));
             return self.refuse(now, link, "it has this node's own identity".into(), true);
         }
@@ -371,7 +453,9 @@ impl Mesh {
         }
         let (id, incarnation) = (hello.id, hello.incarnation);
         entry.hello = Some(hello);
-        entry.phase = Phase::Deciding { deadline: now + HELLO_TIMEOUT };
+        entry.phase = Phase::Deciding {
+            deadline: now + HELLO_TIMEOUT,
+        };
         let answer = !entry.hello_sent;
         self.dialer.handle_identified(link, id);
         if answer {
@@ -383,21 +467,35 @@ impl Mesh {
     }
 
     fn decide(&mut self, now: Time, link: LinkId, id: NodeId, incarnation: Incarnation) {
-        let Some(peer) = self.peers.get_mut(&id) else { return self.accept(now, link) };
-        let known = self.links.get(&peer.link).and_then(|link| link.hello.as_ref());
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return self.accept(now, link);
+        };
+        let known = self
+            .links
+            .get(&peer.link)
+            .and_then(|link| link.hello.as_ref());
         if peer.probe.is_some() || known.is_some_and(|hello| hello.incarnation == incarnation) {
             self.send(link, Control::Bye(Bye::Duplicate));
             return self.close(now, link, DownReason::Bye(Bye::Duplicate));
         }
         self.nonce += 1;
         let (old, nonce) = (peer.link, self.nonce);
-        peer.probe = Some(Probe { newcomer: link, nonce, deadline: now + PROBE_TIMEOUT });
+        peer.probe = Some(Probe {
+            newcomer: link,
+            nonce,
+            deadline: now + PROBE_TIMEOUT,
+        });
         self.send(old, Control::Probe(nonce));
     }
 
     fn handle_probe_reply(&mut self, now: Time, link: LinkId, nonce: u64) {
-        let id = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
-        let Some(peer) = id.and_then(|id| self.peers.get_mut(&id)) else { return };
+        let id = self
+            .links
+            .get(&link)
+            .and_then(|link| Some(link.hello.as_ref()?.id));
+        let Some(peer) = id.and_then(|id| self.peers.get_mut(&id)) else {
+            return;
+        };
         if peer.probe.as_ref().is_none_or(|probe| probe.nonce != nonce) {
             return;
         }
@@ -417,7 +515,10 @@ impl Mesh {
     }
 
     fn handle_accept(&mut self, now: Time, link: LinkId) {
-        let decider = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
+        let decider = self
+            .links
+            .get(&link)
+            .and_then(|link| Some(link.hello.as_ref()?.id));
         if decider.is_some_and(|id| id < self.me.id) {
             self.establish(now, link);
         } else {
@@ -426,8 +527,11 @@ impl Mesh {
     }
 
     fn establish(&mut self, now: Time, link: LinkId) {
-        let Some((id, limits)) =
-            self.links.get(&link).and_then(|link| link.hello.as_ref()).map(|hello| (hello.id, hello.limits))
+        let Some((id, limits)) = self
+            .links
+            .get(&link)
+            .and_then(|link| link.hello.as_ref())
+            .map(|hello| (hello.id, hello.limits))
         else {
             return;
         };
@@ -442,18 +546,25 @@ impl Mesh {
         self.routing_changed = true;
         self.actions.push_back(Action::Open { link, limits });
         if let Some(info) = self.peer_info(link) {
-            self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
+            self.actions
+                .push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
         }
     }
 
     fn handle_announcement(&mut self, now: Time, link: LinkId, news: &Announcement) {
-        let Some(entry) = self.links.get_mut(&link) else { return };
-        let Some(hello) = entry.hello.as_mut() else { return };
+        let Some(entry) = self.links.get_mut(&link) else {
+            return;
+        };
+        let Some(hello) = entry.hello.as_mut() else {
+            return;
+        };
         if news.seq != hello.seq + 1 {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
         hello.seq = news.seq;
-        hello.patterns.retain(|pattern| !news.unsubscribed.contains(pattern));
+        hello
+            .patterns
+            .retain(|pattern| !news.unsubscribed.contains(pattern));
         hello.patterns.extend(news.subscribed.iter().cloned());
         let changed = |name: &ServiceName| {
             news.withdrawn.contains(name) || news.serving.iter().any(|info| info.name == *name)
@@ -464,7 +575,10 @@ impl Mesh {
     }
 
     fn handle_bye(&mut self, now: Time, link: LinkId, bye: Bye) {
-        let is_up = self.links.get(&link).is_some_and(|link| matches!(link.phase, Phase::Up));
+        let is_up = self
+            .links
+            .get(&link)
+            .is_some_and(|link| matches!(link.phase, Phase::Up));
         match &bye {
             _ if is_up => self.end(now, link, DownReason::Bye(bye)),
             // The pair has its link, or is about to; nothing failed.
@@ -480,15 +594,23 @@ impl Mesh {
 
     /// A connection that never became a link, and that a user may want to know of.
     fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
-        let Some(entry) = self.links.get(&link) else { return };
+        let Some(entry) = self.links.get(&link) else {
+            return;
+        };
         let address = entry.connection.address.clone();
-        self.dialer.handle_refused(now, link, reason.clone(), for_good);
-        self.actions.push_back(Action::Report(MeshEvent::Refused { address, reason: reason.clone() }));
+        self.dialer
+            .handle_refused(now, link, reason.clone(), for_good);
+        self.actions.push_back(Action::Report(MeshEvent::Refused {
+            address,
+            reason: reason.clone(),
+        }));
         self.close(now, link, DownReason::Violation(reason));
     }
 
     fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        let Some(entry) = self.links.get(&link) else { return };
+        let Some(entry) = self.links.get(&link) else {
+            return;
+        };
         match (&entry.phase, &entry.hello) {
             (Phase::Up, Some(hello)) => {
                 let (id, name) = (hello.id, hello.name.clone());
@@ -508,9 +630,17 @@ impl Mesh {
     }
 
     fn end_peer(&mut self, now: Time, link: LinkId, id: NodeId, name: String, reason: DownReason) {
-        let newcomer = self.peers.remove(&id).and_then(|peer| peer.probe).map(|probe| probe.newcomer);
+        let newcomer = self
+            .peers
+            .remove(&id)
+            .and_then(|peer| peer.probe)
+            .map(|probe| probe.newcomer);
         self.routing_changed = true;
-        let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
+        let report = MeshEvent::PeerDown {
+            id,
+            name,
+            reason: reason.clone(),
+        };
         self.actions.push_back(Action::Report(report));
         self.close(now, link, reason);
         self.dialer.handle_peer_lost(now, id);
@@ -525,7 +655,11 @@ impl Mesh {
         }
         self.dialer.handle_ended(now, link);
         for peer in self.peers.values_mut() {
-            if peer.probe.as_ref().is_some_and(|probe| probe.newcomer == link) {
+            if peer
+                .probe
+                .as_ref()
+                .is_some_and(|probe| probe.newcomer == link)
+            {
                 peer.probe = None;
             }
         }
@@ -556,8 +690,10 @@ impl Mesh {
 
     fn send_hello(&mut self, link: LinkId) {
         let services = self.services.iter();
-        let services = services
-            .map(|(name, concurrency)| ServiceInfo { name: name.clone(), concurrency: *concurrency });
+        let services = services.map(|(name, concurrency)| ServiceInfo {
+            name: name.clone(),
+            concurrency: *concurrency,
+        });
         let hello = Hello {
             mesh: self.me.mesh.clone(),
             id: self.me.id,

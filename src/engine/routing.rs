@@ -21,7 +21,12 @@ pub(crate) struct PatternTrie<T> {
 
 impl<T> Default for PatternTrie<T> {
     fn default() -> Self {
-        Self { children: HashMap::new(), any: None, here: Vec::new(), rest: Vec::new() }
+        Self {
+            children: HashMap::new(),
+            any: None,
+            here: Vec::new(),
+            rest: Vec::new(),
+        }
     }
 }
 
@@ -55,7 +60,11 @@ impl<T: Clone + Ord> PatternTrie<T> {
             Some((token, rest)) => (token, Some(rest)),
             None => (rest, None),
         };
-        let exact = if self.children.is_empty() { None } else { self.children.get(token) };
+        let exact = if self.children.is_empty() {
+            None
+        } else {
+            self.children.get(token)
+        };
         for next in exact.into_iter().chain(self.any.as_deref()) {
             match rest {
                 Some(rest) => next.collect(rest, found),
@@ -109,15 +118,29 @@ impl<L: Clone> Routing<L> {
             self.topics.insert(pattern, place);
         }
         for (name, concurrency) in services {
-            let instance = Instance { link: link.clone(), peer, concurrency };
-            self.services.entry(name.clone()).or_default().push(instance);
+            let instance = Instance {
+                link: link.clone(),
+                peer,
+                concurrency,
+            };
+            self.services
+                .entry(name.clone())
+                .or_default()
+                .push(instance);
         }
     }
 
     /// The same snapshot with links of another kind; a peer whose link is gone is left out of
     /// what is looked up.
-    pub(crate) fn bind<M: Clone>(&self, mut find: impl FnMut(&L) -> Option<M>) -> Routing<Option<M>> {
-        let links = self.links.iter().map(|(peer, link)| (*peer, find(link))).collect();
+    pub(crate) fn bind<M: Clone>(
+        &self,
+        mut find: impl FnMut(&L) -> Option<M>,
+    ) -> Routing<Option<M>> {
+        let links = self
+            .links
+            .iter()
+            .map(|(peer, link)| (*peer, find(link)))
+            .collect();
         let services = self
             .services
             .iter()
@@ -130,7 +153,12 @@ impl<L: Clone> Routing<L> {
                 (name.clone(), bound.collect())
             })
             .collect();
-        Routing { topics: self.topics.clone(), services, links, nodes: self.nodes.clone() }
+        Routing {
+            topics: self.topics.clone(),
+            services,
+            links,
+            nodes: self.nodes.clone(),
+        }
     }
 
     /// The nodes that subscribe to `topic`, each once.
@@ -138,7 +166,10 @@ impl<L: Clone> Routing<L> {
         &'a self,
         topic: &Topic,
     ) -> impl ExactSizeIterator<Item = &'a (NodeId, L)> + use<'a, L> {
-        self.topics.matches(topic).into_iter().map(|place| &self.links[place as usize])
+        self.topics
+            .matches(topic)
+            .into_iter()
+            .map(|place| &self.links[place as usize])
     }
 
     /// The nodes that serve `name`.
@@ -147,25 +178,23 @@ impl<L: Clone> Routing<L> {
     }
 
     pub(crate) fn link(&self, peer: &NodeId) -> Option<&L> {
-        self.nodes.get(peer).map(|place| &self.links[*place as usize].1)
+        self.nodes
+            .get(peer)
+            .map(|place| &self.links[*place as usize].1)
     }
 
     pub(crate) fn peers(&self) -> usize {
         self.links.len()
     }
-
-    pub(crate) fn links(&self) -> impl Iterator<Item = &(NodeId, L)> {
-        self.links.iter()
-    }
 }
 
 /// The least loaded of several competing consumers: the fewest unfinished calls for the
 /// concurrency that it announced. Ties go round with `turn`.
-pub(crate) fn least_loaded<'a, T>(
-    candidates: &'a [T],
+pub(crate) fn least_loaded<T>(
+    candidates: &[T],
     turn: usize,
     load: impl Fn(&T) -> (u64, u32),
-) -> Option<&'a T> {
+) -> Option<&T> {
     let len = candidates.len();
     (0..len)
         .map(|offset| &candidates[(turn + offset) % len])

@@ -29,7 +29,12 @@ struct Side {
 
 impl Side {
     fn send(&self, frames: &[&[u8]]) {
-        self.link.send(frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect());
+        self.link.send(
+            frames
+                .iter()
+                .map(|frame| Bytes::copy_from_slice(frame))
+                .collect(),
+        );
     }
 
     async fn batch(&mut self) -> Vec<Bytes> {
@@ -40,7 +45,10 @@ impl Side {
     }
 
     async fn next(&mut self) -> Arrival {
-        tokio::time::timeout(SOON, self.arrivals.recv()).await.expect("in time").expect("not gone")
+        tokio::time::timeout(SOON, self.arrivals.recv())
+            .await
+            .expect("in time")
+            .expect("not gone")
     }
 }
 
@@ -65,7 +73,11 @@ struct Host {
 impl Acceptor for Host {
     fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
         let (sender, arrivals) = mpsc::unbounded_channel();
-        let _test_is_over = self.sides.send(Side { link, connection, arrivals });
+        let _test_is_over = self.sides.send(Side {
+            link,
+            connection,
+            arrivals,
+        });
         Arc::new(Taker(sender))
     }
 }
@@ -94,7 +106,10 @@ struct Pair {
 }
 
 async fn side(sides: &mut mpsc::UnboundedReceiver<Side>) -> Side {
-    tokio::time::timeout(SOON, sides.recv()).await.expect("in time").expect("a connection")
+    tokio::time::timeout(SOON, sides.recv())
+        .await
+        .expect("in time")
+        .expect("a connection")
 }
 
 async fn over_memory() -> Pair {
@@ -105,19 +120,29 @@ async fn over_memory() -> Pair {
     let target = TargetKey::Node(b_id);
     a_port.dial(&target, b_port.number).unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_port, b_port, a, b)) }
+    Pair {
+        dialler,
+        listener,
+        _world: Box::new((a_port, b_port, a, b)),
+    }
 }
 
 async fn over_unix() -> Pair {
     let dir = tempfile::tempdir().unwrap();
     let (a, a_id, mut a_sides) = host(1);
     let (b, b_id, mut b_sides) = host(2);
-    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, true, a).await.unwrap();
+    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, true, a)
+        .await
+        .unwrap();
     let path = dir.path().join("b");
     let b_port = ZmqPort::bind(&path, b_id, true, b).await.unwrap();
     a_port.dial(&TargetKey::Node(b_id), &path).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_port, b_port, dir)) }
+    Pair {
+        dialler,
+        listener,
+        _world: Box::new((a_port, b_port, dir)),
+    }
 }
 
 async fn over_tcp() -> Pair {
@@ -132,14 +157,29 @@ async fn over_tcp() -> Pair {
         max_connections: 8,
         loopback_only: true,
     };
-    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, false, a).await.unwrap();
-    let b_port = ZmqPort::bind(&dir.path().join("b"), b_id, false, b).await.unwrap();
-    let a_door = Arc::new(FrontDoor::new(config.clone(), Arc::new(a_port), Arc::new(Nobody)));
+    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, false, a)
+        .await
+        .unwrap();
+    let b_port = ZmqPort::bind(&dir.path().join("b"), b_id, false, b)
+        .await
+        .unwrap();
+    let a_door = Arc::new(FrontDoor::new(
+        config.clone(),
+        Arc::new(a_port),
+        Arc::new(Nobody),
+    ));
     let b_door = Arc::new(FrontDoor::new(config, Arc::new(b_port), Arc::new(Nobody)));
     let addr = b_door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-    a_door.dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)]).await.unwrap();
+    a_door
+        .dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)])
+        .await
+        .unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_door, b_door, dir)) }
+    Pair {
+        dialler,
+        listener,
+        _world: Box::new((a_door, b_door, dir)),
+    }
 }
 
 /// Runs the suite over one kind of link.
@@ -170,8 +210,14 @@ macro_rules! suite {
 suite!(memory => over_memory, unix => over_unix, tcp => over_tcp);
 
 async fn both_sides_know_who_is_there(pair: Pair) {
-    assert_eq!(pair.dialler.connection.claimed, Some(NodeId::from_bytes([2; 32])));
-    assert_eq!(pair.listener.connection.claimed, Some(NodeId::from_bytes([1; 32])));
+    assert_eq!(
+        pair.dialler.connection.claimed,
+        Some(NodeId::from_bytes([2; 32]))
+    );
+    assert_eq!(
+        pair.listener.connection.claimed,
+        Some(NodeId::from_bytes([1; 32]))
+    );
     assert!(pair.dialler.connection.target.is_some());
     assert!(pair.listener.connection.target.is_none());
 }
@@ -180,7 +226,8 @@ async fn batches_arrive_whole_and_in_order(mut pair: Pair) {
     let long = vec![9; 200_000];
     for number in 0..500_u32 {
         let number = number.to_be_bytes();
-        pair.dialler.send(&[&number, b"", &long[..(number[3] as usize) * 100]]);
+        pair.dialler
+            .send(&[&number, b"", &long[..(number[3] as usize) * 100]]);
         pair.listener.send(&[&number]);
     }
     pair.dialler.send(&[&long]);
@@ -216,7 +263,10 @@ async fn a_batch_is_let_go_of_once_it_is_encoded(mut pair: Pair) {
     let (sender, dropped) = oneshot::channel();
     let owner = Tracked(b"held".to_vec(), Mutex::new(Some(sender)));
     pair.dialler.link.send(vec![Bytes::from_owner(owner)]);
-    tokio::time::timeout(SOON, dropped).await.expect("in time").unwrap();
+    tokio::time::timeout(SOON, dropped)
+        .await
+        .expect("in time")
+        .unwrap();
     assert_eq!(pair.listener.batch().await, [Bytes::from("held")]);
 }
 

@@ -10,9 +10,21 @@ use super::{Acceptor, DialError, Link, Receiver};
 use crate::engine::{Connection, TargetKey};
 use crate::peer::{Address, NodeId};
 
-/// A network of nodes within this process.
+/// A network of nodes within this process, in place of sockets and discovery: for testing a
+/// service's behaviour, with [`MemoryNetwork::cut`] for its bad days.
+///
+/// ```
+/// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+/// use peerbus::{MemoryNetwork, Node};
+/// let network = MemoryNetwork::default();
+/// let alice = Node::builder().memory(&network).start().await?;
+/// let bob = Node::builder().memory(&network).start().await?;
+/// alice.wait_for_peers(1, std::time::Duration::from_secs(5)).await?;
+/// network.cut(&bob.id());
+/// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+/// ```
 #[derive(Clone, Default)]
-pub(crate) struct MemoryNetwork {
+pub struct MemoryNetwork {
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -21,7 +33,7 @@ struct Shared {
     nodes: HashMap<u64, Listener>,
     next: u64,
     /// The live ends, so that they can be cut.
-    ends: Vec<(u64, Weak<End>)>,
+    ends: Vec<(NodeId, Weak<End>)>,
 }
 
 struct Listener {
@@ -51,7 +63,10 @@ struct End {
 impl Link for End {
     fn send(&self, frames: Vec<Bytes>) {
         // The copy stands for the transport: the sender's buffers are released at once.
-        let frames = frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect();
+        let frames = frames
+            .iter()
+            .map(|frame| Bytes::copy_from_slice(frame))
+            .collect();
         let _ended = self.outbox.send(Parcel::Batch(frames));
     }
 
@@ -71,8 +86,19 @@ impl MemoryNetwork {
         let mut shared = self.lock();
         let number = shared.next;
         shared.next += 1;
-        shared.nodes.insert(number, Listener { id, acceptor: Arc::downgrade(acceptor) });
-        MemoryPort { network: self.clone(), number, id, acceptor: acceptor.clone() }
+        shared.nodes.insert(
+            number,
+            Listener {
+                id,
+                acceptor: Arc::downgrade(acceptor),
+            },
+        );
+        MemoryPort {
+            network: self.clone(),
+            number,
+            id,
+            acceptor: acceptor.clone(),
+        }
     }
 
     /// The addresses of all nodes but one.
@@ -82,11 +108,11 @@ impl MemoryNetwork {
         others.map(|other| Address::Memory(*other)).collect()
     }
 
-    /// Cuts every connection of a node.
-    #[cfg(test)]
-    pub(crate) fn cut(&self, number: u64) {
+    /// Cuts every connection of a node, as if its cable were pulled for a moment: what is on its
+    /// way arrives, both sides are told, and they dial again.
+    pub fn cut(&self, node: &NodeId) {
         let ends: Vec<_> = self.lock().ends.clone();
-        for (_, end) in ends.iter().filter(|(owner, _)| *owner == number) {
+        for (_, end) in ends.iter().filter(|(owner, _)| owner == node) {
             if let Some(end) = end.upgrade() {
                 end.close();
             }
@@ -106,12 +132,18 @@ impl MemoryPort {
         };
         let (to_peer, from_us) = mpsc::unbounded_channel();
         let (to_us, from_peer) = mpsc::unbounded_channel();
-        let near = Arc::new(End { outbox: to_peer.clone(), back: to_us.clone() });
-        let far = Arc::new(End { outbox: to_us, back: to_peer });
+        let near = Arc::new(End {
+            outbox: to_peer.clone(),
+            back: to_us.clone(),
+        });
+        let far = Arc::new(End {
+            outbox: to_us,
+            back: to_peer,
+        });
         let mut shared = self.network.lock();
         shared.ends.retain(|(_, end)| end.strong_count() > 0);
-        shared.ends.push((self.number, Arc::downgrade(&near)));
-        shared.ends.push((number, Arc::downgrade(&far)));
+        shared.ends.push((self.id, Arc::downgrade(&near)));
+        shared.ends.push((peer, Arc::downgrade(&far)));
         drop(shared);
         let connection = |claimed, address, target| Connection {
             claimed: Some(claimed),

@@ -57,8 +57,15 @@ mod platform {
 
     impl PrivateSocket {
         pub(crate) async fn bind(router: &mut RouterSocket, _: &Path) -> io::Result<Self> {
-            let endpoint = router.bind("tcp://127.0.0.1:0").await.map_err(to_io)?.to_string();
-            let addr = endpoint.trim_start_matches("tcp://").parse().map_err(io::Error::other)?;
+            let endpoint = router
+                .bind("tcp://127.0.0.1:0")
+                .await
+                .map_err(to_io)?
+                .to_string();
+            let addr = endpoint
+                .trim_start_matches("tcp://")
+                .parse()
+                .map_err(io::Error::other)?;
             Ok(Self { addr })
         }
 

@@ -122,7 +122,12 @@ impl ZmqPort {
         });
         let (stop, stopped) = watch::channel(false);
         let reader = tokio::spawn(read_router(shared.clone(), receiver, monitor, stopped));
-        Ok(Self { shared, socket, stop, reader: Mutex::new(Some(reader)) })
+        Ok(Self {
+            shared,
+            socket,
+            stop,
+            reader: Mutex::new(Some(reader)),
+        })
     }
 
     /// A stream to the ROUTER, for a pump.
@@ -132,7 +137,9 @@ impl ZmqPort {
 
     /// Announces a gated connection under the identity that the gate gave it.
     pub(crate) fn register(&self, identity: Bytes, registration: Registration) {
-        self.shared.lock().insert(identity, Entry::Registered(registration));
+        self.shared
+            .lock()
+            .insert(identity, Entry::Registered(registration));
     }
 
     /// Takes back a registration that never became a link.
@@ -151,7 +158,10 @@ impl ZmqPort {
         let mut dealer = DealerSocket::with_options(options);
         let mut monitor = dealer.monitor();
         let endpoint = PrivateSocket::endpoint(path);
-        dealer.connect(&endpoint).await.map_err(|error| DialError(error.to_string()))?;
+        dealer
+            .connect(&endpoint)
+            .await
+            .map_err(|error| DialError(error.to_string()))?;
         let claimed = match monitor.next().await {
             Some(SocketEvent::Connected(_, peer)) => claimed_id(&peer),
             _ => None,
@@ -161,13 +171,19 @@ impl ZmqPort {
         };
         let (sender, receiver) = dealer.split();
         let (closed, closing) = watch::channel(false);
-        let link = DealerLink { sender: Ordered::new(sender, &self.shared.runtime), closed };
+        let link = DealerLink {
+            sender: Ordered::new(sender, &self.shared.runtime),
+            closed,
+        };
         let connection = Connection {
             claimed: Some(claimed),
             target: Some(target.clone()),
             address: Some(Address::Local(path.into())),
         };
-        let taker = self.shared.acceptor.handle_connected(Arc::new(link), connection);
+        let taker = self
+            .shared
+            .acceptor
+            .handle_connected(Arc::new(link), connection);
         tokio::spawn(read_dealer(receiver, monitor, closing, taker));
         Ok(())
     }
@@ -175,7 +191,11 @@ impl ZmqPort {
     /// Stops listening and reading, and removes the socket's file.
     pub(crate) async fn close(&self) {
         self.stop.send_replace(true);
-        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reader = self
+            .reader
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(reader) = reader {
             let _panicked = reader.await;
         }
@@ -203,9 +223,11 @@ impl Shared {
         }
         let (connection, pump, live) = match entries.remove(identity) {
             Some(Entry::Live(_)) => return None,
-            Some(Entry::Registered(Registration { connection, pump, live })) => {
-                (connection, Some(pump), Some(live))
-            }
+            Some(Entry::Registered(Registration {
+                connection,
+                pump,
+                live,
+            })) => (connection, Some(pump), Some(live)),
             None if self.open_to_host => {
                 let claimed = claimed_id(identity)?;
                 let connection = Connection {
@@ -330,7 +352,8 @@ impl Link for RouterLink {
 
     fn close(&self) {
         // The crate's writer still writes what it was handed, then drops the stream.
-        self.backend.peer_disconnected(&identity(self.identity.clone()));
+        self.backend
+            .peer_disconnected(&identity(self.identity.clone()));
         if let Some(pump) = &self.pump {
             pump.close();
         }
@@ -375,7 +398,10 @@ enum SendState<S> {
 
 impl<S: SocketSend + Send + 'static> Ordered<S> {
     fn new(half: S, runtime: &Handle) -> Self {
-        Self { state: Arc::new(Mutex::new(SendState::Idle(half))), runtime: runtime.clone() }
+        Self {
+            state: Arc::new(Mutex::new(SendState::Idle(half))),
+            runtime: runtime.clone(),
+        }
     }
 
     fn send(&self, frames: VecDeque<Bytes>) {
@@ -388,7 +414,10 @@ impl<S: SocketSend + Send + 'static> Ordered<S> {
             }
             SendState::Idle(half) => {
                 let mut sending = start(half, frames);
-                match sending.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                match sending
+                    .as_mut()
+                    .poll(&mut Context::from_waker(Waker::noop()))
+                {
                     Poll::Ready(half) => SendState::Idle(half),
                     Poll::Pending => {
                         self.runtime.spawn(finish(self.state.clone(), sending));
@@ -421,7 +450,9 @@ async fn finish<S: SocketSend + Send + 'static>(
     loop {
         let half = sending.await;
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        let SendState::Busy(waiting) = &mut *state else { return };
+        let SendState::Busy(waiting) = &mut *state else {
+            return;
+        };
         match waiting.pop_front() {
             Some(frames) => sending = start(half, frames),
             None => {

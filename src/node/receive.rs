@@ -13,7 +13,9 @@ use crate::link::{Acceptor, Link, Receiver};
 use crate::message::Message;
 use crate::peer::NodeId;
 use crate::report::DropReason;
-use crate::wire::{Control, Envelope, Failure, PROTOCOL_VERSION, Payload, Record, WireError, decode};
+use crate::wire::{
+    Control, Envelope, Failure, PROTOCOL_VERSION, Payload, Record, WireError, decode,
+};
 
 /// Makes a cell for each new connection.
 pub(crate) struct NodeAcceptor(pub(crate) Arc<Shared>);
@@ -23,10 +25,18 @@ impl Acceptor for NodeAcceptor {
         let shared = &self.0;
         // Every transport knows what the connection claims to be.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
-        let flow = Flow::new(shared.now(), shared.id, &shared.limits, shared.config.send_queue);
+        let flow = Flow::new(
+            shared.now(),
+            shared.id,
+            &shared.limits,
+            shared.config.send_queue,
+        );
         let cell = shared.add_cell(|id| LinkCell::new(id, peer, flow, link, shared.started));
         shared.with_mesh(|mesh, now| mesh.handle_connected(now, cell.id, connection));
-        Arc::new(LinkReceiver { shared: shared.clone(), cell })
+        Arc::new(LinkReceiver {
+            shared: shared.clone(),
+            cell,
+        })
     }
 }
 
@@ -56,23 +66,29 @@ impl From<Violation> for Fault {
 
 impl Receiver for LinkReceiver {
     fn handle_batch(&self, frames: Vec<Bytes>) {
-        let Err(fault) = self.take_apart(frames) else { return };
+        let Err(fault) = self.take_apart(frames) else {
+            return;
+        };
         let link = self.cell.id;
         let text = match fault {
             Fault::Wire(WireError::Version(version)) if version > PROTOCOL_VERSION => {
-                return self.shared.with_mesh(|mesh, now| mesh.handle_newer_version(now, link, version));
+                return self
+                    .shared
+                    .with_mesh(|mesh, now| mesh.handle_newer_version(now, link, version));
             }
             Fault::Wire(error) => error.to_string(),
             Fault::Flow(violation) => violation.to_string(),
             Fault::OutOfTurn => "a message before the link was accepted".into(),
         };
         self.shared.counters.refused("protocol");
-        self.shared.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
+        self.shared
+            .with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
 
     fn handle_closed(&self) {
         let link = self.cell.id;
-        self.shared.with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
+        self.shared
+            .with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
     }
 }
 
@@ -103,7 +119,10 @@ impl LinkReceiver {
                 }
             }
             Control::Cancel(id) => {
-                shared.services().iter().for_each(|service| service.handle_cancel(cell.id, id));
+                shared
+                    .services()
+                    .iter()
+                    .for_each(|service| service.handle_cancel(cell.id, id));
             }
             control => shared.with_mesh(|mesh, now| mesh.handle_control(now, cell.id, control)),
         }
@@ -124,7 +143,11 @@ impl LinkReceiver {
             Payload::Call(body) => shared.admit(Message { from, header, body }, Some(credit)),
             Payload::Reply(body) => {
                 let message = Message { from, header, body };
-                shared.complete(credit, message.header.correlation_id, Outcome::Reply(message));
+                shared.complete(
+                    credit,
+                    message.header.correlation_id,
+                    Outcome::Reply(message),
+                );
             }
             Payload::Failed(failure) => {
                 shared.complete(credit, header.correlation_id, Outcome::Failed(failure));
@@ -137,7 +160,9 @@ impl LinkReceiver {
 impl Shared {
     /// Gives an event to the local subscriptions. Whether all of them took it.
     pub(crate) fn deliver(&self, message: &Message, cost: u64, credit: Option<Credit>) -> bool {
-        let Some(topic) = message.topic() else { return false };
+        let Some(topic) = message.topic() else {
+            return false;
+        };
         let inboxes = self.inboxes.load();
         let matching = inboxes.matching(topic);
         if matching.is_empty() {
@@ -171,14 +196,22 @@ impl Shared {
     }
 
     /// Turns a call down, so that its caller hears of it one way or the other.
-    pub(crate) fn decline(self: &Arc<Self>, message: &Message, credit: Option<Credit>, reason: DropReason) {
+    pub(crate) fn decline(
+        self: &Arc<Self>,
+        message: &Message,
+        credit: Option<Credit>,
+        reason: DropReason,
+    ) {
         if message.header.reply_to.is_some() && reason != DropReason::Cancelled {
             let text = match reason {
                 DropReason::NoService => "the node no longer serves it",
                 DropReason::Expired => "its time ran out while it waited",
                 _ => "it was not run",
             };
-            let failure = Failure { code: reason.as_str().into(), text: text.into() };
+            let failure = Failure {
+                code: reason.as_str().into(),
+                text: text.into(),
+            };
             self.reply(message, credit, Payload::Failed(failure));
         } else {
             self.drop_received(credit.as_ref(), reason);

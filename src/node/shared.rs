@@ -23,7 +23,7 @@ use crate::engine::{
     Action, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time, Timing,
 };
 use crate::message::{IdSource, Message, MessageId};
-use crate::peer::{Address, Incarnation, NodeId};
+use crate::peer::{Address, NodeId};
 use crate::report::DropReason;
 use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
@@ -43,7 +43,6 @@ pub(crate) enum Outcome {
 
 pub(crate) struct Shared {
     pub(crate) id: NodeId,
-    pub(crate) incarnation: Incarnation,
     pub(crate) name: String,
     pub(crate) config: Config,
     pub(crate) limits: Limits,
@@ -82,7 +81,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(crate) fn new(
         id: NodeId,
-        incarnation: Incarnation,
         name: String,
         config: Config,
         limits: Limits,
@@ -96,7 +94,6 @@ impl Shared {
         };
         Self {
             id,
-            incarnation,
             name,
             config,
             limits,
@@ -152,7 +149,8 @@ impl Shared {
         }
         if let Some(routing) = mesh.poll_routing() {
             let cells = lock(&self.cells);
-            self.routing.store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
+            self.routing
+                .store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
             self.routing_version.send_modify(|version| *version += 1);
         }
         if let Some(at) = mesh.poll_timeout() {
@@ -184,7 +182,9 @@ impl Shared {
     fn dial(self: &Arc<Self>, target: TargetKey, addresses: Vec<Address>) {
         let shared = self.clone();
         self.spawn(async move {
-            let Some(transport) = shared.transport.get() else { return };
+            let Some(transport) = shared.transport.get() else {
+                return;
+            };
             if let Err(error) = transport.dial(&target, &addresses).await {
                 tracing::debug!(address = ?addresses.first(), %error, "dialling failed");
                 let text = error.to_string();
@@ -194,7 +194,9 @@ impl Shared {
     }
 
     fn close_link(&self, link: LinkId, reason: &DownReason) {
-        let Some(cell) = lock(&self.cells).remove(&link) else { return };
+        let Some(cell) = lock(&self.cells).remove(&link) else {
+            return;
+        };
         let lost = cell.with_flow(crate::engine::Flow::close);
         self.count_drop(cell.peer, DropReason::LinkLost, lost.unsent);
         add(&self.counters.in_doubt, lost.in_doubt);
@@ -278,7 +280,10 @@ impl Shared {
         self.wake_by(deadline);
     }
 
-    pub(crate) fn end_request(&self, id: MessageId) -> Option<(oneshot::Sender<Outcome>, Option<LinkId>)> {
+    pub(crate) fn end_request(
+        &self,
+        id: MessageId,
+    ) -> Option<(oneshot::Sender<Outcome>, Option<LinkId>)> {
         lock(&self.requests).remove(id)
     }
 
@@ -292,7 +297,10 @@ impl Shared {
                     self.count_drop(cell.peer, DropReason::Cancelled, 1);
                 }
             }
-            None => self.services().iter().for_each(|service| service.handle_cancel(super::service::LOCAL, id)),
+            None => self
+                .services()
+                .iter()
+                .for_each(|service| service.handle_cancel(super::service::LOCAL, id)),
         }
     }
 
@@ -317,7 +325,11 @@ impl Shared {
 
     // Subscriptions and services.
 
-    pub(crate) fn subscribe(self: &Arc<Self>, pattern: &Pattern, limit: u64) -> super::Subscription {
+    pub(crate) fn subscribe(
+        self: &Arc<Self>,
+        pattern: &Pattern,
+        limit: u64,
+    ) -> super::Subscription {
         let change = lock(&self.inboxes_change);
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         let (number, inbox) = inboxes.add(pattern, limit);
@@ -380,7 +392,10 @@ impl Watch for DoorWatch {
         if let Some(shared) = self.0.upgrade() {
             shared.counters.refused(refusal.as_str());
             tracing::debug!(%address, %refusal, "the front door cut a connection");
-            let event = Event::Refused { address: Some(address), reason: refusal.to_string() };
+            let event = Event::Refused {
+                address: Some(address),
+                reason: refusal.to_string(),
+            };
             let _nobody_watches = shared.events.send(event);
         }
     }

@@ -11,13 +11,20 @@ use crate::peer::Address;
 use crate::tunnel::FrontDoor;
 
 pub(crate) enum Transport {
-    Sockets { port: Arc<ZmqPort>, door: Arc<FrontDoor> },
+    Sockets {
+        port: Arc<ZmqPort>,
+        door: Arc<FrontDoor>,
+    },
     Memory(MemoryPort),
 }
 
 impl Transport {
     /// Dials a target; returns when the link has been handed to the node.
-    pub(crate) async fn dial(&self, target: &TargetKey, addresses: &[Address]) -> Result<(), DialError> {
+    pub(crate) async fn dial(
+        &self,
+        target: &TargetKey,
+        addresses: &[Address],
+    ) -> Result<(), DialError> {
         match (self, addresses.first()) {
             (Self::Sockets { port, .. }, Some(Address::Local(path))) => {
                 let dialled = port.dial(target, path).await;

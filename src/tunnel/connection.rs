@@ -29,7 +29,9 @@ struct Buffer {
 
 impl Buffer {
     fn new() -> Self {
-        Self { bytes: vec![0; FIRST_BUFFER] }
+        Self {
+            bytes: vec![0; FIRST_BUFFER],
+        }
     }
 
     /// Reads once; nothing at the end of the stream.
@@ -135,9 +137,19 @@ pub(super) async fn run(
             .map_err(|_| Refusal::HandshakeTimeout)??;
         drop(admitted);
         let identity = new_identity(&ready.claimed);
-        let connection = Connection { claimed: Some(ready.claimed), ..connection };
-        let registration = Registration { connection, pump: handle.clone(), live };
-        let _unregister = Unregister { port: &port, identity: identity.clone() };
+        let connection = Connection {
+            claimed: Some(ready.claimed),
+            ..connection
+        };
+        let registration = Registration {
+            connection,
+            pump: handle.clone(),
+            live,
+        };
+        let _unregister = Unregister {
+            port: &port,
+            identity: identity.clone(),
+        };
         port.register(identity.clone(), registration);
         to_inner.write_all(&inner_ready(&ready, &identity)).await?;
         gate.inspect(&rest)?;

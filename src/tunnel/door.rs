@@ -55,7 +55,13 @@ struct Admissions {
 
 impl FrontDoor {
     pub(crate) fn new(config: FrontDoorConfig, port: Arc<ZmqPort>, watch: Arc<dyn Watch>) -> Self {
-        Self { config, port, watch, admissions: Arc::default(), tasks: Mutex::default() }
+        Self {
+            config,
+            port,
+            watch,
+            admissions: Arc::default(),
+            tasks: Mutex::default(),
+        }
     }
 
     /// Listens; returns the address with the port that was bound.
@@ -146,8 +152,16 @@ impl FrontDoor {
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
         async move {
             let address = connection.address.clone();
-            let ended =
-                connection::run(tcp, port, gate, handshake_timeout, connection, live, admitted).await;
+            let ended = connection::run(
+                tcp,
+                port,
+                gate,
+                handshake_timeout,
+                connection,
+                live,
+                admitted,
+            )
+            .await;
             if let (Ended::Refused(refusal), Some(address)) = (&ended, address) {
                 watch.handle_refusal(address, *refusal);
             }
@@ -157,7 +171,11 @@ impl FrontDoor {
 
     fn admit(&self, address: IpAddr) -> Result<(Permit, ConnectionPermit), Refusal> {
         let mut admissions = lock(&self.admissions);
-        let from = admissions.pending_from.get(&address).copied().unwrap_or_default();
+        let from = admissions
+            .pending_from
+            .get(&address)
+            .copied()
+            .unwrap_or_default();
         if admissions.connections >= self.config.max_connections {
             return Err(Refusal::Connections);
         }
@@ -170,7 +188,10 @@ impl FrontDoor {
         admissions.connections += 1;
         admissions.pending += 1;
         admissions.pending_from.insert(address, from + 1);
-        let permit = Permit { admissions: self.admissions.clone(), address };
+        let permit = Permit {
+            admissions: self.admissions.clone(),
+            address,
+        };
         Ok((permit, ConnectionPermit(self.admissions.clone())))
     }
 
@@ -198,8 +219,10 @@ async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
                 let address = Address::Tcp(addr);
                 match door.admit(addr.ip()) {
                     Ok((pending, open)) => {
-                        let connection =
-                            Connection { address: Some(address), ..Connection::default() };
+                        let connection = Connection {
+                            address: Some(address),
+                            ..Connection::default()
+                        };
                         let run = door.run(tcp, connection, oneshot::channel().0, pending);
                         door.spawn(async move {
                             let _open = open;

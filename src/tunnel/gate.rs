@@ -32,7 +32,10 @@ impl GateLimits {
     /// What a node needs whose bodies are at most `max_body` bytes long.
     pub(crate) fn for_bodies(max_body: u64) -> Self {
         let single = max_body + 2 * MAX_HEADER as u64;
-        Self { message: single.max(2 * MAX_BATCH as u64), frames: MAX_FRAMES }
+        Self {
+            message: single.max(2 * MAX_BATCH as u64),
+            frames: MAX_FRAMES,
+        }
     }
 }
 
@@ -48,8 +51,16 @@ enum State {
     Greeting,
     Ready,
     Header,
-    Length { left: u8, long: bool, more: bool, value: u64 },
-    Body { left: u64, more: bool },
+    Length {
+        left: u8,
+        long: bool,
+        more: bool,
+        value: u64,
+    },
+    Body {
+        left: u64,
+        more: bool,
+    },
 }
 
 /// Watches one direction of a connection: from the network inwards.
@@ -65,7 +76,13 @@ pub(super) struct Gate {
 
 impl Gate {
     pub(super) fn new(limits: GateLimits) -> Self {
-        Self { limits, state: State::Greeting, buffered: Vec::new(), frames: 0, bytes: 0 }
+        Self {
+            limits,
+            state: State::Greeting,
+            buffered: Vec::new(),
+            frames: 0,
+            bytes: 0,
+        }
     }
 
     /// Takes bytes of the handshake. Returns what the READY said and how many bytes of the input
@@ -76,7 +93,8 @@ impl Gate {
     pub(super) fn handshake(&mut self, input: &[u8]) -> Result<Option<(Ready, usize)>, Refusal> {
         let before = self.buffered.len();
         let most = GREETING_LEN + 9 + MAX_READY;
-        self.buffered.extend_from_slice(&input[..input.len().min(most - before)]);
+        self.buffered
+            .extend_from_slice(&input[..input.len().min(most - before)]);
         if let State::Greeting = self.state {
             check_greeting(&self.buffered)?;
             if self.buffered.len() < GREETING_LEN {
@@ -115,13 +133,28 @@ impl Gate {
                     }
                     let long = flags & FLAG_LONG != 0;
                     let left = if long { 8 } else { 1 };
-                    State::Length { left, long, more: flags & FLAG_MORE != 0, value: 0 }
+                    State::Length {
+                        left,
+                        long,
+                        more: flags & FLAG_MORE != 0,
+                        value: 0,
+                    }
                 }
-                State::Length { left, long, more, value } => {
+                State::Length {
+                    left,
+                    long,
+                    more,
+                    value,
+                } => {
                     let value = value << 8 | u64::from(input[0]);
                     input = &input[1..];
                     if left > 1 {
-                        State::Length { left: left - 1, long, more, value }
+                        State::Length {
+                            left: left - 1,
+                            long,
+                            more,
+                            value,
+                        }
                     } else {
                         self.bytes = self.bytes.saturating_add(value);
                         if self.bytes > self.limits.message {
@@ -170,7 +203,9 @@ fn check_greeting(bytes: &[u8]) -> Result<(), Refusal> {
 
 /// Reads a READY command, if all of it is there; how many bytes it took.
 fn read_ready(bytes: &[u8]) -> Result<Option<(Ready, usize)>, Refusal> {
-    let Some(flags) = bytes.first() else { return Ok(None) };
+    let Some(flags) = bytes.first() else {
+        return Ok(None);
+    };
     let (head, len) = match *flags {
         FLAG_COMMAND => (2, bytes.get(1).map(|len| u64::from(*len))),
         flags if flags == FLAG_COMMAND | FLAG_LONG => {
@@ -184,7 +219,9 @@ fn read_ready(bytes: &[u8]) -> Result<Option<(Ready, usize)>, Refusal> {
         return Err(Refusal::Ready);
     }
     let len = len as usize;
-    let Some(command) = bytes.get(head..head + len) else { return Ok(None) };
+    let Some(command) = bytes.get(head..head + len) else {
+        return Ok(None);
+    };
     let ready = parse_ready(command)?;
     Ok(Some((ready, head + len)))
 }
@@ -236,7 +273,10 @@ pub(super) fn inner_greeting() -> [u8; GREETING_LEN] {
 /// side knows the connection.
 pub(super) fn inner_ready(ready: &Ready, identity: &[u8]) -> Vec<u8> {
     let mut command = b"\x05READY".to_vec();
-    for (name, value) in [("Socket-Type", ready.socket_type.as_bytes()), ("Identity", identity)] {
+    for (name, value) in [
+        ("Socket-Type", ready.socket_type.as_bytes()),
+        ("Identity", identity),
+    ] {
         command.push(name.len() as u8);
         command.extend_from_slice(name.as_bytes());
         command.extend_from_slice(&(value.len() as u32).to_be_bytes());

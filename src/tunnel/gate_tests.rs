@@ -2,10 +2,16 @@ use proptest::prelude::*;
 
 use super::*;
 
-const LIMITS: GateLimits = GateLimits { message: 1000, frames: 8 };
+const LIMITS: GateLimits = GateLimits {
+    message: 1000,
+    frames: 8,
+};
 
 fn handshake(identity: &[u8]) -> Vec<u8> {
-    let ready = Ready { claimed: NodeId::from_bytes([1; 32]), socket_type: "ROUTER" };
+    let ready = Ready {
+        claimed: NodeId::from_bytes([1; 32]),
+        socket_type: "ROUTER",
+    };
     [&inner_greeting()[..], &inner_ready(&ready, identity)].concat()
 }
 
@@ -13,7 +19,10 @@ fn open_gate() -> Gate {
     let mut gate = Gate::new(LIMITS);
     let bytes = handshake(&[1; 48]);
     let (ready, taken) = gate.handshake(&bytes).unwrap().unwrap();
-    assert_eq!((ready.claimed, taken), (NodeId::from_bytes([1; 32]), bytes.len()));
+    assert_eq!(
+        (ready.claimed, taken),
+        (NodeId::from_bytes([1; 32]), bytes.len())
+    );
     gate
 }
 

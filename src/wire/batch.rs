@@ -4,9 +4,7 @@ use bytes::Bytes;
 
 use super::pack::{ArrayWriter, Reader};
 use super::record::{Inheritance, ReadContext, read_record, write_message};
-use super::{
-    Control, Envelope, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError,
-};
+use super::{Control, Envelope, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError};
 use crate::peer::NodeId;
 
 /// A count of messages and what they cost.
@@ -88,8 +86,17 @@ impl<'a> BatchEncoder<'a> {
         let mut head = Vec::with_capacity(256);
         preamble.write(&mut head);
         let split = head.len();
-        let batch = EncodedBatch { head, split, bodies: Vec::new() };
-        Self { me, batch, inherited: Inheritance::default(), bytes: 0 }
+        let batch = EncodedBatch {
+            head,
+            split,
+            bodies: Vec::new(),
+        };
+        Self {
+            me,
+            batch,
+            inherited: Inheritance::default(),
+            bytes: 0,
+        }
     }
 
     fn has_records(&self) -> bool {
@@ -182,6 +189,13 @@ impl Decoded<'_> {
         self.at += 4 + len;
         let mut next_body = || self.bodies.next();
         let inherited = &mut self.inherited;
-        read_record(&self.records, bytes, self.context, inherited, &mut next_body).map(Some)
+        read_record(
+            &self.records,
+            bytes,
+            self.context,
+            inherited,
+            &mut next_body,
+        )
+        .map(Some)
     }
 }

@@ -40,8 +40,6 @@ pub(crate) enum WireError {
     Version(u64),
     #[error("the batch is cut short")]
     Truncated,
-    #[error("{0} bytes are left over")]
-    Trailing(usize),
     #[error("{0} is not what its place in the record calls for")]
     Unexpected(&'static str),
     #[error("values are nested too deeply")]

@@ -23,7 +23,13 @@ impl<'a> ArrayWriter<'a> {
     pub(crate) fn new(buf: &'a mut Vec<u8>) -> Self {
         let head = buf.len();
         buf.push(0);
-        Self { end: head + 1, buf, head, fields: 0, end_fields: 0 }
+        Self {
+            end: head + 1,
+            buf,
+            head,
+            fields: 0,
+            end_fields: 0,
+        }
     }
 
     fn wrote(&mut self) {
@@ -130,7 +136,10 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], WireError> {
-        let (taken, rest) = self.rest.split_at_checked(len).ok_or(WireError::Truncated)?;
+        let (taken, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(WireError::Truncated)?;
         self.rest = rest;
         Ok(taken)
     }
@@ -157,7 +166,10 @@ impl<'a> Reader<'a> {
     }
 
     fn marker(&mut self) -> Result<Marker, WireError> {
-        self.rest.read_u8().map(Marker::from_u8).map_err(|_| WireError::Truncated)
+        self.rest
+            .read_u8()
+            .map(Marker::from_u8)
+            .map_err(|_| WireError::Truncated)
     }
 
     fn peek(&self) -> Option<Marker> {
@@ -166,7 +178,10 @@ impl<'a> Reader<'a> {
 
     /// A big-endian number of N bytes.
     fn be<const N: usize>(&mut self) -> Result<u64, WireError> {
-        Ok(self.take(N)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+        Ok(self
+            .take(N)?
+            .iter()
+            .fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
     pub(crate) fn uint(&mut self) -> Result<u64, WireError> {
@@ -203,7 +218,9 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn bin_array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        self.bin()?.try_into().map_err(|_| WireError::Unexpected("a byte string of another length"))
+        self.bin()?
+            .try_into()
+            .map_err(|_| WireError::Unexpected("a byte string of another length"))
     }
 
     /// What kind of value comes next.
@@ -229,7 +246,9 @@ impl<'a> Reader<'a> {
     fn skip_nested(&mut self, depth: usize) -> Result<(), WireError> {
         let depth = depth.checked_sub(1).ok_or(WireError::TooDeep)?;
         let bytes = match self.marker()? {
-            Marker::FixPos(_) | Marker::FixNeg(_) | Marker::Null | Marker::True | Marker::False => 0,
+            Marker::FixPos(_) | Marker::FixNeg(_) | Marker::Null | Marker::True | Marker::False => {
+                0
+            }
             Marker::U8 | Marker::I8 => 1,
             Marker::U16 | Marker::I16 => 2,
             Marker::U32 | Marker::I32 | Marker::F32 => 4,
@@ -302,7 +321,8 @@ impl<'a> Fields<'a, '_> {
         &mut self,
         read: impl FnOnce(&mut Reader<'a>) -> Result<T, WireError>,
     ) -> Result<T, WireError> {
-        self.opt(read)?.ok_or(WireError::Unexpected("a field that is absent"))
+        self.opt(read)?
+            .ok_or(WireError::Unexpected("a field that is absent"))
     }
 
     /// The next field, or `None` if it is nil or left out.

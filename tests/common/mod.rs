@@ -7,35 +7,38 @@ use peerbus::{Config, Event, Events, Node};
 use tempfile::TempDir;
 
 /// Long enough for any machine; a test that works never waits this long.
-pub const SOON: Duration = Duration::from_secs(30);
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// A place where the nodes of one test find each other, and nobody else does.
-pub struct Host {
+pub(crate) struct Host {
     dir: TempDir,
 }
 
 impl Host {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: private_dir() }
     }
 
     /// A node that meets the others through this host's socket folder.
-    pub fn config(&self, name: &str) -> Config {
-        Node::builder().name(name).runtime_dir(self.dir.path()).mdns(false)
+    pub(crate) fn config(&self, name: &str) -> Config {
+        Node::builder()
+            .name(name)
+            .runtime_dir(self.dir.path())
+            .mdns(false)
     }
 
-    pub async fn node(&self, name: &str) -> Node {
+    pub(crate) async fn node(&self, name: &str) -> Node {
         self.config(name).start().await.unwrap()
     }
 
     /// A node that talks TCP only, on loopback.
-    pub fn tcp_config(&self, name: &str) -> Config {
+    pub(crate) fn tcp_config(&self, name: &str) -> Config {
         self.config(name).local(false)
     }
 }
 
 /// A temporary folder that only this user may enter.
-pub fn private_dir() -> TempDir {
+pub(crate) fn private_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("pb")
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700))
@@ -44,7 +47,10 @@ pub fn private_dir() -> TempDir {
 }
 
 /// Waits for an event that `wanted` picks.
-pub async fn wait_for<T>(events: &mut Events, mut wanted: impl FnMut(Event) -> Option<T>) -> T {
+pub(crate) async fn wait_for<T>(
+    events: &mut Events,
+    mut wanted: impl FnMut(Event) -> Option<T>,
+) -> T {
     let wait = async {
         loop {
             let event = events.recv().await.expect("the node is alive");
@@ -53,9 +59,13 @@ pub async fn wait_for<T>(events: &mut Events, mut wanted: impl FnMut(Event) -> O
             }
         }
     };
-    tokio::time::timeout(SOON, wait).await.expect("the event comes")
+    tokio::time::timeout(SOON, wait)
+        .await
+        .expect("the event comes")
 }
 
-pub async fn soon<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(SOON, future).await.expect("it happens in time")
+pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(SOON, future)
+        .await
+        .expect("it happens in time")
 }

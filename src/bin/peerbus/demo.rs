@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 /// Starts three nodes as processes of their own, and shows what they do. Takes a few seconds.
 #[derive(Args)]
-pub struct Demo {}
+pub(crate) struct Demo {}
 
 const STEP: Duration = Duration::from_secs(20);
 const NAMES: [&str; 3] = ["alice", "bob", "carol"];
@@ -30,7 +30,7 @@ struct Process {
 type Lines = mpsc::UnboundedReceiver<(&'static str, Value)>;
 
 impl Demo {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let mesh = format!("demo-{}", std::process::id());
         say("Three processes are started: alice, bob and carol. No server, no configuration.");
         let (sender, mut lines) = mpsc::unbounded_channel();
@@ -52,15 +52,29 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     meet(lines).await?;
 
     let mesh: MeshName = mesh.parse()?;
-    let node = Node::builder().name("you").mesh(mesh).mdns(false).start().await?;
-    node.wait_for_peers(3, STEP).await.context("the demo did not meet its nodes")?;
-    let names: BTreeMap<_, _> = node.peers().into_iter().map(|peer| (peer.id, peer.name)).collect();
+    let node = Node::builder()
+        .name("you")
+        .mesh(mesh)
+        .mdns(false)
+        .start()
+        .await?;
+    node.wait_for_peers(3, STEP)
+        .await
+        .context("the demo did not meet its nodes")?;
+    let names: BTreeMap<_, _> = node
+        .peers()
+        .into_iter()
+        .map(|peer| (peer.id, peer.name))
+        .collect();
     say("This command joins them as a fourth node, called \"you\".");
 
     title("Publish and subscribe");
     node.wait_for_subscribers("news.today", 3, STEP).await?;
     let report = node.publish("news.today", "the sun shines").await?;
-    say(&format!("You publish on news.today. It is queued for {} nodes that subscribe to news.>", report.queued));
+    say(&format!(
+        "You publish on news.today. It is queued for {} nodes that subscribe to news.>",
+        report.queued
+    ));
     let mut heard = Vec::new();
     while heard.len() < 3 {
         let (name, line) = next(lines, "message").await?;
@@ -72,7 +86,10 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     node.wait_for_service("work", STEP).await?;
     let reply = node.request("work", "how are you?").await?;
     let who = names.get(&reply.from).map_or("somebody", String::as_str);
-    say(&format!("You ask the service \"work\"; {who} replies {:?}.", reply.text()));
+    say(&format!(
+        "You ask the service \"work\"; {who} replies {:?}.",
+        reply.text()
+    ));
 
     title("Competing consumers");
     say("All three serve \"work\". Twelve requests, each handled by exactly one of them:");
@@ -87,7 +104,10 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     while noticed < 2 {
         let (name, line) = next(lines, "peer_down").await?;
         if line["name"] == "carol" {
-            say(&format!("  {name} noticed: {}", line["reason"].as_str().unwrap_or_default()));
+            say(&format!(
+                "  {name} noticed: {}",
+                line["reason"].as_str().unwrap_or_default()
+            ));
             noticed += 1;
         }
     }
@@ -157,7 +177,15 @@ fn start(
     lines: mpsc::UnboundedSender<(&'static str, Value)>,
 ) -> anyhow::Result<Process> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["node", "--json", "--no-mdns", "--subscribe", "news.>", "--serve", "work"])
+        .args([
+            "node",
+            "--json",
+            "--no-mdns",
+            "--subscribe",
+            "news.>",
+            "--serve",
+            "work",
+        ])
         .args(["--name", name, "--mesh", mesh])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -179,9 +207,16 @@ fn start(
 /// Asks a process to end, and sees to it.
 async fn stop(process: &mut Process) {
     #[cfg(unix)]
-    if let Some(pid) = process.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
+    if let Some(pid) = process
+        .child
+        .id()
+        .and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
+    {
         let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        if timeout(Duration::from_secs(5), process.child.wait()).await.is_ok() {
+        if timeout(Duration::from_secs(5), process.child.wait())
+            .await
+            .is_ok()
+        {
             return;
         }
         eprintln!("{} had to be killed", process.name);

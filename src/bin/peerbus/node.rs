@@ -12,7 +12,7 @@ use crate::output;
 
 /// Runs until Ctrl-C.
 #[derive(Args)]
-pub struct NodeCommand {
+pub(crate) struct NodeCommand {
     /// Pattern to subscribe to; repeatable
     #[arg(long, value_name = "PATTERN")]
     subscribe: Vec<Pattern>,
@@ -33,7 +33,7 @@ pub struct NodeCommand {
 }
 
 impl NodeCommand {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
         let mut events = node.events();
         let value = json!({
@@ -41,7 +41,11 @@ impl NodeCommand {
         });
         output::line(self.json, &value, || {
             let listening: Vec<String> = node.listening().iter().map(ToString::to_string).collect();
-            let tcp = if listening.is_empty() { "this host only".into() } else { listening.join(", ") };
+            let tcp = if listening.is_empty() {
+                "this host only".into()
+            } else {
+                listening.join(", ")
+            };
             format!("{} is up as {} ({tcp})", node.name(), node.id())
         })?;
         let mut messages = SelectAll::new();
@@ -80,7 +84,10 @@ impl NodeCommand {
             "aborted": report.aborted, "counters": report.counters,
         });
         output::line(self.json, &value, || {
-            format!("stopped; {} not delivered, {} in doubt", report.undelivered, report.in_doubt)
+            format!(
+                "stopped; {} not delivered, {} in doubt",
+                report.undelivered, report.in_doubt
+            )
         })?;
         Ok(())
     }
@@ -88,20 +95,28 @@ impl NodeCommand {
 
 async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Result<()> {
     if let Some(topic) = topic {
-        node.publish(topic, format!("{} says {number}", node.name())).await?;
+        node.publish(topic, format!("{} says {number}", node.name()))
+            .await?;
     }
     Ok(())
 }
 
 /// A handler that says what it was asked and replies with the same.
-pub fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Body, HandlerError>> {
+pub(crate) fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Body, HandlerError>> {
     move |call| {
         let message = call.message;
         let mut value = output::message(&message);
         value["event"] = json!("call");
         let line = output::line(json, &value, || {
-            format!("call to {}: {}", message.header.destination, output::body(&message))
+            format!(
+                "call to {}: {}",
+                message.header.destination,
+                output::body(&message)
+            )
         });
-        std::future::ready(line.map(|()| message.body.into()).map_err(HandlerError::from))
+        std::future::ready(
+            line.map(|()| message.body.into())
+                .map_err(HandlerError::from),
+        )
     }
 }

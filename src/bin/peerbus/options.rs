@@ -10,42 +10,42 @@ use peerbus::{Address, MeshName, Node, NodeId, Recipient};
 
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Node")]
-pub struct NodeOptions {
+pub(crate) struct NodeOptions {
     /// Human name of this node [default: the host's name]
     #[arg(long)]
-    pub name: Option<String>,
+    pub(crate) name: Option<String>,
     /// Mesh to join; meshes on one network or host never mix
     #[arg(long, env = "PEERBUS_MESH", default_value = "default")]
-    pub mesh: MeshName,
+    pub(crate) mesh: MeshName,
     /// File that keeps this node's identity; created if missing [default: a new identity]
     #[arg(long, value_name = "FILE")]
-    pub identity: Option<PathBuf>,
+    pub(crate) identity: Option<PathBuf>,
     /// TCP address to listen on, port 0 for a free one; repeatable. One that is not loopback
     /// declares its network trusted: nothing there is encrypted or authenticated
     #[arg(long, value_name = "IP:PORT")]
-    pub listen: Vec<SocketAddr>,
+    pub(crate) listen: Vec<SocketAddr>,
     /// Address of a node to dial; repeatable
     #[arg(long, value_name = "HOST:PORT")]
-    pub peer: Vec<Address>,
+    pub(crate) peer: Vec<Address>,
     /// Address to announce by mDNS in place of the interfaces' own; repeatable
     #[arg(long, value_name = "HOST:PORT")]
-    pub advertise: Vec<Address>,
+    pub(crate) advertise: Vec<Address>,
     /// Network interface for mDNS, and no other; repeatable
     #[arg(long, value_name = "NAME")]
-    pub interface: Vec<String>,
+    pub(crate) interface: Vec<String>,
     /// Network interface to leave out of mDNS; repeatable
     #[arg(long, value_name = "NAME")]
-    pub exclude_interface: Vec<String>,
+    pub(crate) exclude_interface: Vec<String>,
     /// Don't look for nodes on this host by the socket folder
     #[arg(long)]
-    pub no_local: bool,
+    pub(crate) no_local: bool,
     /// Don't use multicast DNS
     #[arg(long)]
-    pub no_mdns: bool,
+    pub(crate) no_mdns: bool,
 }
 
 impl NodeOptions {
-    pub async fn start(&self) -> anyhow::Result<Node> {
+    pub(crate) async fn start(&self) -> anyhow::Result<Node> {
         let mut config = Node::builder().mesh(self.mesh.clone()).mdns(!self.no_mdns);
         if self.no_local {
             config = config.local(false);
@@ -56,10 +56,24 @@ impl NodeOptions {
         if let Some(path) = &self.identity {
             config = config.identity(path);
         }
-        config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
-        config = self.peer.iter().cloned().fold(config, peerbus::Config::peer);
-        config = self.advertise.iter().cloned().fold(config, peerbus::Config::advertise);
-        config = self.interface.iter().fold(config, |config, name| config.interface(name));
+        config = self
+            .listen
+            .iter()
+            .fold(config, |config, addr| config.listen(*addr));
+        config = self
+            .peer
+            .iter()
+            .cloned()
+            .fold(config, peerbus::Config::peer);
+        config = self
+            .advertise
+            .iter()
+            .cloned()
+            .fold(config, peerbus::Config::advertise);
+        config = self
+            .interface
+            .iter()
+            .fold(config, |config, name| config.interface(name));
         let excluded = self.exclude_interface.iter();
         config = excluded.fold(config, |config, name| config.exclude_interface(name));
         config.start().await.context("the node can't start")
@@ -68,7 +82,7 @@ impl NodeOptions {
 
 /// Where a message or request goes.
 #[derive(Args, Clone)]
-pub struct To {
+pub(crate) struct To {
     /// Name of the service; with --node, the id of a node
     #[arg(value_name = "SERVICE")]
     to: String,
@@ -82,7 +96,7 @@ pub struct To {
 
 impl To {
     /// The recipient, once a node serves it.
-    pub async fn find(&self, node: &Node) -> anyhow::Result<Recipient> {
+    pub(crate) async fn find(&self, node: &Node) -> anyhow::Result<Recipient> {
         if self.node {
             let id: NodeId = self.to.parse()?;
             let within = tokio::time::Instant::now() + *self.wait;
@@ -97,23 +111,28 @@ impl To {
             return Ok(Recipient::Node(id));
         }
         let service: peerbus::ServiceName = self.to.parse()?;
-        node.wait_for_service(&service, *self.wait).await.map_err(|_| {
-            let met = node.peers().len();
-            anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
-        })?;
+        node.wait_for_service(&service, *self.wait)
+            .await
+            .map_err(|_| {
+                let met = node.peers().len();
+                anyhow::anyhow!(
+                    "no node serves {service} (waited {}, met {met} nodes)",
+                    self.wait
+                )
+            })?;
         Ok(Recipient::Service(service))
     }
 }
 
 /// The body of a message.
 #[derive(Args, Clone)]
-pub struct BodyArg {
+pub(crate) struct BodyArg {
     /// The body [default: what comes from standard input]
     body: Option<String>,
 }
 
 impl BodyArg {
-    pub fn read(&self) -> anyhow::Result<Vec<u8>> {
+    pub(crate) fn read(&self) -> anyhow::Result<Vec<u8>> {
         match &self.body {
             Some(body) => Ok(body.clone().into_bytes()),
             None => {
@@ -127,7 +146,7 @@ impl BodyArg {
 }
 
 /// Waits for Ctrl-C or a polite request to end.
-pub async fn interrupted() {
+pub(crate) async fn interrupted() {
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
@@ -143,10 +162,10 @@ pub async fn interrupted() {
 }
 
 /// How long one-shot commands let their messages arrive before they end.
-pub const DRAIN: Duration = Duration::from_secs(5);
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 
 /// Shuts down a node; an error if something that it was given did not arrive.
-pub async fn finish(node: &Node) -> anyhow::Result<()> {
+pub(crate) async fn finish(node: &Node) -> anyhow::Result<()> {
     let report = node.shutdown_within(DRAIN).await;
     match (report.undelivered, report.in_doubt) {
         (0, 0) => Ok(()),

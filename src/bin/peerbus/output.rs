@@ -6,18 +6,28 @@ use peerbus::{Event, Message};
 use serde_json::{Value, json};
 
 /// Writes a line to stdout; JSON if `as_json`, else what `text` makes.
-pub fn line(as_json: bool, value: &Value, text: impl FnOnce() -> String) -> std::io::Result<()> {
+pub(crate) fn line(
+    as_json: bool,
+    value: &Value,
+    text: impl FnOnce() -> String,
+) -> std::io::Result<()> {
     let line = if as_json { value.to_string() } else { text() };
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{line}")?;
     stdout.flush()
 }
 
-pub fn message(message: &Message) -> Value {
+pub(crate) fn message(message: &Message) -> Value {
     let header = &message.header;
     let extra = header.extra.as_deref();
     let headers: serde_json::Map<String, Value> = extra
-        .map(|extra| extra.headers.iter().map(|(key, value)| (key.clone(), json!(value))).collect())
+        .map(|extra| {
+            extra
+                .headers
+                .iter()
+                .map(|(key, value)| (key.clone(), json!(value)))
+                .collect()
+        })
         .unwrap_or_default();
     json!({
         "event": "message",
@@ -44,14 +54,18 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// A body for a terminal: text as it is, anything else described.
-pub fn body(message: &Message) -> String {
+pub(crate) fn body(message: &Message) -> String {
     match body_text(message) {
         Some(text) => text.to_owned(),
-        None => format!("<{} bytes: {}…>", message.body.len(), hex(&message.body[..message.body.len().min(16)])),
+        None => format!(
+            "<{} bytes: {}…>",
+            message.body.len(),
+            hex(&message.body[..message.body.len().min(16)])
+        ),
     }
 }
 
-pub fn event(event: &Event) -> (Value, String) {
+pub(crate) fn event(event: &Event) -> (Value, String) {
     match event {
         Event::PeerUp(peer) => (
             json!({
@@ -61,13 +75,22 @@ pub fn event(event: &Event) -> (Value, String) {
                 "found_by": peer.source,
                 "address": peer.address,
             }),
-            format!("peer up: {} ({}), found by {}", peer.name, peer.id.short(), peer.source),
+            format!(
+                "peer up: {} ({}), found by {}",
+                peer.name,
+                peer.id.short(),
+                peer.source
+            ),
         ),
         Event::PeerDown { id, name, reason } => (
             json!({ "event": "peer_down", "id": id, "name": name, "reason": reason.to_string() }),
             format!("peer down: {name} ({}): {reason}", id.short()),
         ),
-        Event::Dropped { peer, reason, count } => (
+        Event::Dropped {
+            peer,
+            reason,
+            count,
+        } => (
             json!({ "event": "dropped", "peer": peer, "reason": reason, "count": count }),
             format!("dropped {count} for {}: {reason}", peer.short()),
         ),

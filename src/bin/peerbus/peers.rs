@@ -8,7 +8,7 @@ use crate::output;
 
 /// Joins the mesh, looks around for a while, and prints whom it met.
 #[derive(Args)]
-pub struct Peers {
+pub(crate) struct Peers {
     /// How long to look around
     #[arg(long, value_name = "TIME", default_value = "2s")]
     wait: humantime::Duration,
@@ -23,9 +23,11 @@ pub struct Peers {
 }
 
 impl Peers {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
-        let found = node.wait_for_peers(self.count.unwrap_or(usize::MAX), *self.wait).await;
+        let found = node
+            .wait_for_peers(self.count.unwrap_or(usize::MAX), *self.wait)
+            .await;
         let (mut peers, unreachable) = (node.peers(), node.unreachable());
         node.shutdown().await;
         peers.sort_by(|a, b| a.name.cmp(&b.name));
@@ -57,9 +59,22 @@ impl Peers {
                 n => format!("{n} peers"),
             };
             for peer in &peers {
-                let services: Vec<_> = peer.services.iter().map(|info| info.name.as_str()).collect();
-                let patterns: Vec<_> = peer.patterns.iter().map(|pattern| pattern.as_str()).collect();
-                text += &format!("\n  {:<20} {}  found by {}", peer.name, peer.id.short(), peer.source);
+                let services: Vec<_> = peer
+                    .services
+                    .iter()
+                    .map(|info| info.name.as_str())
+                    .collect();
+                let patterns: Vec<_> = peer
+                    .patterns
+                    .iter()
+                    .map(|pattern| pattern.as_str())
+                    .collect();
+                text += &format!(
+                    "\n  {:<20} {}  found by {}",
+                    peer.name,
+                    peer.id.short(),
+                    peer.source
+                );
                 if !services.is_empty() {
                     text += &format!("; serves {}", services.join(", "));
                 }
@@ -73,7 +88,9 @@ impl Peers {
             text
         })?;
         match self.count {
-            Some(count) if found.is_err() => anyhow::bail!("found {} of {count} peers", peers.len()),
+            Some(count) if found.is_err() => {
+                anyhow::bail!("found {} of {count} peers", peers.len())
+            }
             _ => Ok(()),
         }
     }

@@ -10,7 +10,7 @@ use crate::output;
 
 /// Waits for a subscriber, publishes, and ends when the message is taken.
 #[derive(Args)]
-pub struct Publish {
+pub(crate) struct Publish {
     /// Topic, such as orders.eu.placed
     topic: Topic,
     #[command(flatten)]
@@ -37,22 +37,26 @@ pub struct Publish {
     node: NodeOptions,
 }
 
-pub fn header(text: &str) -> Result<(String, String), String> {
+pub(crate) fn header(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').ok_or("write NAME=VALUE")?;
     Ok((pair.0.to_owned(), pair.1.to_owned()))
 }
 
 impl Publish {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body: Body = self.body.read()?.into();
         let node = self.node.start().await?;
-        let waited = node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await;
+        let waited = node
+            .wait_for_subscribers(&self.topic, self.subscribers, *self.wait)
+            .await;
         if waited.is_err() {
             let met = node.peers().len();
             node.shutdown().await;
             bail!(
                 "fewer than {} nodes subscribe to {} (waited {}, met {met} nodes)",
-                self.subscribers, self.topic, self.wait
+                self.subscribers,
+                self.topic,
+                self.wait
             );
         }
         let (mut queued, mut dropped) = (0, 0);
@@ -69,7 +73,9 @@ impl Publish {
             dropped += report.dropped.len();
         }
         let value = json!({ "queued": queued, "dropped": dropped });
-        output::line(self.json, &value, || format!("queued for {queued} nodes, dropped for {dropped}"))?;
+        output::line(self.json, &value, || {
+            format!("queued for {queued} nodes, dropped for {dropped}")
+        })?;
         finish(&node).await
     }
 }

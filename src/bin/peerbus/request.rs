@@ -9,7 +9,7 @@ use crate::output;
 
 /// Prints the reply's body to standard output, as it is.
 #[derive(Args)]
-pub struct Request {
+pub(crate) struct Request {
     #[command(flatten)]
     to: To,
     #[command(flatten)]
@@ -25,7 +25,7 @@ pub struct Request {
 }
 
 impl Request {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body = self.body.read()?;
         let node = self.node.start().await?;
         let to = self.to.find(&node).await?;

@@ -8,7 +8,7 @@ use crate::output;
 
 /// Sends one way, and ends when the far handler is done.
 #[derive(Args)]
-pub struct Send {
+pub(crate) struct Send {
     #[command(flatten)]
     to: To,
     #[command(flatten)]
@@ -27,7 +27,7 @@ pub struct Send {
 }
 
 impl Send {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body = self.body.read()?;
         let node = self.node.start().await?;
         let to = self.to.find(&node).await?;
@@ -38,11 +38,17 @@ impl Send {
             }
             let sent = send.await?;
             let value = json!({ "id": sent.id, "to": sent.to });
-            output::line(self.json, &value, || format!("sent {} to {}", sent.id, sent.to.short()))?;
+            output::line(self.json, &value, || {
+                format!("sent {} to {}", sent.id, sent.to.short())
+            })?;
         }
         finish(&node).await?;
         let failed = node.counters().dropped_total();
-        anyhow::ensure!(failed == 0, "{failed} of {} messages were not handled", self.count);
+        anyhow::ensure!(
+            failed == 0,
+            "{failed} of {} messages were not handled",
+            self.count
+        );
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use crate::options::{NodeOptions, interrupted};
 
 /// Serves until Ctrl-C; then finishes what runs.
 #[derive(Args)]
-pub struct Serve {
+pub(crate) struct Serve {
     /// Name of the service
     service: ServiceName,
     /// Reply with what was sent
@@ -25,9 +25,12 @@ pub struct Serve {
 }
 
 impl Serve {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
-        let service = node.serve(&self.service, echo(self.json)).concurrency(self.concurrency).start()?;
+        let service = node
+            .serve(&self.service, echo(self.json))
+            .concurrency(self.concurrency)
+            .start()?;
         interrupted().await;
         service.drain().await;
         node.shutdown().await;

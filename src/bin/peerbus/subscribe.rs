@@ -9,7 +9,7 @@ use crate::output;
 
 /// Runs until Ctrl-C, or until enough messages came.
 #[derive(Args)]
-pub struct Subscribe {
+pub(crate) struct Subscribe {
     /// Patterns: `*` stands for one token, a last `>` for the rest
     #[arg(required = true, value_name = "PATTERN")]
     patterns: Vec<Pattern>,
@@ -24,7 +24,7 @@ pub struct Subscribe {
 }
 
 impl Subscribe {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
         let mut messages = SelectAll::new();
         for pattern in &self.patterns {

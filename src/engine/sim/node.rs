@@ -16,7 +16,9 @@ use crate::engine::{
 use crate::message::{Header, IdSource, Kind, MessageId};
 use crate::peer::{Address, Incarnation, NodeId, Source};
 use crate::report::DropReason;
-use crate::wire::{Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, Payload, Record, decode};
+use crate::wire::{
+    Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, Payload, Record, decode,
+};
 
 /// A node and which of its incarnations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,13 +30,24 @@ pub(super) struct Life {
 /// What a node asks of its world.
 #[derive(Debug)]
 pub(super) enum Effect {
-    Dial { target: TargetKey, address: usize },
-    Transmit { link: LinkId, batch: EncodedBatch },
+    Dial {
+        target: TargetKey,
+        address: usize,
+    },
+    Transmit {
+        link: LinkId,
+        batch: EncodedBatch,
+    },
     Close(LinkId),
     /// A handler will end.
-    Handle { key: CallKey, after: Duration },
+    Handle {
+        key: CallKey,
+        after: Duration,
+    },
     /// The subscriber will take its next event.
-    Take { after: Duration },
+    Take {
+        after: Duration,
+    },
 }
 
 pub(super) type CallKey = (LinkId, MessageId);
@@ -46,7 +59,10 @@ const TIMING: Timing = Timing {
 };
 const MAX_BODY: u64 = 1024;
 /// Small enough to run dry all the time.
-const LIMITS: Limits = Limits { max_body: MAX_BODY, windows: [4096, 4096, 4096] };
+const LIMITS: Limits = Limits {
+    max_body: MAX_BODY,
+    windows: [4096, 4096, 4096],
+};
 const SEND_QUEUE: u64 = 2048;
 const SUBSCRIPTION_QUEUE: u64 = 3000;
 const PATTERNS: [&str; 4] = ["a.>", "*.x", "a.x", ">"];
@@ -95,7 +111,10 @@ pub(super) fn node_id(node: usize) -> NodeId {
 fn life_of(envelope: &Envelope, peer: NodeId) -> Life {
     // Ids are drawn from a stem that is the life's number, and the id's own high bits hold it.
     let stem = u128::from_be_bytes(envelope.header.id.to_bytes()) >> 32 & 0x3fff_ffff;
-    Life { node: usize::from(peer.as_bytes()[0]), number: stem as u64 }
+    Life {
+        node: usize::from(peer.as_bytes()[0]),
+        number: stem as u64,
+    }
 }
 
 impl SimNode {
@@ -112,7 +131,14 @@ impl SimNode {
         for node in (0..nodes).filter(|node| *node != life.node) {
             let addresses = vec![Address::Memory(node as u64)];
             let source = Source::Fixed;
-            mesh.handle_sighting(now, Sighting { source, id: Some(node_id(node)), addresses });
+            mesh.handle_sighting(
+                now,
+                Sighting {
+                    source,
+                    id: Some(node_id(node)),
+                    addresses,
+                },
+            );
         }
         let pattern: Pattern = PATTERNS[life.node % PATTERNS.len()].parse().unwrap();
         mesh.subscribe(&pattern);
@@ -149,8 +175,15 @@ impl SimNode {
         let id = self.ids.next(now.since_start().as_millis() as u64);
         let body = Bytes::from(vec![0; self.random.below(300) as usize]);
         let header = Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
-        let envelope = Envelope { header, payload: Payload::Event(body) };
-        let links: Vec<LinkId> = self.routing.subscribers(&topic).map(|(_, link)| *link).collect();
+        let envelope = Envelope {
+            header,
+            payload: Payload::Event(body),
+        };
+        let links: Vec<LinkId> = self
+            .routing
+            .subscribers(&topic)
+            .map(|(_, link)| *link)
+            .collect();
         for link in links {
             self.enqueue(now, link, envelope.clone(), ledger);
         }
@@ -174,10 +207,14 @@ impl SimNode {
         self.turn += 1;
         let flows = &self.flows;
         let chosen = least_loaded(self.routing.instances(&name), self.turn, |instance| {
-            let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
+            let load = flows
+                .get(&instance.link)
+                .map_or(u64::MAX / 64, Flow::unfinished_calls);
             (load, instance.concurrency)
         });
-        let Some(link) = chosen.map(|instance| instance.link) else { return false };
+        let Some(link) = chosen.map(|instance| instance.link) else {
+            return false;
+        };
         let id = self.ids.next(now.since_start().as_millis() as u64);
         let mut header = Header::new(id, Kind::Command, Destination::Service(name));
         let deadline = now + Duration::from_millis(self.random.between(20, 3000));
@@ -196,8 +233,16 @@ impl SimNode {
         true
     }
 
-    fn enqueue(&mut self, now: Time, link: LinkId, envelope: Envelope, ledger: &mut Ledger) -> bool {
-        let Some(flow) = self.flows.get_mut(&link) else { return false };
+    fn enqueue(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        envelope: Envelope,
+        ledger: &mut Ledger,
+    ) -> bool {
+        let Some(flow) = self.flows.get_mut(&link) else {
+            return false;
+        };
         if flow.enqueue(envelope).is_err() {
             // Told to the sender at once; never queued.
             ledger.seen.slow_peer += 1;
@@ -210,14 +255,30 @@ impl SimNode {
 
     // What the world tells.
 
-    pub(super) fn handle_connected(&mut self, now: Time, link: LinkId, target: Option<TargetKey>, peer: NodeId) {
-        self.flows.insert(link, Flow::new(now, self.id, &LIMITS, SEND_QUEUE));
+    pub(super) fn handle_connected(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        target: Option<TargetKey>,
+        peer: NodeId,
+    ) {
+        self.flows
+            .insert(link, Flow::new(now, self.id, &LIMITS, SEND_QUEUE));
         self.peers.insert(link, peer);
-        self.mesh.handle_connected(now, link, Connection { claimed: Some(peer), target, address: None });
+        self.mesh.handle_connected(
+            now,
+            link,
+            Connection {
+                claimed: Some(peer),
+                target,
+                address: None,
+            },
+        );
     }
 
     pub(super) fn handle_dial_failed(&mut self, now: Time, target: &TargetKey) {
-        self.mesh.handle_dial_failed(now, target, "unreachable".into());
+        self.mesh
+            .handle_dial_failed(now, target, "unreachable".into());
     }
 
     pub(super) fn handle_closed(&mut self, now: Time, link: LinkId, ledger: &mut Ledger) {
@@ -232,12 +293,23 @@ impl SimNode {
         self.transmit(now, link);
     }
 
-    pub(super) fn handle_batch(&mut self, now: Time, link: LinkId, frames: Vec<Bytes>, ledger: &mut Ledger) {
-        let Some(peer) = self.peers.get(&link).copied() else { return };
+    pub(super) fn handle_batch(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        frames: Vec<Bytes>,
+        ledger: &mut Ledger,
+    ) {
+        let Some(peer) = self.peers.get(&link).copied() else {
+            return;
+        };
         let me = self.id;
         let mut batch = decode(frames, &me, &peer, MAX_BODY as usize).expect("peers are honest");
-        let Some(flow) = self.flows.get_mut(&link) else { return };
-        flow.handle_preamble(now, &batch.preamble).expect("peers are honest");
+        let Some(flow) = self.flows.get_mut(&link) else {
+            return;
+        };
+        flow.handle_preamble(now, &batch.preamble)
+            .expect("peers are honest");
         while let Some(record) = batch.next_record().expect("peers are honest") {
             // A record may end the link; what follows it is ignored.
             if !self.flows.contains_key(&link) {
@@ -262,7 +334,10 @@ impl SimNode {
             }
             Control::Cancel(id) => {
                 let key = (link, id);
-                let cancelled = self.services.values_mut().find_map(|service| service.handle_cancel(key));
+                let cancelled = self
+                    .services
+                    .values_mut()
+                    .find_map(|service| service.handle_cancel(key));
                 if let Some(call) = cancelled {
                     ledger.seen.cancelled += 1;
                     self.drop_received(link, Lane::Calls, call.cost, DropReason::Cancelled);
@@ -282,7 +357,9 @@ impl SimNode {
         let sender = life_of(&envelope, self.peers[&link]);
         match &envelope.payload {
             Payload::Event(_) => {
-                let Destination::Topic(topic) = &envelope.header.destination else { panic!() };
+                let Destination::Topic(topic) = &envelope.header.destination else {
+                    panic!()
+                };
                 if !self.patterns.iter().any(|pattern| pattern.matches(topic)) {
                     return self.drop_received(link, lane, cost, DropReason::NoSubscriber);
                 }
@@ -295,10 +372,16 @@ impl SimNode {
                 }
             }
             Payload::Call(_) => {
-                let Destination::Service(name) = envelope.header.destination.clone() else { panic!() };
+                let Destination::Service(name) = envelope.header.destination.clone() else {
+                    panic!()
+                };
                 let key = (link, envelope.header.id);
                 let expires = envelope.header.time_to_live.map(|ttl| now + ttl);
-                let call = Call { link, envelope, cost };
+                let call = Call {
+                    link,
+                    envelope,
+                    cost,
+                };
                 let admission = match self.services.get_mut(&name) {
                     Some(service) => service.handle_call(key, expires, call),
                     None => Admission::Refused(call),
@@ -312,12 +395,18 @@ impl SimNode {
                 }
             }
             Payload::Reply(_) | Payload::Failed(_) => {
-                let id = envelope.header.correlation_id.expect("a reply names its request");
+                let id = envelope
+                    .header
+                    .correlation_id
+                    .expect("a reply names its request");
                 match self.requests.remove(id) {
                     Some((waiter, _)) => {
                         ledger.reached(sender, self.life, envelope.header.id);
                         ledger.seen.replies += 1;
-                        self.flows.get_mut(&link).unwrap().handle_consumed(lane, cost);
+                        self.flows
+                            .get_mut(&link)
+                            .unwrap()
+                            .handle_consumed(lane, cost);
                         self.request_ended(now, id, waiter, ledger);
                     }
                     None => self.drop_received(link, lane, cost, DropReason::Late),
@@ -345,7 +434,9 @@ impl SimNode {
     /// The subscriber takes an event, and now and then asks a question before the next.
     pub(super) fn take_event(&mut self, now: Time, ledger: &mut Ledger) {
         self.subscriber_busy = false;
-        let Some((link, event)) = self.events.pop() else { return };
+        let Some((link, event)) = self.events.pop() else {
+            return;
+        };
         let sender = life_of(&event, event_sender(&event, &self.peers, link));
         ledger.reached(sender, self.life, event.header.id);
         if let Destination::Topic(topic) = &event.header.destination {
@@ -355,7 +446,9 @@ impl SimNode {
             flow.handle_consumed(Lane::Events, event.cost());
         }
         self.transmit(now, link);
-        if self.random.once_in(8) && self.call_service(now, "work", Some(Waiter::Subscriber), ledger) {
+        if self.random.once_in(8)
+            && self.call_service(now, "work", Some(Waiter::Subscriber), ledger)
+        {
             self.subscriber_busy = true;
         } else if !self.events.is_empty() {
             self.take_later();
@@ -380,7 +473,9 @@ impl SimNode {
     }
 
     fn finish(&mut self, now: Time, key: CallKey, ledger: &mut Ledger) {
-        let Some((name, call)) = self.running.remove(&key) else { return };
+        let Some((name, call)) = self.running.remove(&key) else {
+            return;
+        };
         let link = key.0;
         if let Some(flow) = self.flows.get_mut(&link) {
             flow.handle_consumed(Lane::Calls, call.cost());
@@ -389,7 +484,10 @@ impl SimNode {
             let id = self.ids.next(now.since_start().as_millis() as u64);
             let mut header = Header::new(id, Kind::Document, Destination::Node(self.peers[&link]));
             header.correlation_id = Some(call.header.id);
-            let failure = Failure { code: "no".into(), text: "not today".into() };
+            let failure = Failure {
+                code: "no".into(),
+                text: "not today".into(),
+            };
             let payload = match self.random.once_in(5) {
                 true => Payload::Failed(failure),
                 false => Payload::Reply(Bytes::from_static(b"done")),
@@ -404,7 +502,12 @@ impl SimNode {
             self.transmit(now, call.link);
         }
         if let Some(next) = next {
-            self.start(name, (next.link, next.envelope.header.id), next.envelope, ledger);
+            self.start(
+                name,
+                (next.link, next.envelope.header.id),
+                next.envelope,
+                ledger,
+            );
         }
     }
 
@@ -455,16 +558,27 @@ impl SimNode {
     }
 
     pub(super) fn poll_timeout(&self, now: Time) -> Option<Time> {
-        let flows = self.flows.values().map(|flow| flow.poll_timeout(now, &TIMING));
-        flows.chain(self.mesh.poll_timeout()).chain(self.requests.poll_timeout()).min()
+        let flows = self
+            .flows
+            .values()
+            .map(|flow| flow.poll_timeout(now, &TIMING));
+        flows
+            .chain(self.mesh.poll_timeout())
+            .chain(self.requests.poll_timeout())
+            .min()
     }
 
     pub(super) fn perform(&mut self, now: Time, ledger: &mut Ledger) {
         while let Some(action) = self.mesh.poll_action() {
             match action {
                 Action::Dial { target, addresses } => {
-                    let Address::Memory(address) = addresses[0] else { panic!() };
-                    self.effects.push_back(Effect::Dial { target, address: address as usize });
+                    let Address::Memory(address) = addresses[0] else {
+                        panic!()
+                    };
+                    self.effects.push_back(Effect::Dial {
+                        target,
+                        address: address as usize,
+                    });
                 }
                 Action::Send(link, control) => {
                     if let Some(flow) = self.flows.get_mut(&link) {
@@ -497,7 +611,9 @@ impl SimNode {
     }
 
     fn lose(&mut self, now: Time, link: LinkId, ledger: &mut Ledger) {
-        let Some(mut flow) = self.flows.remove(&link) else { return };
+        let Some(mut flow) = self.flows.remove(&link) else {
+            return;
+        };
         let lost = flow.close();
         ledger.dropped(self.life, DropReason::LinkLost, lost.unsent);
         ledger.in_doubt(self.life, lost.in_doubt);
@@ -511,7 +627,9 @@ impl SimNode {
     }
 
     fn transmit(&mut self, now: Time, link: LinkId) {
-        let Some(flow) = self.flows.get_mut(&link) else { return };
+        let Some(flow) = self.flows.get_mut(&link) else {
+            return;
+        };
         while let Some(batch) = flow.poll_transmit(now) {
             self.effects.push_back(Effect::Transmit { link, batch });
         }
@@ -519,7 +637,11 @@ impl SimNode {
 
     pub(super) fn open_requests(&mut self) -> Vec<MessageId> {
         let forever = Time::after_start(Duration::MAX);
-        self.requests.handle_timeout(forever).into_iter().map(|(id, _, _)| id).collect()
+        self.requests
+            .handle_timeout(forever)
+            .into_iter()
+            .map(|(id, _, _)| id)
+            .collect()
     }
 
     /// Whether nothing is on its way from or in this node.

@@ -13,16 +13,39 @@ use crate::engine::{LinkId, TargetKey, Time};
 
 #[derive(Debug)]
 enum Event {
-    Arrive { link: LinkId, frames: Vec<Bytes> },
-    Released { life: Life, link: LinkId },
-    Closed { link: LinkId },
-    Dialled { life: Life, target: TargetKey, address: usize },
-    Handler { life: Life, key: CallKey },
-    Take { life: Life },
-    Wake { life: Life },
-    User { node: usize },
+    Arrive {
+        link: LinkId,
+        frames: Vec<Bytes>,
+    },
+    Released {
+        life: Life,
+        link: LinkId,
+    },
+    Closed {
+        link: LinkId,
+    },
+    Dialled {
+        life: Life,
+        target: TargetKey,
+        address: usize,
+    },
+    Handler {
+        life: Life,
+        key: CallKey,
+    },
+    Take {
+        life: Life,
+    },
+    Wake {
+        life: Life,
+    },
+    User {
+        node: usize,
+    },
     Fault,
-    Restart { node: usize },
+    Restart {
+        node: usize,
+    },
 }
 
 /// One end of a connection; the other end's link id differs in the lowest bit.
@@ -103,14 +126,21 @@ impl World {
         assert!(self.nodes.iter().all(Option::is_some), "every node is back");
         assert!(self.is_full_mesh(), "the mesh did not heal");
         for node in self.nodes.iter().flatten() {
-            assert!(node.is_quiet(), "{:?} did not come to rest: a deadlock", node.life);
+            assert!(
+                node.is_quiet(),
+                "{:?} did not come to rest: a deadlock",
+                node.life
+            );
         }
         self.ledger.check_the_end();
         self.ledger
     }
 
     fn is_full_mesh(&self) -> bool {
-        self.nodes.iter().flatten().all(|node| node.peer_count() + 1 == self.nodes.len())
+        self.nodes
+            .iter()
+            .flatten()
+            .all(|node| node.peer_count() + 1 == self.nodes.len())
     }
 
     fn run_until(&mut self, end: Time, done: impl Fn(&Self) -> bool) {
@@ -120,7 +150,10 @@ impl World {
         {
             self.queue.pop();
             self.now = at;
-            let event = self.events.remove(&number).expect("each event is queued once");
+            let event = self
+                .events
+                .remove(&number)
+                .expect("each event is queued once");
             self.handle(event);
             steps += 1;
             if steps.is_multiple_of(64) && done(self) {
@@ -141,14 +174,19 @@ impl World {
 
     fn start(&mut self, node: usize) {
         self.lives += 1;
-        let life = Life { node, number: self.lives };
+        let life = Life {
+            node,
+            number: self.lives,
+        };
         let random = Random(self.random.next());
         self.nodes[node] = Some(SimNode::new(self.now, life, self.nodes.len(), random));
         self.act(life, |_, _, _| {});
     }
 
     fn is_alive(&self, life: Life) -> bool {
-        self.nodes[life.node].as_ref().is_some_and(|node| node.life == life)
+        self.nodes[life.node]
+            .as_ref()
+            .is_some_and(|node| node.life == life)
     }
 
     /// Lets a node do something, if that life of it still lasts, and carries out what follows.
@@ -156,7 +194,9 @@ impl World {
         if !self.is_alive(life) {
             return;
         }
-        let Some(mut node) = self.nodes[life.node].take() else { return };
+        let Some(mut node) = self.nodes[life.node].take() else {
+            return;
+        };
         act(&mut node, self.now, &mut self.ledger);
         node.perform(self.now, &mut self.ledger);
         let effects = std::mem::take(&mut node.effects);
@@ -166,10 +206,16 @@ impl World {
             self.perform(life, effect);
         }
         if let Some(at) = wake
-            && self.woken_at.get(&life).is_none_or(|known| *known > at || *known < self.now)
+            && self
+                .woken_at
+                .get(&life)
+                .is_none_or(|known| *known > at || *known < self.now)
         {
             self.woken_at.insert(life, at);
-            self.at(at.max(self.now + Duration::from_micros(1)), Event::Wake { life });
+            self.at(
+                at.max(self.now + Duration::from_micros(1)),
+                Event::Wake { life },
+            );
         }
     }
 
@@ -177,7 +223,14 @@ impl World {
         match effect {
             Effect::Dial { target, address } => {
                 let after = self.random.between(100, 3_000);
-                self.after(after, Event::Dialled { life, target, address });
+                self.after(
+                    after,
+                    Event::Dialled {
+                        life,
+                        target,
+                        address,
+                    },
+                );
             }
             Effect::Transmit { link, batch } => {
                 let encoded = self.random.below(300);
@@ -185,12 +238,20 @@ impl World {
                 let frames = batch.into_frames(Bytes::from);
                 self.bytes += frames.iter().map(|frame| frame.len() as u64).sum::<u64>();
                 let delay = Duration::from_micros(self.random.between(50, 5_000));
-                let Some(connection) = self.connections.get_mut(&(link.0 >> 1)) else { return };
+                let Some(connection) = self.connections.get_mut(&(link.0 >> 1)) else {
+                    return;
+                };
                 let end = &mut connection.ends[(link.0 & 1 ^ 1) as usize];
                 end.arrives = end.arrives.max(self.now + delay);
                 let at = end.arrives;
                 if !connection.silent {
-                    self.at(at, Event::Arrive { link: LinkId(link.0 ^ 1), frames });
+                    self.at(
+                        at,
+                        Event::Arrive {
+                            link: LinkId(link.0 ^ 1),
+                            frames,
+                        },
+                    );
                 }
             }
             Effect::Close(link) => self.close(link),
@@ -203,10 +264,19 @@ impl World {
 
     /// One end closes; the other hears of it after what is on its way.
     fn close(&mut self, link: LinkId) {
-        let Some(connection) = self.connections.get(&(link.0 >> 1)) else { return };
-        let at = connection.ends[(link.0 & 1 ^ 1) as usize].arrives.max(self.now);
+        let Some(connection) = self.connections.get(&(link.0 >> 1)) else {
+            return;
+        };
+        let at = connection.ends[(link.0 & 1 ^ 1) as usize]
+            .arrives
+            .max(self.now);
         if !connection.silent {
-            self.at(at + Duration::from_micros(10), Event::Closed { link: LinkId(link.0 ^ 1) });
+            self.at(
+                at + Duration::from_micros(10),
+                Event::Closed {
+                    link: LinkId(link.0 ^ 1),
+                },
+            );
         }
     }
 
@@ -214,7 +284,9 @@ impl World {
         match event {
             Event::Arrive { link, frames } => {
                 if let Some(life) = self.receiver(link) {
-                    self.act(life, |node, now, ledger| node.handle_batch(now, link, frames, ledger));
+                    self.act(life, |node, now, ledger| {
+                        node.handle_batch(now, link, frames, ledger)
+                    });
                 }
             }
             Event::Released { life, link } => {
@@ -222,10 +294,16 @@ impl World {
             }
             Event::Closed { link } => {
                 if let Some(life) = self.receiver(link) {
-                    self.act(life, |node, now, ledger| node.handle_closed(now, link, ledger));
+                    self.act(life, |node, now, ledger| {
+                        node.handle_closed(now, link, ledger)
+                    });
                 }
             }
-            Event::Dialled { life, target, address } => self.dialled(life, &target, address),
+            Event::Dialled {
+                life,
+                target,
+                address,
+            } => self.dialled(life, &target, address),
             Event::Handler { life, key } => {
                 self.act(life, |node, now, ledger| node.handler_due(now, key, ledger));
             }
@@ -257,13 +335,23 @@ impl World {
         }
         let number = self.connected;
         self.connected += 1;
-        let end = |life| End { life, arrives: self.now };
-        let connection = Connection { ends: [end(life), end(other)], silent: false };
+        let end = |life| End {
+            life,
+            arrives: self.now,
+        };
+        let connection = Connection {
+            ends: [end(life), end(other)],
+            silent: false,
+        };
         self.connections.insert(number, connection);
         let (near, far) = (LinkId(number << 1), LinkId(number << 1 | 1));
         let target = Some(target.clone());
-        self.act(other, |node, now, _| node.handle_connected(now, far, None, node_id(life.node)));
-        self.act(life, |node, now, _| node.handle_connected(now, near, target, node_id(address)));
+        self.act(other, |node, now, _| {
+            node.handle_connected(now, far, None, node_id(life.node))
+        });
+        self.act(life, |node, now, _| {
+            node.handle_connected(now, near, target, node_id(address))
+        });
     }
 
     fn user(&mut self, node: usize) {
@@ -272,13 +360,19 @@ impl World {
         }
         let pause = self.random.between(200, 30_000);
         self.after(pause, Event::User { node });
-        let Some(life) = self.nodes[node].as_ref().map(|node| node.life) else { return };
+        let Some(life) = self.nodes[node].as_ref().map(|node| node.life) else {
+            return;
+        };
         // Now and then a burst that no window holds.
         let burst = if self.random.once_in(10) { 60 } else { 1 };
         let calls = self.random.once_in(3);
         self.act(life, |node, now, ledger| {
             for _ in 0..burst {
-                if calls { node.call(now, ledger) } else { node.publish(now, ledger) }
+                if calls {
+                    node.call(now, ledger)
+                } else {
+                    node.publish(now, ledger)
+                }
             }
         });
     }
@@ -298,7 +392,10 @@ impl World {
             }
             1 if !open.is_empty() => {
                 let number = open[self.random.below(open.len() as u64) as usize];
-                self.connections.get_mut(&number).expect("it is open").silent = true;
+                self.connections
+                    .get_mut(&number)
+                    .expect("it is open")
+                    .silent = true;
                 self.ledger.seen.silent_cuts += 1;
             }
             _ if !open.is_empty() => {
@@ -312,18 +409,25 @@ impl World {
 
     /// Both ends are told; what is on its way is lost.
     fn cut(&mut self, number: u64) {
-        let Some(connection) = self.connections.remove(&number) else { return };
+        let Some(connection) = self.connections.remove(&number) else {
+            return;
+        };
         for (side, end) in connection.ends.iter().enumerate() {
             let link = LinkId(number << 1 | side as u64);
-            self.act(end.life, |node, now, ledger| node.handle_closed(now, link, ledger));
+            self.act(end.life, |node, now, ledger| {
+                node.handle_closed(now, link, ledger)
+            });
         }
     }
 
     fn crash(&mut self, node: usize) {
-        let Some(mut gone) = self.nodes[node].take() else { return };
+        let Some(mut gone) = self.nodes[node].take() else {
+            return;
+        };
         self.ledger.seen.crashes += 1;
         self.ledger.crashed(gone.life);
-        self.ledger.forget_requests(gone.open_requests().into_iter());
+        self.ledger
+            .forget_requests(gone.open_requests().into_iter());
         let mut held: Vec<u64> = self
             .connections
             .iter()
@@ -334,7 +438,10 @@ impl World {
         for number in held {
             if self.random.once_in(3) {
                 // The host died with it: nobody says that the connection is gone.
-                self.connections.get_mut(&number).expect("it is held").silent = true;
+                self.connections
+                    .get_mut(&number)
+                    .expect("it is held")
+                    .silent = true;
             } else {
                 self.cut(number);
             }

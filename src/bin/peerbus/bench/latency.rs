@@ -17,7 +17,7 @@ use crate::output;
 
 /// Who takes part. The first is the reference.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Contender {
+pub(crate) enum Contender {
     TcpEcho,
     ZeromqUnix,
     ZeromqTcp,
@@ -38,8 +38,15 @@ impl Contender {
 
     fn all() -> Vec<Self> {
         let unix = cfg!(unix);
-        let all = [Self::TcpEcho, Self::ZeromqUnix, Self::ZeromqTcp, Self::PeerbusUnix, Self::PeerbusTcp];
-        let wanted = |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
+        let all = [
+            Self::TcpEcho,
+            Self::ZeromqUnix,
+            Self::ZeromqTcp,
+            Self::PeerbusUnix,
+            Self::PeerbusTcp,
+        ];
+        let wanted =
+            |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
         all.into_iter().filter(wanted).collect()
     }
 }
@@ -47,7 +54,7 @@ impl Contender {
 /// Each contender's far side is a process of its own. They run in turn, round after round, so
 /// that what the machine does meanwhile meets them all.
 #[derive(Args)]
-pub struct Latency {
+pub(crate) struct Latency {
     /// Body size, in bytes
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024 * 1024))]
     size: u32,
@@ -78,7 +85,7 @@ struct Side {
 }
 
 impl Latency {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         // Where an embedding service's own tasks run: on a worker, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
@@ -114,10 +121,23 @@ impl Latency {
         let mut results = Vec::new();
         let mut text = format!(
             "Round trips of {} bytes, {} processes in turn, {} rounds of {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}\n",
-            self.size, sides.len(), self.rounds, self.count, "", "p50", "p99", "p99.9", "p50 ratio"
+            self.size,
+            sides.len(),
+            self.rounds,
+            self.count,
+            "",
+            "p50",
+            "p99",
+            "p99.9",
+            "p50 ratio"
         );
         for side in sides {
-            let ratios = side.medians.iter().zip(&reference.medians).map(|(a, b)| a / b).collect();
+            let ratios = side
+                .medians
+                .iter()
+                .zip(&reference.medians)
+                .map(|(a, b)| a / b)
+                .collect();
             let ratio = median(ratios);
             let [p50, p99, p999] = [500, 990, 999].map(|per_mille| side.all.percentile(per_mille));
             text += &format!(
@@ -138,7 +158,9 @@ impl Latency {
 
 impl Side {
     async fn start(contender: Contender, size: usize, dir: &BenchDir) -> anyhow::Result<Self> {
-        let name = contender.to_possible_value().map(|value| value.get_name().to_owned());
+        let name = contender
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned());
         let mut server = Command::new(std::env::current_exe()?)
             .args(["bench", "echo", "--size", &size.to_string()])
             .arg("--contender")
@@ -166,11 +188,21 @@ impl Side {
                     config = config.peer(address.parse::<Address>()?);
                 }
                 let node = config.start().await?;
-                node.wait_for_service("echo", Duration::from_secs(10)).await?;
-                Client::Peerbus { node, body: vec![7; size] }
+                node.wait_for_service("echo", Duration::from_secs(10))
+                    .await?;
+                Client::Peerbus {
+                    node,
+                    body: vec![7; size],
+                }
             }
         };
-        Ok(Self { contender, client, _server: server, all: Samples::default(), medians: Vec::new() })
+        Ok(Self {
+            contender,
+            client,
+            _server: server,
+            all: Samples::default(),
+            medians: Vec::new(),
+        })
     }
 }
 
@@ -186,7 +218,10 @@ impl Client {
                     let begun = Instant::now();
                     let reply = node.request(&service, body.as_slice()).await?;
                     samples.add(begun.elapsed());
-                    ensure!(reply.body.len() == body.len(), "the reply is not what was sent");
+                    ensure!(
+                        reply.body.len() == body.len(),
+                        "the reply is not what was sent"
+                    );
                 }
                 Ok(samples)
             }
@@ -200,7 +235,11 @@ fn config(contender: Contender, dir: &BenchDir) -> anyhow::Result<Config> {
         _ => ("tcp", false),
     };
     let mesh: MeshName = mesh.parse()?;
-    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(&dir.path))
+    Ok(Node::builder()
+        .mesh(mesh)
+        .local(local)
+        .mdns(false)
+        .runtime_dir(&dir.path))
 }
 
 /// A folder for the sockets of this run.
@@ -215,7 +254,9 @@ impl BenchDir {
         let mut builder = std::fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
+        builder
+            .create(&path)
+            .with_context(|| format!("{} can't be made", path.display()))?;
         Ok(Self { path, own: true })
     }
 }
@@ -230,7 +271,7 @@ impl Drop for BenchDir {
 
 /// The far side of one contender.
 #[derive(Args)]
-pub struct Echo {
+pub(crate) struct Echo {
     #[arg(long)]
     contender: Contender,
     #[arg(long)]
@@ -240,15 +281,20 @@ pub struct Echo {
 }
 
 impl Echo {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         let ready = |address: String| println!("{address}");
         let serving = async move {
             match self.contender {
                 Contender::TcpEcho => serve_tcp(self.size, ready).await,
-                Contender::ZeromqUnix => serve_zeromq(Some(self.dir.join("zeromq.sock")), ready).await,
+                Contender::ZeromqUnix => {
+                    serve_zeromq(Some(self.dir.join("zeromq.sock")), ready).await
+                }
                 Contender::ZeromqTcp => serve_zeromq(None, ready).await,
                 Contender::PeerbusUnix | Contender::PeerbusTcp => {
-                    let dir = BenchDir { path: self.dir, own: false };
+                    let dir = BenchDir {
+                        path: self.dir,
+                        own: false,
+                    };
                     let node = config(self.contender, &dir)?.name("far").start().await?;
                     let echo = |call: Call| std::future::ready(Ok(call.message.body));
                     let _service = node.serve("echo", echo).start()?;

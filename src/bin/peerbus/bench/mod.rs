@@ -6,7 +6,7 @@ mod stats;
 use clap::Subcommand;
 
 #[derive(Subcommand)]
-pub enum Bench {
+pub(crate) enum Bench {
     /// Round trips of small requests, beside plain TCP and the bare zeromq crate in the same run
     Latency(latency::Latency),
     /// The far side of a benchmark
@@ -15,7 +15,7 @@ pub enum Bench {
 }
 
 impl Bench {
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Latency(latency) => latency.run().await,
             Self::Echo(echo) => echo.run().await,

@@ -11,7 +11,7 @@ use zeromq::{DealerSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMess
 use super::stats::Samples;
 
 /// Serves one TCP connection after the other; tells its address by `ready`.
-pub async fn serve_tcp(size: usize, ready: impl FnOnce(String)) -> anyhow::Result<()> {
+pub(crate) async fn serve_tcp(size: usize, ready: impl FnOnce(String)) -> anyhow::Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     ready(listener.local_addr()?.to_string());
     loop {
@@ -24,19 +24,24 @@ pub async fn serve_tcp(size: usize, ready: impl FnOnce(String)) -> anyhow::Resul
     }
 }
 
-pub struct TcpClient {
+pub(crate) struct TcpClient {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl TcpClient {
-    pub async fn connect(address: &str, size: usize) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(address).await.context("the echo is not there")?;
+    pub(crate) async fn connect(address: &str, size: usize) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(address)
+            .await
+            .context("the echo is not there")?;
         stream.set_nodelay(true)?;
-        Ok(Self { stream, buffer: vec![7; size] })
+        Ok(Self {
+            stream,
+            buffer: vec![7; size],
+        })
     }
 
-    pub async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
+    pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
         for _ in 0..count {
             let begun = Instant::now();
@@ -49,7 +54,10 @@ impl TcpClient {
 }
 
 /// Serves with a ROUTER, on a Unix socket if there is a path and on TCP otherwise.
-pub async fn serve_zeromq(path: Option<PathBuf>, ready: impl FnOnce(String)) -> anyhow::Result<()> {
+pub(crate) async fn serve_zeromq(
+    path: Option<PathBuf>,
+    ready: impl FnOnce(String),
+) -> anyhow::Result<()> {
     let mut router = RouterSocket::new();
     let endpoint = match path {
         Some(path) => format!("ipc://{}", path.display()),
@@ -63,23 +71,31 @@ pub async fn serve_zeromq(path: Option<PathBuf>, ready: impl FnOnce(String)) -> 
     }
 }
 
-pub struct ZeromqClient {
+pub(crate) struct ZeromqClient {
     dealer: DealerSocket,
     body: Vec<u8>,
 }
 
 impl ZeromqClient {
-    pub async fn connect(endpoint: &str, size: usize) -> anyhow::Result<Self> {
+    pub(crate) async fn connect(endpoint: &str, size: usize) -> anyhow::Result<Self> {
         let mut dealer = DealerSocket::new();
-        dealer.connect(endpoint).await.context("the ROUTER is not there")?;
-        Ok(Self { dealer, body: vec![7; size] })
+        dealer
+            .connect(endpoint)
+            .await
+            .context("the ROUTER is not there")?;
+        Ok(Self {
+            dealer,
+            body: vec![7; size],
+        })
     }
 
-    pub async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
+    pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
         for _ in 0..count {
             let begun = Instant::now();
-            self.dealer.send(ZmqMessage::from(self.body.clone())).await?;
+            self.dealer
+                .send(ZmqMessage::from(self.body.clone()))
+                .await?;
             self.dealer.recv().await?;
             samples.add(begun.elapsed());
         }
