@@ -7,17 +7,11 @@ use peerbus::Node;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh: peerbus::MeshName = "example-hello".parse()?;
-    let alice = Node::builder()
-        .name("alice")
-        .mesh(mesh.clone())
-        .start()
-        .await?;
+    let alice = Node::builder().name("alice").mesh(mesh.clone()).start().await?;
     let bob = Node::builder().name("bob").mesh(mesh).start().await?;
 
     let mut greetings = bob.subscribe("greetings")?;
-    alice
-        .wait_for_subscribers("greetings", 1, Duration::from_secs(5))
-        .await?;
+    alice.wait_for_subscribers("greetings", 1, Duration::from_secs(5)).await?;
     alice.publish("greetings", "hello, bob").await?;
 
     if let Some(message) = greetings.recv().await {

@@ -14,39 +14,19 @@ struct Order {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh: MeshName = "example-pubsub".parse()?;
-    let shop = Node::builder()
-        .name("shop")
-        .mesh(mesh.clone())
-        .start()
-        .await?;
-    let europe = Node::builder()
-        .name("europe")
-        .mesh(mesh.clone())
-        .start()
-        .await?;
+    let shop = Node::builder().name("shop").mesh(mesh.clone()).start().await?;
+    let europe = Node::builder().name("europe").mesh(mesh.clone()).start().await?;
     let audit = Node::builder().name("audit").mesh(mesh).start().await?;
 
     // `*` stands for one token of the topic, `>` for the rest.
     let mut european = europe.subscribe("orders.eu.*")?;
     let mut all = audit.subscribe("orders.>")?;
-    shop.wait_for_subscribers("orders.eu.placed", 2, Duration::from_secs(5))
-        .await?;
+    shop.wait_for_subscribers("orders.eu.placed", 2, Duration::from_secs(5)).await?;
 
-    let order = Order {
-        fruit: "apples".into(),
-        count: 17,
-    };
-    let report = shop
-        .publish("orders.eu.placed", Body::encode(&order)?)
-        .await?;
-    println!(
-        "queued for {} nodes, dropped for {}",
-        report.queued,
-        report.dropped.len()
-    );
-    let report = shop
-        .publish("orders.us.placed", Body::encode(&order)?)
-        .await?;
+    let order = Order { fruit: "apples".into(), count: 17 };
+    let report = shop.publish("orders.eu.placed", Body::encode(&order)?).await?;
+    println!("queued for {} nodes, dropped for {}", report.queued, report.dropped.len());
+    let report = shop.publish("orders.us.placed", Body::encode(&order)?).await?;
     println!("queued for {} node", report.queued);
 
     if let Some(message) = european.recv().await {

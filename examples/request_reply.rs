@@ -8,10 +8,7 @@ async fn square_root(call: Call) -> Result<String, HandlerError> {
     // Any error turns into one that the caller sees, so `?` works.
     let number: f64 = call.message.text().parse()?;
     if number < 0.0 {
-        return Err(HandlerError::new(
-            "negative",
-            format!("{number} has no real square root"),
-        ));
+        return Err(HandlerError::new("negative", format!("{number} has no real square root")));
     }
     Ok(number.sqrt().to_string())
 }
@@ -19,27 +16,14 @@ async fn square_root(call: Call) -> Result<String, HandlerError> {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh: MeshName = "example-request".parse()?;
-    let server = Node::builder()
-        .name("server")
-        .mesh(mesh.clone())
-        .start()
-        .await?;
+    let server = Node::builder().name("server").mesh(mesh.clone()).start().await?;
     let client = Node::builder().name("client").mesh(mesh).start().await?;
 
-    let service = server
-        .serve("math.sqrt", square_root)
-        .concurrency(8)
-        .start()?;
-    client
-        .wait_for_service("math.sqrt", Duration::from_secs(5))
-        .await?;
+    let service = server.serve("math.sqrt", square_root).concurrency(8).start()?;
+    client.wait_for_service("math.sqrt", Duration::from_secs(5)).await?;
 
     for question in ["2", "-2", "two"] {
-        match client
-            .request("math.sqrt", question)
-            .deadline(Duration::from_secs(1))
-            .await
-        {
+        match client.request("math.sqrt", question).deadline(Duration::from_secs(1)).await {
             Ok(reply) => println!("{question}: {}", reply.text()),
             Err(RequestError::Handler(error)) => println!("{question}: declined, {error}"),
             Err(error) => println!("{question}: no reply, {error}"),

@@ -11,11 +11,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (done, mut finished) = mpsc::unbounded_channel();
     let mut workers = Vec::new();
     for name in ["ada", "ben", "cleo"] {
-        let node = Node::builder()
-            .name(name)
-            .mesh(mesh.clone())
-            .start()
-            .await?;
+        let node = Node::builder().name(name).mesh(mesh.clone()).start().await?;
         let done = done.clone();
         let work = move |call: Call| {
             let done = done.clone();
@@ -29,10 +25,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         workers.push((node, service));
     }
     let boss = Node::builder().name("boss").mesh(mesh).start().await?;
-    boss.wait_for_peers(workers.len(), Duration::from_secs(5))
-        .await?;
-    boss.wait_for_service("resize", Duration::from_secs(5))
-        .await?;
+    boss.wait_for_peers(workers.len(), Duration::from_secs(5)).await?;
+    boss.wait_for_service("resize", Duration::from_secs(5)).await?;
 
     for number in 1..=9 {
         boss.send("resize", format!("picture {number}")).await?;

@@ -70,11 +70,7 @@ fn check_len(what: &'static str, text: &str, max: usize) -> Result<(), AddressEr
         return Err(AddressError::Empty { what });
     }
     if text.len() > max {
-        return Err(AddressError::TooLong {
-            what,
-            len: text.len(),
-            max,
-        });
+        return Err(AddressError::TooLong { what, len: text.len(), max });
     }
     Ok(())
 }
@@ -82,18 +78,10 @@ fn check_len(what: &'static str, text: &str, max: usize) -> Result<(), AddressEr
 fn check_tokens(what: &'static str, text: &str) -> Result<(), AddressError> {
     check_len(what, text, MAX_ADDRESS_LEN)?;
     if let Some(found) = text.chars().find(|c| *c != '.' && !is_token_char(*c)) {
-        return Err(AddressError::Character {
-            what,
-            text: text.into(),
-            found,
-            allowed: TOKENS,
-        });
+        return Err(AddressError::Character { what, text: text.into(), found, allowed: TOKENS });
     }
     if text.split('.').any(str::is_empty) {
-        return Err(AddressError::EmptyToken {
-            what,
-            text: text.into(),
-        });
+        return Err(AddressError::EmptyToken { what, text: text.into() });
     }
     Ok(())
 }
@@ -194,10 +182,7 @@ impl Pattern {
         while let Some(token) = tokens.next() {
             match token {
                 "" => {
-                    return Err(AddressError::EmptyToken {
-                        what,
-                        text: text.into(),
-                    });
+                    return Err(AddressError::EmptyToken { what, text: text.into() });
                 }
                 "*" => {}
                 ">" if tokens.peek().is_none() => {}
@@ -250,11 +235,7 @@ impl ServiceName {
 
     /// Parses a name from the wire, where the inbox's own name is allowed too.
     pub(crate) fn from_wire(text: &str) -> Result<Self, AddressError> {
-        if text == "$node" {
-            Ok(Self::node_inbox())
-        } else {
-            text.parse()
-        }
+        if text == "$node" { Ok(Self::node_inbox()) } else { text.parse() }
     }
 }
 
@@ -402,19 +383,13 @@ mod tests {
         ];
         for (pattern, topic, want) in cases {
             let pattern: Pattern = pattern.parse().unwrap();
-            assert_eq!(
-                pattern.matches(&topic.parse().unwrap()),
-                want,
-                "{pattern} {topic}"
-            );
+            assert_eq!(pattern.matches(&topic.parse().unwrap()), want, "{pattern} {topic}");
         }
     }
 
     #[test]
     fn what_cannot_be_parsed_is_refused_with_a_reason() {
-        for text in [
-            "", ".", "a.", ".a", "a..b", "a b", "a.*", "a.>", "$node", "a\n",
-        ] {
+        for text in ["", ".", "a.", ".a", "a..b", "a b", "a.*", "a.>", "$node", "a\n"] {
             assert!(text.parse::<Topic>().is_err(), "{text:?}");
             assert!(text.parse::<ServiceName>().is_err(), "{text:?}");
         }
@@ -423,10 +398,7 @@ mod tests {
         }
         let long = "a".repeat(MAX_ADDRESS_LEN + 1);
         let error = long.parse::<Topic>().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "topic is 256 bytes long; at most 255 are allowed"
-        );
+        assert_eq!(error.to_string(), "topic is 256 bytes long; at most 255 are allowed");
         assert!("../x".parse::<MeshName>().is_err());
         assert!("a".repeat(25).parse::<MeshName>().is_err());
     }

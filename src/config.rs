@@ -204,10 +204,7 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), StartError> {
         let problem = |text: String| Err(StartError::Config(text));
         if self.window < 512 * 1024 {
-            return problem(format!(
-                "window is {} bytes; at least 524288 are needed",
-                self.window
-            ));
+            return problem(format!("window is {} bytes; at least 524288 are needed", self.window));
         }
         if self.max_body as u64 > self.window / 2 {
             return problem(format!(
@@ -227,10 +224,8 @@ impl Config {
         {
             return problem("name takes at most 255 bytes and no control characters".into());
         }
-        if let Some(addr) = self
-            .advertise
-            .iter()
-            .find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
+        if let Some(addr) =
+            self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
             return problem(format!("{addr} can't be advertised; a TCP address can"));
         }

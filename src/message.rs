@@ -97,30 +97,17 @@ pub(crate) struct IdSource {
 
 impl IdSource {
     pub(crate) fn new(stem: u64) -> Self {
-        Self {
-            stem,
-            counter: AtomicU32::new(0),
-            last_ms: AtomicU64::new(0),
-        }
+        Self { stem, counter: AtomicU32::new(0), last_ms: AtomicU64::new(0) }
     }
 
     /// The next id. A clock that goes back does not take the ids back with it.
     pub(crate) fn next(&self, unix_ms: u64) -> MessageId {
-        let unix_ms = self
-            .last_ms
-            .fetch_max(unix_ms, Ordering::Relaxed)
-            .max(unix_ms);
-        MessageId::new(
-            unix_ms,
-            self.stem,
-            self.counter.fetch_add(1, Ordering::Relaxed),
-        )
+        let unix_ms = self.last_ms.fetch_max(unix_ms, Ordering::Relaxed).max(unix_ms);
+        MessageId::new(unix_ms, self.stem, self.counter.fetch_add(1, Ordering::Relaxed))
     }
 
     pub(crate) fn next_now(&self) -> MessageId {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.next(now.as_millis() as u64)
     }
 }
@@ -193,11 +180,7 @@ impl Header {
     /// The user header of that name; the first, if there are several.
     pub fn user_header(&self, name: &str) -> Option<&str> {
         let extra = self.extra.as_ref()?;
-        extra
-            .headers
-            .iter()
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| value.as_str())
+        extra.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
     /// The body's media type, if its sender named one.
@@ -223,11 +206,7 @@ impl Header {
     pub(crate) fn extra_len(&self) -> usize {
         let Some(extra) = &self.extra else { return 0 };
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
-        let headers: usize = extra
-            .headers
-            .iter()
-            .map(|(key, value)| key.len() + value.len())
-            .sum();
+        let headers: usize = extra.headers.iter().map(|(key, value)| key.len() + value.len()).sum();
         text(&extra.ordering_key) + text(&extra.content_type) + text(&extra.traceparent) + headers
     }
 }
@@ -287,10 +266,7 @@ pub struct Body {
 impl Body {
     /// No bytes at all.
     pub const fn empty() -> Self {
-        Self {
-            bytes: Bytes::new(),
-            content_type: None,
-        }
+        Self { bytes: Bytes::new(), content_type: None }
     }
 
     /// `value` as MessagePack with named fields, so that both sides may add fields in their own
@@ -300,10 +276,7 @@ impl Body {
     /// [`EncodeError`] if the type's `Serialize` fails.
     pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Self, EncodeError> {
         let bytes = rmp_serde::to_vec_named(value).map_err(EncodeError)?;
-        Ok(Self {
-            bytes: bytes.into(),
-            content_type: Some(MESSAGEPACK),
-        })
+        Ok(Self { bytes: bytes.into(), content_type: Some(MESSAGEPACK) })
     }
 
     /// The length in bytes.
@@ -365,10 +338,7 @@ mod tests {
         let uuid = uuid::Uuid::from_bytes(id.to_bytes());
         assert_eq!(uuid.get_version_num(), 7);
         assert_eq!(uuid.get_variant(), uuid::Variant::RFC4122);
-        assert_eq!(
-            id.sent_at(),
-            UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)
-        );
+        assert_eq!(id.sent_at(), UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
     }
 
     #[test]
@@ -379,11 +349,7 @@ mod tests {
         assert_eq!(second.follows(first), Some(5));
         assert_eq!(first.successor(5), second);
         assert_eq!(ids.next(2_000).follows(second), None, "too much later");
-        assert_eq!(
-            IdSource::new(7).next(1_000).follows(first),
-            None,
-            "another sender"
-        );
+        assert_eq!(IdSource::new(7).next(1_000).follows(first), None, "another sender");
     }
 
     #[test]

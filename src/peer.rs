@@ -71,9 +71,8 @@ pub struct NodeIdError;
 impl FromStr for NodeId {
     type Err = NodeIdError;
     fn from_str(text: &str) -> Result<Self, NodeIdError> {
-        let bytes = BASE32_NOPAD
-            .decode(text.to_ascii_uppercase().as_bytes())
-            .map_err(|_| NodeIdError)?;
+        let bytes =
+            BASE32_NOPAD.decode(text.to_ascii_uppercase().as_bytes()).map_err(|_| NodeIdError)?;
         bytes.try_into().map(Self).map_err(|_| NodeIdError)
     }
 }
@@ -142,10 +141,7 @@ impl Identity {
     /// [`IdentityError`] if the file can't be read or written, is readable by others, or holds
     /// something else.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
-        let file_error = |source| IdentityError::File {
-            path: path.into(),
-            source,
-        };
+        let file_error = |source| IdentityError::File { path: path.into(), source };
         match fs::read_to_string(path) {
             Ok(pem) => {
                 check_mode(path)?;
@@ -185,10 +181,7 @@ fn generate() -> Vec<u8> {
 }
 
 fn encode_pem(der: &[u8]) -> String {
-    format!(
-        "{PEM_HEAD}\n{}\n{PEM_TAIL}\n",
-        data_encoding::BASE64.encode(der)
-    )
+    format!("{PEM_HEAD}\n{}\n{PEM_TAIL}\n", data_encoding::BASE64.encode(der))
 }
 
 fn decode_pem(pem: &str) -> Option<Vec<u8>> {
@@ -201,11 +194,7 @@ fn decode_pem(pem: &str) -> Option<Vec<u8>> {
 fn write_private(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()
 }
@@ -218,16 +207,11 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
 #[cfg(unix)]
 fn check_mode(path: &Path) -> Result<(), IdentityError> {
     use std::os::unix::fs::PermissionsExt;
-    let metadata = fs::metadata(path).map_err(|source| IdentityError::File {
-        path: path.into(),
-        source,
-    })?;
+    let metadata =
+        fs::metadata(path).map_err(|source| IdentityError::File { path: path.into(), source })?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
-        return Err(IdentityError::Mode {
-            path: path.into(),
-            mode,
-        });
+        return Err(IdentityError::Mode { path: path.into(), mode });
     }
     Ok(())
 }
@@ -244,9 +228,7 @@ pub(crate) fn random_u64() -> u64 {
 
 pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .expect("the system's random source works");
+    SystemRandom::new().fill(&mut bytes).expect("the system's random source works");
     bytes
 }
 
@@ -420,26 +402,14 @@ mod tests {
         Identity::load_or_create(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         let error = Identity::load_or_create(&path).err().unwrap();
-        assert!(
-            matches!(error, IdentityError::Mode { mode: 0o644, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, IdentityError::Mode { mode: 0o644, .. }), "{error}");
     }
 
     #[test]
     fn addresses_are_checked() {
-        assert_eq!(
-            "10.0.0.1:7".parse(),
-            Ok(Address::Tcp("10.0.0.1:7".parse().unwrap()))
-        );
-        assert_eq!(
-            "[::1]:7".parse(),
-            Ok(Address::Tcp("[::1]:7".parse().unwrap()))
-        );
-        assert_eq!(
-            "box.local:7".parse(),
-            Ok(Address::Host("box.local".into(), 7))
-        );
+        assert_eq!("10.0.0.1:7".parse(), Ok(Address::Tcp("10.0.0.1:7".parse().unwrap())));
+        assert_eq!("[::1]:7".parse(), Ok(Address::Tcp("[::1]:7".parse().unwrap())));
+        assert_eq!("box.local:7".parse(), Ok(Address::Host("box.local".into(), 7)));
         for text in ["", "box", "box:", ":7", "box:99999", "a b:7", "tcp://a:7"] {
             assert!(text.parse::<Address>().is_err(), "{text:?}");
         }

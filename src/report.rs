@@ -69,10 +69,7 @@ impl DropReason {
     }
 
     pub(crate) fn from_wire(text: &str) -> Self {
-        Self::ALL
-            .into_iter()
-            .find(|reason| reason.as_str() == text)
-            .unwrap_or(Self::Other)
+        Self::ALL.into_iter().find(|reason| reason.as_str() == text).unwrap_or(Self::Other)
     }
 }
 

@@ -22,10 +22,7 @@ impl Shell {
 
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_peerbus"));
-        command
-            .args(args)
-            .env("XDG_RUNTIME_DIR", self.dir.path())
-            .stdin(Stdio::null());
+        command.args(args).env("XDG_RUNTIME_DIR", self.dir.path()).stdin(Stdio::null());
         command
     }
 
@@ -62,11 +59,7 @@ impl Drop for Running {
 }
 
 fn stdout(output: &Output) -> String {
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
@@ -80,22 +73,11 @@ fn fails(output: &Output, with: &str) {
 fn a_published_message_is_printed_by_a_subscriber() {
     let shell = Shell::new();
     let mut subscriber = shell.start(&["sub", "orders.>", "--count", "1", "--json"]);
-    let published = shell.run(&[
-        "pub",
-        "orders.new",
-        "17 apples",
-        "--key",
-        "k",
-        "--header",
-        "a=b",
-    ]);
+    let published = shell.run(&["pub", "orders.new", "17 apples", "--key", "k", "--header", "a=b"]);
     assert!(stdout(&published).contains("queued for 1 nodes"));
     let line: serde_json::Value = serde_json::from_str(&subscriber.line()).unwrap();
     assert_eq!(line["body"], "17 apples");
-    assert_eq!(
-        (&line["to"], &line["key"]),
-        (&"orders.new".into(), &"k".into())
-    );
+    assert_eq!((&line["to"], &line["key"]), (&"orders.new".into(), &"k".into()));
     assert_eq!(line["headers"]["a"], "b");
     assert!(subscriber.child.wait().unwrap().success());
 }
@@ -113,42 +95,22 @@ fn a_service_answers_requests_and_takes_one_way_messages() {
 #[test]
 fn peers_lists_who_is_there() {
     let shell = Shell::new();
-    let mut node = shell.start(&[
-        "node",
-        "--name",
-        "box",
-        "--serve",
-        "s",
-        "--subscribe",
-        "t.>",
-    ]);
+    let mut node = shell.start(&["node", "--name", "box", "--serve", "s", "--subscribe", "t.>"]);
     assert!(node.line().starts_with("box is up as "));
     let output = shell.run(&["peers", "--count", "1", "--wait", "20s", "--json"]);
     let value: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
     let peer = &value["peers"][0];
-    assert_eq!(
-        (&peer["name"], &peer["found_by"]),
-        (&"box".into(), &"local".into())
-    );
-    assert_eq!(
-        (&peer["services"][0], &peer["subscriptions"][0]),
-        (&"s".into(), &"t.>".into())
-    );
+    assert_eq!((&peer["name"], &peer["found_by"]), (&"box".into(), &"local".into()));
+    assert_eq!((&peer["services"][0], &peer["subscriptions"][0]), (&"s".into(), &"t.>".into()));
 }
 
 #[test]
 fn the_demo_runs_to_its_end() {
     let shell = Shell::new();
     let said = stdout(&shell.run(&["demo"]));
-    for part in [
-        "found",
-        "received",
-        "replies",
-        "alice",
-        "carol is killed",
-        "bob noticed",
-        "That was",
-    ] {
+    for part in
+        ["found", "received", "replies", "alice", "carol is killed", "bob noticed", "That was"]
+    {
         assert!(said.contains(part), "no {part:?} in {said}");
     }
 }
@@ -162,34 +124,18 @@ fn wrong_input_is_explained_and_fails() {
         &shell.run(&["pub", "lonely", "x", "--wait", "50ms"]),
         "fewer than 1 nodes subscribe to lonely",
     );
-    fails(
-        &shell.run(&["request", "nobody", "x", "--wait", "50ms"]),
-        "no node serves nobody",
-    );
+    fails(&shell.run(&["request", "nobody", "x", "--wait", "50ms"]), "no node serves nobody");
     fails(&shell.run(&["send", "--node", "xyz", "x"]), "not a node id");
     fails(&shell.run(&["peers", "--mesh", "a/b"]), "mesh name");
     fails(&shell.run(&["peers", "--peer", "nowhere"]), "HOST:PORT");
-    fails(
-        &shell.run(&["peers", "--count", "9", "--wait", "50ms"]),
-        "found 0 of 9 peers",
-    );
+    fails(&shell.run(&["peers", "--count", "9", "--wait", "50ms"]), "found 0 of 9 peers");
     fails(&shell.run(&["serve", "x"]), "--echo");
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap().to_string();
     fails(&shell.run(&["node", "--listen", &taken]), "can't listen on");
-    let no_interface = [
-        "peers",
-        "--no-local",
-        "--listen",
-        "0.0.0.0:0",
-        "--interface",
-        "nope0",
-    ];
+    let no_interface = ["peers", "--no-local", "--listen", "0.0.0.0:0", "--interface", "nope0"];
     fails(&shell.run(&no_interface), "no network interface \"nope0\"");
     let notes = shell.dir.path().join("notes");
     std::fs::write(&notes, "x").unwrap();
-    fails(
-        &shell.run(&["node", "--identity", notes.to_str().unwrap()]),
-        "identity file",
-    );
+    fails(&shell.run(&["node", "--identity", notes.to_str().unwrap()]), "identity file");
 }

@@ -11,18 +11,8 @@ use peerbus::{Body, Call, DownCause, Event, HandlerError, MemoryNetwork, Node, R
 use tokio::sync::Notify;
 
 async fn pair(network: &MemoryNetwork) -> (Node, Node) {
-    let alice = Node::builder()
-        .name("alice")
-        .memory(network)
-        .start()
-        .await
-        .unwrap();
-    let bob = Node::builder()
-        .name("bob")
-        .memory(network)
-        .start()
-        .await
-        .unwrap();
+    let alice = Node::builder().name("alice").memory(network).start().await.unwrap();
+    let bob = Node::builder().name("bob").memory(network).start().await.unwrap();
     alice.wait_for_peers(1, SOON).await.unwrap();
     bob.wait_for_peers(1, SOON).await.unwrap();
     (alice, bob)
@@ -50,15 +40,7 @@ async fn a_request_whose_link_breaks_fails_at_once_and_says_that_it_may_have_run
     soon(begun.notified()).await;
     network.cut(&bob.id());
     let error = soon(request).await.unwrap().unwrap_err();
-    assert!(
-        matches!(
-            error,
-            RequestError::PeerLost {
-                maybe_executed: true
-            }
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, RequestError::PeerLost { maybe_executed: true }), "{error}");
     soon(cancelled.notified()).await;
     assert_eq!(alice.counters().in_doubt, 1);
 }
@@ -77,10 +59,7 @@ async fn nodes_meet_again_after_a_cut_and_go_on() {
             _ => None,
         });
         assert_eq!(reason.await, DownCause::Lost);
-        wait_for(&mut events, |event| {
-            matches!(event, Event::PeerUp(_)).then_some(())
-        })
-        .await;
+        wait_for(&mut events, |event| matches!(event, Event::PeerUp(_)).then_some(())).await;
         let report = alice.publish("news", round.to_string()).await.unwrap();
         assert_eq!(report.queued, 1);
         assert_eq!(soon(news.recv()).await.unwrap().text(), round.to_string());
@@ -100,17 +79,10 @@ async fn a_handler_that_never_ends_keeps_only_its_own_place() {
     let _service = bob.serve("mixed", handler).concurrency(2).start().unwrap();
     alice.wait_for_service("mixed", SOON).await.unwrap();
     let deadline = std::time::Duration::from_millis(20);
-    let hung = alice
-        .request("mixed", "hang")
-        .deadline(deadline)
-        .await
-        .unwrap_err();
+    let hung = alice.request("mixed", "hang").deadline(deadline).await.unwrap_err();
     assert!(matches!(hung, RequestError::DeadlineExceeded(_)), "{hung}");
     for _ in 0..10 {
-        assert_eq!(
-            alice.request("mixed", "quick").await.unwrap().text(),
-            "quick"
-        );
+        assert_eq!(alice.request("mixed", "quick").await.unwrap().text(), "quick");
     }
     let report = soon(bob.shutdown_within(deadline)).await;
     assert_eq!(report.aborted, 1);
@@ -122,9 +94,6 @@ async fn a_node_that_is_dropped_without_goodbye_is_noticed() {
     let (alice, bob) = pair(&network).await;
     let mut events = alice.events();
     drop(bob);
-    wait_for(&mut events, |event| {
-        matches!(event, Event::PeerDown { .. }).then_some(())
-    })
-    .await;
+    wait_for(&mut events, |event| matches!(event, Event::PeerDown { .. }).then_some(())).await;
     assert!(alice.peers().is_empty());
 }

@@ -30,19 +30,11 @@ impl Target {
         let node = change(host.config("target").listen("127.0.0.1:0".parse().unwrap()));
         let node = node.start().await.unwrap();
         let addr = node.listening()[0];
-        let service = node
-            .serve("echo", |call: Call| async { Ok(call.message.body) })
-            .start()
-            .unwrap();
+        let service =
+            node.serve("echo", |call: Call| async { Ok(call.message.body) }).start().unwrap();
         let friend = host.node("friend").await;
         friend.wait_for_service("echo", SOON).await.unwrap();
-        Self {
-            node,
-            friend,
-            addr,
-            _service: service,
-            _host: host,
-        }
+        Self { node, friend, addr, _service: service, _host: host }
     }
 
     async fn connect(&self) -> TcpStream {
@@ -52,19 +44,12 @@ impl Target {
     /// The rest of the node works, and counted the refusal.
     async fn is_unharmed(&self, counted: &str) {
         assert_eq!(
-            self.friend
-                .request("echo", "still there?")
-                .await
-                .unwrap()
-                .text(),
+            self.friend.request("echo", "still there?").await.unwrap().text(),
             "still there?"
         );
         assert_eq!(self.node.peers().len(), 1);
         let refused = self.node.counters().refused;
-        assert!(
-            refused.get(counted).is_some_and(|count| *count > 0),
-            "{counted}: {refused:?}"
-        );
+        assert!(refused.get(counted).is_some_and(|count| *count > 0), "{counted}: {refused:?}");
     }
 }
 
@@ -106,10 +91,7 @@ fn frame(more: bool, body: &[u8]) -> Vec<u8> {
 /// A connection that is past the ZMTP handshake.
 async fn shaken(target: &Target) -> TcpStream {
     let mut stream = target.connect().await;
-    stream
-        .write_all(&[&GREETING[..], &ready(&[5; 48])].concat())
-        .await
-        .unwrap();
+    stream.write_all(&[&GREETING[..], &ready(&[5; 48])].concat()).await.unwrap();
     stream
 }
 
@@ -167,10 +149,7 @@ async fn the_73_bytes_are_cut_on_the_dialling_side_too() {
     bytes.push(2);
     bytes.extend_from_slice(&(1_u64 << 45).to_be_bytes());
     stream.write_all(&bytes).await.unwrap();
-    wait_for(&mut events, |event| {
-        matches!(event, Event::Refused { .. }).then_some(())
-    })
-    .await;
+    wait_for(&mut events, |event| matches!(event, Event::Refused { .. }).then_some(())).await;
     assert_eq!(node.counters().refused["ready"], 1);
 }
 
@@ -202,9 +181,7 @@ async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
         b"not messagepack",
         // A hello cut short, a message before its time, an array that claims 2^32 values.
         &hello("default", [5; 32])[..20],
-        &[
-            0x94, 16, 0xc4, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa1, b'a', 0xc4, 0,
-        ],
+        &[0x94, 16, 0xc4, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa1, b'a', 0xc4, 0],
         &[0xdd, 0xff, 0xff, 0xff, 0xff],
         &[0x92, 4, 0xdd, 0xff, 0xff, 0xff, 0xff],
         &[],
@@ -218,12 +195,7 @@ async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
     let mut lying = batch(&PREAMBLE, b"x");
     let at = lying.len() - 5;
     lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
-    let extra = [
-        frame(true, &PREAMBLE),
-        frame(true, b""),
-        frame(false, b"surplus"),
-    ]
-    .concat();
+    let extra = [frame(true, &PREAMBLE), frame(true, b""), frame(false, b"surplus")].concat();
     for bytes in [lying, extra] {
         let mut stream = shaken(&target).await;
         stream.write_all(&bytes).await.unwrap();
@@ -237,10 +209,7 @@ async fn credit_that_was_never_earned_ends_the_link() {
     let target = Target::new().await;
     let mut stream = shaken(&target).await;
     let generous = [0x97, 1, 9, 9, 0, 0, 0, 0];
-    stream
-        .write_all(&batch(&generous, &hello("default", [5; 32])))
-        .await
-        .unwrap();
+    stream.write_all(&batch(&generous, &hello("default", [5; 32]))).await.unwrap();
     cut(&mut stream).await;
     target.is_unharmed("protocol").await;
 }
@@ -250,10 +219,7 @@ async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
     let target = Target::new().await;
     let newer = [0x97, 9, 0, 0, 0, 0, 0, 0];
     let cases = [
-        (
-            batch(&newer, &hello("default", [5; 32])),
-            "protocol version 9",
-        ),
+        (batch(&newer, &hello("default", [5; 32])), "protocol version 9"),
         (batch(&PREAMBLE, &hello("other", [5; 32])), "mesh"),
     ];
     for (bytes, want) in cases {
@@ -270,10 +236,7 @@ async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
     }
     // A hello that names another node than its connection did.
     let mut stream = shaken(&target).await;
-    stream
-        .write_all(&batch(&PREAMBLE, &hello("default", [6; 32])))
-        .await
-        .unwrap();
+    stream.write_all(&batch(&PREAMBLE, &hello("default", [6; 32]))).await.unwrap();
     cut(&mut stream).await;
     assert_eq!(target.node.peers().len(), 1);
 }
@@ -297,34 +260,18 @@ async fn two_hundred_silent_connections_do_not_keep_a_real_peer_out() {
     target.is_unharmed("pending_from_address").await;
     target.is_unharmed("handshake_timeout").await;
     let host = Host::new();
-    let late = host
-        .tcp_config("late")
-        .peer(peerbus::Address::Tcp(target.addr))
-        .start()
-        .await
-        .unwrap();
+    let late =
+        host.tcp_config("late").peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
     late.wait_for_service("echo", SOON).await.unwrap();
-    assert_eq!(
-        late.request("echo", "made it").await.unwrap().text(),
-        "made it"
-    );
+    assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
 }
 
 #[tokio::test]
 async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
     let target = Target::new().await;
     let host = Host::new();
-    let error = host
-        .config("second")
-        .listen(target.addr)
-        .start()
-        .await
-        .err()
-        .unwrap();
-    assert!(
-        error.to_string().contains(&target.addr.to_string()),
-        "{error}"
-    );
+    let error = host.config("second").listen(target.addr).start().await.err().unwrap();
+    assert!(error.to_string().contains(&target.addr.to_string()), "{error}");
     let nowhere = "no-such-host.invalid:4000".parse().unwrap();
     let node = host.config("seeker").peer(nowhere).start().await.unwrap();
     soon(async {
@@ -333,23 +280,15 @@ async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
         }
     })
     .await;
-    assert!(
-        node.unreachable()[0]
-            .last_error
-            .contains("does not resolve")
-    );
+    assert!(node.unreachable()[0].last_error.contains("does not resolve"));
 }
 
 #[tokio::test]
 async fn nothing_beyond_loopback_is_dialled_unless_a_network_is_declared_trusted() {
     let host = Host::new();
     // TEST-NET-1 (RFC 5737) leads nowhere; the refusal comes before any packet.
-    let node = host
-        .config("careful")
-        .peer("192.0.2.1:4000".parse().unwrap())
-        .start()
-        .await
-        .unwrap();
+    let node =
+        host.config("careful").peer("192.0.2.1:4000".parse().unwrap()).start().await.unwrap();
     soon(async {
         while node.unreachable().is_empty() {
             tokio::task::yield_now().await;
@@ -364,13 +303,7 @@ async fn what_makes_no_sense_in_a_configuration_is_refused() {
     let host = Host::new();
     let error = host.config("x").window(1000).start().await.err().unwrap();
     assert!(error.to_string().contains("524288"), "{error}");
-    let error = host
-        .config("x")
-        .max_body(3 << 20)
-        .start()
-        .await
-        .err()
-        .unwrap();
+    let error = host.config("x").max_body(3 << 20).start().await.err().unwrap();
     assert!(error.to_string().contains("half of the window"), "{error}");
     let error = host.config("line\nbreak").start().await.err().unwrap();
     assert!(error.to_string().contains("control characters"), "{error}");

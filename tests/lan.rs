@@ -19,10 +19,7 @@ fn ip(line: &str) -> Result<(), String> {
     let output = output.map_err(|error| format!("ip can't be run: {error}"))?;
     match output.status.success() {
         true => Ok(()),
-        false => Err(format!(
-            "ip {line}: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        )),
+        false => Err(format!("ip {line}: {}", String::from_utf8_lossy(&output.stderr).trim())),
     }
 }
 
@@ -35,15 +32,11 @@ struct Lan {
 impl Lan {
     fn new() -> Result<Self, String> {
         let tag = std::process::id();
-        let lan = Self {
-            switch: format!("pbs{tag}"),
-            hosts: [format!("pba{tag}"), format!("pbb{tag}")],
-        };
+        let lan =
+            Self { switch: format!("pbs{tag}"), hosts: [format!("pba{tag}"), format!("pbb{tag}")] };
         let switch = &lan.switch;
         ip(&format!("netns add {switch}"))?;
-        ip(&format!(
-            "-n {switch} link add br0 type bridge mcast_snooping 0"
-        ))?;
+        ip(&format!("-n {switch} link add br0 type bridge mcast_snooping 0"))?;
         ip(&format!("-n {switch} link set br0 up"))?;
         for (number, host) in lan.hosts.iter().enumerate() {
             ip(&format!("netns add {host}"))?;
@@ -51,10 +44,7 @@ impl Lan {
             ip(&format!(
                 "-n {host} link add eth0 type veth peer name port{number} netns {switch}"
             ))?;
-            ip(&format!(
-                "-n {host} addr add 10.77.0.{}/24 dev eth0",
-                number + 1
-            ))?;
+            ip(&format!("-n {host} addr add 10.77.0.{}/24 dev eth0", number + 1))?;
             ip(&format!("-n {host} link set eth0 up"))?;
             ip(&format!("-n {switch} link set port{number} master br0"))?;
             ip(&format!("-n {switch} link set port{number} up"))?;
@@ -69,35 +59,15 @@ impl Lan {
 
     fn command(&self, host: usize, args: &[&str]) -> Command {
         let mut command = Command::new("ip");
-        command.args([
-            "netns",
-            "exec",
-            &self.hosts[host],
-            env!("CARGO_BIN_EXE_peerbus"),
-        ]);
-        command
-            .args(args)
-            .args(["--no-local", "--listen", &format!("10.77.0.{}:0", host + 1)]);
+        command.args(["netns", "exec", &self.hosts[host], env!("CARGO_BIN_EXE_peerbus")]);
+        command.args(args).args(["--no-local", "--listen", &format!("10.77.0.{}:0", host + 1)]);
         command.stdin(Stdio::null());
         command
     }
 
     fn node(&self, host: usize, name: &str) -> Running {
-        let args = [
-            "node",
-            "--json",
-            "--name",
-            name,
-            "--serve",
-            name,
-            "--subscribe",
-            "news",
-        ];
-        let mut child = self
-            .command(host, &args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let args = ["node", "--json", "--name", name, "--serve", name, "--subscribe", "news"];
+        let mut child = self.command(host, &args).stdout(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = channel();
         let stdout = child.stdout.take().unwrap();
         std::thread::spawn(move || {
@@ -125,10 +95,7 @@ struct Running {
 impl Running {
     fn wait_for(&self, event: &str) -> Value {
         loop {
-            let line = self
-                .lines
-                .recv_timeout(SOON)
-                .unwrap_or_else(|_| panic!("no {event}"));
+            let line = self.lines.recv_timeout(SOON).unwrap_or_else(|_| panic!("no {event}"));
             if line["event"] == event {
                 return line;
             }
@@ -158,19 +125,10 @@ fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
     }
     // One saw the other's announcement and dialled it; the other may not have seen one yet.
     assert!(means.contains(&"mdns".to_owned()), "{means:?}");
-    assert!(
-        means.iter().all(|by| by == "mdns" || by == "inbound"),
-        "{means:?}"
-    );
-    let reply = lan
-        .command(1, &["request", "left", "over the wire", "--wait", "20s"])
-        .output()
-        .unwrap();
-    assert_eq!(
-        String::from_utf8_lossy(&reply.stdout),
-        "over the wire\n",
-        "{reply:?}"
-    );
+    assert!(means.iter().all(|by| by == "mdns" || by == "inbound"), "{means:?}");
+    let reply =
+        lan.command(1, &["request", "left", "over the wire", "--wait", "20s"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&reply.stdout), "over the wire\n", "{reply:?}");
     assert_eq!(left.wait_for("call")["body"], "over the wire");
 
     lan.cable("down");
@@ -180,26 +138,13 @@ fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
             return down;
         }
     };
-    assert!(
-        gone(&left, "right")["reason"]
-            .as_str()
-            .unwrap()
-            .contains("heard")
-    );
+    assert!(gone(&left, "right")["reason"].as_str().unwrap().contains("heard"));
     gone(&right, "left");
 
     lan.cable("up");
     left.wait_for("peer_up");
     right.wait_for("peer_up");
-    let publish = [
-        "pub",
-        "news",
-        "again",
-        "--subscribers",
-        "2",
-        "--wait",
-        "30s",
-    ];
+    let publish = ["pub", "news", "again", "--subscribers", "2", "--wait", "30s"];
     let published = lan.command(1, &publish).output().unwrap();
     assert!(published.status.success(), "{published:?}");
     assert_eq!(left.wait_for("message")["body"], "again");

@@ -30,16 +30,10 @@ async fn nodes_of_one_host_meet_and_publish() {
     let (alice, bob) = (host.node("alice").await, host.node("bob").await);
     meet(&alice, &bob).await;
     let peer = &alice.peers()[0];
-    assert_eq!(
-        (peer.id, peer.name.as_str(), peer.source),
-        (bob.id(), "bob", Source::Local)
-    );
+    assert_eq!((peer.id, peer.name.as_str(), peer.source), (bob.id(), "bob", Source::Local));
 
     let mut orders = bob.subscribe("orders.*").unwrap();
-    alice
-        .wait_for_subscribers("orders.new", 1, SOON)
-        .await
-        .unwrap();
+    alice.wait_for_subscribers("orders.new", 1, SOON).await.unwrap();
     let report = alice
         .publish("orders.new", Body::encode(&("apples", 17)).unwrap())
         .key("customer-7")
@@ -51,31 +45,19 @@ async fn nodes_of_one_host_meet_and_publish() {
     assert_eq!(order.from, alice.id());
     assert_eq!(order.header.kind, Kind::Event);
     assert_eq!(order.topic().unwrap().as_str(), "orders.new");
-    assert_eq!(
-        order.decode::<(String, u32)>().unwrap(),
-        ("apples".into(), 17)
-    );
+    assert_eq!(order.decode::<(String, u32)>().unwrap(), ("apples".into(), 17));
     assert_eq!(order.header.ordering_key(), Some("customer-7"));
     assert_eq!(order.header.content_type(), Some("application/msgpack"));
     assert_eq!(order.header.user_header("colour"), Some("red"));
-    assert!(
-        alice
-            .publish("nobody.cares", "x")
-            .await
-            .unwrap()
-            .is_unheard()
-    );
+    assert!(alice.publish("nobody.cares", "x").await.unwrap().is_unheard());
 }
 
 #[tokio::test]
 async fn large_and_empty_bodies_arrive_over_unix_and_tcp() {
     let host = Host::new();
     for local in [true, false] {
-        let config = |name| {
-            host.config(name)
-                .local(local)
-                .mesh(format!("m{local}").parse().unwrap())
-        };
+        let config =
+            |name| host.config(name).local(local).mesh(format!("m{local}").parse().unwrap());
         let alice = config("alice").start().await.unwrap();
         let mut bob = config("bob");
         if let Some(addr) = alice.listening().first() {
@@ -90,10 +72,7 @@ async fn large_and_empty_bodies_arrive_over_unix_and_tcp() {
             let reply = alice.request("echo", &body).await.unwrap();
             assert!(reply.body == body, "{len} bytes, local: {local}");
         }
-        let error = alice
-            .request("echo", vec![0; 1024 * 1024 + 1])
-            .await
-            .unwrap_err();
+        let error = alice.request("echo", vec![0; 1024 * 1024 + 1]).await.unwrap_err();
         assert!(matches!(error, RequestError::TooLarge(_)), "{error}");
     }
 }
@@ -135,11 +114,7 @@ async fn a_handlers_error_and_panic_reach_the_caller() {
     let mut events = alice.events();
     alice.send("orders", "decline").await.unwrap();
     let dropped = wait_for(&mut events, |event| match event {
-        Event::Dropped {
-            peer,
-            reason,
-            count,
-        } => Some((peer, reason, count)),
+        Event::Dropped { peer, reason, count } => Some((peer, reason, count)),
         _ => None,
     });
     assert_eq!(dropped.await, (bob.id(), DropReason::HandlerFailed, 1));
@@ -158,11 +133,7 @@ async fn competing_consumers_share_the_work() {
             count.fetch_add(1, Ordering::Relaxed);
             async { Ok(()) }
         };
-        let service = worker
-            .serve("work", handler)
-            .concurrency(1)
-            .start()
-            .unwrap();
+        let service = worker.serve("work", handler).concurrency(1).start().unwrap();
         workers.push((worker, service));
     }
     boss.wait_for_peers(3, SOON).await.unwrap();
@@ -193,13 +164,8 @@ async fn a_request_ends_by_its_deadline_and_its_handler_hears_of_it() {
     };
     let _service = bob.serve("sleepy", handler).start().unwrap();
     alice.wait_for_service("sleepy", SOON).await.unwrap();
-    let request = alice
-        .request("sleepy", "")
-        .deadline(Duration::from_millis(50));
-    assert!(matches!(
-        soon(async { request.await }).await,
-        Err(RequestError::DeadlineExceeded(_))
-    ));
+    let request = alice.request("sleepy", "").deadline(Duration::from_millis(50));
+    assert!(matches!(soon(async { request.await }).await, Err(RequestError::DeadlineExceeded(_))));
     soon(heard.notified()).await;
     // Dropping a request tells its handler as well.
     let dropped = tokio::time::timeout(Duration::from_millis(50), async {
@@ -212,24 +178,15 @@ async fn a_request_ends_by_its_deadline_and_its_handler_hears_of_it() {
 #[tokio::test]
 async fn nobody_serves_is_told_at_once_if_a_peer_is_up_and_after_the_grace_otherwise() {
     let host = Host::new();
-    let alone = host
-        .config("alone")
-        .service_grace(Duration::from_millis(20))
-        .start()
-        .await
-        .unwrap();
-    let error = soon(async { alone.request("nothing", "").await })
-        .await
-        .unwrap_err();
+    let alone =
+        host.config("alone").service_grace(Duration::from_millis(20)).start().await.unwrap();
+    let error = soon(async { alone.request("nothing", "").await }).await.unwrap_err();
     assert!(matches!(error, RequestError::NoService(_)), "{error}");
     let _other = host.node("other").await;
     alone.wait_for_peers(1, SOON).await.unwrap();
     let error = alone.send("nothing", "").await.unwrap_err();
     assert_eq!(error.to_string(), "no node serves nothing");
-    assert!(matches!(
-        alone.send(alone.id(), "").await,
-        Err(SendError::NoService(_))
-    ));
+    assert!(matches!(alone.send(alone.id(), "").await, Err(SendError::NoService(_))));
     let bad = alone.request("two words", "").await.unwrap_err();
     assert!(matches!(bad, RequestError::Address(_)), "{bad}");
 }
@@ -252,24 +209,15 @@ async fn a_message_to_a_node_goes_there_and_can_be_answered_later() {
     let later = move |call: Call| {
         let bob = replier.clone();
         async move {
-            bob.answer(&call.message, "later")
-                .expect("it has a return address")
-                .await?;
+            bob.answer(&call.message, "later").expect("it has a return address").await?;
             Ok(())
         }
     };
     let _service = bob.serve("slow", later).start().unwrap();
     alice.wait_for_service("slow", SOON).await.unwrap();
-    let sent = alice
-        .send("slow", "when?")
-        .reply_to(alice.id())
-        .await
-        .unwrap();
+    let sent = alice.send("slow", "when?").reply_to(alice.id()).await.unwrap();
     let answer = soon(answers.recv()).await.unwrap();
-    assert_eq!(
-        (answer.text().as_ref(), answer.header.correlation_id),
-        ("later", Some(sent.id))
-    );
+    assert_eq!((answer.text().as_ref(), answer.header.correlation_id), ("later", Some(sent.id)));
 }
 
 #[tokio::test]
@@ -288,10 +236,7 @@ async fn shutdown_delivers_what_was_queued_and_says_goodbye() {
         }
     };
     let (report, ()) = soon(async { tokio::join!(alice.shutdown(), reader) }).await;
-    assert_eq!(
-        (report.undelivered, report.in_doubt, report.aborted),
-        (0, 0, 0)
-    );
+    assert_eq!((report.undelivered, report.in_doubt, report.aborted), (0, 0, 0));
     let reason = wait_for(&mut events, |event| match event {
         Event::PeerDown { reason, .. } => Some(reason),
         _ => None,
@@ -330,38 +275,17 @@ async fn a_service_drains_before_it_goes() {
 async fn a_slow_subscriber_loses_counted_messages_and_stalls_nobody() {
     let host = Host::new();
     let queue = 512 * 1024;
-    let publisher = host
-        .config("publisher")
-        .window(queue)
-        .max_body(100_000)
-        .send_queue(queue);
+    let publisher = host.config("publisher").window(queue).max_body(100_000).send_queue(queue);
     let publisher = publisher.start().await.unwrap();
-    let slow = host
-        .config("slow")
-        .window(queue)
-        .max_body(100_000)
-        .start()
-        .await
-        .unwrap();
-    let quick = host
-        .config("quick")
-        .max_body(100_000)
-        .start()
-        .await
-        .unwrap();
+    let slow = host.config("slow").window(queue).max_body(100_000).start().await.unwrap();
+    let quick = host.config("quick").max_body(100_000).start().await.unwrap();
     let mut unread = slow.subscribe("load").unwrap();
     let mut read = quick.subscribe("load").unwrap();
-    publisher
-        .wait_for_subscribers("load", 2, SOON)
-        .await
-        .unwrap();
+    publisher.wait_for_subscribers("load", 2, SOON).await.unwrap();
     let rounds = 2000_u64;
     soon(async {
         for n in 0..rounds {
-            publisher
-                .publish("load", vec![n as u8; 1000])
-                .await
-                .unwrap();
+            publisher.publish("load", vec![n as u8; 1000]).await.unwrap();
             assert_eq!(read.recv().await.unwrap().body[0], n as u8);
             assert!(publisher.queued_bytes(&slow.id()) <= queue);
         }
@@ -402,22 +326,11 @@ async fn subscriptions_come_and_go() {
 #[tokio::test]
 async fn meshes_on_one_host_do_not_mix() {
     let host = Host::new();
-    let red = host
-        .config("red")
-        .local(false)
-        .mesh("red".parse().unwrap())
-        .start()
-        .await
-        .unwrap();
+    let red = host.config("red").local(false).mesh("red".parse().unwrap()).start().await.unwrap();
     let mut events = red.events();
     let address = peerbus::Address::Tcp(red.listening()[0]);
-    let blue = host
-        .config("blue")
-        .mesh("blue".parse().unwrap())
-        .peer(address)
-        .start()
-        .await
-        .unwrap();
+    let blue =
+        host.config("blue").mesh("blue".parse().unwrap()).peer(address).start().await.unwrap();
     let reason = wait_for(&mut events, |event| match event {
         Event::Refused { reason, .. } => Some(reason),
         _ => None,
@@ -442,8 +355,6 @@ async fn two_nodes_with_one_identity_are_told() {
     let second = host.config("second").identity(&key).start().await.unwrap();
     assert_eq!(first.id(), second.id());
     let mut events = second.events();
-    wait_for(&mut events, |event| {
-        matches!(event, Event::IdentityConflict { .. }).then_some(())
-    })
-    .await;
+    wait_for(&mut events, |event| matches!(event, Event::IdentityConflict { .. }).then_some(()))
+        .await;
 }

@@ -8,10 +8,6 @@ use crate::peer::{Address, Source};
 pub(crate) fn announce(addresses: &[Address], sink: &Sink) {
     for address in addresses {
         let addresses = vec![address.clone()];
-        sink(Discovered::Seen(Sighting {
-            source: Source::Fixed,
-            id: None,
-            addresses,
-        }));
+        sink(Discovered::Seen(Sighting { source: Source::Fixed, id: None, addresses }));
     }
 }

@@ -4,7 +4,6 @@
 //!  $XDG_RUNTIME_DIR/peerbus/        mode 0700
 //!    default/                       the mesh's name
 //!      k3vq7a2m.sock                one node; a fresh name at each start
-//!    .private/                      sockets of nodes that keep out of this (--no-local)
 //! ```
 
 use std::collections::HashSet;
@@ -25,53 +24,28 @@ const RESCAN: Duration = Duration::from_secs(2);
 /// A socket that refuses and is older than this belongs to a process that is gone.
 const STALE_AFTER: Duration = Duration::from_secs(5);
 
-/// The folders of one mesh.
-pub(crate) struct SocketDirs {
-    mesh: PathBuf,
-    private: PathBuf,
+/// Creates the mesh's folder, for this user alone; returns it and a path for a new socket in it.
+///
+/// # Errors
+/// The folder, and why it can't be used: it belongs to another user, or is open to others.
+pub(crate) fn prepare(
+    root: Option<&Path>,
+    mesh: &MeshName,
+) -> Result<(PathBuf, PathBuf), (PathBuf, io::Error)> {
+    let root = root.map_or_else(default_root, Path::to_path_buf);
+    let dir = root.join(mesh.as_str());
+    for dir in [&root, &dir] {
+        platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
+    }
+    let name = data_encoding::BASE32_NOPAD.encode(&random_bytes::<5>()).to_ascii_lowercase();
+    let socket = dir.join(format!("{name}.sock"));
+    Ok((dir, socket))
 }
 
-impl SocketDirs {
-    /// Creates the folders, for this user alone.
-    ///
-    /// # Errors
-    /// The folder, and why it can't be used: it belongs to another user, or is open to others.
-    pub(crate) fn prepare(
-        root: Option<&Path>,
-        mesh: &MeshName,
-    ) -> Result<Self, (PathBuf, io::Error)> {
-        let root = root.map_or_else(default_root, Path::to_path_buf);
-        let dirs = Self {
-            mesh: root.join(mesh.as_str()),
-            private: root.join(".private"),
-        };
-        for dir in [&root, &dirs.mesh, &dirs.private] {
-            platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
-        }
-        Ok(dirs)
-    }
-
-    /// A path for a node's socket, found by the others of this host if it is `open` to them.
-    pub(crate) fn new_socket(&self, open: bool) -> PathBuf {
-        let name = data_encoding::BASE32_NOPAD
-            .encode(&random_bytes::<5>())
-            .to_ascii_lowercase();
-        let dir = if open { &self.mesh } else { &self.private };
-        dir.join(format!("{name}.sock"))
-    }
-
-    fn sockets(&self) -> HashSet<PathBuf> {
-        let Ok(entries) = fs::read_dir(&self.mesh) else {
-            return HashSet::new();
-        };
-        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        paths
-            .filter(|path| {
-                path.extension()
-                    .is_some_and(|extension| extension == "sock")
-            })
-            .collect()
-    }
+fn sockets(dir: &Path) -> HashSet<PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else { return HashSet::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "sock")).collect()
 }
 
 fn default_root() -> PathBuf {
@@ -82,25 +56,19 @@ fn default_root() -> PathBuf {
 }
 
 /// Reports the sockets that come and go, except `own`. Runs until it is dropped.
-pub(crate) async fn watch(dirs: SocketDirs, own: PathBuf, sink: Sink) {
+pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
     let mut known = HashSet::new();
     let mut ticks = interval(RESCAN);
     loop {
         ticks.tick().await;
-        let mut found = dirs.sockets();
+        let mut found = sockets(&dir);
         found.remove(&own);
         for path in found.difference(&known) {
             let addresses = vec![Address::Local(path.clone())];
-            sink(Discovered::Seen(Sighting {
-                source: Source::Local,
-                id: None,
-                addresses,
-            }));
+            sink(Discovered::Seen(Sighting { source: Source::Local, id: None, addresses }));
         }
         for path in known.difference(&found) {
-            sink(Discovered::Gone(TargetKey::Address(Address::Local(
-                path.clone(),
-            ))));
+            sink(Discovered::Gone(TargetKey::Address(Address::Local(path.clone()))));
         }
         known = found;
     }
@@ -108,12 +76,8 @@ pub(crate) async fn watch(dirs: SocketDirs, own: PathBuf, sink: Sink) {
 
 /// Removes the socket of a process that is gone. One that listens is never touched.
 pub(crate) fn remove_if_stale(path: &Path) {
-    let age = fs::metadata(path)
-        .and_then(|metadata| metadata.modified())
-        .ok();
-    let old = age
-        .and_then(|at| at.elapsed().ok())
-        .is_some_and(|age| age >= STALE_AFTER);
+    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let old = age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER);
     if old && platform::refuses(path) {
         tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
         let _gone_already = fs::remove_file(path);
@@ -130,11 +94,7 @@ mod platform {
     }
 
     pub(super) fn create_private(dir: &Path) -> io::Result<()> {
-        match fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-        {
+        match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
@@ -185,9 +145,7 @@ mod tests {
     fn a_folder_that_others_can_enter_is_refused() {
         let root = tempfile::tempdir().unwrap();
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let (dir, error) = SocketDirs::prepare(Some(root.path()), &MeshName::default())
-            .err()
-            .unwrap();
+        let (dir, error) = prepare(Some(root.path()), &MeshName::default()).err().unwrap();
         assert_eq!(dir, root.path());
         assert!(error.to_string().contains("chmod 700"), "{error}");
     }

@@ -57,10 +57,7 @@ pub(crate) fn start(
     let _default_is_fine = daemon.set_ip_check_interval(INTERFACE_CHECK);
     choose_interfaces(&daemon, &beacon).map_err(words)?;
     let info = service_info(&beacon).map_err(words)?;
-    let guard = Guard {
-        fullname: info.get_fullname().to_owned(),
-        daemon,
-    };
+    let guard = Guard { fullname: info.get_fullname().to_owned(), daemon };
     guard.daemon.register(info).map_err(words)?;
     Ok(watch(guard, beacon, sink))
 }
@@ -93,14 +90,9 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     for address in advertise {
         txt.push(("addr", address));
     }
-    let txt: Vec<(String, String)> = txt
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value))
-        .collect();
-    let everywhere = beacon
-        .listening
-        .iter()
-        .any(|addr| addr.ip().is_unspecified());
+    let txt: Vec<(String, String)> =
+        txt.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let everywhere = beacon.listening.iter().any(|addr| addr.ip().is_unspecified());
     let ips: Vec<IpAddr> = beacon
         .listening
         .iter()
@@ -151,28 +143,16 @@ fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
     if id == beacon.id || mesh != beacon.mesh.as_str() {
         return None;
     }
-    let advertised = service
-        .txt_properties
-        .iter()
-        .filter(|property| property.key() == "addr");
-    let mut addresses: Vec<Address> = advertised
-        .filter_map(|property| property.val_str().parse().ok())
-        .collect();
+    let advertised = service.txt_properties.iter().filter(|property| property.key() == "addr");
+    let mut addresses: Vec<Address> =
+        advertised.filter_map(|property| property.val_str().parse().ok()).collect();
     if addresses.is_empty() {
         let port = service.get_port();
-        addresses.extend(
-            service
-                .get_addresses()
-                .iter()
-                .map(|ip| Address::Tcp(socket_addr(ip, port))),
-        );
+        addresses
+            .extend(service.get_addresses().iter().map(|ip| Address::Tcp(socket_addr(ip, port))));
     }
     addresses.sort_unstable();
-    Some(Sighting {
-        source: Source::Mdns,
-        id: Some(id),
-        addresses,
-    })
+    Some(Sighting { source: Source::Mdns, id: Some(id), addresses })
 }
 
 fn socket_addr(ip: &ScopedIp, port: u16) -> SocketAddr {

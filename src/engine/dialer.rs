@@ -74,11 +74,7 @@ pub(crate) struct Dialer {
 
 impl Dialer {
     pub(crate) fn new(me: NodeId, seed: u64) -> Self {
-        Self {
-            me,
-            targets: BTreeMap::new(),
-            random: seed | 1,
-        }
+        Self { me, targets: BTreeMap::new(), random: seed | 1 }
     }
 
     pub(crate) fn handle_sighting(&mut self, now: Time, sighting: Sighting) {
@@ -172,9 +168,7 @@ impl Dialer {
         if let Some(target) = self.by_link(link) {
             target.retry(now, jitter, error);
             if for_good {
-                target.state = State::Waiting {
-                    until: now + REFUSED_RETRY,
-                };
+                target.state = State::Waiting { until: now + REFUSED_RETRY };
             }
         }
     }
@@ -200,9 +194,7 @@ impl Dialer {
     }
 
     fn by_link(&mut self, link: LinkId) -> Option<&mut Target> {
-        self.targets
-            .values_mut()
-            .find(|target| target.state == State::Linked(link))
+        self.targets.values_mut().find(|target| target.state == State::Linked(link))
     }
 
     /// The next target that is due and leads to nobody that `is_linked` knows.
@@ -214,32 +206,22 @@ impl Dialer {
         let due =
             |target: &Target| matches!(target.state, State::Waiting { until } if until <= now);
         let linked = |target: &Target| target.id.as_ref().is_some_and(&is_linked);
-        let (key, target) = self
-            .targets
-            .iter_mut()
-            .find(|(_, target)| due(target) && !linked(target))?;
+        let (key, target) =
+            self.targets.iter_mut().find(|(_, target)| due(target) && !linked(target))?;
         target.state = State::Dialing;
         Some((key.clone(), target.addresses.clone()))
     }
 
     pub(crate) fn poll_timeout(&self, is_linked: impl Fn(&NodeId) -> bool) -> Option<Time> {
-        let waiting = self
-            .targets
-            .values()
-            .filter_map(|target| match target.state {
-                State::Waiting { until } if !target.id.as_ref().is_some_and(&is_linked) => {
-                    Some(until)
-                }
-                _ => None,
-            });
+        let waiting = self.targets.values().filter_map(|target| match target.state {
+            State::Waiting { until } if !target.id.as_ref().is_some_and(&is_linked) => Some(until),
+            _ => None,
+        });
         waiting.min()
     }
 
     pub(crate) fn source(&self, link: LinkId) -> Option<Source> {
-        let target = self
-            .targets
-            .values()
-            .find(|target| target.state == State::Linked(link))?;
+        let target = self.targets.values().find(|target| target.state == State::Linked(link))?;
         Some(target.source)
     }
 
@@ -282,8 +264,6 @@ impl Target {
         let doubled = FIRST_RETRY.saturating_mul(1 << self.failures.min(10));
         self.failures += 1;
         self.last_error = Some(error);
-        self.state = State::Waiting {
-            until: now + doubled.min(LONGEST_RETRY).mul_f64(jitter),
-        };
+        self.state = State::Waiting { until: now + doubled.min(LONGEST_RETRY).mul_f64(jitter) };
     }
 }

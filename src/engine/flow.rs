@@ -103,10 +103,7 @@ impl Flow {
             confirmed: Totals::default(),
             window: 0,
         };
-        let incoming = |window| Incoming {
-            window,
-            ..Incoming::default()
-        };
+        let incoming = |window| Incoming { window, ..Incoming::default() };
         Self {
             me,
             outgoing: std::array::from_fn(|_| outgoing()),
@@ -142,9 +139,7 @@ impl Flow {
         if envelope.body_len() as u64 > self.peer_max_body || cost > lane.window {
             return Err(DropReason::TooLarge);
         }
-        lane.queue
-            .push(envelope, cost)
-            .map_err(|_| DropReason::SlowPeer)
+        lane.queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
     }
 
     pub(crate) fn enqueue_control(&mut self, control: Control) {
@@ -155,10 +150,7 @@ impl Flow {
 
     /// Takes back a call that has not been handed to the transport yet.
     pub(crate) fn take_back(&mut self, id: MessageId) -> bool {
-        self.outgoing[Lane::Calls as usize]
-            .queue
-            .take(|call| call.header.id == id)
-            .is_some()
+        self.outgoing[Lane::Calls as usize].queue.take(|call| call.header.id == id).is_some()
     }
 
     /// The next batch for the transport; `None` if nothing can go now.
@@ -311,17 +303,9 @@ impl Flow {
     /// When [`Flow::handle_timeout`] has something to do next.
     pub(crate) fn poll_timeout(&self, now: Time, timing: &Timing) -> Time {
         let suspect = self.last_heard + timing.suspect;
-        let silence = if suspect > now {
-            suspect
-        } else {
-            self.last_heard + timing.dead
-        };
+        let silence = if suspect > now { suspect } else { self.last_heard + timing.dead };
         // A heartbeat that is due, but can't go, waits for the transport and not for the clock.
-        if self.batch_due {
-            silence
-        } else {
-            silence.min(self.last_sent + timing.heartbeat)
-        }
+        if self.batch_due { silence } else { silence.min(self.last_sent + timing.heartbeat) }
     }
 
     pub(crate) fn last_heard(&self) -> Time {
@@ -336,9 +320,7 @@ impl Flow {
 
     /// Whether all that was queued was sent and confirmed.
     pub(crate) fn is_settled(&self) -> bool {
-        self.outgoing
-            .iter()
-            .all(|lane| lane.queue.is_empty() && lane.sent == lane.confirmed)
+        self.outgoing.iter().all(|lane| lane.queue.is_empty() && lane.sent == lane.confirmed)
     }
 
     /// What waits in the queues, in bytes.
@@ -363,9 +345,7 @@ impl Flow {
         }
         let calls = self.outgoing[Lane::Calls as usize].queue.drain();
         lost.unsent_calls.extend(calls.map(|call| call.header.id));
-        self.outgoing
-            .iter_mut()
-            .for_each(|lane| drop(lane.queue.drain()));
+        self.outgoing.iter_mut().for_each(|lane| drop(lane.queue.drain()));
         lost
     }
 }

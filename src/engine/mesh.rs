@@ -184,18 +184,8 @@ impl Mesh {
             self.dialer.handle_connected(target, link);
         }
         let dialled = connection.target.is_some();
-        let phase = Phase::Greeting {
-            deadline: now + HELLO_TIMEOUT,
-        };
-        self.links.insert(
-            link,
-            Link {
-                connection,
-                phase,
-                hello_sent: false,
-                hello: None,
-            },
-        );
+        let phase = Phase::Greeting { deadline: now + HELLO_TIMEOUT };
+        self.links.insert(link, Link { connection, phase, hello_sent: false, hello: None });
         if dialled {
             self.send_hello(link);
         }
@@ -239,12 +229,7 @@ impl Mesh {
     /// The peer speaks a newer protocol than ours.
     pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
         self.send(link, Control::Bye(Bye::Version));
-        self.refuse(
-            now,
-            link,
-            format!("it speaks protocol version {version}"),
-            true,
-        );
+        self.refuse(now, link, format!("it speaks protocol version {version}"), true);
     }
 
     /// The connection is gone, or silent for so long that it counts as gone.
@@ -282,14 +267,9 @@ impl Mesh {
             Phase::Greeting { deadline } | Phase::Deciding { deadline } => Some(deadline),
             Phase::Up => None,
         });
-        let probes = self
-            .peers
-            .values()
-            .filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
-        let dials = self
-            .dialing
-            .then(|| self.dialer.poll_timeout(|id| self.is_linked(id)))
-            .flatten();
+        let probes = self.peers.values().filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
+        let dials =
+            self.dialing.then(|| self.dialer.poll_timeout(|id| self.is_linked(id))).flatten();
         links.chain(probes).chain(dials).min()
     }
 
@@ -304,15 +284,8 @@ impl Mesh {
         }
         let mut routing = Routing::default();
         for (id, peer) in &self.peers {
-            if let Some(hello) = self
-                .links
-                .get(&peer.link)
-                .and_then(|link| link.hello.as_ref())
-            {
-                let services = hello
-                    .services
-                    .iter()
-                    .map(|info| (&info.name, info.concurrency));
+            if let Some(hello) = self.links.get(&peer.link).and_then(|link| link.hello.as_ref()) {
+                let services = hello.services.iter().map(|info| (&info.name, info.concurrency));
                 routing.add_peer(*id, peer.link, hello.patterns.iter(), services);
             }
         }
@@ -326,10 +299,7 @@ impl Mesh {
         *count += 1;
         if *count == 1 {
             let subscribed = vec![pattern.clone()];
-            self.announce(Announcement {
-                subscribed,
-                ..Announcement::default()
-            });
+            self.announce(Announcement { subscribed, ..Announcement::default() });
         }
     }
 
@@ -341,32 +311,20 @@ impl Mesh {
         if *count == 0 {
             self.patterns.remove(pattern);
             let unsubscribed = vec![pattern.clone()];
-            self.announce(Announcement {
-                unsubscribed,
-                ..Announcement::default()
-            });
+            self.announce(Announcement { unsubscribed, ..Announcement::default() });
         }
     }
 
     pub(crate) fn serve(&mut self, name: &ServiceName, concurrency: u32) {
         self.services.insert(name.clone(), concurrency);
-        let serving = vec![ServiceInfo {
-            name: name.clone(),
-            concurrency,
-        }];
-        self.announce(Announcement {
-            serving,
-            ..Announcement::default()
-        });
+        let serving = vec![ServiceInfo { name: name.clone(), concurrency }];
+        self.announce(Announcement { serving, ..Announcement::default() });
     }
 
     pub(crate) fn withdraw(&mut self, name: &ServiceName) {
         if self.services.remove(name).is_some() {
             let withdrawn = vec![name.clone()];
-            self.announce(Announcement {
-                withdrawn,
-                ..Announcement::default()
-            });
+            self.announce(Announcement { withdrawn, ..Announcement::default() });
         }
     }
 
@@ -392,10 +350,7 @@ impl Mesh {
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerInfo> {
-        self.peers
-            .values()
-            .filter_map(|peer| self.peer_info(peer.link))
-            .collect()
+        self.peers.values().filter_map(|peer| self.peer_info(peer.link)).collect()
     }
 
     pub(crate) fn links(&self) -> impl Iterator<Item = (NodeId, LinkId)> {
@@ -418,18 +373,12 @@ impl Mesh {
         };
         let address = entry.connection.address.clone();
         if hello.mesh != self.me.mesh {
-            let text = format!(
-                "it is of the mesh {:?}, this node of {:?}",
-                hello.mesh, self.me.mesh
-            );
+            let text =
+                format!("it is of the mesh {:?}, this node of {:?}", hello.mesh, self.me.mesh);
             self.send(link, Control::Bye(Bye::Mesh));
             return self.refuse(now, link, text, true);
         }
-        if entry
-            .connection
-            .claimed
-            .is_some_and(|claimed| claimed != hello.id)
-        {
+        if entry.connection.claimed.is_some_and(|claimed| claimed != hello.id) {
             let text = "its hello names another node than its connection".to_owned();
             return self.handle_violation(now, link, text);
         }
@@ -438,8 +387,7 @@ impl Mesh {
                 self.dialer.handle_own(link);
                 return self.close(now, link, DownReason::Replaced);
             }
-            self.actions
-                .push_back(Action::Report(MeshEvent::IdentityConflict { address }));
+            self.actions.push_back(Action::Report(MeshEvent::IdentityConflict { address }));
             self.send(link, Control::Bye(Bye::IdentityInUse));
             return self.refuse(now, link, "it has this node's own identity".into(), true);
         }
@@ -453,9 +401,7 @@ impl Mesh {
         }
         let (id, incarnation) = (hello.id, hello.incarnation);
         entry.hello = Some(hello);
-        entry.phase = Phase::Deciding {
-            deadline: now + HELLO_TIMEOUT,
-        };
+        entry.phase = Phase::Deciding { deadline: now + HELLO_TIMEOUT };
         let answer = !entry.hello_sent;
         self.dialer.handle_identified(link, id);
         if answer {
@@ -470,29 +416,19 @@ impl Mesh {
         let Some(peer) = self.peers.get_mut(&id) else {
             return self.accept(now, link);
         };
-        let known = self
-            .links
-            .get(&peer.link)
-            .and_then(|link| link.hello.as_ref());
+        let known = self.links.get(&peer.link).and_then(|link| link.hello.as_ref());
         if peer.probe.is_some() || known.is_some_and(|hello| hello.incarnation == incarnation) {
             self.send(link, Control::Bye(Bye::Duplicate));
             return self.close(now, link, DownReason::Bye(Bye::Duplicate));
         }
         self.nonce += 1;
         let (old, nonce) = (peer.link, self.nonce);
-        peer.probe = Some(Probe {
-            newcomer: link,
-            nonce,
-            deadline: now + PROBE_TIMEOUT,
-        });
+        peer.probe = Some(Probe { newcomer: link, nonce, deadline: now + PROBE_TIMEOUT });
         self.send(old, Control::Probe(nonce));
     }
 
     fn handle_probe_reply(&mut self, now: Time, link: LinkId, nonce: u64) {
-        let id = self
-            .links
-            .get(&link)
-            .and_then(|link| Some(link.hello.as_ref()?.id));
+        let id = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
         let Some(peer) = id.and_then(|id| self.peers.get_mut(&id)) else {
             return;
         };
@@ -515,10 +451,7 @@ impl Mesh {
     }
 
     fn handle_accept(&mut self, now: Time, link: LinkId) {
-        let decider = self
-            .links
-            .get(&link)
-            .and_then(|link| Some(link.hello.as_ref()?.id));
+        let decider = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
         if decider.is_some_and(|id| id < self.me.id) {
             self.establish(now, link);
         } else {
@@ -546,8 +479,7 @@ impl Mesh {
         self.routing_changed = true;
         self.actions.push_back(Action::Open { link, limits });
         if let Some(info) = self.peer_info(link) {
-            self.actions
-                .push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
+            self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
         }
     }
 
@@ -562,9 +494,7 @@ impl Mesh {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
         hello.seq = news.seq;
-        hello
-            .patterns
-            .retain(|pattern| !news.unsubscribed.contains(pattern));
+        hello.patterns.retain(|pattern| !news.unsubscribed.contains(pattern));
         hello.patterns.extend(news.subscribed.iter().cloned());
         let changed = |name: &ServiceName| {
             news.withdrawn.contains(name) || news.serving.iter().any(|info| info.name == *name)
@@ -575,10 +505,7 @@ impl Mesh {
     }
 
     fn handle_bye(&mut self, now: Time, link: LinkId, bye: Bye) {
-        let is_up = self
-            .links
-            .get(&link)
-            .is_some_and(|link| matches!(link.phase, Phase::Up));
+        let is_up = self.links.get(&link).is_some_and(|link| matches!(link.phase, Phase::Up));
         match &bye {
             _ if is_up => self.end(now, link, DownReason::Bye(bye)),
             // The pair has its link, or is about to; nothing failed.
@@ -598,12 +525,9 @@ impl Mesh {
             return;
         };
         let address = entry.connection.address.clone();
-        self.dialer
-            .handle_refused(now, link, reason.clone(), for_good);
-        self.actions.push_back(Action::Report(MeshEvent::Refused {
-            address,
-            reason: reason.clone(),
-        }));
+        self.dialer.handle_refused(now, link, reason.clone(), for_good);
+        self.actions
+            .push_back(Action::Report(MeshEvent::Refused { address, reason: reason.clone() }));
         self.close(now, link, DownReason::Violation(reason));
     }
 
@@ -630,17 +554,10 @@ impl Mesh {
     }
 
     fn end_peer(&mut self, now: Time, link: LinkId, id: NodeId, name: String, reason: DownReason) {
-        let newcomer = self
-            .peers
-            .remove(&id)
-            .and_then(|peer| peer.probe)
-            .map(|probe| probe.newcomer);
+        let newcomer =
+            self.peers.remove(&id).and_then(|peer| peer.probe).map(|probe| probe.newcomer);
         self.routing_changed = true;
-        let report = MeshEvent::PeerDown {
-            id,
-            name,
-            reason: reason.clone(),
-        };
+        let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
         self.actions.push_back(Action::Report(report));
         self.close(now, link, reason);
         self.dialer.handle_peer_lost(now, id);
@@ -655,11 +572,7 @@ impl Mesh {
         }
         self.dialer.handle_ended(now, link);
         for peer in self.peers.values_mut() {
-            if peer
-                .probe
-                .as_ref()
-                .is_some_and(|probe| probe.newcomer == link)
-            {
+            if peer.probe.as_ref().is_some_and(|probe| probe.newcomer == link) {
                 peer.probe = None;
             }
         }

@@ -13,11 +13,7 @@ pub(crate) struct Queue<T> {
 
 impl<T> Queue<T> {
     pub(crate) fn new(limit: u64) -> Self {
-        Self {
-            items: VecDeque::new(),
-            bytes: 0,
-            limit,
-        }
+        Self { items: VecDeque::new(), bytes: 0, limit }
     }
 
     pub(crate) fn has_room_for(&self, bytes: u64) -> bool {
@@ -54,9 +50,7 @@ impl<T> Queue<T> {
 
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = T> {
         self.bytes = 0;
-        std::mem::take(&mut self.items)
-            .into_iter()
-            .map(|(item, _)| item)
+        std::mem::take(&mut self.items).into_iter().map(|(item, _)| item)
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -22,10 +22,7 @@ struct Open<T> {
 
 impl<T> Default for Requests<T> {
     fn default() -> Self {
-        Self {
-            open: HashMap::new(),
-            deadlines: BTreeSet::new(),
-        }
+        Self { open: HashMap::new(), deadlines: BTreeSet::new() }
     }
 }
 
@@ -38,14 +35,7 @@ impl<T> Requests<T> {
         waiter: T,
     ) {
         self.deadlines.insert((deadline, id));
-        self.open.insert(
-            id,
-            Open {
-                deadline,
-                link,
-                waiter,
-            },
-        );
+        self.open.insert(id, Open { deadline, link, waiter });
     }
 
     /// Ends a request: its reply came, or its caller gave up.
@@ -73,9 +63,7 @@ impl<T> Requests<T> {
     pub(crate) fn handle_link_lost(&mut self, link: LinkId) -> Vec<(MessageId, T)> {
         let lost = self.open.iter().filter(|(_, open)| open.link == Some(link));
         let lost: Vec<MessageId> = lost.map(|(id, _)| *id).collect();
-        lost.into_iter()
-            .filter_map(|id| Some((id, self.remove(id)?.0)))
-            .collect()
+        lost.into_iter().filter_map(|id| Some((id, self.remove(id)?.0))).collect()
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
@@ -108,10 +96,7 @@ mod tests {
         requests.insert(id[2], at(30), Some(LinkId(2)), 'c');
         requests.insert(id[3], at(30), None, 'd');
         assert_eq!(requests.poll_timeout(), Some(at(5)));
-        assert_eq!(
-            requests.handle_timeout(at(5)),
-            [(id[1], 'b', Some(LinkId(1)))]
-        );
+        assert_eq!(requests.handle_timeout(at(5)), [(id[1], 'b', Some(LinkId(1)))]);
         assert_eq!(requests.handle_link_lost(LinkId(1)), [(id[0], 'a')]);
         assert_eq!(requests.remove(id[2]), Some(('c', Some(LinkId(2)))));
         assert_eq!(requests.remove(id[2]), None);

@@ -21,12 +21,7 @@ pub(crate) struct PatternTrie<T> {
 
 impl<T> Default for PatternTrie<T> {
     fn default() -> Self {
-        Self {
-            children: HashMap::new(),
-            any: None,
-            here: Vec::new(),
-            rest: Vec::new(),
-        }
+        Self { children: HashMap::new(), any: None, here: Vec::new(), rest: Vec::new() }
     }
 }
 
@@ -60,11 +55,7 @@ impl<T: Clone + Ord> PatternTrie<T> {
             Some((token, rest)) => (token, Some(rest)),
             None => (rest, None),
         };
-        let exact = if self.children.is_empty() {
-            None
-        } else {
-            self.children.get(token)
-        };
+        let exact = if self.children.is_empty() { None } else { self.children.get(token) };
         for next in exact.into_iter().chain(self.any.as_deref()) {
             match rest {
                 Some(rest) => next.collect(rest, found),
@@ -118,15 +109,8 @@ impl<L: Clone> Routing<L> {
             self.topics.insert(pattern, place);
         }
         for (name, concurrency) in services {
-            let instance = Instance {
-                link: link.clone(),
-                peer,
-                concurrency,
-            };
-            self.services
-                .entry(name.clone())
-                .or_default()
-                .push(instance);
+            let instance = Instance { link: link.clone(), peer, concurrency };
+            self.services.entry(name.clone()).or_default().push(instance);
         }
     }
 
@@ -136,11 +120,7 @@ impl<L: Clone> Routing<L> {
         &self,
         mut find: impl FnMut(&L) -> Option<M>,
     ) -> Routing<Option<M>> {
-        let links = self
-            .links
-            .iter()
-            .map(|(peer, link)| (*peer, find(link)))
-            .collect();
+        let links = self.links.iter().map(|(peer, link)| (*peer, find(link))).collect();
         let services = self
             .services
             .iter()
@@ -153,12 +133,7 @@ impl<L: Clone> Routing<L> {
                 (name.clone(), bound.collect())
             })
             .collect();
-        Routing {
-            topics: self.topics.clone(),
-            services,
-            links,
-            nodes: self.nodes.clone(),
-        }
+        Routing { topics: self.topics.clone(), services, links, nodes: self.nodes.clone() }
     }
 
     /// The nodes that subscribe to `topic`, each once.
@@ -166,10 +141,7 @@ impl<L: Clone> Routing<L> {
         &'a self,
         topic: &Topic,
     ) -> impl ExactSizeIterator<Item = &'a (NodeId, L)> + use<'a, L> {
-        self.topics
-            .matches(topic)
-            .into_iter()
-            .map(|place| &self.links[place as usize])
+        self.topics.matches(topic).into_iter().map(|place| &self.links[place as usize])
     }
 
     /// The nodes that serve `name`.
@@ -178,9 +150,7 @@ impl<L: Clone> Routing<L> {
     }
 
     pub(crate) fn link(&self, peer: &NodeId) -> Option<&L> {
-        self.nodes
-            .get(peer)
-            .map(|place| &self.links[*place as usize].1)
+        self.nodes.get(peer).map(|place| &self.links[*place as usize].1)
     }
 
     pub(crate) fn peers(&self) -> usize {

@@ -37,12 +37,7 @@ struct Waiting<K, C> {
 impl<K: Copy + Eq + Hash, C> Service<K, C> {
     pub(crate) fn new(concurrency: usize) -> Self {
         let concurrency = concurrency.max(1);
-        Self {
-            concurrency,
-            running: HashMap::new(),
-            waiting: VecDeque::new(),
-            draining: false,
-        }
+        Self { concurrency, running: HashMap::new(), waiting: VecDeque::new(), draining: false }
     }
 
     pub(crate) fn handle_call(&mut self, key: K, expires: Option<Time>, call: C) -> Admission<C> {
@@ -83,9 +78,8 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
 
     /// Takes out what waits for a link that is gone.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<C> {
-        let (gone, kept): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|waiting| wanted(&waiting.key));
+        let (gone, kept): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| wanted(&waiting.key));
         self.waiting = kept;
         gone.into_iter().map(|waiting| waiting.call).collect()
     }

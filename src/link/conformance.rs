@@ -29,12 +29,7 @@ struct Side {
 
 impl Side {
     fn send(&self, frames: &[&[u8]]) {
-        self.link.send(
-            frames
-                .iter()
-                .map(|frame| Bytes::copy_from_slice(frame))
-                .collect(),
-        );
+        self.link.send(frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect());
     }
 
     async fn batch(&mut self) -> Vec<Bytes> {
@@ -45,10 +40,7 @@ impl Side {
     }
 
     async fn next(&mut self) -> Arrival {
-        tokio::time::timeout(SOON, self.arrivals.recv())
-            .await
-            .expect("in time")
-            .expect("not gone")
+        tokio::time::timeout(SOON, self.arrivals.recv()).await.expect("in time").expect("not gone")
     }
 }
 
@@ -73,11 +65,7 @@ struct Host {
 impl Acceptor for Host {
     fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
         let (sender, arrivals) = mpsc::unbounded_channel();
-        let _test_is_over = self.sides.send(Side {
-            link,
-            connection,
-            arrivals,
-        });
+        let _test_is_over = self.sides.send(Side { link, connection, arrivals });
         Arc::new(Taker(sender))
     }
 }
@@ -106,10 +94,7 @@ struct Pair {
 }
 
 async fn side(sides: &mut mpsc::UnboundedReceiver<Side>) -> Side {
-    tokio::time::timeout(SOON, sides.recv())
-        .await
-        .expect("in time")
-        .expect("a connection")
+    tokio::time::timeout(SOON, sides.recv()).await.expect("in time").expect("a connection")
 }
 
 async fn over_memory() -> Pair {
@@ -120,35 +105,22 @@ async fn over_memory() -> Pair {
     let target = TargetKey::Node(b_id);
     a_port.dial(&target, b_port.number).unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair {
-        dialler,
-        listener,
-        _world: Box::new((a_port, b_port, a, b)),
-    }
+    Pair { dialler, listener, _world: Box::new((a_port, b_port, a, b)) }
 }
 
 async fn over_unix() -> Pair {
     let dir = tempfile::tempdir().unwrap();
     let (a, a_id, mut a_sides) = host(1);
     let (b, b_id, mut b_sides) = host(2);
-    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, true, a)
-        .await
-        .unwrap();
+    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, a).await.unwrap();
     let path = dir.path().join("b");
-    let b_port = ZmqPort::bind(&path, b_id, true, b).await.unwrap();
+    let b_port = ZmqPort::bind(&path, b_id, b).await.unwrap();
     a_port.dial(&TargetKey::Node(b_id), &path).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair {
-        dialler,
-        listener,
-        _world: Box::new((a_port, b_port, dir)),
-    }
+    Pair { dialler, listener, _world: Box::new((a_port, b_port, dir)) }
 }
 
-async fn over_tcp() -> Pair {
-    let dir = tempfile::tempdir().unwrap();
-    let (a, a_id, mut a_sides) = host(1);
-    let (b, b_id, mut b_sides) = host(2);
+fn door(id: NodeId, acceptor: Arc<dyn Acceptor>) -> Arc<FrontDoor> {
     let config = FrontDoorConfig {
         gate: GateLimits::for_bodies(1024 * 1024),
         handshake_timeout: SOON,
@@ -157,29 +129,17 @@ async fn over_tcp() -> Pair {
         max_connections: 8,
         loopback_only: true,
     };
-    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, false, a)
-        .await
-        .unwrap();
-    let b_port = ZmqPort::bind(&dir.path().join("b"), b_id, false, b)
-        .await
-        .unwrap();
-    let a_door = Arc::new(FrontDoor::new(
-        config.clone(),
-        Arc::new(a_port),
-        Arc::new(Nobody),
-    ));
-    let b_door = Arc::new(FrontDoor::new(config, Arc::new(b_port), Arc::new(Nobody)));
+    Arc::new(FrontDoor::new(config, id, acceptor, Arc::new(Nobody)))
+}
+
+async fn over_tcp() -> Pair {
+    let (a, a_id, mut a_sides) = host(1);
+    let (b, b_id, mut b_sides) = host(2);
+    let (a_door, b_door) = (door(a_id, a), door(b_id, b));
     let addr = b_door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-    a_door
-        .dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)])
-        .await
-        .unwrap();
+    a_door.dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)]).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair {
-        dialler,
-        listener,
-        _world: Box::new((a_door, b_door, dir)),
-    }
+    Pair { dialler, listener, _world: Box::new((a_door, b_door)) }
 }
 
 /// Runs the suite over one kind of link.
@@ -210,14 +170,8 @@ macro_rules! suite {
 suite!(memory => over_memory, unix => over_unix, tcp => over_tcp);
 
 async fn both_sides_know_who_is_there(pair: Pair) {
-    assert_eq!(
-        pair.dialler.connection.claimed,
-        Some(NodeId::from_bytes([2; 32]))
-    );
-    assert_eq!(
-        pair.listener.connection.claimed,
-        Some(NodeId::from_bytes([1; 32]))
-    );
+    assert_eq!(pair.dialler.connection.claimed, Some(NodeId::from_bytes([2; 32])));
+    assert_eq!(pair.listener.connection.claimed, Some(NodeId::from_bytes([1; 32])));
     assert!(pair.dialler.connection.target.is_some());
     assert!(pair.listener.connection.target.is_none());
 }
@@ -226,8 +180,7 @@ async fn batches_arrive_whole_and_in_order(mut pair: Pair) {
     let long = vec![9; 200_000];
     for number in 0..500_u32 {
         let number = number.to_be_bytes();
-        pair.dialler
-            .send(&[&number, b"", &long[..(number[3] as usize) * 100]]);
+        pair.dialler.send(&[&number, b"", &long[..(number[3] as usize) * 100]]);
         pair.listener.send(&[&number]);
     }
     pair.dialler.send(&[&long]);
@@ -263,10 +216,7 @@ async fn a_batch_is_let_go_of_once_it_is_encoded(mut pair: Pair) {
     let (sender, dropped) = oneshot::channel();
     let owner = Tracked(b"held".to_vec(), Mutex::new(Some(sender)));
     pair.dialler.link.send(vec![Bytes::from_owner(owner)]);
-    tokio::time::timeout(SOON, dropped)
-        .await
-        .expect("in time")
-        .unwrap();
+    tokio::time::timeout(SOON, dropped).await.expect("in time").unwrap();
     assert_eq!(pair.listener.batch().await, [Bytes::from("held")]);
 }
 
@@ -281,4 +231,27 @@ async fn closing(mut pair: Pair, by_dialler: bool) {
     assert_eq!(far.batch().await, [Bytes::from("last words")]);
     assert!(matches!(far.next().await, Arrival::Closed));
     assert!(matches!(near.next().await, Arrival::Closed));
+}
+
+/// The front door speaks ZMTP as others do: the bare `zeromq` crate can talk to it.
+#[tokio::test]
+async fn a_plain_zeromq_dealer_can_talk_to_the_front_door() {
+    use zeromq::{DealerSocket, Socket, SocketOptions, SocketRecv, SocketSend, ZmqMessage};
+    let (acceptor, id, mut sides) = host(1);
+    let door = door(id, acceptor);
+    let addr = door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let mut options = SocketOptions::default();
+    let me = super::new_identity(&NodeId::from_bytes([7; 32]));
+    options.peer_identity(me.try_into().unwrap());
+    let mut dealer = DealerSocket::with_options(options);
+    dealer.connect(&format!("tcp://{addr}")).await.unwrap();
+    let mut side = side(&mut sides).await;
+    assert_eq!(side.connection.claimed, Some(NodeId::from_bytes([7; 32])));
+    let long = Bytes::from(vec![3; 70_000]);
+    let frames = vec![Bytes::from("one"), Bytes::new(), long.clone()];
+    dealer.send(ZmqMessage::try_from(frames.clone()).unwrap()).await.unwrap();
+    assert_eq!(side.batch().await, frames);
+    side.link.send(vec![Bytes::from("two"), long.clone()]);
+    let reply = tokio::time::timeout(SOON, dealer.recv()).await.unwrap().unwrap();
+    assert_eq!(reply.into_vec(), [Bytes::from("two"), long]);
 }

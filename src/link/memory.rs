@@ -63,10 +63,7 @@ struct End {
 impl Link for End {
     fn send(&self, frames: Vec<Bytes>) {
         // The copy stands for the transport: the sender's buffers are released at once.
-        let frames = frames
-            .iter()
-            .map(|frame| Bytes::copy_from_slice(frame))
-            .collect();
+        let frames = frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect();
         let _ended = self.outbox.send(Parcel::Batch(frames));
     }
 
@@ -86,19 +83,8 @@ impl MemoryNetwork {
         let mut shared = self.lock();
         let number = shared.next;
         shared.next += 1;
-        shared.nodes.insert(
-            number,
-            Listener {
-                id,
-                acceptor: Arc::downgrade(acceptor),
-            },
-        );
-        MemoryPort {
-            network: self.clone(),
-            number,
-            id,
-            acceptor: acceptor.clone(),
-        }
+        shared.nodes.insert(number, Listener { id, acceptor: Arc::downgrade(acceptor) });
+        MemoryPort { network: self.clone(), number, id, acceptor: acceptor.clone() }
     }
 
     /// The addresses of all nodes but one.
@@ -132,14 +118,8 @@ impl MemoryPort {
         };
         let (to_peer, from_us) = mpsc::unbounded_channel();
         let (to_us, from_peer) = mpsc::unbounded_channel();
-        let near = Arc::new(End {
-            outbox: to_peer.clone(),
-            back: to_us.clone(),
-        });
-        let far = Arc::new(End {
-            outbox: to_us,
-            back: to_peer,
-        });
+        let near = Arc::new(End { outbox: to_peer.clone(), back: to_us.clone() });
+        let far = Arc::new(End { outbox: to_us, back: to_peer });
         let mut shared = self.network.lock();
         shared.ends.retain(|(_, end)| end.strong_count() > 0);
         shared.ends.push((self.id, Arc::downgrade(&near)));

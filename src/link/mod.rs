@@ -1,12 +1,11 @@
 //! Links move batches between two nodes. What is in them is the engine's business.
 //!
-//! [`zmq`] does it over the `zeromq` crate, [`memory`] within one process. `conformance` is what
-//! both must do.
+//! [`zmq`] does it over the `zeromq` crate on this host, [`memory`] within one process, and the
+//! front door ([`crate::tunnel`]) over networks. `conformance` is what all of them must do.
 
 #[cfg(test)]
 mod conformance;
 pub(crate) mod memory;
-mod private;
 pub(crate) mod zmq;
 
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::engine::Connection;
+use crate::peer::{NodeId, random_bytes};
 
 /// This side of a connection, for sending.
 pub(crate) trait Link: Send + Sync {
@@ -50,3 +50,17 @@ pub(crate) trait Acceptor: Send + Sync {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct DialError(pub(crate) String);
+
+/// A connection's ZMTP identity: the node's id and 16 random bytes, so that no two share one.
+pub(crate) fn new_identity(id: &NodeId) -> Bytes {
+    let mut identity = Vec::with_capacity(NodeId::LEN + 16);
+    identity.extend_from_slice(id.as_bytes());
+    identity.extend_from_slice(&random_bytes::<16>());
+    identity.into()
+}
+
+/// Whose connection an identity claims to be.
+pub(crate) fn claimed_id(identity: &[u8]) -> Option<NodeId> {
+    let (id, rest) = identity.split_first_chunk::<{ NodeId::LEN }>()?;
+    (rest.len() == 16).then_some(NodeId::from_bytes(*id))
+}

@@ -1,14 +1,25 @@
 //! Links over the `zeromq` crate, which listens on a private Unix socket and nowhere else.
 //!
 //! ```text
-//!  nodes of this host ── DEALER ─▶ ┌────────────────┐
-//!                                  │ ROUTER, on its │ ─▶ one task reads it and hands each
-//!  tunnel (TCP, gated) ─ pump ───▶ │ private socket │    batch to its link
+//!                                  ┌────────────────┐
+//!  nodes of this host ── DEALER ─▶ │ ROUTER, on its │ ─▶ one task reads it and hands each
+//!                                  │ private socket │    batch to its link
 //!                                  └────────────────┘
 //! ```
 //!
-//! This is the only file of the library that names the crate. Its limits, and our answers, are
-//! listed in `docs/transport.md`.
+//! The socket lies in a folder that only this user may enter, so that no stranger's byte reaches
+//! the crate. This is the only file of the library that names it. What it can't do, and our
+//! answer:
+//!
+//! | Limit of `zeromq` 0.7.0 | So |
+//! |---|---|
+//! | no limit on frames, parts, handshake time or connections | networks are the front door's (`tunnel`); the crate serves this host only |
+//! | 100,000 messages queue for a peer, and `send` means no more than that | the flow hands over two batches at most, and sees by their owners' drop when they are encoded |
+//! | a ROUTER takes a peer's word for its identity, and a second one replaces the first | 16 random bytes in every identity |
+//! | no heartbeat, no reconnect | both are the engine's |
+//! | dropping a DEALER leaves its writer to finish what is queued | late batches of a link that ended are ignored by its id |
+//! | a DEALER's `recv` hangs at the end of the stream | the monitor tells; behind it, the heartbeat |
+//! | a PUB drops silently | fan-out is ours, drops are counted |
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -17,66 +28,31 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_core::Stream;
 use futures_util::StreamExt;
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use zeromq::util::PeerIdentity;
 use zeromq::{
     DealerRecvHalf, DealerSendHalf, DealerSocket, MultiPeerBackend, RouterRecvHalf, RouterSendHalf,
-    RouterSocket, Socket, SocketEvent, SocketOptions, SocketRecv, SocketSend, ZmqMessage,
+    RouterSocket, Socket, SocketEvent, SocketOptions, SocketRecv, SocketSend, ZmqError, ZmqMessage,
 };
 
-use super::private::{PrivateSocket, PrivateStream};
-use super::{Acceptor, DialError, Link, Receiver};
+use super::{Acceptor, DialError, Link, Receiver, claimed_id, new_identity};
 use crate::engine::{Connection, TargetKey};
-use crate::peer::{Address, NodeId, random_bytes};
-
-/// A ZMTP identity: the node's id and 16 random bytes, so that no two connections share one.
-pub(crate) const IDENTITY_LEN: usize = NodeId::LEN + 16;
+use crate::peer::{Address, NodeId};
 
 /// How long a local dial may take; the far side is on this host.
 const LOCAL_DIAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-pub(crate) fn new_identity(id: &NodeId) -> Bytes {
-    let mut identity = Vec::with_capacity(IDENTITY_LEN);
-    identity.extend_from_slice(id.as_bytes());
-    identity.extend_from_slice(&random_bytes::<16>());
-    identity.into()
-}
-
-fn claimed_id(identity: &[u8]) -> Option<NodeId> {
-    let (id, rest) = identity.split_first_chunk::<{ NodeId::LEN }>()?;
-    (rest.len() == 16).then_some(NodeId::from_bytes(*id))
-}
-
-/// Something a pump shares with the link that runs over it.
-pub(crate) trait Pump: Send + Sync {
-    fn close(&self);
-    fn last_heard(&self) -> Instant;
-}
-
-/// What the front door knows of a connection before the socket library sees it.
-pub(crate) struct Registration {
-    pub(crate) connection: Connection,
-    pub(crate) pump: Arc<dyn Pump>,
-    /// Told when the link is live.
-    pub(crate) live: oneshot::Sender<()>,
-}
-
-enum Entry {
-    Registered(Registration),
-    Live(Arc<dyn Receiver>),
-}
-
 /// A node's ROUTER, and the way to others on this host.
 pub(crate) struct ZmqPort {
     shared: Arc<Shared>,
-    socket: PrivateSocket,
+    path: PathBuf,
     /// The ROUTER ends with this.
     stop: watch::Sender<bool>,
     reader: Mutex<Option<JoinHandle<()>>>,
@@ -84,9 +60,8 @@ pub(crate) struct ZmqPort {
 
 struct Shared {
     id: NodeId,
-    /// Whether nodes of this host may come in directly.
-    open_to_host: bool,
-    entries: Mutex<HashMap<Bytes, Entry>>,
+    /// The links that came in, by ZMTP identity.
+    receivers: Mutex<HashMap<Bytes, Arc<dyn Receiver>>>,
     acceptor: Arc<dyn Acceptor>,
     backend: Arc<dyn MultiPeerBackend>,
     sender: RouterSendHalf,
@@ -101,20 +76,18 @@ impl ZmqPort {
     pub(crate) async fn bind(
         path: &Path,
         id: NodeId,
-        open_to_host: bool,
         acceptor: Arc<dyn Acceptor>,
     ) -> io::Result<Self> {
         let mut options = SocketOptions::default();
         options.peer_identity(identity(new_identity(&id)));
         let mut router = RouterSocket::with_options(options);
         let monitor = router.monitor();
-        let socket = PrivateSocket::bind(&mut router, path).await?;
+        router.bind(&endpoint(path)).await.map_err(to_io)?;
         let backend = router.backend();
         let (sender, receiver) = router.split();
         let shared = Arc::new(Shared {
             id,
-            open_to_host,
-            entries: Mutex::default(),
+            receivers: Mutex::default(),
             acceptor,
             backend,
             sender,
@@ -122,32 +95,7 @@ impl ZmqPort {
         });
         let (stop, stopped) = watch::channel(false);
         let reader = tokio::spawn(read_router(shared.clone(), receiver, monitor, stopped));
-        Ok(Self {
-            shared,
-            socket,
-            stop,
-            reader: Mutex::new(Some(reader)),
-        })
-    }
-
-    /// A stream to the ROUTER, for a pump.
-    pub(crate) async fn connect(&self) -> io::Result<PrivateStream> {
-        self.socket.connect().await
-    }
-
-    /// Announces a gated connection under the identity that the gate gave it.
-    pub(crate) fn register(&self, identity: Bytes, registration: Registration) {
-        self.shared
-            .lock()
-            .insert(identity, Entry::Registered(registration));
-    }
-
-    /// Takes back a registration that never became a link.
-    pub(crate) fn unregister(&self, identity: &Bytes) {
-        let mut entries = self.shared.lock();
-        if let Some(Entry::Registered(_)) = entries.get(identity) {
-            entries.remove(identity);
-        }
+        Ok(Self { shared, path: path.into(), stop, reader: Mutex::new(Some(reader)) })
     }
 
     /// Connects straight to another node's socket on this host.
@@ -157,11 +105,7 @@ impl ZmqPort {
         options.connect_timeout(LOCAL_DIAL_TIMEOUT);
         let mut dealer = DealerSocket::with_options(options);
         let mut monitor = dealer.monitor();
-        let endpoint = PrivateSocket::endpoint(path);
-        dealer
-            .connect(&endpoint)
-            .await
-            .map_err(|error| DialError(error.to_string()))?;
+        dealer.connect(&endpoint(path)).await.map_err(|error| DialError(error.to_string()))?;
         let claimed = match monitor.next().await {
             Some(SocketEvent::Connected(_, peer)) => claimed_id(&peer),
             _ => None,
@@ -171,19 +115,13 @@ impl ZmqPort {
         };
         let (sender, receiver) = dealer.split();
         let (closed, closing) = watch::channel(false);
-        let link = DealerLink {
-            sender: Ordered::new(sender, &self.shared.runtime),
-            closed,
-        };
+        let link = DealerLink { sender: Ordered::new(sender, &self.shared.runtime), closed };
         let connection = Connection {
             claimed: Some(claimed),
             target: Some(target.clone()),
             address: Some(Address::Local(path.into())),
         };
-        let taker = self
-            .shared
-            .acceptor
-            .handle_connected(Arc::new(link), connection);
+        let taker = self.shared.acceptor.handle_connected(Arc::new(link), connection);
         tokio::spawn(read_dealer(receiver, monitor, closing, taker));
         Ok(())
     }
@@ -191,73 +129,62 @@ impl ZmqPort {
     /// Stops listening and reading, and removes the socket's file.
     pub(crate) async fn close(&self) {
         self.stop.send_replace(true);
-        let reader = self
-            .reader
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(reader) = reader {
             let _panicked = reader.await;
         }
-        self.socket.remove();
+        let _gone_already = std::fs::remove_file(&self.path);
     }
 }
 
 impl Drop for ZmqPort {
     fn drop(&mut self) {
         self.stop.send_replace(true);
-        self.socket.remove();
+        let _gone_already = std::fs::remove_file(&self.path);
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Bytes, Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<Bytes, Arc<dyn Receiver>>> {
+        self.receivers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The receiver of an identity's batches; makes the link if it is new and legitimate.
-    fn receiver(self: &Arc<Self>, identity: &Bytes) -> Option<Arc<dyn Receiver>> {
-        let mut entries = self.lock();
-        if let Some(Entry::Live(receiver)) = entries.get(identity) {
+    /// The receiver of an identity's batches; makes the link if it is new.
+    fn receiver(&self, identity: &Bytes) -> Option<Arc<dyn Receiver>> {
+        let mut receivers = self.lock();
+        if let Some(receiver) = receivers.get(identity) {
             return Some(receiver.clone());
         }
-        let (connection, pump, live) = match entries.remove(identity) {
-            Some(Entry::Live(_)) => return None,
-            Some(Entry::Registered(Registration {
-                connection,
-                pump,
-                live,
-            })) => (connection, Some(pump), Some(live)),
-            None if self.open_to_host => {
-                let claimed = claimed_id(identity)?;
-                let connection = Connection {
-                    claimed: Some(claimed),
-                    target: None,
-                    address: Some(Address::Local(PathBuf::new())),
-                };
-                (connection, None, None)
-            }
-            None => return None,
+        let connection = Connection {
+            claimed: Some(claimed_id(identity)?),
+            target: None,
+            address: Some(Address::Local(PathBuf::new())),
         };
         let link = RouterLink {
             identity: identity.clone(),
             backend: self.backend.clone(),
             sender: Ordered::new(self.sender.clone(), &self.runtime),
-            pump,
         };
         // The table stays locked, so that a batch can't overtake its link.
         let receiver = self.acceptor.handle_connected(Arc::new(link), connection);
-        entries.insert(identity.clone(), Entry::Live(receiver.clone()));
-        drop(entries);
-        if let Some(live) = live {
-            let _no_longer_awaited = live.send(());
-        }
+        receivers.insert(identity.clone(), receiver.clone());
         Some(receiver)
     }
 }
 
 fn identity(bytes: Bytes) -> PeerIdentity {
     PeerIdentity::try_from(bytes).expect("48 bytes are an identity")
+}
+
+fn endpoint(path: &Path) -> String {
+    format!("ipc://{}", path.display())
+}
+
+fn to_io(error: ZmqError) -> io::Error {
+    match error {
+        ZmqError::Network(error) => error,
+        other => io::Error::other(other.to_string()),
+    }
 }
 
 /// Splits what arrives by link. A batch is handled here, without a hop: handling one only
@@ -289,8 +216,8 @@ async fn read_router(
                     }
                 }
                 Some(SocketEvent::Disconnected(peer)) => {
-                    let entry = shared.lock().remove(&Bytes::from(peer));
-                    if let Some(Entry::Live(receiver)) = entry {
+                    let gone = shared.lock().remove(&Bytes::from(peer));
+                    if let Some(receiver) = gone {
                         receiver.handle_closed();
                     }
                 }
@@ -303,7 +230,7 @@ async fn read_router(
 }
 
 fn kick(shared: &Shared, bytes: Bytes) {
-    tracing::debug!("a connection that nobody registered is cut");
+    tracing::debug!("a connection whose identity is no node's is cut");
     if let Ok(identity) = PeerIdentity::try_from(bytes) {
         shared.backend.peer_disconnected(&identity);
     }
@@ -334,12 +261,11 @@ async fn read_dealer(
     receiver.handle_closed();
 }
 
-/// A link that came in through the ROUTER: from this host, or through the tunnel.
+/// A link to a node of this host that dialled us.
 struct RouterLink {
     identity: Bytes,
     backend: Arc<dyn MultiPeerBackend>,
     sender: Ordered<RouterSendHalf>,
-    pump: Option<Arc<dyn Pump>>,
 }
 
 impl Link for RouterLink {
@@ -352,15 +278,7 @@ impl Link for RouterLink {
 
     fn close(&self) {
         // The crate's writer still writes what it was handed, then drops the stream.
-        self.backend
-            .peer_disconnected(&identity(self.identity.clone()));
-        if let Some(pump) = &self.pump {
-            pump.close();
-        }
-    }
-
-    fn last_heard(&self) -> Option<Instant> {
-        self.pump.as_ref().map(|pump| pump.last_heard())
+        self.backend.peer_disconnected(&identity(self.identity.clone()));
     }
 }
 
@@ -398,10 +316,7 @@ enum SendState<S> {
 
 impl<S: SocketSend + Send + 'static> Ordered<S> {
     fn new(half: S, runtime: &Handle) -> Self {
-        Self {
-            state: Arc::new(Mutex::new(SendState::Idle(half))),
-            runtime: runtime.clone(),
-        }
+        Self { state: Arc::new(Mutex::new(SendState::Idle(half))), runtime: runtime.clone() }
     }
 
     fn send(&self, frames: VecDeque<Bytes>) {
@@ -414,10 +329,7 @@ impl<S: SocketSend + Send + 'static> Ordered<S> {
             }
             SendState::Idle(half) => {
                 let mut sending = start(half, frames);
-                match sending
-                    .as_mut()
-                    .poll(&mut Context::from_waker(Waker::noop()))
-                {
+                match sending.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
                     Poll::Ready(half) => SendState::Idle(half),
                     Poll::Pending => {
                         self.runtime.spawn(finish(self.state.clone(), sending));

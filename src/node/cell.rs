@@ -88,12 +88,7 @@ impl LinkCell {
         loop {
             flow.handle_released(self.released.swap(0, Ordering::SeqCst));
             while let Some(batch) = flow.poll_transmit(self.now()) {
-                let own = |bytes| {
-                    Bytes::from_owner(Tracked {
-                        bytes,
-                        cell: self.clone(),
-                    })
-                };
+                let own = |bytes| Bytes::from_owner(Tracked { bytes, cell: self.clone() });
                 self.link.send(batch.into_frames(own));
             }
             if !flow.has_pending() {
@@ -143,9 +138,7 @@ impl LinkCell {
     /// What the pump heard counts as a sign of life.
     pub(crate) fn last_heard(&self) -> Option<Time> {
         let heard = self.link.last_heard()?;
-        Some(Time::after_start(
-            heard.saturating_duration_since(self.started),
-        ))
+        Some(Time::after_start(heard.saturating_duration_since(self.started)))
     }
 
     pub(crate) fn close(&self) {
@@ -184,11 +177,7 @@ pub(crate) struct Credit {
 
 impl Credit {
     pub(crate) fn new(cell: &Arc<LinkCell>, lane: Lane, cost: u64) -> Self {
-        Self {
-            cell: cell.clone(),
-            lane,
-            cost,
-        }
+        Self { cell: cell.clone(), lane, cost }
     }
 
     pub(crate) fn cell(&self) -> &Arc<LinkCell> {

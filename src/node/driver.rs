@@ -20,12 +20,8 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let base = Instant::from_std(shared.started);
     loop {
         let now = shared.now();
-        let next = next_timeout(&shared, now)
-            .min(now + LONGEST_SLEEP)
-            .max(now + SHORTEST_SLEEP);
-        shared
-            .armed_ms
-            .store(next.since_start().as_millis() as u64, Ordering::Release);
+        let next = next_timeout(&shared, now).min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP);
+        shared.armed_ms.store(next.since_start().as_millis() as u64, Ordering::Release);
         tokio::select! {
             () = sleep_until(base + next.since_start()) => {}
             () = shared.earlier.notified() => continue,
@@ -38,15 +34,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 fn next_timeout(shared: &Arc<Shared>, now: Time) -> Time {
     let cells = shared.cells();
-    let flows = cells
-        .iter()
-        .map(|cell| cell.peek(|flow| flow.poll_timeout(now, &shared.timing)));
+    let flows = cells.iter().map(|cell| cell.peek(|flow| flow.poll_timeout(now, &shared.timing)));
     let mesh = shared.with_mesh(|mesh, _| mesh.poll_timeout());
-    flows
-        .chain(mesh)
-        .chain(shared.next_deadline())
-        .min()
-        .unwrap_or(now + LONGEST_SLEEP)
+    flows.chain(mesh).chain(shared.next_deadline()).min().unwrap_or(now + LONGEST_SLEEP)
 }
 
 /// Sends heartbeats, and ends the links that have been silent for too long.
@@ -72,11 +62,7 @@ pub(crate) async fn tell_drops(shared: Arc<Shared>) {
         shared.drops.notified().await;
         for ((peer, reason), count) in shared.counters.take_untold() {
             tracing::debug!(peer = %peer.short(), %reason, count, "messages dropped");
-            let _nobody_watches = shared.events.send(Event::Dropped {
-                peer,
-                reason,
-                count,
-            });
+            let _nobody_watches = shared.events.send(Event::Dropped { peer, reason, count });
         }
         sleep(Duration::from_millis(100)).await;
     }

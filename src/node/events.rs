@@ -95,11 +95,9 @@ impl From<MeshEvent> for Event {
     fn from(event: MeshEvent) -> Self {
         match event {
             MeshEvent::PeerUp(info) => Self::PeerUp(info),
-            MeshEvent::PeerDown { id, name, reason } => Self::PeerDown {
-                id,
-                name,
-                reason: reason.into(),
-            },
+            MeshEvent::PeerDown { id, name, reason } => {
+                Self::PeerDown { id, name, reason: reason.into() }
+            }
             MeshEvent::Refused { address, reason } => Self::Refused { address, reason },
             MeshEvent::IdentityConflict { address } => Self::IdentityConflict { address },
         }
@@ -117,10 +115,7 @@ pub struct Events {
 
 impl Events {
     pub(crate) fn new(receiver: broadcast::Receiver<Event>) -> Self {
-        Self {
-            receiver,
-            missed: 0,
-        }
+        Self { receiver, missed: 0 }
     }
 
     /// The next event; `None` when the node is gone.

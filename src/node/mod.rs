@@ -71,11 +71,7 @@ impl Drop for Inner {
         self.shared.stopping.store(true, Ordering::Release);
         lock(&self.shared.tasks).abort_all();
         self.shared.fail_all_requests();
-        self.shared
-            .inboxes
-            .load()
-            .all()
-            .for_each(|inbox| inbox.close());
+        self.shared.inboxes.load().all().for_each(|inbox| inbox.close());
         let shared = self.shared.clone();
         self.shared.runtime.spawn(async move {
             if let Some(transport) = shared.transport.get() {
@@ -121,11 +117,7 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(Into::into);
-        Publish {
-            shared: self.shared(),
-            topic,
-            draft: Draft::new(body.into()),
-        }
+        Publish { shared: self.shared(), topic, draft: Draft::new(body.into()) }
     }
 
     /// Sends a one-way message to a service, or to one node by its id.
@@ -134,23 +126,14 @@ impl Node {
     /// handler's error is counted here as a drop.
     pub fn send(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Send<'_> {
         let recipient = recipient.into_recipient();
-        Send {
-            shared: self.shared(),
-            recipient,
-            draft: Draft::new(body.into()),
-        }
+        Send { shared: self.shared(), recipient, draft: Draft::new(body.into()) }
     }
 
     /// Sends a request and waits for its reply.
     pub fn request(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Request<'_> {
         let (recipient, draft) = (recipient.into_recipient(), Draft::new(body.into()));
         let deadline = self.shared().config.request_deadline;
-        Request {
-            shared: self.shared(),
-            recipient,
-            draft,
-            deadline,
-        }
+        Request { shared: self.shared(), recipient, draft, deadline }
     }
 
     /// Answers a message that carries a return address, whenever it suits: the answer is sent
@@ -278,9 +261,7 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let topic = topic
-            .try_into()
-            .map_err(|error| WaitError::Address(error.into()))?;
+        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
         let enough = || {
             let here = !self.shared().inboxes.load().matching(&topic).is_empty();
             self.shared().routing.load().subscribers(&topic).len() + usize::from(here) >= count
@@ -297,9 +278,7 @@ impl Node {
         N: TryInto<ServiceName>,
         N::Error: Into<AddressError>,
     {
-        let name = name
-            .try_into()
-            .map_err(|error| WaitError::Address(error.into()))?;
+        let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
         let offered = || {
             let there = !self.shared().routing.load().instances(&name).is_empty();
             there || self.shared().service(&name).is_some()
@@ -312,8 +291,7 @@ impl Node {
     /// # Errors
     /// [`WaitError::TimedOut`] if the time runs out.
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
-        self.wait_until(|| self.shared().routing.load().peers() >= count, within)
-            .await
+        self.wait_until(|| self.shared().routing.load().peers() >= count, within).await
     }
 
     async fn wait_until(
@@ -323,9 +301,7 @@ impl Node {
     ) -> Result<(), WaitError> {
         let mut changes = self.shared().routing_version.subscribe();
         let wait = async { while !holds() && changes.changed().await.is_ok() {} };
-        timeout(within, wait)
-            .await
-            .map_err(|_| WaitError::TimedOut(within))
+        timeout(within, wait).await.map_err(|_| WaitError::TimedOut(within))
     }
 
     /// Shuts down: withdraws the services and lets their handlers end, waits until the peers

@@ -33,10 +33,7 @@ pub(crate) struct Draft {
 
 impl Draft {
     pub(crate) fn new(body: Body) -> Self {
-        Self {
-            body,
-            ..Self::default()
-        }
+        Self { body, ..Self::default() }
     }
 
     fn check(&self, shared: &Shared) -> Result<(), BodyError> {
@@ -44,17 +41,11 @@ impl Draft {
         if len > max {
             return Err(BodyError::Body { len, max });
         }
-        let mut probe = Header::new(
-            MessageId::from_bytes([0; 16]),
-            Kind::Event,
-            Destination::Node(shared.id),
-        );
+        let mut probe =
+            Header::new(MessageId::from_bytes([0; 16]), Kind::Event, Destination::Node(shared.id));
         probe.extra.clone_from(&self.extra);
         match probe.extra_len() {
-            len if len > MAX_HEADER => Err(BodyError::Header {
-                len,
-                max: MAX_HEADER,
-            }),
+            len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
             _ => Ok(()),
         }
     }
@@ -185,17 +176,13 @@ impl Publish<'_> {
             return Err(PublishError::ShutDown);
         }
         let id = shared.ids.next_now();
-        let header = self
-            .draft
-            .header(id, Kind::Event, Destination::Topic(topic.clone()));
+        let header = self.draft.header(id, Kind::Event, Destination::Topic(topic.clone()));
         let body = self.draft.body.bytes;
         let mut report = PublishReport::default();
         let routing = shared.routing.load();
         for (peer, cell) in routing.subscribers(&topic) {
-            let envelope = Envelope {
-                header: header.clone(),
-                payload: Payload::Event(body.clone()),
-            };
+            let envelope =
+                Envelope { header: header.clone(), payload: Payload::Event(body.clone()) };
             let sent = match cell {
                 Some(cell) => cell.send_message(envelope),
                 None => Err(DropReason::LinkLost),
@@ -211,11 +198,7 @@ impl Publish<'_> {
             shared.count_drop(*peer, *reason, 1);
         }
         if !shared.inboxes.load().matching(&topic).is_empty() {
-            let message = Message {
-                from: shared.id,
-                header,
-                body,
-            };
+            let message = Message { from: shared.id, header, body };
             let cost = message.body.len() as u64 + 128;
             if shared.deliver(&message, cost, None) {
                 report.queued += 1;
@@ -311,12 +294,10 @@ impl<'a> Send<'a> {
         let id = self.shared.ids.next_now();
         let header = self.draft.header(id, Kind::Command, recipient.into());
         let node = to.node(self.shared);
-        self.shared
-            .hand_over(&to, header, self.draft.body)
-            .map_err(|reason| {
-                self.shared.count_drop(node, reason, 1);
-                SendError::Dropped(reason)
-            })?;
+        self.shared.hand_over(&to, header, self.draft.body).map_err(|reason| {
+            self.shared.count_drop(node, reason, 1);
+            SendError::Dropped(reason)
+        })?;
         Ok(Sent { id, to: node })
     }
 }
@@ -393,10 +374,7 @@ impl<'a> Request<'a> {
             return Err(RequestError::ShutDown);
         }
         let begun = shared.now();
-        let to = timeout(self.deadline, shared.find(&recipient))
-            .await
-            .ok()
-            .flatten();
+        let to = timeout(self.deadline, shared.find(&recipient)).await.ok().flatten();
         let to = to.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
         let id = shared.ids.next_now();
         let mut header = self.draft.header(id, Kind::Command, recipient.into());
@@ -405,19 +383,13 @@ impl<'a> Request<'a> {
         let (waiter, outcome) = oneshot::channel();
         let link = to.link();
         shared.open_request(id, begun + self.deadline, link, waiter);
-        let mut pending = Pending {
-            shared,
-            id,
-            ended: false,
-        };
+        let mut pending = Pending { shared, id, ended: false };
         add(&shared.counters.requests, 1);
         if let Err(reason) = shared.hand_over(&to, header, self.draft.body) {
             pending.ended = shared.end_request(id).is_some();
             shared.count_drop(to.node(shared), reason, 1);
             return Err(match reason {
-                DropReason::LinkLost => RequestError::PeerLost {
-                    maybe_executed: false,
-                },
+                DropReason::LinkLost => RequestError::PeerLost { maybe_executed: false },
                 reason => RequestError::Dropped(reason),
             });
         }
@@ -425,10 +397,9 @@ impl<'a> Request<'a> {
         pending.ended = true;
         match outcome {
             Ok(Outcome::Reply(message)) => Ok(message),
-            Ok(Outcome::Failed(failure)) => Err(RequestError::Handler(HandlerError::new(
-                failure.code,
-                failure.text,
-            ))),
+            Ok(Outcome::Failed(failure)) => {
+                Err(RequestError::Handler(HandlerError::new(failure.code, failure.text)))
+            }
             Ok(Outcome::DeadlineExceeded) => Err(RequestError::DeadlineExceeded(self.deadline)),
             Ok(Outcome::PeerLost { maybe_executed }) => {
                 Err(RequestError::PeerLost { maybe_executed })
@@ -512,9 +483,9 @@ impl Shared {
     fn choose(&self, recipient: &Recipient) -> Option<Chosen> {
         let routing = self.routing.load();
         match recipient {
-            Recipient::Node(node) if *node == self.id => self
-                .service(&ServiceName::node_inbox())
-                .map(|_| Chosen::Here),
+            Recipient::Node(node) if *node == self.id => {
+                self.service(&ServiceName::node_inbox()).map(|_| Chosen::Here)
+            }
             Recipient::Node(node) => {
                 let inbox = routing.instances(&ServiceName::node_inbox());
                 let instance = inbox.iter().find(|instance| instance.peer == *node)?;
@@ -530,23 +501,15 @@ impl Shared {
                 let best = self.choose_among(there);
                 match best {
                     Some(Chosen::There(cell)) => {
-                        let of = there
-                            .iter()
-                            .find(|instance| instance.peer == cell.peer)?
-                            .concurrency;
+                        let of =
+                            there.iter().find(|instance| instance.peer == cell.peer)?.concurrency;
                         let load = cell.unfinished_calls();
                         let here_is_freer = local.0 * u64::from(of) <= load * u64::from(local.1);
                         let tie = local.0 == 0 && load == 0;
-                        let turn = self
-                            .turn
-                            .load(Ordering::Relaxed)
-                            .is_multiple_of(there.len() + 1);
+                        let turn =
+                            self.turn.load(Ordering::Relaxed).is_multiple_of(there.len() + 1);
                         let here = if tie { turn } else { here_is_freer };
-                        Some(if here {
-                            Chosen::Here
-                        } else {
-                            Chosen::There(cell)
-                        })
+                        Some(if here { Chosen::Here } else { Chosen::There(cell) })
                     }
                     _ => Some(Chosen::Here),
                 }
@@ -574,20 +537,10 @@ impl Shared {
     ) -> Result<(), DropReason> {
         match to {
             Chosen::There(cell) => {
-                cell.send_message(Envelope {
-                    header,
-                    payload: Payload::Call(body.bytes),
-                })?;
+                cell.send_message(Envelope { header, payload: Payload::Call(body.bytes) })?;
                 add(&self.counters.queued, 1);
             }
-            Chosen::Here => self.admit(
-                Message {
-                    from: self.id,
-                    header,
-                    body: body.bytes,
-                },
-                None,
-            ),
+            Chosen::Here => self.admit(Message { from: self.id, header, body: body.bytes }, None),
         }
         Ok(())
     }

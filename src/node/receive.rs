@@ -25,18 +25,10 @@ impl Acceptor for NodeAcceptor {
         let shared = &self.0;
         // Every transport knows what the connection claims to be.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
-        let flow = Flow::new(
-            shared.now(),
-            shared.id,
-            &shared.limits,
-            shared.config.send_queue,
-        );
+        let flow = Flow::new(shared.now(), shared.id, &shared.limits, shared.config.send_queue);
         let cell = shared.add_cell(|id| LinkCell::new(id, peer, flow, link, shared.started));
         shared.with_mesh(|mesh, now| mesh.handle_connected(now, cell.id, connection));
-        Arc::new(LinkReceiver {
-            shared: shared.clone(),
-            cell,
-        })
+        Arc::new(LinkReceiver { shared: shared.clone(), cell })
     }
 }
 
@@ -81,14 +73,12 @@ impl Receiver for LinkReceiver {
             Fault::OutOfTurn => "a message before the link was accepted".into(),
         };
         self.shared.counters.refused("protocol");
-        self.shared
-            .with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
+        self.shared.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
 
     fn handle_closed(&self) {
         let link = self.cell.id;
-        self.shared
-            .with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
+        self.shared.with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
     }
 }
 
@@ -119,10 +109,7 @@ impl LinkReceiver {
                 }
             }
             Control::Cancel(id) => {
-                shared
-                    .services()
-                    .iter()
-                    .for_each(|service| service.handle_cancel(cell.id, id));
+                shared.services().iter().for_each(|service| service.handle_cancel(cell.id, id));
             }
             control => shared.with_mesh(|mesh, now| mesh.handle_control(now, cell.id, control)),
         }
@@ -143,11 +130,7 @@ impl LinkReceiver {
             Payload::Call(body) => shared.admit(Message { from, header, body }, Some(credit)),
             Payload::Reply(body) => {
                 let message = Message { from, header, body };
-                shared.complete(
-                    credit,
-                    message.header.correlation_id,
-                    Outcome::Reply(message),
-                );
+                shared.complete(credit, message.header.correlation_id, Outcome::Reply(message));
             }
             Payload::Failed(failure) => {
                 shared.complete(credit, header.correlation_id, Outcome::Failed(failure));
@@ -208,10 +191,7 @@ impl Shared {
                 DropReason::Expired => "its time ran out while it waited",
                 _ => "it was not run",
             };
-            let failure = Failure {
-                code: reason.as_str().into(),
-                text: text.into(),
-            };
+            let failure = Failure { code: reason.as_str().into(), text: text.into() };
             self.reply(message, credit, Payload::Failed(failure));
         } else {
             self.drop_received(credit.as_ref(), reason);

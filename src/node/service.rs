@@ -42,10 +42,7 @@ pub struct HandlerError {
 impl HandlerError {
     /// An error with a code for programs and a text for people.
     pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
-        Self {
-            code: code.into(),
-            text: text.into(),
-        }
+        Self { code: code.into(), text: text.into() }
     }
 }
 
@@ -98,8 +95,7 @@ impl Call {
 
     /// How much longer the reply is of use; `None` if the caller set no limit.
     pub fn time_left(&self) -> Option<Duration> {
-        self.deadline
-            .map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Whether the caller gave up, or is gone.
@@ -163,17 +159,8 @@ struct Running {
 impl ServiceCell {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
         let admissions = Admissions::new(concurrency as usize);
-        let state = Mutex::new(State {
-            admissions,
-            running: std::collections::HashMap::new(),
-        });
-        Self {
-            name,
-            concurrency,
-            handler,
-            state,
-            ended: Notify::new(),
-        }
+        let state = Mutex::new(State { admissions, running: std::collections::HashMap::new() });
+        Self { name, concurrency, handler, state, ended: Notify::new() }
     }
 
     pub(crate) fn handle_call(
@@ -187,12 +174,7 @@ impl ServiceCell {
         let time_to_live = message.header.time_to_live;
         let deadline = time_to_live.and_then(|ttl| Instant::now().checked_add(ttl));
         let expires = time_to_live.map(|ttl| shared.now() + ttl);
-        let held = Held {
-            message,
-            credit,
-            cancelled: Arc::default(),
-            deadline,
-        };
+        let held = Held { message, credit, cancelled: Arc::default(), deadline };
         let admission = lock(&self.state).admissions.handle_call(key, expires, held);
         match admission {
             Admission::Start(held) => self.start(shared, key, held),
@@ -204,16 +186,8 @@ impl ServiceCell {
     }
 
     fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
-        let Held {
-            message,
-            credit,
-            cancelled,
-            deadline,
-        } = held;
-        let running = Running {
-            cancelled: cancelled.clone(),
-            task: None,
-        };
+        let Held { message, credit, cancelled, deadline } = held;
+        let running = Running { cancelled: cancelled.clone(), task: None };
         lock(&self.state).running.insert(key, running);
         let (service, node) = (self.clone(), shared.clone());
         let task = shared.runtime.spawn(async move {
@@ -264,10 +238,7 @@ impl ServiceCell {
             shared.decline(&held.message, held.credit, DropReason::Expired);
         }
         if let Some(next) = next {
-            let link = next
-                .credit
-                .as_ref()
-                .map_or(LOCAL, |credit| credit.cell().id);
+            let link = next.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
             self.start(shared, (link, next.message.header.id), next);
         }
         self.ended.notify_waiters();
@@ -280,11 +251,7 @@ impl ServiceCell {
             running.cancelled.set();
         }
         drop(state);
-        if let Some(Held {
-            credit: Some(credit),
-            ..
-        }) = waiting
-        {
+        if let Some(Held { credit: Some(credit), .. }) = waiting {
             credit.report_drop(DropReason::Cancelled);
         }
     }
@@ -346,10 +313,7 @@ impl Shared {
         }
         if body.len() > self.config.max_body {
             let text = format!("the reply is {} bytes long, over the limit", body.len());
-            let failure = Failure {
-                code: "too_large".into(),
-                text,
-            };
+            let failure = Failure { code: "too_large".into(), text };
             return self.reply(call, credit, Payload::Failed(failure));
         }
         self.send_reply(call, credit, Payload::Reply(body.bytes), body.content_type);
@@ -406,11 +370,7 @@ impl Shared {
         let outcome = match payload {
             Payload::Failed(failure) => Outcome::Failed(failure),
             Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => {
-                Outcome::Reply(Message {
-                    from: self.id,
-                    header,
-                    body,
-                })
+                Outcome::Reply(Message { from: self.id, header, body })
             }
         };
         match self.end_request(id) {
@@ -463,18 +423,11 @@ impl Serve {
         if self.shared.is_stopping() {
             return Err(ServeError::ShutDown);
         }
-        let cell = Arc::new(ServiceCell::new(
-            name.clone(),
-            self.concurrency,
-            self.handler,
-        ));
+        let cell = Arc::new(ServiceCell::new(name.clone(), self.concurrency, self.handler));
         if !self.shared.add_service(&cell) {
             return Err(ServeError::AlreadyServed(name));
         }
-        Ok(Service {
-            cell,
-            shared: self.shared,
-        })
+        Ok(Service { cell, shared: self.shared })
     }
 }
 

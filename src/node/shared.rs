@@ -149,8 +149,7 @@ impl Shared {
         }
         if let Some(routing) = mesh.poll_routing() {
             let cells = lock(&self.cells);
-            self.routing
-                .store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
+            self.routing.store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
             self.routing_version.send_modify(|version| *version += 1);
         }
         if let Some(at) = mesh.poll_timeout() {
@@ -392,10 +391,7 @@ impl Watch for DoorWatch {
         if let Some(shared) = self.0.upgrade() {
             shared.counters.refused(refusal.as_str());
             tracing::debug!(%address, %refusal, "the front door cut a connection");
-            let event = Event::Refused {
-                address: Some(address),
-                reason: refusal.to_string(),
-            };
+            let event = Event::Refused { address: Some(address), reason: refusal.to_string() };
             let _nobody_watches = shared.events.send(event);
         }
     }

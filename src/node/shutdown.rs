@@ -72,11 +72,7 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
 /// Until every peer has confirmed all that it was sent.
 async fn settled(shared: &Arc<Shared>) {
     loop {
-        if shared
-            .cells()
-            .iter()
-            .all(|cell| cell.peek(Flow::is_settled))
-        {
+        if shared.cells().iter().all(|cell| cell.peek(Flow::is_settled)) {
             return;
         }
         shared.with_mesh(|mesh, _| mesh.probe_all());

@@ -60,35 +60,22 @@ impl Node {
         let id = identity.node_id();
         let incarnation = Incarnation(random_u64());
         let name = config.name.clone().unwrap_or_else(host_name);
-        let limits = Limits {
-            max_body: config.max_body as u64,
-            windows: [config.window; 3],
-        };
-        let mesh_config = MeshConfig {
-            id,
-            incarnation,
-            mesh: config.mesh.clone(),
-            name: name.clone(),
-            limits,
-        };
+        let limits = Limits { max_body: config.max_body as u64, windows: [config.window; 3] };
+        let mesh_config =
+            MeshConfig { id, incarnation, mesh: config.mesh.clone(), name: name.clone(), limits };
         let mesh = Mesh::new(mesh_config, random_u64());
         let stem = random_u64() >> 22;
         let shared = Arc::new(Shared::new(id, name, config, limits, mesh, stem));
         let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(shared.clone()));
         // From here on the node's tasks end with it, whatever fails.
-        let mut inner = Inner {
-            shared: shared.clone(),
-            listening: Vec::new(),
-        };
+        let mut inner = Inner { shared: shared.clone(), listening: Vec::new() };
         match &shared.config.memory {
             Some(network) => start_memory(&shared, network, &acceptor),
             None => inner.listening = start_sockets(&shared, acceptor).await?,
         }
         shared.spawn(driver::run(shared.clone()));
         shared.spawn(driver::tell_drops(shared.clone()));
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        Ok(Self { inner: Arc::new(inner) })
     }
 }
 
@@ -101,11 +88,7 @@ fn start_memory(
     let others = network.others(port.number);
     let _first = shared.transport.set(Transport::Memory(port));
     for address in others {
-        let sighting = Sighting {
-            source: Source::Fixed,
-            id: None,
-            addresses: vec![address],
-        };
+        let sighting = Sighting { source: Source::Fixed, id: None, addresses: vec![address] };
         shared.handle_discovered(Discovered::Seen(sighting));
     }
 }
@@ -115,15 +98,15 @@ async fn start_sockets(
     acceptor: Arc<dyn Acceptor>,
 ) -> Result<Vec<SocketAddr>, StartError> {
     let config = &shared.config;
-    let dirs = local::SocketDirs::prepare(config.runtime_dir.as_deref(), &config.mesh)
-        .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
-    let path = dirs.new_socket(config.local);
-    let port = ZmqPort::bind(&path, shared.id, config.local, acceptor).await;
-    let port = port.map_err(|source| StartError::SocketDir {
-        dir: path.clone(),
-        source,
-    })?;
-    let port = Arc::new(port);
+    let (mut port, mut watching) = (None, None);
+    if config.local {
+        let (dir, path) = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
+            .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
+        let bound = ZmqPort::bind(&path, shared.id, acceptor.clone()).await;
+        let refused = |source| StartError::SocketDir { dir: path.clone(), source };
+        port = Some(Arc::new(bound.map_err(refused)?));
+        watching = Some((dir, path));
+    }
     let door_config = FrontDoorConfig {
         gate: GateLimits::for_bodies(config.max_body as u64),
         handshake_timeout: config.handshake_timeout,
@@ -133,11 +116,8 @@ async fn start_sockets(
         loopback_only: !config.trusts_network(),
     };
     let watch = Arc::new(DoorWatch(Arc::downgrade(shared)));
-    let door = Arc::new(FrontDoor::new(door_config, port.clone(), watch));
-    let _first = shared.transport.set(Transport::Sockets {
-        port,
-        door: door.clone(),
-    });
+    let door = Arc::new(FrontDoor::new(door_config, shared.id, acceptor, watch));
+    let _first = shared.transport.set(Transport::Sockets { port, door: door.clone() });
 
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let wanted = match (config.listen.as_slice(), config.local) {
@@ -160,8 +140,8 @@ async fn start_sockets(
     let node = shared.clone();
     let sink: Sink = Arc::new(move |discovered| node.handle_discovered(discovered));
     discovery::fixed::announce(&config.peers, &sink);
-    if config.local {
-        shared.spawn(local::watch(dirs, path, sink.clone()));
+    if let Some((dir, path)) = watching {
+        shared.spawn(local::watch(dir, path, sink.clone()));
     }
     if config.mdns && !listening.is_empty() {
         let beacon = discovery::mdns::Beacon {
@@ -181,10 +161,7 @@ async fn start_sockets(
 
 #[cfg(unix)]
 fn host_name() -> String {
-    rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned()
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 #[cfg(not(unix))]

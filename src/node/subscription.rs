@@ -38,15 +38,8 @@ const COPY_BELOW: usize = 16 * 1024;
 
 impl Inbox {
     fn new(pattern: Pattern, limit: u64) -> Self {
-        let state = State {
-            queue: Queue::new(limit),
-            waker: None,
-            closed: false,
-        };
-        Self {
-            pattern,
-            state: Mutex::new(state),
-        }
+        let state = State { queue: Queue::new(limit), waker: None, closed: false };
+        Self { pattern, state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -63,16 +56,7 @@ impl Inbox {
         if message.body.len() < COPY_BELOW {
             message.body = Bytes::copy_from_slice(&message.body);
         }
-        let pushed = state
-            .queue
-            .push(
-                Delivery {
-                    message,
-                    _credit: credit,
-                },
-                cost,
-            )
-            .is_ok();
+        let pushed = state.queue.push(Delivery { message, _credit: credit }, cost).is_ok();
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
@@ -138,11 +122,7 @@ impl Inboxes {
         if self.by_number.is_empty() {
             return Vec::new();
         }
-        self.trie
-            .matches(topic)
-            .iter()
-            .filter_map(|number| self.by_number.get(number))
-            .collect()
+        self.trie.matches(topic).iter().filter_map(|number| self.by_number.get(number)).collect()
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Inbox>> {
@@ -168,11 +148,7 @@ pub struct Subscription {
 
 impl Subscription {
     pub(crate) fn new(shared: &Arc<Shared>, number: u64, inbox: Arc<Inbox>) -> Self {
-        Self {
-            inbox,
-            number,
-            shared: shared.clone(),
-        }
+        Self { inbox, number, shared: shared.clone() }
     }
 
     /// The pattern that was asked for.

@@ -11,8 +11,9 @@ use crate::peer::Address;
 use crate::tunnel::FrontDoor;
 
 pub(crate) enum Transport {
+    /// The port is `None` where nodes of this host are not looked for.
     Sockets {
-        port: Arc<ZmqPort>,
+        port: Option<Arc<ZmqPort>>,
         door: Arc<FrontDoor>,
     },
     Memory(MemoryPort),
@@ -26,7 +27,7 @@ impl Transport {
         addresses: &[Address],
     ) -> Result<(), DialError> {
         match (self, addresses.first()) {
-            (Self::Sockets { port, .. }, Some(Address::Local(path))) => {
+            (Self::Sockets { port: Some(port), .. }, Some(Address::Local(path))) => {
                 let dialled = port.dial(target, path).await;
                 if dialled.is_err() {
                     local::remove_if_stale(path);
@@ -42,7 +43,9 @@ impl Transport {
     pub(crate) async fn close(&self) {
         if let Self::Sockets { port, door } = self {
             door.close().await;
-            port.close().await;
+            if let Some(port) = port {
+                port.close().await;
+            }
         }
     }
 }

@@ -1,82 +1,40 @@
-//! One TCP connection: its handshake through the gate, then the pump.
+//! One TCP connection: its handshake, then batches in and out.
 
 use std::io;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{timeout, timeout_at};
 
-use super::gate::{Gate, inner_greeting, inner_ready};
-use super::{GateLimits, Refusal};
+use super::gate::Gate;
+use super::{GateLimits, Refusal, zmtp};
 use crate::engine::Connection;
-use crate::link::zmq::{Pump, Registration, ZmqPort, new_identity};
+use crate::link::{Acceptor, Link, new_identity};
+use crate::peer::NodeId;
 
-/// How long what is still queued may take to be written when the connection is closed by us.
+/// How long what is still queued may take to be written when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-
+/// How much is read at once.
+const READ_BUFFER: usize = 64 * 1024;
 const FIRST_BUFFER: usize = 4 * 1024;
-const LARGEST_BUFFER: usize = 64 * 1024;
+/// A longer frame is written as it is rather than gathered.
+const GATHER: usize = 16 * 1024;
 
-/// Bytes on their way; it grows while reads fill it.
-struct Buffer {
-    bytes: Vec<u8>,
+/// What all connections of a front door share.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) id: NodeId,
+    pub(super) gate: GateLimits,
+    pub(super) handshake_timeout: Duration,
+    pub(super) acceptor: Arc<dyn Acceptor>,
 }
 
-impl Buffer {
-    fn new() -> Self {
-        Self {
-            bytes: vec![0; FIRST_BUFFER],
-        }
-    }
-
-    /// Reads once; nothing at the end of the stream.
-    async fn read_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<&[u8]> {
-        let len = from.read(&mut self.bytes).await?;
-        if len == self.bytes.len() && len < LARGEST_BUFFER {
-            self.bytes.resize(2 * len, 0);
-        }
-        Ok(&self.bytes[..len])
-    }
-}
-
-/// What the link that runs over the pump holds of it.
-struct Handle {
-    closing: watch::Sender<bool>,
-    started: Instant,
-    heard_after_ms: AtomicU64,
-}
-
-impl Handle {
-    fn new() -> Self {
-        Self {
-            closing: watch::Sender::new(false),
-            started: Instant::now(),
-            heard_after_ms: AtomicU64::new(0),
-        }
-    }
-
-    fn heard(&self) {
-        let elapsed = self.started.elapsed().as_millis() as u64;
-        self.heard_after_ms.store(elapsed, Ordering::Relaxed);
-    }
-}
-
-impl Pump for Handle {
-    fn close(&self) {
-        self.closing.send_replace(true);
-    }
-
-    fn last_heard(&self) -> Instant {
-        self.started + Duration::from_millis(self.heard_after_ms.load(Ordering::Relaxed))
-    }
-}
-
-/// How a connection ended that was not refused.
+/// How a connection ended.
 #[derive(Debug)]
 pub(super) enum Ended {
     Closed,
@@ -96,134 +54,187 @@ impl From<Refusal> for Ended {
     }
 }
 
-/// Runs a connection to its end. `admitted` is dropped when the handshake is over.
+/// The link that runs over a connection.
+struct TcpLink {
+    outbox: mpsc::UnboundedSender<Vec<Bytes>>,
+    closing: watch::Sender<bool>,
+    started: Instant,
+    heard_after_ms: Arc<AtomicU64>,
+}
+
+impl Link for TcpLink {
+    fn send(&self, frames: Vec<Bytes>) {
+        if !*self.closing.borrow() {
+            let _gone = self.outbox.send(frames);
+        }
+    }
+
+    fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    fn last_heard(&self) -> Option<Instant> {
+        Some(self.started + Duration::from_millis(self.heard_after_ms.load(Ordering::Relaxed)))
+    }
+}
+
+/// Runs a connection to its end. `admitted` is dropped when the handshake is over, `live` told
+/// when the link is there.
 pub(super) async fn run(
     tcp: TcpStream,
-    port: Arc<ZmqPort>,
-    limits: GateLimits,
-    handshake_timeout: Duration,
+    context: Context,
     connection: Connection,
     live: oneshot::Sender<()>,
     admitted: impl Send,
 ) -> Ended {
     let _refused_by_the_system = tcp.set_nodelay(true);
-    let (mut from_net, to_net) = tcp.into_split();
-    let deadline = tokio::time::Instant::now() + handshake_timeout;
-    let mut buffer = Buffer::new();
-    let mut first = Vec::new();
-    if connection.target.is_none() {
-        // A stranger who says nothing costs the socket library nothing.
-        let read = tokio::time::timeout_at(deadline, buffer.read_from(&mut from_net)).await;
-        match read {
-            Err(_) => return Refusal::HandshakeTimeout.into(),
-            Ok(Err(error)) => return error.into(),
-            Ok(Ok([])) => return Refusal::EndedEarly.into(),
-            Ok(Ok(bytes)) => first.extend_from_slice(bytes),
-        }
-    }
-    let inner = match port.connect().await {
-        Ok(inner) => inner,
-        Err(error) => return error.into(),
+    let (mut from_net, mut to_net) = tcp.into_split();
+    let mut input = Input::new(context.gate);
+    let dialled = connection.target.is_some();
+    let deadline = tokio::time::Instant::now() + context.handshake_timeout;
+    let shaking = handshake(&mut from_net, &mut to_net, &mut input, &context.id, dialled);
+    let claimed = match timeout_at(deadline, shaking).await {
+        Ok(Ok(claimed)) => claimed,
+        Ok(Err(ended)) => return ended,
+        Err(_) => return Refusal::HandshakeTimeout.into(),
     };
-    let (from_inner, mut to_inner) = inner.into_split();
-    let handle = Arc::new(Handle::new());
-    let mut outward = pin!(outward(from_inner, to_net));
-    let inward = async {
-        to_inner.write_all(&inner_greeting()).await?;
-        let mut gate = Gate::new(limits);
-        let shaking = handshake(&mut gate, &mut from_net, &mut buffer, first);
-        let (ready, rest) = tokio::time::timeout_at(deadline, shaking)
-            .await
-            .map_err(|_| Refusal::HandshakeTimeout)??;
-        drop(admitted);
-        let identity = new_identity(&ready.claimed);
-        let connection = Connection {
-            claimed: Some(ready.claimed),
-            ..connection
-        };
-        let registration = Registration {
-            connection,
-            pump: handle.clone(),
-            live,
-        };
-        let _unregister = Unregister {
-            port: &port,
-            identity: identity.clone(),
-        };
-        port.register(identity.clone(), registration);
-        to_inner.write_all(&inner_ready(&ready, &identity)).await?;
-        gate.inspect(&rest)?;
-        to_inner.write_all(&rest).await?;
+    drop(admitted);
+
+    let (outbox, batches) = mpsc::unbounded_channel();
+    let (closing, mut closed_here) = watch::channel(false);
+    let heard_after_ms = Arc::new(AtomicU64::new(0));
+    let started = Instant::now();
+    let heard = heard_after_ms.clone();
+    let link = Arc::new(TcpLink { outbox, closing, started, heard_after_ms });
+    let connection = Connection { claimed: Some(claimed), ..connection };
+    let receiver = context.acceptor.handle_connected(link.clone(), connection);
+    let _no_longer_awaited = live.send(());
+
+    let reading = async {
         loop {
-            let bytes = buffer.read_from(&mut from_net).await?;
-            if bytes.is_empty() {
+            while let Some(batch) = input.gate.next_batch(&mut input.bytes)? {
+                receiver.handle_batch(batch);
+            }
+            if input.read_from(&mut from_net).await? == 0 {
                 return Ok::<(), Ended>(());
             }
-            handle.heard();
-            gate.inspect(bytes)?;
-            to_inner.write_all(bytes).await?;
+            let elapsed = started.elapsed().as_millis() as u64;
+            heard.store(elapsed, Ordering::Relaxed);
         }
     };
-    let mut closing = handle.closing.subscribe();
     let closed_here = async {
-        let _sender_lives = closing.wait_for(|closing| *closing).await;
+        let _link_lives = closed_here.wait_for(|closed| *closed).await;
     };
-    tokio::select! {
-        ended = inward => match ended {
-            Ok(()) => Ended::Closed,
-            Err(ended) => ended,
-        },
-        ended = &mut outward => ended.map_or_else(Ended::from, |()| Ended::Closed),
+    let (asked, end_asked) = oneshot::channel();
+    let mut writing = std::pin::pin!(write(batches, to_net, end_asked));
+    let ended = tokio::select! {
+        read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
+        written = &mut writing => written.map_or_else(Ended::from, |()| Ended::Closed),
         () = closed_here => {
-            let _too_slow = timeout(FLUSH_TIMEOUT, outward).await;
+            let _writer_ended = asked.send(());
+            let _too_slow = timeout(FLUSH_TIMEOUT, writing).await;
             Ended::Closed
         }
+    };
+    receiver.handle_closed();
+    ended
+}
+
+/// Bytes from the network that are not a whole batch yet.
+struct Input {
+    bytes: BytesMut,
+    gate: Gate,
+    /// How much to make room for; it grows while reads fill it.
+    chunk: usize,
+}
+
+impl Input {
+    fn new(limits: GateLimits) -> Self {
+        Self { bytes: BytesMut::new(), gate: Gate::new(limits), chunk: FIRST_BUFFER }
+    }
+
+    async fn read_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+        self.bytes.reserve(self.chunk);
+        let len = from.read_buf(&mut self.bytes).await?;
+        if len >= self.chunk {
+            self.chunk = (2 * self.chunk).min(READ_BUFFER);
+        }
+        Ok(len)
     }
 }
 
-/// Reads until the READY is whole; returns it and the bytes behind it.
+/// Exchanges greetings and READYs. Who was dialled says nothing to a stranger who says nothing.
 async fn handshake(
-    gate: &mut Gate,
     from_net: &mut (impl AsyncRead + Unpin),
-    buffer: &mut Buffer,
-    first: Vec<u8>,
-) -> Result<(super::gate::Ready, Vec<u8>), Ended> {
-    let mut bytes = first;
+    to_net: &mut (impl AsyncWrite + Unpin),
+    input: &mut Input,
+    me: &NodeId,
+    dialled: bool,
+) -> Result<NodeId, Ended> {
+    let opening = [&zmtp::greeting()[..], &zmtp::ready(&new_identity(me))].concat();
+    let mut said = false;
+    if dialled {
+        to_net.write_all(&opening).await?;
+        said = true;
+    }
     loop {
-        if let Some((ready, taken)) = gate.handshake(&bytes)? {
-            return Ok((ready, bytes.split_off(taken)));
-        }
-        let read = buffer.read_from(from_net).await?;
-        if read.is_empty() {
+        if input.read_from(from_net).await? == 0 {
             return Err(Refusal::EndedEarly.into());
         }
-        bytes.clear();
-        bytes.extend_from_slice(read);
-    }
-}
-
-async fn outward(
-    mut from_inner: impl AsyncRead + Unpin,
-    mut to_net: impl AsyncWrite + Unpin,
-) -> io::Result<()> {
-    let mut buffer = Buffer::new();
-    loop {
-        let bytes = buffer.read_from(&mut from_inner).await?;
-        if bytes.is_empty() {
-            return to_net.shutdown().await;
+        let claimed = input.gate.handshake(&mut input.bytes)?;
+        if !said && input.gate.is_greeted() {
+            to_net.write_all(&opening).await?;
+            said = true;
         }
-        to_net.write_all(bytes).await?;
+        if let Some(claimed) = claimed {
+            return Ok(claimed);
+        }
     }
 }
 
-/// Takes a registration back if it never became a link.
-struct Unregister<'a> {
-    port: &'a ZmqPort,
-    identity: bytes::Bytes,
+/// Writes batches, those that have gathered at once, until it is asked to end.
+async fn write(
+    mut batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
+    mut to_net: impl AsyncWrite + Unpin,
+    mut end_asked: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(FIRST_BUFFER);
+    loop {
+        let next = tokio::select! {
+            biased;
+            batch = batches.recv() => batch,
+            _ = &mut end_asked => None,
+        };
+        let Some(batch) = next else { return to_net.shutdown().await };
+        write_batch(&mut to_net, &mut buffer, batch).await?;
+        while let Ok(batch) = batches.try_recv() {
+            write_batch(&mut to_net, &mut buffer, batch).await?;
+        }
+        to_net.write_all(&buffer).await?;
+        buffer.clear();
+        buffer.shrink_to(READ_BUFFER);
+    }
 }
 
-impl Drop for Unregister<'_> {
-    fn drop(&mut self) {
-        self.port.unregister(&self.identity);
+/// Gathers a batch in the buffer, as far as that is cheaper than writing it.
+async fn write_batch(
+    to_net: &mut (impl AsyncWrite + Unpin),
+    buffer: &mut Vec<u8>,
+    batch: Vec<Bytes>,
+) -> io::Result<()> {
+    let last = batch.len().saturating_sub(1);
+    for (number, frame) in batch.iter().enumerate() {
+        zmtp::push_frame_header(buffer, frame.len(), number < last);
+        if frame.len() <= GATHER {
+            buffer.extend_from_slice(frame);
+        }
+        if frame.len() > GATHER || buffer.len() > READ_BUFFER {
+            to_net.write_all(buffer).await?;
+            buffer.clear();
+        }
+        if frame.len() > GATHER {
+            to_net.write_all(frame).await?;
+        }
     }
+    Ok(())
 }

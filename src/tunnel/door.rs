@@ -13,12 +13,11 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::connection::{self, Ended};
+use super::connection::{self, Context, Ended};
 use super::{GateLimits, Refusal, Watch};
 use crate::engine::{Connection, TargetKey};
-use crate::link::DialError;
-use crate::link::zmq::ZmqPort;
-use crate::peer::Address;
+use crate::link::{Acceptor, DialError};
+use crate::peer::{Address, NodeId};
 
 /// The front door's limits.
 #[derive(Debug, Clone)]
@@ -40,7 +39,7 @@ const LONGEST_ACCEPT_RETRY: Duration = Duration::from_secs(1);
 /// TCP in and out of a node.
 pub(crate) struct FrontDoor {
     config: FrontDoorConfig,
-    port: Arc<ZmqPort>,
+    context: Context,
     watch: Arc<dyn Watch>,
     admissions: Arc<Mutex<Admissions>>,
     tasks: Mutex<JoinSet<()>>,
@@ -54,14 +53,15 @@ struct Admissions {
 }
 
 impl FrontDoor {
-    pub(crate) fn new(config: FrontDoorConfig, port: Arc<ZmqPort>, watch: Arc<dyn Watch>) -> Self {
-        Self {
-            config,
-            port,
-            watch,
-            admissions: Arc::default(),
-            tasks: Mutex::default(),
-        }
+    pub(crate) fn new(
+        config: FrontDoorConfig,
+        id: NodeId,
+        acceptor: Arc<dyn Acceptor>,
+        watch: Arc<dyn Watch>,
+    ) -> Self {
+        let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
+        let context = Context { id, gate, handshake_timeout, acceptor };
+        Self { config, context, watch, admissions: Arc::default(), tasks: Mutex::default() }
     }
 
     /// Listens; returns the address with the port that was bound.
@@ -148,20 +148,10 @@ impl FrontDoor {
         live: oneshot::Sender<()>,
         admitted: impl Send + 'static,
     ) -> impl Future<Output = Ended> + Send + 'static {
-        let (config, port, watch) = (&self.config, self.port.clone(), self.watch.clone());
-        let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
+        let (context, watch) = (self.context.clone(), self.watch.clone());
         async move {
             let address = connection.address.clone();
-            let ended = connection::run(
-                tcp,
-                port,
-                gate,
-                handshake_timeout,
-                connection,
-                live,
-                admitted,
-            )
-            .await;
+            let ended = connection::run(tcp, context, connection, live, admitted).await;
             if let (Ended::Refused(refusal), Some(address)) = (&ended, address) {
                 watch.handle_refusal(address, *refusal);
             }
@@ -171,11 +161,7 @@ impl FrontDoor {
 
     fn admit(&self, address: IpAddr) -> Result<(Permit, ConnectionPermit), Refusal> {
         let mut admissions = lock(&self.admissions);
-        let from = admissions
-            .pending_from
-            .get(&address)
-            .copied()
-            .unwrap_or_default();
+        let from = admissions.pending_from.get(&address).copied().unwrap_or_default();
         if admissions.connections >= self.config.max_connections {
             return Err(Refusal::Connections);
         }
@@ -188,10 +174,7 @@ impl FrontDoor {
         admissions.connections += 1;
         admissions.pending += 1;
         admissions.pending_from.insert(address, from + 1);
-        let permit = Permit {
-            admissions: self.admissions.clone(),
-            address,
-        };
+        let permit = Permit { admissions: self.admissions.clone(), address };
         Ok((permit, ConnectionPermit(self.admissions.clone())))
     }
 
@@ -219,10 +202,8 @@ async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
                 let address = Address::Tcp(addr);
                 match door.admit(addr.ip()) {
                     Ok((pending, open)) => {
-                        let connection = Connection {
-                            address: Some(address),
-                            ..Connection::default()
-                        };
+                        let connection =
+                            Connection { address: Some(address), ..Connection::default() };
                         let run = door.run(tcp, connection, oneshot::channel().0, pending);
                         door.spawn(async move {
                             let _open = open;

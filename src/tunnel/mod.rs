@@ -1,16 +1,23 @@
-//! The front door: our TCP listener and dialler, and in front of every byte from a network the
-//! gate. The socket library never sees a byte that the gate has not passed.
+//! The front door: our TCP listener and dialler, and the gate that every byte from a network has
+//! to pass.
 //!
 //! ```text
-//!  network ═ TCP ═▶ [gate] ── pump ──▶ private socket ▶ ROUTER
-//!          ◀═══════════════ pump ◀────
+//!  network ═ TCP ═▶ [gate] ─ batches ─▶ node
+//!          ◀═══════════════ frames ◀───
 //! ```
+//!
+//! On the network a node speaks ZMTP 3.0, so that any ZeroMQ ROUTER or DEALER can talk to it. It
+//! speaks it here rather than through the `zeromq` crate, which trusts what it reads: a frame's
+//! length (73 bytes make it abort the process), a peer's identity, any number of parts. The gate
+//! has to read every frame anyway; handing them on as batches costs less than pumping the bytes
+//! through a socket of this host to have them read again.
 //!
 //! Encryption will stand between the network and the gate.
 
 mod connection;
 mod door;
 mod gate;
+mod zmtp;
 
 pub(crate) use door::{FrontDoor, FrontDoorConfig};
 pub(crate) use gate::GateLimits;

@@ -86,17 +86,8 @@ impl<'a> BatchEncoder<'a> {
         let mut head = Vec::with_capacity(256);
         preamble.write(&mut head);
         let split = head.len();
-        let batch = EncodedBatch {
-            head,
-            split,
-            bodies: Vec::new(),
-        };
-        Self {
-            me,
-            batch,
-            inherited: Inheritance::default(),
-            bytes: 0,
-        }
+        let batch = EncodedBatch { head, split, bodies: Vec::new() };
+        Self { me, batch, inherited: Inheritance::default(), bytes: 0 }
     }
 
     fn has_records(&self) -> bool {
@@ -189,13 +180,6 @@ impl Decoded<'_> {
         self.at += 4 + len;
         let mut next_body = || self.bodies.next();
         let inherited = &mut self.inherited;
-        read_record(
-            &self.records,
-            bytes,
-            self.context,
-            inherited,
-            &mut next_body,
-        )
-        .map(Some)
+        read_record(&self.records, bytes, self.context, inherited, &mut next_body).map(Some)
     }
 }

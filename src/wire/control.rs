@@ -144,9 +144,7 @@ impl Control {
                     buf.extend_from_slice(&window.to_be_bytes());
                 });
                 record.uint(hello.seq);
-                record.list(hello.patterns.iter(), |buf, text| {
-                    push_str(buf, text.as_str())
-                });
+                record.list(hello.patterns.iter(), |buf, text| push_str(buf, text.as_str()));
                 record.list(hello.services.iter(), push_service);
             }
             Self::Accept => record.uint(2),
@@ -158,9 +156,8 @@ impl Control {
                     record.list(list.iter(), |buf, text| push_str(buf, text.as_str()));
                 }
                 record.list(announcement.serving.iter(), push_service);
-                record.list(announcement.withdrawn.iter(), |buf, name| {
-                    push_str(buf, name.as_str())
-                });
+                record
+                    .list(announcement.withdrawn.iter(), |buf, name| push_str(buf, name.as_str()));
             }
             Self::Dropped(counts) => {
                 record.uint(4);
@@ -217,9 +214,8 @@ impl Control {
             5 => Self::Cancel(MessageId::from_bytes(fields.need(Reader::bin_array)?)),
             6 => {
                 let code = fields.need(Reader::uint)?;
-                let text = fields
-                    .opt(|reader| reader.str().map(str::to_owned))?
-                    .unwrap_or_default();
+                let text =
+                    fields.opt(|reader| reader.str().map(str::to_owned))?.unwrap_or_default();
                 Self::Bye(match code {
                     0 => Bye::Shutdown,
                     1 => Bye::Duplicate,
@@ -246,15 +242,11 @@ fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
     let incarnation = Incarnation(fields.need(Reader::uint)?);
     let name = fields.need(|reader| reader.str().map(str::to_owned))?;
     if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-        return Err(WireError::Unexpected(
-            "a node's name that is too long or not printable",
-        ));
+        return Err(WireError::Unexpected("a node's name that is too long or not printable"));
     }
     let max_body = fields.need(Reader::uint)?;
     let windows = fields.list(Reader::uint)?;
-    let windows = windows
-        .try_into()
-        .map_err(|_| WireError::Unexpected("other than 3 windows"))?;
+    let windows = windows.try_into().map_err(|_| WireError::Unexpected("other than 3 windows"))?;
     Ok(Hello {
         mesh,
         id,

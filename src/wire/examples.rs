@@ -15,9 +15,7 @@ const BOB: NodeId = NodeId::from_bytes([0xbb; 32]);
 const MAX_BODY: usize = 1 << 20;
 
 fn id(counter: u8) -> MessageId {
-    let mut bytes = [
-        0x01, 0x93, 0x5b, 0, 0, 0, 0x71, 0x23, 0x84, 0x56, 0x78, 0x9a, 0, 0, 0, 0,
-    ];
+    let mut bytes = [0x01, 0x93, 0x5b, 0, 0, 0, 0x71, 0x23, 0x84, 0x56, 0x78, 0x9a, 0, 0, 0, 0];
     bytes[15] = counter;
     MessageId::from_bytes(bytes)
 }
@@ -25,19 +23,13 @@ fn id(counter: u8) -> MessageId {
 fn event(counter: u8, topic: &str, body: impl Into<Bytes>) -> Envelope {
     let topic: Topic = topic.parse().unwrap();
     let header = Header::new(id(counter), Kind::Event, Destination::Topic(topic));
-    Envelope {
-        header,
-        payload: Payload::Event(body.into()),
-    }
+    Envelope { header, payload: Payload::Event(body.into()) }
 }
 
 fn call(counter: u8, service: &str, body: &'static str) -> Envelope {
     let destination = Destination::Service(service.parse().unwrap());
     let header = Header::new(id(counter), Kind::Command, destination);
-    Envelope {
-        header,
-        payload: Payload::Call(body.into()),
-    }
+    Envelope { header, payload: Payload::Call(body.into()) }
 }
 
 fn answer(counter: u8, to: u8, payload: Payload) -> Envelope {
@@ -62,16 +54,10 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         id: ALICE,
         incarnation: Incarnation(7),
         name: "alice".into(),
-        limits: Limits {
-            max_body: 1 << 20,
-            windows: [4 << 20; 3],
-        },
+        limits: Limits { max_body: 1 << 20, windows: [4 << 20; 3] },
         seq: 2,
         patterns: vec!["orders.>".parse().unwrap()],
-        services: vec![ServiceInfo {
-            name: "stock".parse().unwrap(),
-            concurrency: 64,
-        }],
+        services: vec![ServiceInfo { name: "stock".parse().unwrap(), concurrency: 64 }],
     };
     let announcement = Announcement {
         seq: 3,
@@ -80,18 +66,9 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         ..Announcement::default()
     };
     let consumed = [
-        Totals {
-            messages: 3,
-            bytes: 420,
-        },
-        Totals {
-            messages: 0,
-            bytes: 0,
-        },
-        Totals {
-            messages: 1,
-            bytes: 130,
-        },
+        Totals { messages: 3, bytes: 420 },
+        Totals { messages: 0, bytes: 0 },
+        Totals { messages: 1, bytes: 130 },
     ];
     let mut request = call(3, "stock", "how many?");
     request.header.reply_to = Some(ALICE);
@@ -104,48 +81,26 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         traceparent: None,
         headers: vec![("colour".into(), "red".into())],
     }));
-    let declined = Failure {
-        code: "not_found".into(),
-        text: "no apples".into(),
-    };
+    let declined = Failure { code: "not_found".into(), text: "no apples".into() };
     vec![
         ("hello", fresh, control(Control::Hello(Box::new(hello)))),
         ("accept", fresh, control(Control::Accept)),
-        (
-            "announce",
-            fresh,
-            control(Control::Announce(Box::new(announcement))),
-        ),
+        ("announce", fresh, control(Control::Announce(Box::new(announcement)))),
         ("heartbeat", Preamble { consumed }, Vec::new()),
-        (
-            "dropped",
-            fresh,
-            control(Control::Dropped(vec![("slow_subscriber".into(), 12)])),
-        ),
+        ("dropped", fresh, control(Control::Dropped(vec![("slow_subscriber".into(), 12)]))),
         ("event", fresh, message(event(1, "orders.new", "apples"))),
         (
             "run",
             fresh,
-            [
-                message(event(1, "orders.new", "apples")),
-                message(event(2, "orders.new", "pears")),
-            ]
-            .into_iter()
-            .flatten()
-            .collect(),
+            [message(event(1, "orders.new", "apples")), message(event(2, "orders.new", "pears"))]
+                .into_iter()
+                .flatten()
+                .collect(),
         ),
         ("rich event", fresh, message(rich)),
         ("request", fresh, message(request)),
-        (
-            "reply",
-            fresh,
-            message(answer(4, 3, Payload::Reply("17".into()))),
-        ),
-        (
-            "failure",
-            fresh,
-            message(answer(5, 3, Payload::Failed(declined))),
-        ),
+        ("reply", fresh, message(answer(4, 3, Payload::Reply("17".into())))),
+        ("failure", fresh, message(answer(5, 3, Payload::Failed(declined)))),
         ("cancel", fresh, control(Control::Cancel(id(3)))),
         ("probe", fresh, control(Control::Probe(1))),
         ("bye", fresh, control(Control::Bye(Bye::Shutdown))),
@@ -177,18 +132,12 @@ fn read(frames: Vec<Bytes>) -> Result<(Preamble, Vec<Record>), WireError> {
 fn from_page(name: &str) -> Vec<Bytes> {
     let page = include_str!("protocol.md");
     let head = format!("```hex {name}\n");
-    let block = page
-        .split_once(&head)
-        .unwrap_or_else(|| panic!("no example {name:?}"))
-        .1;
+    let block = page.split_once(&head).unwrap_or_else(|| panic!("no example {name:?}")).1;
     let block = block.split_once("```").unwrap().0;
     let frame = |text: &str| -> Bytes {
-        let digits = text
-            .lines()
-            .flat_map(|line| line.split('#').next().unwrap().split_whitespace());
-        digits
-            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
-            .collect()
+        let digits =
+            text.lines().flat_map(|line| line.split('#').next().unwrap().split_whitespace());
+        digits.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
     };
     block.split("--").map(frame).collect()
 }
@@ -198,30 +147,18 @@ fn the_examples_of_the_protocol_page_decode_to_what_they_say() {
     for (name, preamble, records) in examples() {
         let page = from_page(name);
         let (read_preamble, read_records) = read(page.clone()).unwrap();
-        assert_eq!(
-            (read_preamble, &read_records),
-            (preamble, &records),
-            "{name}"
-        );
-        assert_eq!(
-            encode(&preamble, &records),
-            page,
-            "{name}: another encoding of the same"
-        );
+        assert_eq!((read_preamble, &read_records), (preamble, &records), "{name}");
+        assert_eq!(encode(&preamble, &records), page, "{name}: another encoding of the same");
     }
 }
 
 #[test]
 fn a_plain_event_takes_40_bytes_of_header_and_16_in_a_run() {
     let body = [1; 64];
-    let one = encode(
-        &Preamble::default(),
-        &message(event(1, "orders.new", body.to_vec())),
-    );
+    let one = encode(&Preamble::default(), &message(event(1, "orders.new", body.to_vec())));
     assert!(one[1].len() - 64 <= 40, "{}", one[1].len() - 64);
-    let run: Vec<Record> = (0..100)
-        .flat_map(|n| message(event(n, "orders.new", body.to_vec())))
-        .collect();
+    let run: Vec<Record> =
+        (0..100).flat_map(|n| message(event(n, "orders.new", body.to_vec()))).collect();
     let run = encode(&Preamble::default(), &run);
     assert!(run[1].len() / 100 - 64 <= 16, "{}", run[1].len() / 100 - 64);
 }
@@ -234,10 +171,7 @@ fn a_body_over_4_kib_gets_a_frame_of_its_own() {
         .flat_map(|(n, len)| message(event(n as u8, "a", vec![n as u8; *len])))
         .collect();
     let frames = encode(&Preamble::default(), &records);
-    assert_eq!(
-        frames.iter().map(Bytes::len).skip(2).collect::<Vec<_>>(),
-        [4097, 100_000]
-    );
+    assert_eq!(frames.iter().map(Bytes::len).skip(2).collect::<Vec<_>>(), [4097, 100_000]);
     assert_eq!(read(frames.clone()).unwrap().1, records);
     // One body frame too few, one too many, one of another length.
     assert_eq!(read(frames[..3].to_vec()), Err(WireError::Bodies));
@@ -255,10 +189,7 @@ fn what_a_later_version_adds_is_passed_over() {
     // A record of an unknown type, and an accept with a field more.
     let records = Bytes::from_static(&[0, 0, 0, 3, 0x92, 0x63, 0xc0, 0, 0, 0, 4, 0x92, 2, 0x91, 9]);
     let (_, records) = read(vec![preamble, records]).unwrap();
-    assert_eq!(
-        records,
-        [Record::Unknown(0x63), Record::Control(Control::Accept)]
-    );
+    assert_eq!(records, [Record::Unknown(0x63), Record::Control(Control::Accept)]);
 }
 
 #[test]

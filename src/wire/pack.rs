@@ -23,13 +23,7 @@ impl<'a> ArrayWriter<'a> {
     pub(crate) fn new(buf: &'a mut Vec<u8>) -> Self {
         let head = buf.len();
         buf.push(0);
-        Self {
-            end: head + 1,
-            buf,
-            head,
-            fields: 0,
-            end_fields: 0,
-        }
+        Self { end: head + 1, buf, head, fields: 0, end_fields: 0 }
     }
 
     fn wrote(&mut self) {
@@ -136,10 +130,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], WireError> {
-        let (taken, rest) = self
-            .rest
-            .split_at_checked(len)
-            .ok_or(WireError::Truncated)?;
+        let (taken, rest) = self.rest.split_at_checked(len).ok_or(WireError::Truncated)?;
         self.rest = rest;
         Ok(taken)
     }
@@ -166,10 +157,7 @@ impl<'a> Reader<'a> {
     }
 
     fn marker(&mut self) -> Result<Marker, WireError> {
-        self.rest
-            .read_u8()
-            .map(Marker::from_u8)
-            .map_err(|_| WireError::Truncated)
+        self.rest.read_u8().map(Marker::from_u8).map_err(|_| WireError::Truncated)
     }
 
     fn peek(&self) -> Option<Marker> {
@@ -178,10 +166,7 @@ impl<'a> Reader<'a> {
 
     /// A big-endian number of N bytes.
     fn be<const N: usize>(&mut self) -> Result<u64, WireError> {
-        Ok(self
-            .take(N)?
-            .iter()
-            .fold(0, |value, byte| value << 8 | u64::from(*byte)))
+        Ok(self.take(N)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
     pub(crate) fn uint(&mut self) -> Result<u64, WireError> {
@@ -218,9 +203,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn bin_array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        self.bin()?
-            .try_into()
-            .map_err(|_| WireError::Unexpected("a byte string of another length"))
+        self.bin()?.try_into().map_err(|_| WireError::Unexpected("a byte string of another length"))
     }
 
     /// What kind of value comes next.
@@ -321,8 +304,7 @@ impl<'a> Fields<'a, '_> {
         &mut self,
         read: impl FnOnce(&mut Reader<'a>) -> Result<T, WireError>,
     ) -> Result<T, WireError> {
-        self.opt(read)?
-            .ok_or(WireError::Unexpected("a field that is absent"))
+        self.opt(read)?.ok_or(WireError::Unexpected("a field that is absent"))
     }
 
     /// The next field, or `None` if it is nil or left out.

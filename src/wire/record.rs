@@ -136,10 +136,7 @@ pub(super) fn write_message(
         Payload::Reply(_) => TYPE_REPLY,
         Payload::Failed(_) => TYPE_FAILURE,
     });
-    match inherited
-        .id
-        .and_then(|previous| header.id.follows(previous))
-    {
+    match inherited.id.and_then(|previous| header.id.follows(previous)) {
         Some(later) => record.uint(u64::from(later)),
         None => record.bin(&header.id.to_bytes()),
     }
@@ -165,13 +162,7 @@ pub(super) fn write_message(
     }
     let kind = (header.kind != usual_kind(payload)).then(|| kind_number(header.kind));
     record.opt_uint(kind);
-    record.opt_bin(
-        header
-            .correlation_id
-            .map(MessageId::to_bytes)
-            .as_ref()
-            .map(|id| &id[..]),
-    );
+    record.opt_bin(header.correlation_id.map(MessageId::to_bytes).as_ref().map(|id| &id[..]));
     match &header.reply_to {
         Some(node) if node == me => record.bool(true),
         other => record.opt_bin(other.as_ref().map(|node| &node.as_bytes()[..])),
@@ -181,11 +172,8 @@ pub(super) fn write_message(
         record.opt_str(extra.ordering_key.as_deref());
         record.opt_str(extra.content_type.as_deref());
         record.opt_str(extra.traceparent.as_deref());
-        let texts: Vec<&String> = extra
-            .headers
-            .iter()
-            .flat_map(|(key, value)| [key, value])
-            .collect();
+        let texts: Vec<&String> =
+            extra.headers.iter().flat_map(|(key, value)| [key, value]).collect();
         record.list(texts.into_iter(), |buf, text| push_str(buf, text));
     }
     record.finish();
@@ -255,11 +243,7 @@ pub(super) fn read_record(
         Next::Uint => {
             let len = reader.uint()?;
             let body = next_body().ok_or(WireError::Bodies)?;
-            if body.len() as u64 != len {
-                Err(WireError::Bodies)
-            } else {
-                Ok(body)
-            }
+            if body.len() as u64 != len { Err(WireError::Bodies) } else { Ok(body) }
         }
         _ => Ok(frame.slice_ref(reader.bin()?)),
     })?;
@@ -282,9 +266,7 @@ pub(super) fn read_record(
         Next::True => reader.skip().map(|()| *context.peer),
         _ => reader.bin_array().map(NodeId::from_bytes),
     })?;
-    header.time_to_live = fields
-        .opt(Reader::uint)?
-        .map(std::time::Duration::from_millis);
+    header.time_to_live = fields.opt(Reader::uint)?.map(std::time::Duration::from_millis);
     let owned = |reader: &mut Reader<'_>| reader.str().map(str::to_owned);
     let ordering_key = fields.opt(owned)?;
     let content_type = fields.opt(owned)?;
@@ -293,17 +275,10 @@ pub(super) fn read_record(
     fields.finish()?;
     let mut headers = Vec::with_capacity(texts.len() / 2);
     while let Some(key) = texts.next() {
-        let value = texts
-            .next()
-            .ok_or(WireError::Unexpected("a header without a value"))?;
+        let value = texts.next().ok_or(WireError::Unexpected("a header without a value"))?;
         headers.push((key, value));
     }
-    let extra = Extra {
-        ordering_key,
-        content_type,
-        traceparent,
-        headers,
-    };
+    let extra = Extra { ordering_key, content_type, traceparent, headers };
     header.extra = (extra != Extra::default()).then(|| Box::new(extra));
     if header.extra_len() > MAX_HEADER {
         return Err(WireError::HeaderTooLarge(header.extra_len()));
@@ -320,9 +295,7 @@ fn read_id(
             let later = reader.uint()?;
             let previous = inherited.id.ok_or(WireError::Inheritance)?;
             if later > 127 {
-                return Err(WireError::Unexpected(
-                    "an id that is more than 127 ms later",
-                ));
+                return Err(WireError::Unexpected("an id that is more than 127 ms later"));
             }
             Ok(previous.successor(later))
         }
@@ -354,9 +327,7 @@ fn read_destination(
             inherited.service = Some(name.clone());
             Ok(Destination::Service(name))
         }
-        _ => reader
-            .bin_array()
-            .map(|node| Destination::Node(NodeId::from_bytes(node))),
+        _ => reader.bin_array().map(|node| Destination::Node(NodeId::from_bytes(node))),
     }
 }
 

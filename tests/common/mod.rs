@@ -21,10 +21,7 @@ impl Host {
 
     /// A node that meets the others through this host's socket folder.
     pub(crate) fn config(&self, name: &str) -> Config {
-        Node::builder()
-            .name(name)
-            .runtime_dir(self.dir.path())
-            .mdns(false)
+        Node::builder().name(name).runtime_dir(self.dir.path()).mdns(false)
     }
 
     pub(crate) async fn node(&self, name: &str) -> Node {
@@ -59,13 +56,9 @@ pub(crate) async fn wait_for<T>(
             }
         }
     };
-    tokio::time::timeout(SOON, wait)
-        .await
-        .expect("the event comes")
+    tokio::time::timeout(SOON, wait).await.expect("the event comes")
 }
 
 pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(SOON, future)
-        .await
-        .expect("it happens in time")
+    tokio::time::timeout(SOON, future).await.expect("it happens in time")
 }

@@ -52,20 +52,9 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     meet(lines).await?;
 
     let mesh: MeshName = mesh.parse()?;
-    let node = Node::builder()
-        .name("you")
-        .mesh(mesh)
-        .mdns(false)
-        .start()
-        .await?;
-    node.wait_for_peers(3, STEP)
-        .await
-        .context("the demo did not meet its nodes")?;
-    let names: BTreeMap<_, _> = node
-        .peers()
-        .into_iter()
-        .map(|peer| (peer.id, peer.name))
-        .collect();
+    let node = Node::builder().name("you").mesh(mesh).mdns(false).start().await?;
+    node.wait_for_peers(3, STEP).await.context("the demo did not meet its nodes")?;
+    let names: BTreeMap<_, _> = node.peers().into_iter().map(|peer| (peer.id, peer.name)).collect();
     say("This command joins them as a fourth node, called \"you\".");
 
     title("Publish and subscribe");
@@ -86,10 +75,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     node.wait_for_service("work", STEP).await?;
     let reply = node.request("work", "how are you?").await?;
     let who = names.get(&reply.from).map_or("somebody", String::as_str);
-    say(&format!(
-        "You ask the service \"work\"; {who} replies {:?}.",
-        reply.text()
-    ));
+    say(&format!("You ask the service \"work\"; {who} replies {:?}.", reply.text()));
 
     title("Competing consumers");
     say("All three serve \"work\". Twelve requests, each handled by exactly one of them:");
@@ -104,10 +90,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     while noticed < 2 {
         let (name, line) = next(lines, "peer_down").await?;
         if line["name"] == "carol" {
-            say(&format!(
-                "  {name} noticed: {}",
-                line["reason"].as_str().unwrap_or_default()
-            ));
+            say(&format!("  {name} noticed: {}", line["reason"].as_str().unwrap_or_default()));
             noticed += 1;
         }
     }
@@ -177,15 +160,7 @@ fn start(
     lines: mpsc::UnboundedSender<(&'static str, Value)>,
 ) -> anyhow::Result<Process> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args([
-            "node",
-            "--json",
-            "--no-mdns",
-            "--subscribe",
-            "news.>",
-            "--serve",
-            "work",
-        ])
+        .args(["node", "--json", "--no-mdns", "--subscribe", "news.>", "--serve", "work"])
         .args(["--name", name, "--mesh", mesh])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -207,16 +182,10 @@ fn start(
 /// Asks a process to end, and sees to it.
 async fn stop(process: &mut Process) {
     #[cfg(unix)]
-    if let Some(pid) = process
-        .child
-        .id()
-        .and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
+    if let Some(pid) = process.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
     {
         let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        if timeout(Duration::from_secs(5), process.child.wait())
-            .await
-            .is_ok()
-        {
+        if timeout(Duration::from_secs(5), process.child.wait()).await.is_ok() {
             return;
         }
         eprintln!("{} had to be killed", process.name);

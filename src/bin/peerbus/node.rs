@@ -41,11 +41,8 @@ impl NodeCommand {
         });
         output::line(self.json, &value, || {
             let listening: Vec<String> = node.listening().iter().map(ToString::to_string).collect();
-            let tcp = if listening.is_empty() {
-                "this host only".into()
-            } else {
-                listening.join(", ")
-            };
+            let tcp =
+                if listening.is_empty() { "this host only".into() } else { listening.join(", ") };
             format!("{} is up as {} ({tcp})", node.name(), node.id())
         })?;
         let mut messages = SelectAll::new();
@@ -84,10 +81,7 @@ impl NodeCommand {
             "aborted": report.aborted, "counters": report.counters,
         });
         output::line(self.json, &value, || {
-            format!(
-                "stopped; {} not delivered, {} in doubt",
-                report.undelivered, report.in_doubt
-            )
+            format!("stopped; {} not delivered, {} in doubt", report.undelivered, report.in_doubt)
         })?;
         Ok(())
     }
@@ -95,8 +89,7 @@ impl NodeCommand {
 
 async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Result<()> {
     if let Some(topic) = topic {
-        node.publish(topic, format!("{} says {number}", node.name()))
-            .await?;
+        node.publish(topic, format!("{} says {number}", node.name())).await?;
     }
     Ok(())
 }
@@ -108,15 +101,8 @@ pub(crate) fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Bod
         let mut value = output::message(&message);
         value["event"] = json!("call");
         let line = output::line(json, &value, || {
-            format!(
-                "call to {}: {}",
-                message.header.destination,
-                output::body(&message)
-            )
+            format!("call to {}: {}", message.header.destination, output::body(&message))
         });
-        std::future::ready(
-            line.map(|()| message.body.into())
-                .map_err(HandlerError::from),
-        )
+        std::future::ready(line.map(|()| message.body.into()).map_err(HandlerError::from))
     }
 }

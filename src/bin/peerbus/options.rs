@@ -56,24 +56,10 @@ impl NodeOptions {
         if let Some(path) = &self.identity {
             config = config.identity(path);
         }
-        config = self
-            .listen
-            .iter()
-            .fold(config, |config, addr| config.listen(*addr));
-        config = self
-            .peer
-            .iter()
-            .cloned()
-            .fold(config, peerbus::Config::peer);
-        config = self
-            .advertise
-            .iter()
-            .cloned()
-            .fold(config, peerbus::Config::advertise);
-        config = self
-            .interface
-            .iter()
-            .fold(config, |config, name| config.interface(name));
+        config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
+        config = self.peer.iter().cloned().fold(config, peerbus::Config::peer);
+        config = self.advertise.iter().cloned().fold(config, peerbus::Config::advertise);
+        config = self.interface.iter().fold(config, |config, name| config.interface(name));
         let excluded = self.exclude_interface.iter();
         config = excluded.fold(config, |config, name| config.exclude_interface(name));
         config.start().await.context("the node can't start")
@@ -111,15 +97,10 @@ impl To {
             return Ok(Recipient::Node(id));
         }
         let service: peerbus::ServiceName = self.to.parse()?;
-        node.wait_for_service(&service, *self.wait)
-            .await
-            .map_err(|_| {
-                let met = node.peers().len();
-                anyhow::anyhow!(
-                    "no node serves {service} (waited {}, met {met} nodes)",
-                    self.wait
-                )
-            })?;
+        node.wait_for_service(&service, *self.wait).await.map_err(|_| {
+            let met = node.peers().len();
+            anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
+        })?;
         Ok(Recipient::Service(service))
     }
 }

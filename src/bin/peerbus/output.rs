@@ -21,13 +21,7 @@ pub(crate) fn message(message: &Message) -> Value {
     let header = &message.header;
     let extra = header.extra.as_deref();
     let headers: serde_json::Map<String, Value> = extra
-        .map(|extra| {
-            extra
-                .headers
-                .iter()
-                .map(|(key, value)| (key.clone(), json!(value)))
-                .collect()
-        })
+        .map(|extra| extra.headers.iter().map(|(key, value)| (key.clone(), json!(value))).collect())
         .unwrap_or_default();
     json!({
         "event": "message",
@@ -75,22 +69,13 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
                 "found_by": peer.source,
                 "address": peer.address,
             }),
-            format!(
-                "peer up: {} ({}), found by {}",
-                peer.name,
-                peer.id.short(),
-                peer.source
-            ),
+            format!("peer up: {} ({}), found by {}", peer.name, peer.id.short(), peer.source),
         ),
         Event::PeerDown { id, name, reason } => (
             json!({ "event": "peer_down", "id": id, "name": name, "reason": reason.to_string() }),
             format!("peer down: {name} ({}): {reason}", id.short()),
         ),
-        Event::Dropped {
-            peer,
-            reason,
-            count,
-        } => (
+        Event::Dropped { peer, reason, count } => (
             json!({ "event": "dropped", "peer": peer, "reason": reason, "count": count }),
             format!("dropped {count} for {}: {reason}", peer.short()),
         ),

@@ -25,9 +25,7 @@ pub(crate) struct Peers {
 impl Peers {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
-        let found = node
-            .wait_for_peers(self.count.unwrap_or(usize::MAX), *self.wait)
-            .await;
+        let found = node.wait_for_peers(self.count.unwrap_or(usize::MAX), *self.wait).await;
         let (mut peers, unreachable) = (node.peers(), node.unreachable());
         node.shutdown().await;
         peers.sort_by(|a, b| a.name.cmp(&b.name));
@@ -59,22 +57,12 @@ impl Peers {
                 n => format!("{n} peers"),
             };
             for peer in &peers {
-                let services: Vec<_> = peer
-                    .services
-                    .iter()
-                    .map(|info| info.name.as_str())
-                    .collect();
-                let patterns: Vec<_> = peer
-                    .patterns
-                    .iter()
-                    .map(|pattern| pattern.as_str())
-                    .collect();
-                text += &format!(
-                    "\n  {:<20} {}  found by {}",
-                    peer.name,
-                    peer.id.short(),
-                    peer.source
-                );
+                let services: Vec<_> =
+                    peer.services.iter().map(|info| info.name.as_str()).collect();
+                let patterns: Vec<_> =
+                    peer.patterns.iter().map(|pattern| pattern.as_str()).collect();
+                text +=
+                    &format!("\n  {:<20} {}  found by {}", peer.name, peer.id.short(), peer.source);
                 if !services.is_empty() {
                     text += &format!("; serves {}", services.join(", "));
                 }

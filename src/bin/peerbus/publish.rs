@@ -46,9 +46,7 @@ impl Publish {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body: Body = self.body.read()?.into();
         let node = self.node.start().await?;
-        let waited = node
-            .wait_for_subscribers(&self.topic, self.subscribers, *self.wait)
-            .await;
+        let waited = node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await;
         if waited.is_err() {
             let met = node.peers().len();
             node.shutdown().await;

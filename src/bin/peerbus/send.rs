@@ -38,17 +38,11 @@ impl Send {
             }
             let sent = send.await?;
             let value = json!({ "id": sent.id, "to": sent.to });
-            output::line(self.json, &value, || {
-                format!("sent {} to {}", sent.id, sent.to.short())
-            })?;
+            output::line(self.json, &value, || format!("sent {} to {}", sent.id, sent.to.short()))?;
         }
         finish(&node).await?;
         let failed = node.counters().dropped_total();
-        anyhow::ensure!(
-            failed == 0,
-            "{failed} of {} messages were not handled",
-            self.count
-        );
+        anyhow::ensure!(failed == 0, "{failed} of {} messages were not handled", self.count);
         Ok(())
     }
 }

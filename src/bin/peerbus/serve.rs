@@ -27,10 +27,8 @@ pub(crate) struct Serve {
 impl Serve {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
-        let service = node
-            .serve(&self.service, echo(self.json))
-            .concurrency(self.concurrency)
-            .start()?;
+        let service =
+            node.serve(&self.service, echo(self.json)).concurrency(self.concurrency).start()?;
         interrupted().await;
         service.drain().await;
         node.shutdown().await;

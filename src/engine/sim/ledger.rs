@@ -119,11 +119,7 @@ impl Ledger {
 
     /// A message reached a user of `receiver`.
     pub(super) fn reached(&mut self, sender: Life, receiver: Life, id: MessageId) {
-        let fresh = self
-            .reached
-            .entry(sender)
-            .or_default()
-            .insert((id, receiver));
+        let fresh = self.reached.entry(sender).or_default().insert((id, receiver));
         assert!(fresh, "{id} was delivered twice to {receiver:?}");
         self.seen.delivered += 1;
     }
@@ -136,10 +132,7 @@ impl Ledger {
         id: MessageId,
     ) {
         let last = self.last.insert((sender, topic.to_owned(), receiver), id);
-        assert!(
-            last.is_none_or(|last| last < id),
-            "{id} on {topic} came after its successor"
-        );
+        assert!(last.is_none_or(|last| last < id), "{id} on {topic} came after its successor");
     }
 
     pub(super) fn request_opened(&mut self, id: MessageId) {
@@ -151,11 +144,7 @@ impl Ledger {
     }
 
     pub(super) fn check_the_end(&self) {
-        assert!(
-            self.open_requests.is_empty(),
-            "requests hang: {:?}",
-            self.open_requests
-        );
+        assert!(self.open_requests.is_empty(), "requests hang: {:?}", self.open_requests);
         for (life, account) in self.accounts.iter().filter(|(_, account)| !account.crashed) {
             let reached = self.reached.get(life).map_or(0, HashSet::len) as u64;
             let known = reached + account.dropped;

@@ -59,10 +59,7 @@ const TIMING: Timing = Timing {
 };
 const MAX_BODY: u64 = 1024;
 /// Small enough to run dry all the time.
-const LIMITS: Limits = Limits {
-    max_body: MAX_BODY,
-    windows: [4096, 4096, 4096],
-};
+const LIMITS: Limits = Limits { max_body: MAX_BODY, windows: [4096, 4096, 4096] };
 const SEND_QUEUE: u64 = 2048;
 const SUBSCRIPTION_QUEUE: u64 = 3000;
 const PATTERNS: [&str; 4] = ["a.>", "*.x", "a.x", ">"];
@@ -111,10 +108,7 @@ pub(super) fn node_id(node: usize) -> NodeId {
 fn life_of(envelope: &Envelope, peer: NodeId) -> Life {
     // Ids are drawn from a stem that is the life's number, and the id's own high bits hold it.
     let stem = u128::from_be_bytes(envelope.header.id.to_bytes()) >> 32 & 0x3fff_ffff;
-    Life {
-        node: usize::from(peer.as_bytes()[0]),
-        number: stem as u64,
-    }
+    Life { node: usize::from(peer.as_bytes()[0]), number: stem as u64 }
 }
 
 impl SimNode {
@@ -131,14 +125,7 @@ impl SimNode {
         for node in (0..nodes).filter(|node| *node != life.node) {
             let addresses = vec![Address::Memory(node as u64)];
             let source = Source::Fixed;
-            mesh.handle_sighting(
-                now,
-                Sighting {
-                    source,
-                    id: Some(node_id(node)),
-                    addresses,
-                },
-            );
+            mesh.handle_sighting(now, Sighting { source, id: Some(node_id(node)), addresses });
         }
         let pattern: Pattern = PATTERNS[life.node % PATTERNS.len()].parse().unwrap();
         mesh.subscribe(&pattern);
@@ -175,15 +162,8 @@ impl SimNode {
         let id = self.ids.next(now.since_start().as_millis() as u64);
         let body = Bytes::from(vec![0; self.random.below(300) as usize]);
         let header = Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
-        let envelope = Envelope {
-            header,
-            payload: Payload::Event(body),
-        };
-        let links: Vec<LinkId> = self
-            .routing
-            .subscribers(&topic)
-            .map(|(_, link)| *link)
-            .collect();
+        let envelope = Envelope { header, payload: Payload::Event(body) };
+        let links: Vec<LinkId> = self.routing.subscribers(&topic).map(|(_, link)| *link).collect();
         for link in links {
             self.enqueue(now, link, envelope.clone(), ledger);
         }
@@ -207,9 +187,7 @@ impl SimNode {
         self.turn += 1;
         let flows = &self.flows;
         let chosen = least_loaded(self.routing.instances(&name), self.turn, |instance| {
-            let load = flows
-                .get(&instance.link)
-                .map_or(u64::MAX / 64, Flow::unfinished_calls);
+            let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
             (load, instance.concurrency)
         });
         let Some(link) = chosen.map(|instance| instance.link) else {
@@ -262,23 +240,17 @@ impl SimNode {
         target: Option<TargetKey>,
         peer: NodeId,
     ) {
-        self.flows
-            .insert(link, Flow::new(now, self.id, &LIMITS, SEND_QUEUE));
+        self.flows.insert(link, Flow::new(now, self.id, &LIMITS, SEND_QUEUE));
         self.peers.insert(link, peer);
         self.mesh.handle_connected(
             now,
             link,
-            Connection {
-                claimed: Some(peer),
-                target,
-                address: None,
-            },
+            Connection { claimed: Some(peer), target, address: None },
         );
     }
 
     pub(super) fn handle_dial_failed(&mut self, now: Time, target: &TargetKey) {
-        self.mesh
-            .handle_dial_failed(now, target, "unreachable".into());
+        self.mesh.handle_dial_failed(now, target, "unreachable".into());
     }
 
     pub(super) fn handle_closed(&mut self, now: Time, link: LinkId, ledger: &mut Ledger) {
@@ -308,8 +280,7 @@ impl SimNode {
         let Some(flow) = self.flows.get_mut(&link) else {
             return;
         };
-        flow.handle_preamble(now, &batch.preamble)
-            .expect("peers are honest");
+        flow.handle_preamble(now, &batch.preamble).expect("peers are honest");
         while let Some(record) = batch.next_record().expect("peers are honest") {
             // A record may end the link; what follows it is ignored.
             if !self.flows.contains_key(&link) {
@@ -334,10 +305,8 @@ impl SimNode {
             }
             Control::Cancel(id) => {
                 let key = (link, id);
-                let cancelled = self
-                    .services
-                    .values_mut()
-                    .find_map(|service| service.handle_cancel(key));
+                let cancelled =
+                    self.services.values_mut().find_map(|service| service.handle_cancel(key));
                 if let Some(call) = cancelled {
                     ledger.seen.cancelled += 1;
                     self.drop_received(link, Lane::Calls, call.cost, DropReason::Cancelled);
@@ -357,9 +326,7 @@ impl SimNode {
         let sender = life_of(&envelope, self.peers[&link]);
         match &envelope.payload {
             Payload::Event(_) => {
-                let Destination::Topic(topic) = &envelope.header.destination else {
-                    panic!()
-                };
+                let Destination::Topic(topic) = &envelope.header.destination else { panic!() };
                 if !self.patterns.iter().any(|pattern| pattern.matches(topic)) {
                     return self.drop_received(link, lane, cost, DropReason::NoSubscriber);
                 }
@@ -377,11 +344,7 @@ impl SimNode {
                 };
                 let key = (link, envelope.header.id);
                 let expires = envelope.header.time_to_live.map(|ttl| now + ttl);
-                let call = Call {
-                    link,
-                    envelope,
-                    cost,
-                };
+                let call = Call { link, envelope, cost };
                 let admission = match self.services.get_mut(&name) {
                     Some(service) => service.handle_call(key, expires, call),
                     None => Admission::Refused(call),
@@ -395,18 +358,12 @@ impl SimNode {
                 }
             }
             Payload::Reply(_) | Payload::Failed(_) => {
-                let id = envelope
-                    .header
-                    .correlation_id
-                    .expect("a reply names its request");
+                let id = envelope.header.correlation_id.expect("a reply names its request");
                 match self.requests.remove(id) {
                     Some((waiter, _)) => {
                         ledger.reached(sender, self.life, envelope.header.id);
                         ledger.seen.replies += 1;
-                        self.flows
-                            .get_mut(&link)
-                            .unwrap()
-                            .handle_consumed(lane, cost);
+                        self.flows.get_mut(&link).unwrap().handle_consumed(lane, cost);
                         self.request_ended(now, id, waiter, ledger);
                     }
                     None => self.drop_received(link, lane, cost, DropReason::Late),
@@ -484,10 +441,7 @@ impl SimNode {
             let id = self.ids.next(now.since_start().as_millis() as u64);
             let mut header = Header::new(id, Kind::Document, Destination::Node(self.peers[&link]));
             header.correlation_id = Some(call.header.id);
-            let failure = Failure {
-                code: "no".into(),
-                text: "not today".into(),
-            };
+            let failure = Failure { code: "no".into(), text: "not today".into() };
             let payload = match self.random.once_in(5) {
                 true => Payload::Failed(failure),
                 false => Payload::Reply(Bytes::from_static(b"done")),
@@ -502,12 +456,7 @@ impl SimNode {
             self.transmit(now, call.link);
         }
         if let Some(next) = next {
-            self.start(
-                name,
-                (next.link, next.envelope.header.id),
-                next.envelope,
-                ledger,
-            );
+            self.start(name, (next.link, next.envelope.header.id), next.envelope, ledger);
         }
     }
 
@@ -558,27 +507,16 @@ impl SimNode {
     }
 
     pub(super) fn poll_timeout(&self, now: Time) -> Option<Time> {
-        let flows = self
-            .flows
-            .values()
-            .map(|flow| flow.poll_timeout(now, &TIMING));
-        flows
-            .chain(self.mesh.poll_timeout())
-            .chain(self.requests.poll_timeout())
-            .min()
+        let flows = self.flows.values().map(|flow| flow.poll_timeout(now, &TIMING));
+        flows.chain(self.mesh.poll_timeout()).chain(self.requests.poll_timeout()).min()
     }
 
     pub(super) fn perform(&mut self, now: Time, ledger: &mut Ledger) {
         while let Some(action) = self.mesh.poll_action() {
             match action {
                 Action::Dial { target, addresses } => {
-                    let Address::Memory(address) = addresses[0] else {
-                        panic!()
-                    };
-                    self.effects.push_back(Effect::Dial {
-                        target,
-                        address: address as usize,
-                    });
+                    let Address::Memory(address) = addresses[0] else { panic!() };
+                    self.effects.push_back(Effect::Dial { target, address: address as usize });
                 }
                 Action::Send(link, control) => {
                     if let Some(flow) = self.flows.get_mut(&link) {
@@ -637,11 +575,7 @@ impl SimNode {
 
     pub(super) fn open_requests(&mut self) -> Vec<MessageId> {
         let forever = Time::after_start(Duration::MAX);
-        self.requests
-            .handle_timeout(forever)
-            .into_iter()
-            .map(|(id, _, _)| id)
-            .collect()
+        self.requests.handle_timeout(forever).into_iter().map(|(id, _, _)| id).collect()
     }
 
     /// Whether nothing is on its way from or in this node.

@@ -8,9 +8,7 @@ use super::ledger::Seen;
 use super::world::World;
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name)
-        .ok()
-        .map(|text| text.parse().expect("a number"))
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
 fn run_seeds(faults: bool, default: u64) -> Seen {
@@ -66,9 +64,6 @@ fn a_thousand_faulty_runs_lose_nothing_silently_and_hang_nowhere() {
 #[test]
 fn without_faults_nothing_is_in_doubt() {
     let seen = run_seeds(false, 50);
-    assert_eq!(
-        (seen.in_doubt, seen.failed_requests, seen.silent_deaths),
-        (0, 0, 0)
-    );
+    assert_eq!((seen.in_doubt, seen.failed_requests, seen.silent_deaths), (0, 0, 0));
     assert!(seen.delivered > 0 && seen.replies > 0);
 }

@@ -13,39 +13,16 @@ use crate::engine::{LinkId, TargetKey, Time};
 
 #[derive(Debug)]
 enum Event {
-    Arrive {
-        link: LinkId,
-        frames: Vec<Bytes>,
-    },
-    Released {
-        life: Life,
-        link: LinkId,
-    },
-    Closed {
-        link: LinkId,
-    },
-    Dialled {
-        life: Life,
-        target: TargetKey,
-        address: usize,
-    },
-    Handler {
-        life: Life,
-        key: CallKey,
-    },
-    Take {
-        life: Life,
-    },
-    Wake {
-        life: Life,
-    },
-    User {
-        node: usize,
-    },
+    Arrive { link: LinkId, frames: Vec<Bytes> },
+    Released { life: Life, link: LinkId },
+    Closed { link: LinkId },
+    Dialled { life: Life, target: TargetKey, address: usize },
+    Handler { life: Life, key: CallKey },
+    Take { life: Life },
+    Wake { life: Life },
+    User { node: usize },
     Fault,
-    Restart {
-        node: usize,
-    },
+    Restart { node: usize },
 }
 
 /// One end of a connection; the other end's link id differs in the lowest bit.
@@ -126,21 +103,14 @@ impl World {
         assert!(self.nodes.iter().all(Option::is_some), "every node is back");
         assert!(self.is_full_mesh(), "the mesh did not heal");
         for node in self.nodes.iter().flatten() {
-            assert!(
-                node.is_quiet(),
-                "{:?} did not come to rest: a deadlock",
-                node.life
-            );
+            assert!(node.is_quiet(), "{:?} did not come to rest: a deadlock", node.life);
         }
         self.ledger.check_the_end();
         self.ledger
     }
 
     fn is_full_mesh(&self) -> bool {
-        self.nodes
-            .iter()
-            .flatten()
-            .all(|node| node.peer_count() + 1 == self.nodes.len())
+        self.nodes.iter().flatten().all(|node| node.peer_count() + 1 == self.nodes.len())
     }
 
     fn run_until(&mut self, end: Time, done: impl Fn(&Self) -> bool) {
@@ -150,10 +120,7 @@ impl World {
         {
             self.queue.pop();
             self.now = at;
-            let event = self
-                .events
-                .remove(&number)
-                .expect("each event is queued once");
+            let event = self.events.remove(&number).expect("each event is queued once");
             self.handle(event);
             steps += 1;
             if steps.is_multiple_of(64) && done(self) {
@@ -174,19 +141,14 @@ impl World {
 
     fn start(&mut self, node: usize) {
         self.lives += 1;
-        let life = Life {
-            node,
-            number: self.lives,
-        };
+        let life = Life { node, number: self.lives };
         let random = Random(self.random.next());
         self.nodes[node] = Some(SimNode::new(self.now, life, self.nodes.len(), random));
         self.act(life, |_, _, _| {});
     }
 
     fn is_alive(&self, life: Life) -> bool {
-        self.nodes[life.node]
-            .as_ref()
-            .is_some_and(|node| node.life == life)
+        self.nodes[life.node].as_ref().is_some_and(|node| node.life == life)
     }
 
     /// Lets a node do something, if that life of it still lasts, and carries out what follows.
@@ -206,16 +168,10 @@ impl World {
             self.perform(life, effect);
         }
         if let Some(at) = wake
-            && self
-                .woken_at
-                .get(&life)
-                .is_none_or(|known| *known > at || *known < self.now)
+            && self.woken_at.get(&life).is_none_or(|known| *known > at || *known < self.now)
         {
             self.woken_at.insert(life, at);
-            self.at(
-                at.max(self.now + Duration::from_micros(1)),
-                Event::Wake { life },
-            );
+            self.at(at.max(self.now + Duration::from_micros(1)), Event::Wake { life });
         }
     }
 
@@ -223,14 +179,7 @@ impl World {
         match effect {
             Effect::Dial { target, address } => {
                 let after = self.random.between(100, 3_000);
-                self.after(
-                    after,
-                    Event::Dialled {
-                        life,
-                        target,
-                        address,
-                    },
-                );
+                self.after(after, Event::Dialled { life, target, address });
             }
             Effect::Transmit { link, batch } => {
                 let encoded = self.random.below(300);
@@ -245,13 +194,7 @@ impl World {
                 end.arrives = end.arrives.max(self.now + delay);
                 let at = end.arrives;
                 if !connection.silent {
-                    self.at(
-                        at,
-                        Event::Arrive {
-                            link: LinkId(link.0 ^ 1),
-                            frames,
-                        },
-                    );
+                    self.at(at, Event::Arrive { link: LinkId(link.0 ^ 1), frames });
                 }
             }
             Effect::Close(link) => self.close(link),
@@ -267,16 +210,9 @@ impl World {
         let Some(connection) = self.connections.get(&(link.0 >> 1)) else {
             return;
         };
-        let at = connection.ends[(link.0 & 1 ^ 1) as usize]
-            .arrives
-            .max(self.now);
+        let at = connection.ends[(link.0 & 1 ^ 1) as usize].arrives.max(self.now);
         if !connection.silent {
-            self.at(
-                at + Duration::from_micros(10),
-                Event::Closed {
-                    link: LinkId(link.0 ^ 1),
-                },
-            );
+            self.at(at + Duration::from_micros(10), Event::Closed { link: LinkId(link.0 ^ 1) });
         }
     }
 
@@ -294,16 +230,10 @@ impl World {
             }
             Event::Closed { link } => {
                 if let Some(life) = self.receiver(link) {
-                    self.act(life, |node, now, ledger| {
-                        node.handle_closed(now, link, ledger)
-                    });
+                    self.act(life, |node, now, ledger| node.handle_closed(now, link, ledger));
                 }
             }
-            Event::Dialled {
-                life,
-                target,
-                address,
-            } => self.dialled(life, &target, address),
+            Event::Dialled { life, target, address } => self.dialled(life, &target, address),
             Event::Handler { life, key } => {
                 self.act(life, |node, now, ledger| node.handler_due(now, key, ledger));
             }
@@ -335,23 +265,13 @@ impl World {
         }
         let number = self.connected;
         self.connected += 1;
-        let end = |life| End {
-            life,
-            arrives: self.now,
-        };
-        let connection = Connection {
-            ends: [end(life), end(other)],
-            silent: false,
-        };
+        let end = |life| End { life, arrives: self.now };
+        let connection = Connection { ends: [end(life), end(other)], silent: false };
         self.connections.insert(number, connection);
         let (near, far) = (LinkId(number << 1), LinkId(number << 1 | 1));
         let target = Some(target.clone());
-        self.act(other, |node, now, _| {
-            node.handle_connected(now, far, None, node_id(life.node))
-        });
-        self.act(life, |node, now, _| {
-            node.handle_connected(now, near, target, node_id(address))
-        });
+        self.act(other, |node, now, _| node.handle_connected(now, far, None, node_id(life.node)));
+        self.act(life, |node, now, _| node.handle_connected(now, near, target, node_id(address)));
     }
 
     fn user(&mut self, node: usize) {
@@ -368,11 +288,7 @@ impl World {
         let calls = self.random.once_in(3);
         self.act(life, |node, now, ledger| {
             for _ in 0..burst {
-                if calls {
-                    node.call(now, ledger)
-                } else {
-                    node.publish(now, ledger)
-                }
+                if calls { node.call(now, ledger) } else { node.publish(now, ledger) }
             }
         });
     }
@@ -392,10 +308,7 @@ impl World {
             }
             1 if !open.is_empty() => {
                 let number = open[self.random.below(open.len() as u64) as usize];
-                self.connections
-                    .get_mut(&number)
-                    .expect("it is open")
-                    .silent = true;
+                self.connections.get_mut(&number).expect("it is open").silent = true;
                 self.ledger.seen.silent_cuts += 1;
             }
             _ if !open.is_empty() => {
@@ -414,9 +327,7 @@ impl World {
         };
         for (side, end) in connection.ends.iter().enumerate() {
             let link = LinkId(number << 1 | side as u64);
-            self.act(end.life, |node, now, ledger| {
-                node.handle_closed(now, link, ledger)
-            });
+            self.act(end.life, |node, now, ledger| node.handle_closed(now, link, ledger));
         }
     }
 
@@ -426,8 +337,7 @@ impl World {
         };
         self.ledger.seen.crashes += 1;
         self.ledger.crashed(gone.life);
-        self.ledger
-            .forget_requests(gone.open_requests().into_iter());
+        self.ledger.forget_requests(gone.open_requests().into_iter());
         let mut held: Vec<u64> = self
             .connections
             .iter()
@@ -438,10 +348,7 @@ impl World {
         for number in held {
             if self.random.once_in(3) {
                 // The host died with it: nobody says that the connection is gone.
-                self.connections
-                    .get_mut(&number)
-                    .expect("it is held")
-                    .silent = true;
+                self.connections.get_mut(&number).expect("it is held").silent = true;
             } else {
                 self.cut(number);
             }

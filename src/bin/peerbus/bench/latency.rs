@@ -38,13 +38,8 @@ impl Contender {
 
     fn all() -> Vec<Self> {
         let unix = cfg!(unix);
-        let all = [
-            Self::TcpEcho,
-            Self::ZeromqUnix,
-            Self::ZeromqTcp,
-            Self::PeerbusUnix,
-            Self::PeerbusTcp,
-        ];
+        let all =
+            [Self::TcpEcho, Self::ZeromqUnix, Self::ZeromqTcp, Self::PeerbusUnix, Self::PeerbusTcp];
         let wanted =
             |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
         all.into_iter().filter(wanted).collect()
@@ -132,12 +127,7 @@ impl Latency {
             "p50 ratio"
         );
         for side in sides {
-            let ratios = side
-                .medians
-                .iter()
-                .zip(&reference.medians)
-                .map(|(a, b)| a / b)
-                .collect();
+            let ratios = side.medians.iter().zip(&reference.medians).map(|(a, b)| a / b).collect();
             let ratio = median(ratios);
             let [p50, p99, p999] = [500, 990, 999].map(|per_mille| side.all.percentile(per_mille));
             text += &format!(
@@ -158,9 +148,7 @@ impl Latency {
 
 impl Side {
     async fn start(contender: Contender, size: usize, dir: &BenchDir) -> anyhow::Result<Self> {
-        let name = contender
-            .to_possible_value()
-            .map(|value| value.get_name().to_owned());
+        let name = contender.to_possible_value().map(|value| value.get_name().to_owned());
         let mut server = Command::new(std::env::current_exe()?)
             .args(["bench", "echo", "--size", &size.to_string()])
             .arg("--contender")
@@ -188,12 +176,8 @@ impl Side {
                     config = config.peer(address.parse::<Address>()?);
                 }
                 let node = config.start().await?;
-                node.wait_for_service("echo", Duration::from_secs(10))
-                    .await?;
-                Client::Peerbus {
-                    node,
-                    body: vec![7; size],
-                }
+                node.wait_for_service("echo", Duration::from_secs(10)).await?;
+                Client::Peerbus { node, body: vec![7; size] }
             }
         };
         Ok(Self {
@@ -218,10 +202,7 @@ impl Client {
                     let begun = Instant::now();
                     let reply = node.request(&service, body.as_slice()).await?;
                     samples.add(begun.elapsed());
-                    ensure!(
-                        reply.body.len() == body.len(),
-                        "the reply is not what was sent"
-                    );
+                    ensure!(reply.body.len() == body.len(), "the reply is not what was sent");
                 }
                 Ok(samples)
             }
@@ -235,11 +216,7 @@ fn config(contender: Contender, dir: &BenchDir) -> anyhow::Result<Config> {
         _ => ("tcp", false),
     };
     let mesh: MeshName = mesh.parse()?;
-    Ok(Node::builder()
-        .mesh(mesh)
-        .local(local)
-        .mdns(false)
-        .runtime_dir(&dir.path))
+    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(&dir.path))
 }
 
 /// A folder for the sockets of this run.
@@ -254,9 +231,7 @@ impl BenchDir {
         let mut builder = std::fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder
-            .create(&path)
-            .with_context(|| format!("{} can't be made", path.display()))?;
+        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
         Ok(Self { path, own: true })
     }
 }
@@ -291,10 +266,7 @@ impl Echo {
                 }
                 Contender::ZeromqTcp => serve_zeromq(None, ready).await,
                 Contender::PeerbusUnix | Contender::PeerbusTcp => {
-                    let dir = BenchDir {
-                        path: self.dir,
-                        own: false,
-                    };
+                    let dir = BenchDir { path: self.dir, own: false };
                     let node = config(self.contender, &dir)?.name("far").start().await?;
                     let echo = |call: Call| std::future::ready(Ok(call.message.body));
                     let _service = node.serve("echo", echo).start()?;

@@ -31,14 +31,9 @@ pub(crate) struct TcpClient {
 
 impl TcpClient {
     pub(crate) async fn connect(address: &str, size: usize) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(address)
-            .await
-            .context("the echo is not there")?;
+        let stream = TcpStream::connect(address).await.context("the echo is not there")?;
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream,
-            buffer: vec![7; size],
-        })
+        Ok(Self { stream, buffer: vec![7; size] })
     }
 
     pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
@@ -79,23 +74,15 @@ pub(crate) struct ZeromqClient {
 impl ZeromqClient {
     pub(crate) async fn connect(endpoint: &str, size: usize) -> anyhow::Result<Self> {
         let mut dealer = DealerSocket::new();
-        dealer
-            .connect(endpoint)
-            .await
-            .context("the ROUTER is not there")?;
-        Ok(Self {
-            dealer,
-            body: vec![7; size],
-        })
+        dealer.connect(endpoint).await.context("the ROUTER is not there")?;
+        Ok(Self { dealer, body: vec![7; size] })
     }
 
     pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
         for _ in 0..count {
             let begun = Instant::now();
-            self.dealer
-                .send(ZmqMessage::from(self.body.clone()))
-                .await?;
+            self.dealer.send(ZmqMessage::from(self.body.clone())).await?;
             self.dealer.recv().await?;
             samples.add(begun.elapsed());
         }

@@ -26,9 +26,7 @@ impl Samples {
         let mut sorted = self.nanos.clone();
         sorted.sort_unstable();
         let place = (sorted.len() * per_mille).div_ceil(1000).max(1) - 1;
-        sorted
-            .get(place)
-            .map_or(f64::NAN, |nanos| *nanos as f64 / 1000.0)
+        sorted.get(place).map_or(f64::NAN, |nanos| *nanos as f64 / 1000.0)
     }
 }
 
