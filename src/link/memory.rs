@@ -107,6 +107,11 @@ impl MemoryNetwork {
 }
 
 impl MemoryPort {
+    /// Takes no more connections.
+    pub(crate) fn leave(&self) {
+        self.network.lock().nodes.remove(&self.number);
+    }
+
     pub(crate) fn dial(&self, target: &TargetKey, number: u64) -> Result<(), DialError> {
         let listener = {
             let shared = self.network.lock();
@@ -136,12 +141,6 @@ impl MemoryPort {
         let here = self.acceptor.handle_connected(near, here);
         tokio::spawn(deliver(from_peer, here));
         Ok(())
-    }
-}
-
-impl Drop for MemoryPort {
-    fn drop(&mut self) {
-        self.network.lock().nodes.remove(&self.number);
     }
 }
 

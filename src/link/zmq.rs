@@ -133,6 +133,8 @@ impl ZmqPort {
         if let Some(reader) = reader {
             let _panicked = reader.await;
         }
+        // They hold the node, which holds this port.
+        self.shared.lock().clear();
         let _gone_already = std::fs::remove_file(&self.path);
     }
 }

@@ -135,7 +135,7 @@ impl LinkCell {
         self.peek(Flow::unfinished_calls)
     }
 
-    /// What the pump heard counts as a sign of life.
+    /// When the transport last heard anything, where it sees more than whole batches.
     pub(crate) fn last_heard(&self) -> Option<Time> {
         let heard = self.link.last_heard()?;
         Some(Time::after_start(heard.saturating_duration_since(self.started)))

@@ -70,6 +70,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         lock(&self.shared.tasks).abort_all();
+        self.shared.cells().iter().for_each(|cell| cell.close());
         self.shared.fail_all_requests();
         self.shared.inboxes.load().all().for_each(|inbox| inbox.close());
         let shared = self.shared.clone();

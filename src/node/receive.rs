@@ -1,6 +1,6 @@
 //! What links bring: batches taken apart, and each record given to whom it concerns.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 
@@ -17,19 +17,31 @@ use crate::wire::{
     Control, Envelope, Failure, PROTOCOL_VERSION, Payload, Record, WireError, decode,
 };
 
-/// Makes a cell for each new connection.
-pub(crate) struct NodeAcceptor(pub(crate) Arc<Shared>);
+/// Makes a cell for each new connection. The transports hold it and the node holds the
+/// transports, so it does not keep the node alive.
+pub(crate) struct NodeAcceptor(pub(crate) Weak<Shared>);
 
 impl Acceptor for NodeAcceptor {
     fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
-        let shared = &self.0;
+        let Some(shared) = self.0.upgrade() else {
+            link.close();
+            return Arc::new(NobodyHome);
+        };
         // Every transport knows what the connection claims to be.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
         let flow = Flow::new(shared.now(), shared.id, &shared.limits, shared.config.send_queue);
         let cell = shared.add_cell(|id| LinkCell::new(id, peer, flow, link, shared.started));
         shared.with_mesh(|mesh, now| mesh.handle_connected(now, cell.id, connection));
-        Arc::new(LinkReceiver { shared: shared.clone(), cell })
+        Arc::new(LinkReceiver { shared, cell })
     }
+}
+
+/// Stands in for a node that is gone.
+struct NobodyHome;
+
+impl Receiver for NobodyHome {
+    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_closed(&self) {}
 }
 
 struct LinkReceiver {

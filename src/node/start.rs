@@ -66,7 +66,7 @@ impl Node {
         let mesh = Mesh::new(mesh_config, random_u64());
         let stem = random_u64() >> 22;
         let shared = Arc::new(Shared::new(id, name, config, limits, mesh, stem));
-        let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(shared.clone()));
+        let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(Arc::downgrade(&shared)));
         // From here on the node's tasks end with it, whatever fails.
         let mut inner = Inner { shared: shared.clone(), listening: Vec::new() };
         match &shared.config.memory {

@@ -41,11 +41,14 @@ impl Transport {
     }
 
     pub(crate) async fn close(&self) {
-        if let Self::Sockets { port, door } = self {
-            door.close().await;
-            if let Some(port) = port {
-                port.close().await;
+        match self {
+            Self::Sockets { port, door } => {
+                door.close().await;
+                if let Some(port) = port {
+                    port.close().await;
+                }
             }
+            Self::Memory(port) => port.leave(),
         }
     }
 }

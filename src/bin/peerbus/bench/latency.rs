@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -32,7 +33,7 @@ impl Contender {
             Self::ZeromqUnix => "zeromq crate, Unix socket",
             Self::ZeromqTcp => "zeromq crate, TCP",
             Self::PeerbusUnix => "peerbus, Unix socket",
-            Self::PeerbusTcp => "peerbus, TCP through pump and gate",
+            Self::PeerbusTcp => "peerbus, TCP through the gate",
         }
     }
 
@@ -44,6 +45,64 @@ impl Contender {
             |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
         all.into_iter().filter(wanted).collect()
     }
+}
+
+/// Which cores the two processes of a contender run on. The kernel may put both on one, where a
+/// wake-up is cheap, or on two, where it isn't, and keep to that; so the same program can be
+/// three times as slow as itself.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Placement {
+    /// Each on a core of its own
+    Apart,
+    /// Both on one core
+    Together,
+    /// Wherever the kernel puts them
+    Free,
+}
+
+impl Placement {
+    /// The cores of the near and the far side, where this machine has them.
+    fn cores(self) -> Option<(usize, usize)> {
+        let allowed = cores();
+        let (first, second) = (*allowed.first()?, *allowed.get(1)?);
+        match self {
+            Self::Apart => Some((first, second)),
+            Self::Together => Some((first, first)),
+            Self::Free => None,
+        }
+    }
+}
+
+/// The cores that this process had when it was started.
+fn cores() -> &'static [usize] {
+    static CORES: OnceLock<Vec<usize>> = OnceLock::new();
+    CORES.get_or_init(affinity::allowed)
+}
+
+#[cfg(target_os = "linux")]
+mod affinity {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    pub(super) fn allowed() -> Vec<usize> {
+        let Ok(set) = sched_getaffinity(None) else { return Vec::new() };
+        (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect()
+    }
+
+    /// Keeps this thread, and those that it starts, to one core.
+    pub(super) fn pin(cpu: usize) {
+        let mut one = CpuSet::new();
+        one.set(cpu);
+        let _not_allowed = sched_setaffinity(None, &one);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod affinity {
+    pub(super) fn allowed() -> Vec<usize> {
+        Vec::new()
+    }
+
+    pub(super) fn pin(_: usize) {}
 }
 
 /// Each contender's far side is a process of its own. They run in turn, round after round, so
@@ -59,6 +118,9 @@ pub(crate) struct Latency {
     /// Round trips of each contender in a round
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
+    /// Where the two sides run
+    #[arg(long, value_enum, default_value_t = Placement::Apart)]
+    placement: Placement,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -80,6 +142,13 @@ struct Side {
 }
 
 impl Latency {
+    /// Pins this process, before it has other threads.
+    pub(crate) fn prepare(&self) {
+        if let Some((near, _)) = self.placement.cores() {
+            affinity::pin(near);
+        }
+    }
+
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         // Where an embedding service's own tasks run: on a worker, not on the main thread.
         tokio::spawn(self.measure()).await?
@@ -89,7 +158,7 @@ impl Latency {
         let dir = BenchDir::new()?;
         let mut sides = Vec::new();
         for contender in Contender::all() {
-            sides.push(Side::start(contender, self.size as usize, &dir).await?);
+            sides.push(Side::start(contender, self.size as usize, self.placement, &dir).await?);
         }
         // Warm-up, not counted.
         for side in &mut sides {
@@ -113,13 +182,19 @@ impl Latency {
 
     fn report(&self, sides: &[Side]) -> anyhow::Result<()> {
         let reference = &sides[0];
+        let placement = match self.placement {
+            Placement::Apart => "on a core each",
+            Placement::Together => "on one core",
+            Placement::Free => "wherever the kernel puts them",
+        };
         let mut results = Vec::new();
         let mut text = format!(
-            "Round trips of {} bytes, {} processes in turn, {} rounds of {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}\n",
+            "Round trips of {} bytes, {} contenders in turn, {} rounds of {}, the two sides {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}\n",
             self.size,
             sides.len(),
             self.rounds,
             self.count,
+            placement,
             "",
             "p50",
             "p99",
@@ -140,21 +215,28 @@ impl Latency {
             }));
         }
         text += "\nThe ratio is the median, over the rounds, of the p50 against the reference's in that round.";
-        let value = json!({ "size": self.size, "rounds": self.rounds, "count": self.count, "results": results });
+        let value = json!({ "size": self.size, "rounds": self.rounds, "count": self.count, "placement": placement, "results": results });
         output::line(self.json, &value, || text)?;
         Ok(())
     }
 }
 
 impl Side {
-    async fn start(contender: Contender, size: usize, dir: &BenchDir) -> anyhow::Result<Self> {
+    async fn start(
+        contender: Contender,
+        size: usize,
+        placement: Placement,
+        dir: &BenchDir,
+    ) -> anyhow::Result<Self> {
         let name = contender.to_possible_value().map(|value| value.get_name().to_owned());
+        let cpu = placement.cores().map(|(_, far)| format!("--cpu={far}"));
         let mut server = Command::new(std::env::current_exe()?)
             .args(["bench", "echo", "--size", &size.to_string()])
             .arg("--contender")
             .arg(name.unwrap_or_default())
             .arg("--dir")
             .arg(&dir.path)
+            .args(cpu)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -253,9 +335,18 @@ pub(crate) struct Echo {
     size: usize,
     #[arg(long)]
     dir: std::path::PathBuf,
+    #[arg(long)]
+    cpu: Option<usize>,
 }
 
 impl Echo {
+    /// Pins this process, before it has other threads.
+    pub(crate) fn prepare(&self) {
+        if let Some(cpu) = self.cpu {
+            affinity::pin(cpu);
+        }
+    }
+
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let ready = |address: String| println!("{address}");
         let serving = async move {

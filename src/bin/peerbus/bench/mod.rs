@@ -15,6 +15,14 @@ pub(crate) enum Bench {
 }
 
 impl Bench {
+    /// What has to be done before there are threads.
+    pub(crate) fn prepare(&self) {
+        match self {
+            Self::Latency(latency) => latency.prepare(),
+            Self::Echo(echo) => echo.prepare(),
+        }
+    }
+
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Latency(latency) => latency.run().await,
