@@ -18,6 +18,8 @@ use crate::engine::{Sighting, TargetKey};
 use crate::peer::{Address, NodeId, Source};
 
 const SERVICE: &str = "_peerbus._tcp.local.";
+/// What the keys of advertised addresses begin with.
+const ADDRESS: &str = "addr";
 /// How long the goodbye may hold up a shutdown.
 const GOODBYE: Duration = Duration::from_millis(200);
 /// How soon changed interfaces are noticed, in seconds.
@@ -83,15 +85,17 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     let id = beacon.id.to_string();
     let host = format!("{id}.local.");
     let port = beacon.listening.first().map_or(0, SocketAddr::port);
-    let advertise: Vec<String> = beacon.advertise.iter().map(Address::to_string).collect();
-    let mut txt = vec![("mesh", beacon.mesh.to_string()), ("v", "1".to_owned())];
     // A TXT string takes 255 bytes in all.
-    txt.push(("name", beacon.name.chars().take(60).collect()));
-    for address in advertise {
-        txt.push(("addr", address));
+    let name: String = beacon.name.chars().take(60).collect();
+    let mut txt = vec![
+        ("mesh".to_owned(), beacon.mesh.to_string()),
+        ("v".to_owned(), "1".to_owned()),
+        ("name".to_owned(), name),
+    ];
+    // A key counts once (RFC 6763, section 6.4), so each address has its own.
+    for (number, address) in beacon.advertise.iter().enumerate() {
+        txt.push((format!("{ADDRESS}{number}"), address.to_string()));
     }
-    let txt: Vec<(String, String)> =
-        txt.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     let everywhere = beacon.listening.iter().any(|addr| addr.ip().is_unspecified());
     let ips: Vec<IpAddr> = beacon
         .listening
@@ -143,7 +147,8 @@ fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
     if id == beacon.id || mesh != beacon.mesh.as_str() {
         return None;
     }
-    let advertised = service.txt_properties.iter().filter(|property| property.key() == "addr");
+    let advertised =
+        service.txt_properties.iter().filter(|property| property.key().starts_with(ADDRESS));
     let mut addresses: Vec<Address> =
         advertised.filter_map(|property| property.val_str().parse().ok()).collect();
     if addresses.is_empty() {
@@ -177,5 +182,54 @@ impl Drop for Guard {
             let _too_slow = gone.recv_timeout(GOODBYE);
         }
         let _gone_already = self.daemon.shutdown();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn beacon(byte: u8) -> Beacon {
+        Beacon {
+            id: NodeId::from_bytes([byte; 32]),
+            name: "x".into(),
+            mesh: MeshName::default(),
+            listening: vec!["10.1.2.3:4000".parse().unwrap()],
+            advertise: Vec::new(),
+            interfaces: Vec::new(),
+            excluded_interfaces: Vec::new(),
+        }
+    }
+
+    fn seen(announced: &Beacon, by: &Beacon) -> Option<Sighting> {
+        sighting(&service_info(announced).unwrap().as_resolved_service(), by)
+    }
+
+    #[test]
+    fn what_is_announced_is_seen_by_the_others_of_the_mesh() {
+        let (alice, mut bob) = (beacon(1), beacon(2));
+        let address = Address::Tcp(alice.listening[0]);
+        let sighting = seen(&alice, &bob).unwrap();
+        assert_eq!((sighting.id, sighting.addresses), (Some(alice.id), vec![address]));
+        assert_eq!(seen(&alice, &alice), None, "it is ourselves");
+        bob.mesh = "other".parse().unwrap();
+        assert_eq!(seen(&alice, &bob), None, "it is of another mesh");
+    }
+
+    #[test]
+    fn advertised_addresses_take_the_place_of_the_interfaces_own() {
+        let mut alice = beacon(1);
+        alice.advertise = vec!["box.example:7".parse().unwrap(), "192.0.2.9:8".parse().unwrap()];
+        let mut wanted = alice.advertise.clone();
+        wanted.sort_unstable();
+        assert_eq!(seen(&alice, &beacon(2)).unwrap().addresses, wanted);
+    }
+
+    #[test]
+    fn an_interface_that_is_not_there_is_named() {
+        let mut alice = beacon(1);
+        alice.interfaces = vec!["nope0".into()];
+        let error = start(alice, std::sync::Arc::new(|_| {})).err().unwrap();
+        assert!(error.contains("nope0"), "{error}");
     }
 }
