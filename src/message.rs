@@ -232,6 +232,14 @@ impl Message {
         }
     }
 
+    /// Copies a body that is much smaller than the transport's 64 KiB read buffer, of which it is
+    /// a slice: waiting in a queue, it would pin the whole buffer.
+    pub(crate) fn unpin(&mut self) {
+        if self.body.len() < COPY_BELOW {
+            self.body = Bytes::copy_from_slice(&self.body);
+        }
+    }
+
     /// The body as text; what is not UTF-8 is replaced.
     pub fn text(&self) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.body)
@@ -245,6 +253,9 @@ impl Message {
         rmp_serde::from_slice(&self.body).map_err(DecodeError)
     }
 }
+
+/// A quarter of the transport's read buffer.
+const COPY_BELOW: usize = 16 * 1024;
 
 /// The media type that [`Body::encode`] names.
 pub const MESSAGEPACK: &str = "application/msgpack";

@@ -143,9 +143,14 @@ impl Flow {
     }
 
     pub(crate) fn enqueue_control(&mut self, control: Control) {
-        if !self.closed {
-            self.control.push_back(control);
+        if self.closed {
+            return;
         }
+        // However many probes wait, one answer says how far this side is.
+        if matches!(control, Control::ProbeReply(_)) {
+            self.control.retain(|waiting| !matches!(waiting, Control::ProbeReply(_)));
+        }
+        self.control.push_back(control);
     }
 
     /// Takes back a call that has not been handed to the transport yet.

@@ -26,6 +26,8 @@ pub(crate) struct LinkCell {
     started: Instant,
     /// Messages may flow: the decider accepted.
     open: AtomicBool,
+    /// The link has ended for this side; what still arrives is ignored.
+    ended: AtomicBool,
     /// Batches that the transport has encoded since the flow was last told.
     released: AtomicU32,
     /// The flow has more than the transport may hold.
@@ -49,6 +51,7 @@ impl LinkCell {
             link,
             started,
             open: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             released: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             room: Notify::new(),
@@ -65,6 +68,10 @@ impl LinkCell {
 
     pub(crate) fn set_open(&self) {
         self.open.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     fn lock(&self) -> MutexGuard<'_, Flow> {
@@ -103,9 +110,9 @@ impl LinkCell {
         }
     }
 
-    /// Sends on whenever the transport has room again. Runs until it is dropped.
+    /// Sends on whenever the transport has room again, until the link ends.
     pub(crate) async fn keep_sending(self: Arc<Self>) {
-        loop {
+        while !self.has_ended() {
             self.room.notified().await;
             self.with_flow(|_| ());
         }
@@ -142,6 +149,8 @@ impl LinkCell {
     }
 
     pub(crate) fn close(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.room.notify_one();
         self.link.close();
     }
 }

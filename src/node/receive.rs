@@ -97,6 +97,9 @@ impl Receiver for LinkReceiver {
 impl LinkReceiver {
     fn take_apart(&self, frames: Vec<Bytes>) -> Result<(), Fault> {
         let (shared, cell) = (&self.shared, &self.cell);
+        if cell.has_ended() {
+            return Ok(());
+        }
         let mut batch = decode(frames, &shared.id, &cell.peer, shared.config.max_body)?;
         let now = cell.now();
         cell.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
@@ -106,6 +109,9 @@ impl LinkReceiver {
                 Record::Message(envelope) if cell.is_open() => self.handle_message(envelope)?,
                 Record::Message(_) => return Err(Fault::OutOfTurn),
                 Record::Unknown(_) => {}
+            }
+            if cell.has_ended() {
+                break;
             }
         }
         Ok(())
@@ -139,7 +145,11 @@ impl LinkReceiver {
             Payload::Event(body) => {
                 shared.deliver(&Message { from, header, body }, cost, Some(credit));
             }
-            Payload::Call(body) => shared.admit(Message { from, header, body }, Some(credit)),
+            Payload::Call(body) => {
+                let mut message = Message { from, header, body };
+                message.unpin();
+                shared.admit(message, Some(credit));
+            }
             Payload::Reply(body) => {
                 let message = Message { from, header, body };
                 shared.complete(credit, message.header.correlation_id, Outcome::Reply(message));

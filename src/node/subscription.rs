@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use bytes::Bytes;
 use futures_core::Stream;
 
 use super::cell::Credit;
@@ -32,10 +31,6 @@ struct State {
     closed: bool,
 }
 
-/// A body this much smaller than the transport's 64 KiB read buffer is copied when it has to
-/// wait: as a slice it would pin the whole buffer.
-const COPY_BELOW: usize = 16 * 1024;
-
 impl Inbox {
     fn new(pattern: Pattern, limit: u64) -> Self {
         let state = State { queue: Queue::new(limit), waker: None, closed: false };
@@ -53,9 +48,7 @@ impl Inbox {
             return false;
         }
         let mut message = message.clone();
-        if message.body.len() < COPY_BELOW {
-            message.body = Bytes::copy_from_slice(&message.body);
-        }
+        message.unpin();
         let pushed = state.queue.push(Delivery { message, _credit: credit }, cost).is_ok();
         let waker = state.waker.take();
         drop(state);

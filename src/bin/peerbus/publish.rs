@@ -50,12 +50,11 @@ impl Publish {
         if waited.is_err() {
             let met = node.peers().len();
             node.shutdown().await;
-            bail!(
-                "fewer than {} nodes subscribe to {} (waited {}, met {met} nodes)",
-                self.subscribers,
-                self.topic,
-                self.wait
-            );
+            let who = match self.subscribers {
+                1 => "nobody subscribes".to_owned(),
+                wanted => format!("fewer than {wanted} nodes subscribe"),
+            };
+            bail!("{who} to {} (waited {}, met {met} nodes)", self.topic, self.wait);
         }
         let (mut queued, mut dropped) = (0, 0);
         for _ in 0..self.count {
