@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 /// The longest topic, pattern or service name, in bytes.
 pub const MAX_ADDRESS_LEN: usize = 255;

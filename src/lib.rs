@@ -70,6 +70,7 @@ mod address;
 mod config;
 mod discovery;
 mod engine;
+mod identity;
 mod link;
 mod message;
 mod node;
@@ -91,6 +92,7 @@ pub use address::{
     ServiceName, Topic,
 };
 pub use config::Config;
+pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use link::memory::MemoryNetwork;
 pub use message::{
     Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
@@ -100,8 +102,5 @@ pub use node::{
     RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
     Subscription, WaitError,
 };
-pub use peer::{
-    Address, Identity, IdentityError, Incarnation, NodeId, NodeIdError, ParseAddressError,
-    PeerInfo, ServiceInfo, Source, Unreachable,
-};
+pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};

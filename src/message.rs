@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 
 use crate::address::{Destination, Topic};
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 /// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
 ///

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 /// Why a message was dropped. Every drop is counted under one of these at its sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]

@@ -17,7 +17,8 @@ use tokio::time::interval;
 use super::{Discovered, Sink};
 use crate::address::MeshName;
 use crate::engine::{Sighting, TargetKey};
-use crate::peer::{Address, Source, random_bytes};
+use crate::identity::random_bytes;
+use crate::peer::{Address, Source};
 
 /// A newcomer dials whom it finds, so looking again is for the rare race only.
 const RESCAN: Duration = Duration::from_secs(2);

@@ -15,7 +15,8 @@ use tokio::time::sleep;
 use super::{Discovered, Sink};
 use crate::address::MeshName;
 use crate::engine::{Sighting, TargetKey};
-use crate::peer::{Address, NodeId, Source};
+use crate::identity::NodeId;
+use crate::peer::{Address, Source};
 
 const SERVICE: &str = "_peerbus._tcp.local.";
 /// What the keys of advertised addresses begin with.

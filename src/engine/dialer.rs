@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::engine::{LinkId, Time};
-use crate::peer::{Address, NodeId, Source, Unreachable};
+use crate::identity::NodeId;
+use crate::peer::{Address, Source, Unreachable};
 
 /// What discovery reports: a node may be reachable at these addresses. A hint, never a fact.
 #[derive(Debug, Clone, PartialEq, Eq)]

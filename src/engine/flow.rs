@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::engine::{Queue, Time};
+use crate::identity::NodeId;
 use crate::message::MessageId;
-use crate::peer::NodeId;
 use crate::report::DropReason;
 use crate::wire::{BatchEncoder, Control, EncodedBatch, Envelope, Lane, Limits, Preamble, Totals};
 

@@ -14,7 +14,8 @@ use std::time::Duration;
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, Sighting, TargetKey};
 use crate::engine::{LinkId, Routing, Time};
-use crate::peer::{Address, Incarnation, NodeId, PeerInfo, ServiceInfo, Source, Unreachable};
+use crate::identity::{Incarnation, NodeId};
+use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::wire::{Announcement, Bye, Control, Hello, Limits};
 
 /// A connection without a hello ends after this.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::LinkId;
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 /// Patterns in a tree of tokens, so that a topic is matched in the time that its own tokens
 /// take, however many patterns there are.

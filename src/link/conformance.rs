@@ -10,7 +10,8 @@ use super::memory::MemoryNetwork;
 use super::zmq::ZmqPort;
 use super::{Acceptor, Link, Receiver};
 use crate::engine::{Connection, TargetKey};
-use crate::peer::{Address, NodeId};
+use crate::identity::NodeId;
+use crate::peer::Address;
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
 
 const SOON: Duration = Duration::from_secs(20);

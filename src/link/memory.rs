@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 
 use super::{Acceptor, DialError, Link, Receiver};
 use crate::engine::{Connection, TargetKey};
-use crate::peer::{Address, NodeId};
+use crate::identity::NodeId;
+use crate::peer::Address;
 
 /// A network of nodes within this process, in place of sockets and discovery: for testing a
 /// service's behaviour, with [`MemoryNetwork::cut`] for its bad days.

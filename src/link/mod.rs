@@ -14,7 +14,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::engine::Connection;
-use crate::peer::{NodeId, random_bytes};
+use crate::identity::{NodeId, random_bytes};
 
 /// This side of a connection, for sending.
 pub(crate) trait Link: Send + Sync {

@@ -44,7 +44,8 @@ use zeromq::{
 
 use super::{Acceptor, DialError, Link, Receiver, claimed_id, new_identity};
 use crate::engine::{Connection, TargetKey};
-use crate::peer::{Address, NodeId};
+use crate::identity::NodeId;
+use crate::peer::Address;
 
 /// How long a local dial may take; the far side is on this host.
 const LOCAL_DIAL_TIMEOUT: Duration = Duration::from_secs(2);

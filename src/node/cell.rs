@@ -8,9 +8,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::engine::{Flow, LinkId, Time};
+use crate::identity::NodeId;
 use crate::link::Link;
 use crate::message::MessageId;
-use crate::peer::NodeId;
 use crate::report::DropReason;
 use crate::wire::{Control, Envelope, Lane};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 use crate::report::{Counters, DropReason};
 
 #[derive(Default)]

@@ -1,7 +1,8 @@
 //! What happens to a node, as a stream.
 
 use crate::engine::{DownReason, MeshEvent};
-use crate::peer::{Address, NodeId, PeerInfo};
+use crate::identity::NodeId;
+use crate::peer::{Address, PeerInfo};
 use crate::report::DropReason;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;

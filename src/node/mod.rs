@@ -1,11 +1,15 @@
 //! The async shell: handles for users, and the tasks that perform what the engine decides.
 
 mod cell;
+mod choose;
 mod counters;
+mod draft;
 mod driver;
 mod events;
-mod outgoing;
+mod publish;
 mod receive;
+mod request;
+mod send;
 mod service;
 mod shared;
 mod shutdown;
@@ -13,10 +17,11 @@ mod start;
 mod subscription;
 mod transport;
 
+pub use draft::BodyError;
 pub use events::{DownCause, Event, Events};
-pub use outgoing::{
-    BodyError, Publish, PublishError, Request, RequestError, Send, SendError, Sent,
-};
+pub use publish::{Publish, PublishError};
+pub use request::{Request, RequestError};
+pub use send::{Send, SendError, Sent};
 pub use service::{Call, HandlerError, Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
@@ -32,10 +37,11 @@ use tokio::time::timeout;
 
 use crate::address::{AddressError, IntoRecipient, Pattern, ServiceName, Topic};
 use crate::config::Config;
+use crate::identity::NodeId;
 use crate::message::{Body, Message};
-use crate::peer::{NodeId, PeerInfo, Unreachable};
+use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
-use outgoing::Draft;
+use draft::Draft;
 use shared::{Shared, lock};
 
 /// How long [`Node::shutdown`] gives what is on its way.

@@ -9,9 +9,9 @@ use super::counters::add;
 use super::shared::{Outcome, Shared};
 use crate::address::{Destination, ServiceName};
 use crate::engine::{Connection, DownReason, Flow, Violation};
+use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, Receiver};
 use crate::message::Message;
-use crate::peer::NodeId;
 use crate::report::DropReason;
 use crate::wire::{
     Control, Envelope, Failure, PROTOCOL_VERSION, Payload, Record, WireError, decode,

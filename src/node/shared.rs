@@ -22,8 +22,9 @@ use crate::discovery::Discovered;
 use crate::engine::{
     Action, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time, Timing,
 };
+use crate::identity::NodeId;
 use crate::message::{IdSource, Message, MessageId};
-use crate::peer::{Address, NodeId};
+use crate::peer::Address;
 use crate::report::DropReason;
 use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};

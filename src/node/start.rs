@@ -13,9 +13,10 @@ use super::{Inner, Node};
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
 use crate::engine::{Mesh, MeshConfig, Sighting};
+use crate::identity::{Identity, IdentityError, Incarnation, random_u64};
 use crate::link::Acceptor;
 use crate::link::zmq::ZmqPort;
-use crate::peer::{Identity, IdentityError, Incarnation, Source, random_u64};
+use crate::peer::Source;
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits};
 use crate::wire::Limits;
 

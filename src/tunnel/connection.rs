@@ -14,8 +14,8 @@ use tokio::time::{timeout, timeout_at};
 use super::gate::Gate;
 use super::{GateLimits, Refusal, zmtp};
 use crate::engine::Connection;
+use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, new_identity};
-use crate::peer::NodeId;
 
 /// How long what is still queued may take to be written when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);

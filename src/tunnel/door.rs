@@ -16,8 +16,9 @@ use tokio::time::{sleep, timeout};
 use super::connection::{self, Context, Ended};
 use super::{GateLimits, Refusal, Watch};
 use crate::engine::{Connection, TargetKey};
+use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
-use crate::peer::{Address, NodeId};
+use crate::peer::Address;
 
 /// The front door's limits.
 #[derive(Debug, Clone)]

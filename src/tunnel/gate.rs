@@ -13,7 +13,7 @@ use super::Refusal;
 use super::zmtp::{
     FLAG_COMMAND, FLAG_LONG, FLAG_MORE, GREETING_LEN, MAX_READY, check_greeting, read_ready,
 };
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 use crate::wire::{MAX_BATCH, MAX_FRAMES, MAX_HEADER};
 
 /// How large what passes may be.

@@ -1,7 +1,7 @@
 //! ZMTP 3.0 (RFC 23), as much of it as a node speaks: the NULL mechanism, ROUTER, frames.
 
 use super::Refusal;
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 pub(super) const GREETING_LEN: usize = 64;
 /// Two properties, of which one is an identity of 48 bytes, take far less.

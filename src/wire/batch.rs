@@ -5,7 +5,7 @@ use bytes::Bytes;
 use super::pack::{ArrayWriter, Reader};
 use super::record::{Inheritance, ReadContext, read_record, write_message};
 use super::{Control, Envelope, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError};
-use crate::peer::NodeId;
+use crate::identity::NodeId;
 
 /// A count of messages and what they cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

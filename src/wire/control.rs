@@ -3,8 +3,9 @@
 use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_str};
 use crate::address::{MeshName, Pattern, ServiceName};
+use crate::identity::{Incarnation, NodeId};
 use crate::message::MessageId;
-use crate::peer::{Incarnation, NodeId, ServiceInfo};
+use crate::peer::ServiceInfo;
 
 /// A record that needs no credit.
 #[derive(Debug, Clone, PartialEq, Eq)]

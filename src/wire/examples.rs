@@ -7,8 +7,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::address::{Destination, MeshName, Topic};
+use crate::identity::{Incarnation, NodeId};
 use crate::message::{Extra, Header, Kind, MessageId};
-use crate::peer::{Incarnation, NodeId, ServiceInfo};
+use crate::peer::ServiceInfo;
 
 const ALICE: NodeId = NodeId::from_bytes([0xaa; 32]);
 const BOB: NodeId = NodeId::from_bytes([0xbb; 32]);

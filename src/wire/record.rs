@@ -10,8 +10,8 @@ use rmp::Marker;
 use super::pack::{ArrayWriter, Next, Reader, push_str};
 use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
 use crate::address::{Destination, ServiceName, Topic};
+use crate::identity::NodeId;
 use crate::message::{Extra, Header, Kind, MessageId};
-use crate::peer::NodeId;
 
 /// One of the three flows on a link that have credit of their own. One credit for all would
 /// deadlock: a subscriber that awaits a request in its event loop would block its own reply

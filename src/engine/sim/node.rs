@@ -13,8 +13,9 @@ use crate::engine::{
     Action, Admission, Connection, DownReason, Flow, LinkId, Liveness, Mesh, MeshConfig, MeshEvent,
     Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing,
 };
+use crate::identity::{Incarnation, NodeId};
 use crate::message::{Header, IdSource, Kind, MessageId};
-use crate::peer::{Address, Incarnation, NodeId, Source};
+use crate::peer::{Address, Source};
 use crate::report::DropReason;
 use crate::wire::{
     Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, Payload, Record, decode,

@@ -1,0 +1,274 @@
+//! Who a node is.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use data_encoding::BASE32_NOPAD;
+use ring::rand::{SecureRandom, SystemRandom};
+use ring::signature::{Ed25519KeyPair, KeyPair};
+use serde::{Serialize, Serializer};
+
+/// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
+/// lower-case characters.
+///
+/// Stable across restarts when the node has an identity file, drawn anew at each start
+/// otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId([u8; 32]);
+
+impl NodeId {
+    /// The length in bytes.
+    pub const LEN: usize = 32;
+
+    /// An id from the bytes of a public key.
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes of the public key.
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The first eight characters, for people; not unique.
+    pub fn short(&self) -> String {
+        let mut text = self.to_string();
+        text.truncate(8);
+        text
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&BASE32_NOPAD.encode(&self.0).to_ascii_lowercase())
+    }
+}
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeId({})", self.short())
+    }
+}
+
+impl Serialize for NodeId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// The text is not a node id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a node id: it takes 52 characters of base32 (a-z, 2-7)")]
+pub struct NodeIdError;
+
+impl FromStr for NodeId {
+    type Err = NodeIdError;
+    fn from_str(text: &str) -> Result<Self, NodeIdError> {
+        let bytes =
+            BASE32_NOPAD.decode(text.to_ascii_uppercase().as_bytes()).map_err(|_| NodeIdError)?;
+        bytes.try_into().map(Self).map_err(|_| NodeIdError)
+    }
+}
+
+/// A random number drawn at every start of a node, so that an old life is never mistaken for
+/// the new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Incarnation(pub(crate) u64);
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// The key pair that a node is known by.
+pub struct Identity {
+    id: NodeId,
+}
+
+/// An identity file that can't be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// The file can't be read or created.
+    #[error("identity file {path}: {source}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is there, but holds no Ed25519 key.
+    #[error(
+        "identity file {path} holds no Ed25519 private key in PKCS#8 PEM; \
+         to start with a new identity, name a file that does not exist yet",
+        path = path.display()
+    )]
+    Format {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file can be read by others.
+    #[error("identity file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
+    Mode {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+}
+
+const PEM_HEAD: &str = "-----BEGIN PRIVATE KEY-----";
+const PEM_TAIL: &str = "-----END PRIVATE KEY-----";
+
+impl Identity {
+    /// A fresh identity for this run only.
+    pub fn ephemeral() -> Self {
+        Self::from_pkcs8(&generate()).expect("a key that was just generated parses")
+    }
+
+    /// The identity kept in `path` (PKCS#8 PEM); a missing file is created with a fresh key and
+    /// mode 0600.
+    ///
+    /// # Errors
+    /// [`IdentityError`] if the file can't be read or written, is readable by others, or holds
+    /// something else.
+    pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
+        let file_error = |source| IdentityError::File { path: path.into(), source };
+        match fs::read_to_string(path) {
+            Ok(pem) => {
+                check_mode(path)?;
+                let der = decode_pem(&pem);
+                der.and_then(|der| Self::from_pkcs8(&der))
+                    .ok_or_else(|| IdentityError::Format { path: path.into() })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let der = generate();
+                write_private(path, &encode_pem(&der)).map_err(file_error)?;
+                Ok(Self::from_pkcs8(&der).expect("a key that was just generated parses"))
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(IdentityError::Format { path: path.into() })
+            }
+            Err(error) => Err(file_error(error)),
+        }
+    }
+
+    /// The public half.
+    pub fn node_id(&self) -> NodeId {
+        self.id
+    }
+
+    fn from_pkcs8(der: &[u8]) -> Option<Self> {
+        let key = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der).ok()?;
+        let id = NodeId(key.public_key().as_ref().try_into().ok()?);
+        Some(Self { id })
+    }
+}
+
+fn generate() -> Vec<u8> {
+    Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
+        .expect("the system's random source works")
+        .as_ref()
+        .to_vec()
+}
+
+fn encode_pem(der: &[u8]) -> String {
+    format!("{PEM_HEAD}\n{}\n{PEM_TAIL}\n", data_encoding::BASE64.encode(der))
+}
+
+fn decode_pem(pem: &str) -> Option<Vec<u8>> {
+    let body = pem.split_once(PEM_HEAD)?.1.split_once(PEM_TAIL)?.0;
+    let text: String = body.split_whitespace().collect();
+    data_encoding::BASE64.decode(text.as_bytes()).ok()
+}
+
+#[cfg(unix)]
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+#[cfg(not(unix))]
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    fs::write(path, text)
+}
+
+#[cfg(unix)]
+fn check_mode(path: &Path) -> Result<(), IdentityError> {
+    use std::os::unix::fs::PermissionsExt;
+    let metadata =
+        fs::metadata(path).map_err(|source| IdentityError::File { path: path.into(), source })?;
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(IdentityError::Mode { path: path.into(), mode });
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn check_mode(_: &Path) -> Result<(), IdentityError> {
+    Ok(())
+}
+
+/// Eight random bytes from the system.
+pub(crate) fn random_u64() -> u64 {
+    u64::from_le_bytes(random_bytes())
+}
+
+pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    SystemRandom::new().fill(&mut bytes).expect("the system's random source works");
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_survives_being_written_and_read() {
+        let id = Identity::ephemeral().node_id();
+        let text = id.to_string();
+        assert_eq!(text.len(), 52);
+        assert_eq!(text.parse::<NodeId>().unwrap(), id);
+        assert!("abc".parse::<NodeId>().is_err());
+    }
+
+    #[test]
+    fn an_identity_file_keeps_the_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key.pem");
+        let first = Identity::load_or_create(&path).unwrap().node_id();
+        let second = Identity::load_or_create(&path).unwrap().node_id();
+        assert_eq!(first, second);
+    }
+
+    #[test]
+    fn a_file_that_is_no_key_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notes.txt");
+        write_private(&path, "shopping list").unwrap();
+        let error = Identity::load_or_create(&path).err().unwrap();
+        assert!(matches!(error, IdentityError::Format { .. }), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "shopping list");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_key_that_others_can_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key.pem");
+        Identity::load_or_create(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = Identity::load_or_create(&path).err().unwrap();
+        assert!(matches!(error, IdentityError::Mode { mode: 0o644, .. }), "{error}");
+    }
+}

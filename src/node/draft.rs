@@ -1,0 +1,120 @@
+//! What every message to be sent has: a body, and the optional parts of a header.
+
+use std::time::Duration;
+
+use super::shared::Shared;
+use crate::address::Destination;
+use crate::identity::NodeId;
+use crate::message::{Body, Header, Kind, MessageId};
+use crate::wire::MAX_HEADER;
+
+/// What any message may carry besides its body.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Draft {
+    pub(super) kind: Option<Kind>,
+    pub(super) body: Body,
+    pub(super) ttl: Option<Duration>,
+    pub(super) reply_to: Option<NodeId>,
+    pub(super) correlation_id: Option<MessageId>,
+    pub(super) extra: Option<Box<crate::message::Extra>>,
+}
+
+impl Draft {
+    pub(crate) fn new(body: Body) -> Self {
+        Self { body, ..Self::default() }
+    }
+
+    pub(super) fn check(&self, shared: &Shared) -> Result<(), BodyError> {
+        let (len, max) = (self.body.len(), shared.config.max_body);
+        if len > max {
+            return Err(BodyError::Body { len, max });
+        }
+        let mut probe =
+            Header::new(MessageId::from_bytes([0; 16]), Kind::Event, Destination::Node(shared.id));
+        probe.extra.clone_from(&self.extra);
+        match probe.extra_len() {
+            len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn header(
+        &mut self,
+        id: MessageId,
+        usual: Kind,
+        destination: Destination,
+    ) -> Header {
+        let mut header = Header::new(id, self.kind.unwrap_or(usual), destination);
+        header.time_to_live = self.ttl;
+        header.reply_to = self.reply_to;
+        header.correlation_id = self.correlation_id;
+        header.extra = self.extra.take();
+        if let Some(content_type) = self.body.content_type {
+            let known = &mut header.extra_mut().content_type;
+            known.get_or_insert_with(|| content_type.to_owned());
+        }
+        header
+    }
+}
+
+/// A message that is too large to send.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// The body is over [`Config::max_body`](crate::Config::max_body).
+    #[error("the body is {len} bytes long; at most {max} are allowed")]
+    Body {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The user headers, the key, the content type and the trace take over 64 KiB.
+    #[error("the header is {len} bytes long; at most {max} are allowed")]
+    Header {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+}
+
+/// Gives a builder the setters that every message has.
+macro_rules! message_setters {
+    () => {
+        /// Says what the message is: event, command or document.
+        pub fn kind(mut self, kind: Kind) -> Self {
+            self.draft.kind = Some(kind);
+            self
+        }
+
+        /// Messages with the same key belong in one order.
+        pub fn key(mut self, key: impl Into<String>) -> Self {
+            self.extra().ordering_key = Some(key.into());
+            self
+        }
+
+        /// Names the body's media type.
+        pub fn content_type(mut self, media_type: impl Into<String>) -> Self {
+            self.extra().content_type = Some(media_type.into());
+            self
+        }
+
+        /// Makes it part of a trace: a W3C `traceparent`.
+        pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
+            self.extra().traceparent = Some(traceparent.into());
+            self
+        }
+
+        /// Adds a user header.
+        pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+            self.extra().headers.push((name.into(), value.into()));
+            self
+        }
+
+        fn extra(&mut self) -> &mut crate::message::Extra {
+            self.draft.extra.get_or_insert_default()
+        }
+    };
+}
+
+pub(super) use message_setters;

@@ -1,0 +1,141 @@
+//! Requests: calls whose caller waits for the reply.
+
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::counters::add;
+use super::draft::{BodyError, Draft, message_setters};
+use super::service::HandlerError;
+use super::shared::{Outcome, Shared};
+use crate::address::{AddressError, Recipient};
+use crate::message::{Kind, Message, MessageId};
+use crate::report::DropReason;
+
+/// A request that got no reply.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The service's name can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// It is too large.
+    #[error(transparent)]
+    TooLarge(#[from] BodyError),
+    /// Nobody takes messages for the recipient.
+    #[error("no node serves {0}")]
+    NoService(Recipient),
+    /// The request could not be queued; it was not executed.
+    #[error("the request was dropped: {0}")]
+    Dropped(DropReason),
+    /// The handler declined, with its own code and text.
+    #[error("the handler declined: {0}")]
+    Handler(HandlerError),
+    /// No reply came in time. The request may or may not have been executed.
+    #[error("no reply within {0:?}")]
+    DeadlineExceeded(Duration),
+    /// The chosen node was lost. It is not run again elsewhere by itself: that is the caller's
+    /// choice.
+    #[error("the peer was lost{}", if *.maybe_executed { "; the request may have been executed" } else { " before the request was sent" })]
+    PeerLost {
+        /// Whether the request may have been executed.
+        maybe_executed: bool,
+    },
+    /// The node is shutting down.
+    #[error("the node is shutting down")]
+    ShutDown,
+}
+
+/// A request that is sent when this is awaited. Dropping the future takes the request back: from
+/// the queue, or by telling its handler that it is cancelled.
+#[must_use = "a request is sent when this is awaited"]
+pub struct Request<'a> {
+    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) recipient: Result<Recipient, AddressError>,
+    pub(crate) draft: Draft,
+    pub(crate) deadline: Duration,
+}
+
+impl<'a> Request<'a> {
+    message_setters!();
+
+    /// How long to wait for the reply: 10 s by default
+    /// ([`Config::request_deadline`](crate::Config::request_deadline)). The time spent in
+    /// waiting for an instance of the service counts.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    async fn run(mut self) -> Result<Message, RequestError> {
+        let recipient = self.recipient?;
+        self.draft.check(self.shared)?;
+        let shared = self.shared;
+        if shared.is_stopping() {
+            return Err(RequestError::ShutDown);
+        }
+        let begun = shared.now();
+        let to = timeout(self.deadline, shared.find(&recipient)).await.ok().flatten();
+        let to = to.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
+        let id = shared.ids.next_now();
+        let mut header = self.draft.header(id, Kind::Command, recipient.into());
+        header.reply_to = Some(shared.id);
+        header.time_to_live = Some(self.deadline.saturating_sub(shared.now().since(begun)));
+        let (waiter, outcome) = oneshot::channel();
+        let link = to.link();
+        shared.open_request(id, begun + self.deadline, link, waiter);
+        let mut pending = Pending { shared, id, ended: false };
+        add(&shared.counters.requests, 1);
+        if let Err(reason) = shared.hand_over(&to, header, self.draft.body) {
+            pending.ended = shared.end_request(id).is_some();
+            shared.count_drop(to.node(shared), reason, 1);
+            return Err(match reason {
+                DropReason::LinkLost => RequestError::PeerLost { maybe_executed: false },
+                reason => RequestError::Dropped(reason),
+            });
+        }
+        let outcome = outcome.await;
+        pending.ended = true;
+        match outcome {
+            Ok(Outcome::Reply(message)) => Ok(message),
+            Ok(Outcome::Failed(failure)) => {
+                Err(RequestError::Handler(HandlerError::new(failure.code, failure.text)))
+            }
+            Ok(Outcome::DeadlineExceeded) => Err(RequestError::DeadlineExceeded(self.deadline)),
+            Ok(Outcome::PeerLost { maybe_executed }) => {
+                Err(RequestError::PeerLost { maybe_executed })
+            }
+            Ok(Outcome::ShutDown) | Err(_) => Err(RequestError::ShutDown),
+        }
+    }
+}
+
+impl<'a> IntoFuture for Request<'a> {
+    type Output = Result<Message, RequestError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send + 'a>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}
+
+/// Takes a request back when its future is dropped.
+struct Pending<'a> {
+    shared: &'a Arc<Shared>,
+    id: MessageId,
+    ended: bool,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.ended
+            && let Some((_, link)) = self.shared.end_request(self.id)
+        {
+            self.shared.cancel_call(self.id, link);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! One-way messages: to one of the nodes that serve a name, or to one node.
+
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::draft::{BodyError, Draft, message_setters};
+use super::shared::Shared;
+use crate::address::{AddressError, Recipient};
+use crate::identity::NodeId;
+use crate::message::{Kind, MessageId};
+use crate::report::DropReason;
+
+/// A one-way message that can't be sent.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The service's name can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// It is too large.
+    #[error(transparent)]
+    TooLarge(#[from] BodyError),
+    /// Nobody takes messages for the recipient. Try again when it is back.
+    #[error("no node serves {0}")]
+    NoService(Recipient),
+    /// The recipient can't take it now.
+    #[error("the message was dropped: {0}")]
+    Dropped(DropReason),
+    /// The node is shutting down.
+    #[error("the node is shutting down")]
+    ShutDown,
+}
+
+/// A one-way message that was queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Sent {
+    /// Its id.
+    pub id: MessageId,
+    /// The node that was chosen.
+    pub to: NodeId,
+}
+
+/// A one-way message that is sent when this is awaited.
+#[must_use = "a message is sent when this is awaited"]
+pub struct Send<'a> {
+    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) recipient: Result<Recipient, AddressError>,
+    pub(crate) draft: Draft,
+}
+
+impl<'a> Send<'a> {
+    message_setters!();
+
+    /// How long the message is worth handling: what is older when its turn comes is dropped by
+    /// the receiver, and counted here.
+    pub fn time_to_live(mut self, ttl: Duration) -> Self {
+        self.draft.ttl = Some(ttl);
+        self
+    }
+
+    /// Names the node to which an answer should go. The answer is a message of its own, sent
+    /// there by the receiver's handler.
+    pub fn reply_to(mut self, node: NodeId) -> Self {
+        self.draft.reply_to = Some(node);
+        self
+    }
+
+    /// Says which message this one answers.
+    pub fn correlation_id(mut self, id: MessageId) -> Self {
+        self.draft.correlation_id = Some(id);
+        self
+    }
+
+    async fn run(mut self) -> Result<Sent, SendError> {
+        let recipient = self.recipient?;
+        self.draft.check(self.shared)?;
+        if self.shared.is_stopping() {
+            return Err(SendError::ShutDown);
+        }
+        let to = self.shared.find(&recipient).await;
+        let to = to.ok_or_else(|| SendError::NoService(recipient.clone()))?;
+        let id = self.shared.ids.next_now();
+        let header = self.draft.header(id, Kind::Command, recipient.into());
+        let node = to.node(self.shared);
+        self.shared.hand_over(&to, header, self.draft.body).map_err(|reason| {
+            self.shared.count_drop(node, reason, 1);
+            SendError::Dropped(reason)
+        })?;
+        Ok(Sent { id, to: node })
+    }
+}
+
+impl<'a> IntoFuture for Send<'a> {
+    type Output = Result<Sent, SendError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send + 'a>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}
