@@ -206,7 +206,8 @@ impl Header {
     pub(crate) fn extra_len(&self) -> usize {
         let Some(extra) = &self.extra else { return 0 };
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
-        let headers: usize = extra.headers.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let pair = |(name, value): &(String, String)| HEADER_COST + name.len() + value.len();
+        let headers: usize = extra.headers.iter().map(pair).sum();
         text(&extra.ordering_key) + text(&extra.content_type) + text(&extra.traceparent) + headers
     }
 }
@@ -221,9 +222,19 @@ pub struct Message {
     pub header: Header,
     /// The body's bytes.
     pub body: Bytes,
+    /// Its sender made a request and waits.
+    pub(crate) wants_reply: bool,
 }
 
 impl Message {
+    pub(crate) fn new(from: NodeId, header: Header, body: Bytes) -> Self {
+        Self { from, header, body, wants_reply: false }
+    }
+
+    pub(crate) fn request(from: NodeId, header: Header, body: Bytes) -> Self {
+        Self { from, header, body, wants_reply: true }
+    }
+
     /// The topic that it was published on, or `None` if it was sent point to point.
     pub fn topic(&self) -> Option<&Topic> {
         match &self.header.destination {
@@ -253,6 +264,9 @@ impl Message {
         rmp_serde::from_slice(&self.body).map_err(DecodeError)
     }
 }
+
+/// What a user header counts for besides its name and value, since an empty one takes memory too.
+const HEADER_COST: usize = 32;
 
 /// A quarter of the transport's read buffer.
 const COPY_BELOW: usize = 16 * 1024;

@@ -134,6 +134,6 @@ pub struct Counters {
 impl Counters {
     /// All messages of ours that were dropped.
     pub fn dropped_total(&self) -> u64 {
-        self.dropped.values().sum()
+        self.dropped.values().fold(0, |total, count| total.saturating_add(*count))
     }
 }

@@ -165,6 +165,21 @@ async fn garbage_and_other_protocols_are_cut() {
 }
 
 #[tokio::test]
+async fn a_client_that_shows_its_signature_first_is_greeted() {
+    // As libzmq does: the rest of the greeting follows when it has seen ours.
+    let target = Target::new().await;
+    let mut stream = target.connect().await;
+    stream.write_all(&GREETING[..10]).await.unwrap();
+    let mut greeting = [0; 64];
+    soon(stream.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(greeting, GREETING);
+    stream.write_all(&[&GREETING[10..], &ready(&[5; 48])].concat()).await.unwrap();
+    let mut command = [0; 2];
+    soon(stream.read_exact(&mut command)).await.unwrap();
+    assert_eq!(command[0], 4, "a READY of ours");
+}
+
+#[tokio::test]
 async fn endless_multipart_is_cut() {
     let target = Target::new().await;
     let mut stream = shaken(&target).await;

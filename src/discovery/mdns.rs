@@ -85,7 +85,9 @@ fn choose_interfaces(daemon: &ServiceDaemon, beacon: &Beacon) -> mdns_sd::Result
 fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     let id = beacon.id.to_string();
     let host = format!("{id}.local.");
-    let port = beacon.listening.first().map_or(0, SocketAddr::port);
+    // An SRV record has one port: that of the first address that others can reach.
+    let beyond = beacon.listening.iter().find(|addr| !addr.ip().is_loopback());
+    let port = beyond.or(beacon.listening.first()).map_or(0, SocketAddr::port);
     // A TXT string takes 255 bytes in all.
     let name: String = beacon.name.chars().take(60).collect();
     let mut txt = vec![

@@ -54,6 +54,8 @@ struct Target {
     state: State,
     failures: u32,
     last_error: Option<String>,
+    /// Its source no longer sees it: it is forgotten when its link or attempt ends.
+    gone: bool,
 }
 
 /// Backoff between attempts: doubling, with jitter over its upper half.
@@ -84,8 +86,9 @@ impl Dialer {
             return;
         }
         match self.targets.get_mut(&key) {
-            Some(target) if target.addresses == sighting.addresses => {}
+            Some(target) if target.addresses == sighting.addresses => target.gone = false,
             Some(target) => {
+                target.gone = false;
                 // New addresses deserve a new attempt at once.
                 target.addresses = sighting.addresses;
                 target.source = sighting.source;
@@ -106,6 +109,7 @@ impl Dialer {
                     state: State::Waiting { until: now + wait },
                     failures: 0,
                     last_error: None,
+                    gone: false,
                 };
                 self.targets.insert(key, target);
             }
@@ -114,11 +118,10 @@ impl Dialer {
 
     /// The source no longer sees it. A live link is none of its business.
     pub(crate) fn handle_gone(&mut self, key: &TargetKey) {
-        if let Some(target) = self.targets.get(key)
-            && matches!(target.state, State::Waiting { .. } | State::Own)
-        {
-            self.targets.remove(key);
+        if let Some(target) = self.targets.get_mut(key) {
+            target.gone = true;
         }
+        self.forget_gone();
     }
 
     pub(crate) fn handle_connected(&mut self, key: &TargetKey, link: LinkId) {
@@ -155,6 +158,7 @@ impl Dialer {
         {
             target.retry(now, jitter, error);
         }
+        self.forget_gone();
     }
 
     /// The connection ended before it became a link.
@@ -181,6 +185,7 @@ impl Dialer {
         if let Some(target) = self.by_link(link) {
             target.state = State::Waiting { until };
         }
+        self.forget_gone();
     }
 
     /// The peer has no link any more; everything that leads to it is tried again soon.
@@ -192,6 +197,11 @@ impl Dialer {
                 target.state = State::Waiting { until };
             }
         }
+    }
+
+    fn forget_gone(&mut self) {
+        let busy = |state| matches!(state, State::Dialing | State::Linked(_));
+        self.targets.retain(|_, target| !target.gone || busy(target.state));
     }
 
     fn by_link(&mut self, link: LinkId) -> Option<&mut Target> {

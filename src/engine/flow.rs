@@ -19,6 +19,9 @@ use crate::wire::{BatchEncoder, Control, EncodedBatch, Envelope, Lane, Limits, P
 /// queue from the one who counts it.
 const MAX_IN_FLIGHT: u32 = 2;
 
+/// Control records that may wait for a peer that doesn't read.
+const MAX_CONTROL: usize = 10_000;
+
 /// When silence becomes a heartbeat, a suspicion, a death.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timing {
@@ -297,6 +300,10 @@ impl Flow {
     pub(crate) fn handle_timeout(&mut self, now: Time, timing: &Timing) -> Liveness {
         if now.since(self.last_sent) >= timing.heartbeat {
             self.batch_due = true;
+        }
+        if self.control.len() > MAX_CONTROL {
+            // It sends and doesn't read; what it is told would pile up.
+            return Liveness::Dead;
         }
         match now.since(self.last_heard) {
             silence if silence >= timing.dead => Liveness::Dead,

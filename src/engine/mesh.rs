@@ -8,7 +8,7 @@
 //!
 //! Of two nodes the one with the smaller id decides which connection becomes their one link.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
@@ -20,6 +20,8 @@ use crate::wire::{Announcement, Bye, Control, Hello, Limits};
 
 /// A connection without a hello ends after this.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// The most patterns and services that a peer may announce in all.
+const MAX_ANNOUNCED: usize = 10_000;
 /// How long the old link may take to prove that it is alive.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -205,7 +207,7 @@ impl Mesh {
                 self.handle_announcement(now, link, &announcement);
             }
             (Control::Bye(bye), Some(_)) => self.handle_bye(now, link, bye),
-            (Control::Probe(nonce), Some(_)) => self.send(link, Control::ProbeReply(nonce)),
+            (Control::Probe(nonce), Some(Phase::Up)) => self.send(link, Control::ProbeReply(nonce)),
             (Control::ProbeReply(nonce), Some(Phase::Up)) => {
                 self.handle_probe_reply(now, link, nonce)
             }
@@ -329,8 +331,8 @@ impl Mesh {
         }
     }
 
-    /// Stops dialling; links stay.
-    pub(crate) fn stop_dialing(&mut self) {
+    /// Makes no more links; those that are there stay.
+    pub(crate) fn stop_linking(&mut self) {
         self.dialing = false;
     }
 
@@ -354,8 +356,12 @@ impl Mesh {
         self.peers.values().filter_map(|peer| self.peer_info(peer.link)).collect()
     }
 
-    pub(crate) fn links(&self) -> impl Iterator<Item = (NodeId, LinkId)> {
-        self.peers.iter().map(|(id, peer)| (*id, peer.link))
+    /// Ends whatever connection is left.
+    pub(crate) fn close_all(&mut self, now: Time) {
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in links {
+            self.handle_closed(now, link, DownReason::ShutDownHere);
+        }
     }
 
     pub(crate) fn unreachable(&self) -> Vec<Unreachable> {
@@ -379,18 +385,29 @@ impl Mesh {
             self.send(link, Control::Bye(Bye::Mesh));
             return self.refuse(now, link, text, true);
         }
+        if hello.patterns.len() + hello.services.len() > MAX_ANNOUNCED {
+            return self.handle_violation(now, link, "it announces too much".into());
+        }
         if entry.connection.claimed.is_some_and(|claimed| claimed != hello.id) {
             let text = "its hello names another node than its connection".to_owned();
             return self.handle_violation(now, link, text);
         }
         if hello.id == self.me.id {
             if hello.incarnation == self.me.incarnation {
+                // The other end of this connection is ours too, and learns it from our hello.
+                if !entry.hello_sent {
+                    self.send_hello(link);
+                }
                 self.dialer.handle_own(link);
                 return self.close(now, link, DownReason::Replaced);
             }
             self.actions.push_back(Action::Report(MeshEvent::IdentityConflict { address }));
             self.send(link, Control::Bye(Bye::IdentityInUse));
             return self.refuse(now, link, "it has this node's own identity".into(), true);
+        }
+        if !self.dialing {
+            self.send(link, Control::Bye(Bye::Shutdown));
+            return self.close(now, link, DownReason::ShutDownHere);
         }
         let expected = match &entry.connection.target {
             Some(TargetKey::Node(id)) => Some(*id),
@@ -446,14 +463,24 @@ impl Mesh {
     fn accept(&mut self, now: Time, link: LinkId) {
         let waiting = |link: &Link| matches!(link.phase, Phase::Deciding { .. });
         if self.links.get(&link).is_some_and(waiting) {
+            // The peer may answer at once, so the link is open before it hears of it.
+            self.open(link);
             self.send(link, Control::Accept);
             self.establish(now, link);
+        }
+    }
+
+    fn open(&mut self, link: LinkId) {
+        let hello = self.links.get(&link).and_then(|link| link.hello.as_ref());
+        if let Some(limits) = hello.map(|hello| hello.limits) {
+            self.actions.push_back(Action::Open { link, limits });
         }
     }
 
     fn handle_accept(&mut self, now: Time, link: LinkId) {
         let decider = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
         if decider.is_some_and(|id| id < self.me.id) {
+            self.open(link);
             self.establish(now, link);
         } else {
             self.handle_violation(now, link, "an accept that was ours to send".into());
@@ -461,12 +488,7 @@ impl Mesh {
     }
 
     fn establish(&mut self, now: Time, link: LinkId) {
-        let Some((id, limits)) = self
-            .links
-            .get(&link)
-            .and_then(|link| link.hello.as_ref())
-            .map(|hello| (hello.id, hello.limits))
-        else {
+        let Some(id) = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id)) else {
             return;
         };
         if let Some(old) = self.peers.get(&id).map(|peer| peer.link) {
@@ -478,7 +500,6 @@ impl Mesh {
         self.peers.insert(id, Peer { link, probe: None });
         self.dialer.handle_success(link);
         self.routing_changed = true;
-        self.actions.push_back(Action::Open { link, limits });
         if let Some(info) = self.peer_info(link) {
             self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
         }
@@ -491,17 +512,20 @@ impl Mesh {
         let Some(hello) = entry.hello.as_mut() else {
             return;
         };
-        if news.seq != hello.seq + 1 {
+        if hello.seq.checked_add(1) != Some(news.seq) {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
         hello.seq = news.seq;
-        hello.patterns.retain(|pattern| !news.unsubscribed.contains(pattern));
+        let changed: HashSet<&Pattern> = news.unsubscribed.iter().chain(&news.subscribed).collect();
+        hello.patterns.retain(|pattern| !changed.contains(pattern));
         hello.patterns.extend(news.subscribed.iter().cloned());
-        let changed = |name: &ServiceName| {
-            news.withdrawn.contains(name) || news.serving.iter().any(|info| info.name == *name)
-        };
-        hello.services.retain(|info| !changed(&info.name));
+        let serving = news.serving.iter().map(|info| &info.name);
+        let changed: HashSet<&ServiceName> = serving.chain(&news.withdrawn).collect();
+        hello.services.retain(|info| !changed.contains(&info.name));
         hello.services.extend(news.serving.iter().cloned());
+        if hello.patterns.len() + hello.services.len() > MAX_ANNOUNCED {
+            return self.handle_violation(now, link, "it announces too much".into());
+        }
         self.routing_changed |= matches!(entry.phase, Phase::Up);
     }
 
@@ -670,3 +694,7 @@ impl std::fmt::Display for DownReason {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "mesh_tests.rs"]
+mod tests;

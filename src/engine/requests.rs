@@ -38,6 +38,11 @@ impl<T> Requests<T> {
         self.open.insert(id, Open { deadline, link, waiter });
     }
 
+    /// The link that an open request went over.
+    pub(crate) fn link(&self, id: MessageId) -> Option<Option<LinkId>> {
+        self.open.get(&id).map(|open| open.link)
+    }
+
     /// Ends a request: its reply came, or its caller gave up.
     pub(crate) fn remove(&mut self, id: MessageId) -> Option<(T, Option<LinkId>)> {
         let open = self.open.remove(&id)?;

@@ -1,6 +1,6 @@
 //! A service: how many calls run at once, which wait.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::hash::Hash;
 
 use crate::engine::Time;
@@ -22,7 +22,9 @@ pub(crate) enum Admission<C> {
 #[derive(Debug)]
 pub(crate) struct Service<K, C> {
     concurrency: usize,
-    running: HashMap<K, ()>,
+    running: HashSet<K>,
+    /// What waits, by name.
+    queued: HashSet<K>,
     waiting: VecDeque<Waiting<K, C>>,
     draining: bool,
 }
@@ -37,17 +39,25 @@ struct Waiting<K, C> {
 impl<K: Copy + Eq + Hash, C> Service<K, C> {
     pub(crate) fn new(concurrency: usize) -> Self {
         let concurrency = concurrency.max(1);
-        Self { concurrency, running: HashMap::new(), waiting: VecDeque::new(), draining: false }
+        Self {
+            concurrency,
+            running: HashSet::new(),
+            queued: HashSet::new(),
+            waiting: VecDeque::new(),
+            draining: false,
+        }
     }
 
     pub(crate) fn handle_call(&mut self, key: K, expires: Option<Time>, call: C) -> Admission<C> {
-        if self.draining {
+        // A name that is in use already would hide the one behind it.
+        if self.draining || self.running.contains(&key) || self.queued.contains(&key) {
             return Admission::Refused(call);
         }
         if self.running.len() < self.concurrency {
-            self.running.insert(key, ());
+            self.running.insert(key);
             return Admission::Start(call);
         }
+        self.queued.insert(key);
         self.waiting.push_back(Waiting { key, expires, call });
         Admission::Waits
     }
@@ -59,11 +69,12 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
         while self.running.len() < self.concurrency
             && let Some(next) = self.waiting.pop_front()
         {
+            self.queued.remove(&next.key);
             if next.expires.is_some_and(|expires| expires <= now) {
                 expired.push(next.call);
                 continue;
             }
-            self.running.insert(next.key, ());
+            self.running.insert(next.key);
             return (Some(next.call), expired);
         }
         (None, expired)
@@ -72,6 +83,7 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
     /// The caller gave up. Returns the call if it was still waiting; one that runs is not ours
     /// to stop.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
+        self.queued.remove(&key);
         let at = self.waiting.iter().position(|waiting| waiting.key == key)?;
         self.waiting.remove(at).map(|waiting| waiting.call)
     }
@@ -81,6 +93,7 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
         let (gone, kept): (VecDeque<_>, VecDeque<_>) =
             std::mem::take(&mut self.waiting).into_iter().partition(|waiting| wanted(&waiting.key));
         self.waiting = kept;
+        gone.iter().for_each(|waiting| _ = self.queued.remove(&waiting.key));
         gone.into_iter().map(|waiting| waiting.call).collect()
     }
 
@@ -96,6 +109,15 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
 
     pub(crate) fn running(&self) -> usize {
         self.running.len()
+    }
+
+    /// What runs and waits.
+    pub(crate) fn unfinished(&self) -> usize {
+        self.running.len() + self.waiting.len()
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining
     }
 }
 

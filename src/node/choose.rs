@@ -73,26 +73,21 @@ impl Shared {
             }
             Recipient::Service(name) => {
                 let there = routing.instances(name);
-                let Some(here) = self.service(name) else {
-                    return self.choose_among(there);
+                let here = self.service(name);
+                let here = here.and_then(|here| Some((here.load()? as u64, here.concurrency)));
+                let best = self.choose_among(there);
+                let (Some(here), Some(Chosen::There(cell))) = (here, &best) else {
+                    return here.map_or(best, |_| Some(Chosen::Here));
                 };
                 // This node is one competitor among the others.
-                let local = (here.running() as u64, here.concurrency);
-                let best = self.choose_among(there);
-                match best {
-                    Some(Chosen::There(cell)) => {
-                        let of =
-                            there.iter().find(|instance| instance.peer == cell.peer)?.concurrency;
-                        let load = cell.unfinished_calls();
-                        let here_is_freer = local.0 * u64::from(of) <= load * u64::from(local.1);
-                        let tie = local.0 == 0 && load == 0;
-                        let turn =
-                            self.turn.load(Ordering::Relaxed).is_multiple_of(there.len() + 1);
-                        let here = if tie { turn } else { here_is_freer };
-                        Some(if here { Chosen::Here } else { Chosen::There(cell) })
-                    }
-                    _ => Some(Chosen::Here),
-                }
+                let of = there.iter().find(|instance| instance.peer == cell.peer)?.concurrency;
+                let load = cell.unfinished_calls();
+                let takes_it = if (here.0, load) == (0, 0) {
+                    self.turn.load(Ordering::Relaxed).is_multiple_of(there.len() + 1)
+                } else {
+                    here.0 * u64::from(of) <= load * u64::from(here.1)
+                };
+                if takes_it { Some(Chosen::Here) } else { best }
             }
         }
     }
@@ -114,13 +109,26 @@ impl Shared {
         to: &Chosen,
         header: Header,
         body: Body,
+        wants_reply: bool,
     ) -> Result<(), DropReason> {
         match to {
             Chosen::There(cell) => {
-                cell.send_message(Envelope { header, payload: Payload::Call(body.bytes) })?;
+                let payload = match wants_reply {
+                    true => Payload::Request(body.bytes),
+                    false => Payload::Call(body.bytes),
+                };
+                cell.send_message(Envelope { header, payload })?;
                 add(&self.counters.queued, 1);
             }
-            Chosen::Here => self.admit(Message { from: self.id, header, body: body.bytes }, None),
+            Chosen::Here => {
+                let held = self.local_bytes.load(Ordering::Relaxed);
+                if held > 0 && held + body.len() as u64 > self.config.send_queue {
+                    return Err(DropReason::SlowPeer);
+                }
+                let mut message = Message::new(self.id, header, body.bytes);
+                message.wants_reply = wants_reply;
+                self.admit(message, None);
+            }
         }
         Ok(())
     }

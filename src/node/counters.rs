@@ -44,9 +44,11 @@ impl LiveCounters {
             return false;
         }
         let mut rare = self.rare();
-        *rare.dropped.entry(reason).or_default() += count;
+        let dropped = rare.dropped.entry(reason).or_default();
+        *dropped = dropped.saturating_add(count);
         let first = rare.untold.is_empty();
-        *rare.untold.entry((peer, reason)).or_default() += count;
+        let untold = rare.untold.entry((peer, reason)).or_default();
+        *untold = untold.saturating_add(count);
         first
     }
 

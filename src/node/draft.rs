@@ -21,7 +21,11 @@ pub(crate) struct Draft {
 
 impl Draft {
     pub(crate) fn new(body: Body) -> Self {
-        Self { body, ..Self::default() }
+        let mut draft = Self { body, ..Self::default() };
+        if let Some(content_type) = draft.body.content_type {
+            draft.extra.get_or_insert_default().content_type = Some(content_type.to_owned());
+        }
+        draft
     }
 
     pub(super) fn check(&self, shared: &Shared) -> Result<(), BodyError> {
@@ -49,10 +53,6 @@ impl Draft {
         header.reply_to = self.reply_to;
         header.correlation_id = self.correlation_id;
         header.extra = self.extra.take();
-        if let Some(content_type) = self.body.content_type {
-            let known = &mut header.extra_mut().content_type;
-            known.get_or_insert_with(|| content_type.to_owned());
-        }
         header
     }
 }

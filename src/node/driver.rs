@@ -20,6 +20,8 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let base = Instant::from_std(shared.started);
     loop {
         let now = shared.now();
+        // What becomes due while this looks leaves its notice.
+        shared.armed_ms.store(u64::MAX, Ordering::Release);
         let next = next_timeout(&shared, now).min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP);
         shared.armed_ms.store(next.since_start().as_millis() as u64, Ordering::Release);
         tokio::select! {
@@ -35,7 +37,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 fn next_timeout(shared: &Arc<Shared>, now: Time) -> Time {
     let cells = shared.cells();
     let flows = cells.iter().map(|cell| cell.peek(|flow| flow.poll_timeout(now, &shared.timing)));
-    let mesh = shared.with_mesh(|mesh, _| mesh.poll_timeout());
+    let mesh = shared.mesh_timeout();
     flows.chain(mesh).chain(shared.next_deadline()).min().unwrap_or(now + LONGEST_SLEEP)
 }
 

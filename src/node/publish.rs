@@ -85,7 +85,7 @@ impl Publish<'_> {
             shared.count_drop(*peer, *reason, 1);
         }
         if !shared.inboxes.load().matching(&topic).is_empty() {
-            let message = Message { from: shared.id, header, body };
+            let message = Message::new(shared.id, header, body);
             let cost = message.body.len() as u64 + 128;
             if shared.deliver(&message, cost, None) {
                 report.queued += 1;

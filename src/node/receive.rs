@@ -127,7 +127,10 @@ impl LinkReceiver {
                 }
             }
             Control::Cancel(id) => {
-                shared.services().iter().for_each(|service| service.handle_cancel(cell.id, id));
+                shared
+                    .services()
+                    .iter()
+                    .for_each(|service| service.handle_cancel(shared, cell.id, id));
             }
             control => shared.with_mesh(|mesh, now| mesh.handle_control(now, cell.id, control)),
         }
@@ -143,15 +146,14 @@ impl LinkReceiver {
         let (header, from) = (envelope.header, cell.peer);
         match envelope.payload {
             Payload::Event(body) => {
-                shared.deliver(&Message { from, header, body }, cost, Some(credit));
+                shared.deliver(&Message::new(from, header, body), cost, Some(credit));
             }
-            Payload::Call(body) => {
-                let mut message = Message { from, header, body };
-                message.unpin();
-                shared.admit(message, Some(credit));
+            Payload::Call(body) => shared.admit(Message::new(from, header, body), Some(credit)),
+            Payload::Request(body) => {
+                shared.admit(Message::request(from, header, body), Some(credit));
             }
             Payload::Reply(body) => {
-                let message = Message { from, header, body };
+                let message = Message::new(from, header, body);
                 shared.complete(credit, message.header.correlation_id, Outcome::Reply(message));
             }
             Payload::Failed(failure) => {
@@ -188,11 +190,14 @@ impl Shared {
     }
 
     /// Gives a call to the service that it is for.
-    pub(crate) fn admit(self: &Arc<Self>, message: Message, credit: Option<Credit>) {
+    pub(crate) fn admit(self: &Arc<Self>, mut message: Message, credit: Option<Credit>) {
+        message.unpin();
         let name = match &message.header.destination {
             Destination::Service(name) => name.clone(),
-            Destination::Node(_) => ServiceName::node_inbox(),
-            Destination::Topic(_) => return,
+            Destination::Node(node) if *node == self.id => ServiceName::node_inbox(),
+            Destination::Node(_) | Destination::Topic(_) => {
+                return self.decline(&message, credit, DropReason::NoService);
+            }
         };
         match self.service(&name) {
             Some(service) => service.handle_call(self, message, credit),
@@ -207,7 +212,7 @@ impl Shared {
         credit: Option<Credit>,
         reason: DropReason,
     ) {
-        if message.header.reply_to.is_some() && reason != DropReason::Cancelled {
+        if message.wants_reply && reason != DropReason::Cancelled {
             let text = match reason {
                 DropReason::NoService => "the node no longer serves it",
                 DropReason::Expired => "its time ran out while it waited",
@@ -231,8 +236,9 @@ impl Shared {
     }
 
     fn complete(&self, credit: Credit, id: Option<crate::message::MessageId>, outcome: Outcome) {
-        match id.and_then(|id| self.end_request(id)) {
-            Some((waiter, _)) => {
+        let link = credit.cell().id;
+        match id.and_then(|id| self.end_request_over(id, link)) {
+            Some(waiter) => {
                 // Consumed before its caller wakes: what the caller sends next tells so.
                 drop(credit);
                 let _caller_left = waiter.send(outcome);

@@ -90,7 +90,7 @@ impl<'a> Request<'a> {
         shared.open_request(id, begun + self.deadline, link, waiter);
         let mut pending = Pending { shared, id, ended: false };
         add(&shared.counters.requests, 1);
-        if let Err(reason) = shared.hand_over(&to, header, self.draft.body) {
+        if let Err(reason) = shared.hand_over(&to, header, self.draft.body, true) {
             pending.ended = shared.end_request(id).is_some();
             shared.count_drop(to.node(shared), reason, 1);
             return Err(match reason {

@@ -85,7 +85,7 @@ impl<'a> Send<'a> {
         let id = self.shared.ids.next_now();
         let header = self.draft.header(id, Kind::Command, recipient.into());
         let node = to.node(self.shared);
-        self.shared.hand_over(&to, header, self.draft.body).map_err(|reason| {
+        self.shared.hand_over(&to, header, self.draft.body, false).map_err(|reason| {
             self.shared.count_drop(node, reason, 1);
             SendError::Dropped(reason)
         })?;

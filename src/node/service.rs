@@ -90,7 +90,7 @@ impl Cancelled {
 impl Call {
     /// Whether somebody waits for a reply.
     pub fn wants_reply(&self) -> bool {
-        self.message.header.reply_to.is_some()
+        self.message.wants_reply
     }
 
     /// How much longer the reply is of use; `None` if the caller set no limit.
@@ -134,6 +134,20 @@ struct Held {
     credit: Option<Credit>,
     cancelled: Arc<Cancelled>,
     deadline: Option<Instant>,
+    /// What it takes of the room for this node's calls to itself.
+    share: Option<LocalShare>,
+}
+
+/// A place among this node's calls to itself, which no link's credit bounds.
+struct LocalShare {
+    shared: Arc<Shared>,
+    bytes: u64,
+}
+
+impl Drop for LocalShare {
+    fn drop(&mut self) {
+        self.shared.local_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 /// One service of this node.
@@ -174,7 +188,12 @@ impl ServiceCell {
         let time_to_live = message.header.time_to_live;
         let deadline = time_to_live.and_then(|ttl| Instant::now().checked_add(ttl));
         let expires = time_to_live.map(|ttl| shared.now() + ttl);
-        let held = Held { message, credit, cancelled: Arc::default(), deadline };
+        let share = credit.is_none().then(|| {
+            let bytes = message.body.len() as u64 + 128;
+            shared.local_bytes.fetch_add(bytes, Ordering::Relaxed);
+            LocalShare { shared: shared.clone(), bytes }
+        });
+        let held = Held { message, credit, cancelled: Arc::default(), deadline, share };
         let admission = lock(&self.state).admissions.handle_call(key, expires, held);
         match admission {
             Admission::Start(held) => self.start(shared, key, held),
@@ -186,7 +205,7 @@ impl ServiceCell {
     }
 
     fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
-        let Held { message, credit, cancelled, deadline } = held;
+        let Held { message, credit, cancelled, deadline, share } = held;
         let running = Running { cancelled: cancelled.clone(), task: None };
         lock(&self.state).running.insert(key, running);
         let (service, node) = (self.clone(), shared.clone());
@@ -201,6 +220,7 @@ impl ServiceCell {
                 Err(HandlerError::new("panic", "the handler panicked"))
             });
             service.finish(&node, key, &message, credit, result);
+            drop(share);
         });
         if let Some(running) = lock(&self.state).running.get_mut(&key) {
             running.task = Some(task.abort_handle());
@@ -218,7 +238,7 @@ impl ServiceCell {
         add(&shared.counters.handled, 1);
         match result {
             Ok(body) => shared.reply_with_body(message, credit, body),
-            Err(HandlerError { code, text }) if message.header.reply_to.is_some() => {
+            Err(HandlerError { code, text }) if message.wants_reply => {
                 shared.reply(message, credit, Payload::Failed(Failure { code, text }));
             }
             Err(error) => {
@@ -244,34 +264,42 @@ impl ServiceCell {
         self.ended.notify_waiters();
     }
 
-    pub(crate) fn handle_cancel(&self, link: LinkId, id: MessageId) {
+    pub(crate) fn handle_cancel(&self, shared: &Shared, link: LinkId, id: MessageId) {
         let mut state = lock(&self.state);
         let waiting = state.admissions.handle_cancel((link, id));
         if let Some(running) = state.running.get(&(link, id)) {
             running.cancelled.set();
         }
         drop(state);
-        if let Some(Held { credit: Some(credit), .. }) = waiting {
-            credit.report_drop(DropReason::Cancelled);
+        if let Some(held) = waiting {
+            shared.drop_received(held.credit.as_ref(), DropReason::Cancelled);
         }
     }
 
     /// What came over the link has nobody left to wait for it.
-    pub(crate) fn handle_link_lost(&self, link: LinkId) {
+    pub(crate) fn handle_link_lost(&self, shared: &Shared, link: LinkId) {
         let mut state = lock(&self.state);
         let waiting = state.admissions.take_waiting(|key| key.0 == link);
         for (_, running) in state.running.iter().filter(|(key, _)| key.0 == link) {
             running.cancelled.set();
         }
         drop(state);
-        // Their credit goes back to a flow that is closed.
-        drop(waiting);
+        // Their sender counts them as in doubt.
+        for _lost in waiting {
+            shared.counters.dropped_for_others(DropReason::LinkLost);
+        }
         self.ended.notify_waiters();
     }
 
-    /// Unfinished local calls.
+    /// How many calls run now.
     pub(crate) fn running(&self) -> usize {
         lock(&self.state).admissions.running()
+    }
+
+    /// How many calls run and wait, unless the service takes no more.
+    pub(crate) fn load(&self) -> Option<usize> {
+        let state = lock(&self.state);
+        (!state.admissions.is_draining()).then(|| state.admissions.unfinished())
     }
 
     /// Takes no more calls, and waits until those that it has are done.
@@ -286,14 +314,15 @@ impl ServiceCell {
         }
     }
 
-    /// Ends what still runs; how many calls that were.
-    pub(crate) fn abort(&self) -> usize {
+    /// Turns down what waits and ends what runs; how many of the latter there were.
+    pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
+        let waiting = lock(&self.state).admissions.take_waiting(|_| true);
+        for held in waiting {
+            shared.decline(&held.message, held.credit, DropReason::NoService);
+        }
         let state = lock(&self.state);
-        state
-            .running
-            .values()
-            .filter_map(|running| running.task.as_ref())
-            .for_each(AbortHandle::abort);
+        let tasks = state.running.values().filter_map(|running| running.task.as_ref());
+        tasks.for_each(AbortHandle::abort);
         state.running.len()
     }
 }
@@ -308,7 +337,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 
 impl Shared {
     fn reply_with_body(self: &Arc<Self>, call: &Message, credit: Option<Credit>, body: Body) {
-        if call.header.reply_to.is_none() {
+        if !call.wants_reply {
             return;
         }
         if body.len() > self.config.max_body {
@@ -369,9 +398,10 @@ impl Shared {
         };
         let outcome = match payload {
             Payload::Failed(failure) => Outcome::Failed(failure),
-            Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => {
-                Outcome::Reply(Message { from: self.id, header, body })
-            }
+            Payload::Event(body)
+            | Payload::Call(body)
+            | Payload::Request(body)
+            | Payload::Reply(body) => Outcome::Reply(Message::new(self.id, header, body)),
         };
         match self.end_request(id) {
             Some((waiter, _)) => {

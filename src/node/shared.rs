@@ -62,6 +62,8 @@ pub(crate) struct Shared {
     inboxes_change: Mutex<()>,
     services: Mutex<BTreeMap<ServiceName, Arc<ServiceCell>>>,
     pub(crate) turn: AtomicUsize,
+    /// What this node's calls to itself hold, in bytes.
+    pub(crate) local_bytes: AtomicU64,
     pub(crate) counters: LiveCounters,
     pub(crate) events: broadcast::Sender<Event>,
     /// Drops are told in groups, by a task that this wakes.
@@ -112,6 +114,7 @@ impl Shared {
             inboxes_change: Mutex::default(),
             services: Mutex::default(),
             turn: AtomicUsize::new(0),
+            local_bytes: AtomicU64::new(0),
             counters: LiveCounters::default(),
             events: broadcast::Sender::new(1024),
             drops: Notify::new(),
@@ -157,6 +160,11 @@ impl Shared {
             self.wake_by(at);
         }
         result
+    }
+
+    /// When the mesh has to look at the clock.
+    pub(crate) fn mesh_timeout(&self) -> Option<Time> {
+        lock(&self.mesh).poll_timeout()
     }
 
     fn perform(self: &Arc<Self>, action: Action) {
@@ -206,7 +214,7 @@ impl Shared {
             let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed });
         }
         for service in self.services() {
-            service.handle_link_lost(link);
+            service.handle_link_lost(self, link);
         }
         cell.close();
     }
@@ -287,6 +295,19 @@ impl Shared {
         lock(&self.requests).remove(id)
     }
 
+    /// Ends a request whose reply came over `link`, if that is where it went.
+    pub(crate) fn end_request_over(
+        &self,
+        id: MessageId,
+        link: LinkId,
+    ) -> Option<oneshot::Sender<Outcome>> {
+        let mut requests = lock(&self.requests);
+        if requests.link(id)? != Some(link) {
+            return None;
+        }
+        requests.remove(id).map(|(waiter, _)| waiter)
+    }
+
     /// Takes a request back: from the queue, or from its handler's attention.
     pub(crate) fn cancel_call(&self, id: MessageId, link: Option<LinkId>) {
         match link {
@@ -300,7 +321,7 @@ impl Shared {
             None => self
                 .services()
                 .iter()
-                .for_each(|service| service.handle_cancel(super::service::LOCAL, id)),
+                .for_each(|service| service.handle_cancel(self, super::service::LOCAL, id)),
         }
     }
 
@@ -336,6 +357,9 @@ impl Shared {
         self.inboxes.store(Arc::new(inboxes));
         drop(change);
         self.with_mesh(|mesh, _| mesh.subscribe(pattern));
+        if self.is_stopping() {
+            inbox.close();
+        }
         super::Subscription::new(self, number, inbox)
     }
 

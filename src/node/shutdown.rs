@@ -33,7 +33,7 @@ const GOODBYE: Duration = Duration::from_secs(1);
 pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
     shared.stopping.store(true, Ordering::Release);
     let deadline = Instant::now() + within;
-    shared.with_mesh(|mesh, _| mesh.stop_dialing());
+    shared.with_mesh(|mesh, _| mesh.stop_linking());
     let services = shared.services();
     for service in &services {
         shared.withdraw(&service.name);
@@ -41,18 +41,13 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
     for service in &services {
         let _too_slow = timeout_at(deadline, service.drain()).await;
     }
-    let aborted = services.iter().map(|service| service.abort()).sum();
+    let aborted = services.iter().map(|service| service.abort(shared)).sum();
     let _too_slow = timeout_at(deadline, settled(shared)).await;
     let before = shared.counters.snapshot();
     shared.with_mesh(|mesh, _| mesh.say_goodbye());
     // Peers close a link when they have read the goodbye.
     let _too_slow = timeout_at(Instant::now() + GOODBYE, unlinked(shared)).await;
-    shared.with_mesh(|mesh, now| {
-        let links: Vec<_> = mesh.links().map(|(_, link)| link).collect();
-        for link in links {
-            mesh.handle_closed(now, link, crate::engine::DownReason::ShutDownHere);
-        }
-    });
+    shared.with_mesh(|mesh, now| mesh.close_all(now));
     shared.fail_all_requests();
     shared.inboxes.load().all().for_each(|inbox| inbox.close());
     let mut tasks = std::mem::take(&mut *lock(&shared.tasks));

@@ -171,20 +171,25 @@ async fn handshake(
     me: &NodeId,
     dialled: bool,
 ) -> Result<NodeId, Ended> {
-    let opening = [&zmtp::greeting()[..], &zmtp::ready(&new_identity(me))].concat();
-    let mut said = false;
+    let ready = zmtp::ready(&new_identity(me));
+    let (mut greeted, mut readied) = (false, false);
     if dialled {
-        to_net.write_all(&opening).await?;
-        said = true;
+        to_net.write_all(&zmtp::greeting()).await?;
+        greeted = true;
     }
     loop {
         if input.read_from(from_net).await? == 0 {
             return Err(Refusal::EndedEarly.into());
         }
         let claimed = input.gate.handshake(&mut input.bytes)?;
-        if !said && input.gate.is_greeted() {
-            to_net.write_all(&opening).await?;
-            said = true;
+        // Some say no more than their signature until they have seen ours.
+        if !greeted && (input.gate.is_greeted() || input.bytes.len() >= zmtp::SIGNATURE_LEN) {
+            to_net.write_all(&zmtp::greeting()).await?;
+            greeted = true;
+        }
+        if !readied && input.gate.is_greeted() {
+            to_net.write_all(&ready).await?;
+            readied = true;
         }
         if let Some(claimed) = claimed {
             return Ok(claimed);

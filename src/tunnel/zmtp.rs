@@ -4,6 +4,8 @@ use super::Refusal;
 use crate::identity::NodeId;
 
 pub(super) const GREETING_LEN: usize = 64;
+/// What a greeting begins with.
+pub(super) const SIGNATURE_LEN: usize = 10;
 /// Two properties, of which one is an identity of 48 bytes, take far less.
 pub(super) const MAX_READY: usize = 512;
 

@@ -72,6 +72,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         Totals { messages: 1, bytes: 130 },
     ];
     let mut request = call(3, "stock", "how many?");
+    request.payload = Payload::Request("how many?".into());
     request.header.reply_to = Some(ALICE);
     request.header.time_to_live = Some(Duration::from_secs(5));
     let mut rich = event(9, "orders.new", "{}");
@@ -217,7 +218,7 @@ prop_compose! {
 
 prop_compose! {
     fn any_envelope()(
-        what in 0..4,
+        what in 0..5,
         id in any::<[u8; 16]>(),
         kind in prop::sample::select(vec![Kind::Event, Kind::Command, Kind::Document]),
         address in prop::sample::select(vec!["a", "a.b", "orders.eu.new"]),
@@ -230,7 +231,7 @@ prop_compose! {
     ) -> Envelope {
         let destination = match (what, to_node) {
             (0, _) => Destination::Topic(address.parse().unwrap()),
-            (1, false) => Destination::Service(address.parse().unwrap()),
+            (1 | 4, false) => Destination::Service(address.parse().unwrap()),
             _ => Destination::Node(BOB),
         };
         let mut header = Header::new(MessageId::from_bytes(id), kind, destination);
@@ -243,6 +244,7 @@ prop_compose! {
             0 => Payload::Event(body.into()),
             1 => Payload::Call(body.into()),
             2 => Payload::Reply(body.into()),
+            4 => Payload::Request(body.into()),
             _ => Payload::Failed(failure()),
         };
         Envelope { header, payload }

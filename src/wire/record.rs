@@ -1,4 +1,4 @@
-//! Records that carry messages: events, calls, replies and failures.
+//! Records that carry messages: events, calls, requests, replies and failures.
 //!
 //! ```text
 //! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers]
@@ -41,10 +41,23 @@ pub(crate) struct Envelope {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Payload {
     Event(Bytes),
-    /// A one-way message or a request; a request has a return address.
+    /// A one-way message to a service or node.
     Call(Bytes),
+    /// A call whose sender waits for the reply.
+    Request(Bytes),
     Reply(Bytes),
     Failed(Failure),
+}
+
+impl Payload {
+    fn body_len(&self) -> usize {
+        match self {
+            Self::Event(body) | Self::Call(body) | Self::Request(body) | Self::Reply(body) => {
+                body.len()
+            }
+            Self::Failed(failure) => failure.code.len() + failure.text.len(),
+        }
+    }
 }
 
 /// What the fixed part of a message counts for in flow control.
@@ -54,16 +67,13 @@ impl Envelope {
     pub(crate) fn lane(&self) -> Lane {
         match self.payload {
             Payload::Event(_) => Lane::Events,
-            Payload::Call(_) => Lane::Calls,
+            Payload::Call(_) | Payload::Request(_) => Lane::Calls,
             Payload::Reply(_) | Payload::Failed(_) => Lane::Replies,
         }
     }
 
     pub(crate) fn body_len(&self) -> usize {
-        match &self.payload {
-            Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => body.len(),
-            Payload::Failed(failure) => failure.code.len() + failure.text.len(),
-        }
+        self.payload.body_len()
     }
 
     /// What the message takes from its lane's credit, in bytes. Both sides compute it from the
@@ -77,6 +87,7 @@ const TYPE_EVENT: u64 = 16;
 const TYPE_CALL: u64 = 17;
 const TYPE_REPLY: u64 = 18;
 const TYPE_FAILURE: u64 = 19;
+const TYPE_REQUEST: u64 = 20;
 
 /// What a record may leave unsaid because the message record before it in the batch said it.
 #[derive(Debug, Default)]
@@ -115,7 +126,7 @@ fn kind_from(number: u64) -> Result<Kind, WireError> {
 fn usual_kind(payload: &Payload) -> Kind {
     match payload {
         Payload::Event(_) => Kind::Event,
-        Payload::Call(_) => Kind::Command,
+        Payload::Call(_) | Payload::Request(_) => Kind::Command,
         Payload::Reply(_) | Payload::Failed(_) => Kind::Document,
     }
 }
@@ -133,6 +144,7 @@ pub(super) fn write_message(
     record.uint(match payload {
         Payload::Event(_) => TYPE_EVENT,
         Payload::Call(_) => TYPE_CALL,
+        Payload::Request(_) => TYPE_REQUEST,
         Payload::Reply(_) => TYPE_REPLY,
         Payload::Failed(_) => TYPE_FAILURE,
     });
@@ -144,7 +156,10 @@ pub(super) fn write_message(
     write_destination(&mut record, header, payload, inherited);
     let mut own_frame = None;
     match payload {
-        Payload::Event(body) | Payload::Call(body) | Payload::Reply(body) => {
+        Payload::Event(body)
+        | Payload::Call(body)
+        | Payload::Request(body)
+        | Payload::Reply(body) => {
             if body.len() > INLINE_BODY {
                 record.uint(body.len() as u64);
                 own_frame = Some(body.clone());
@@ -223,7 +238,7 @@ pub(super) fn read_record(
     let mut reader = Reader::new(bytes);
     let mut fields = reader.array()?;
     let record_type = fields.need(Reader::uint)?;
-    if !(TYPE_EVENT..=TYPE_FAILURE).contains(&record_type) {
+    if !(TYPE_EVENT..=TYPE_REQUEST).contains(&record_type) {
         return match Control::read(record_type, &mut fields)? {
             Some(control) => {
                 fields.finish()?;
@@ -247,15 +262,17 @@ pub(super) fn read_record(
         }
         _ => Ok(frame.slice_ref(reader.bin()?)),
     })?;
-    if body.len() > context.max_body {
-        return Err(WireError::BodyTooLarge(body.len()));
-    }
     let payload = match record_type {
         TYPE_EVENT => Payload::Event(body),
         TYPE_CALL => Payload::Call(body),
+        TYPE_REQUEST => Payload::Request(body),
         TYPE_REPLY => Payload::Reply(body),
         _ => Payload::Failed(read_failure(&body)?),
     };
+    let body_len = payload.body_len();
+    if body_len > context.max_body {
+        return Err(WireError::BodyTooLarge(body_len));
+    }
     let kind = match fields.opt(Reader::uint)? {
         Some(number) => kind_from(number)?,
         None => usual_kind(&payload),
@@ -318,7 +335,7 @@ fn read_destination(
             inherited.topic = Some(topic.clone());
             Ok(Destination::Topic(topic))
         }
-        TYPE_CALL if reader.next_is() == Next::Str => {
+        TYPE_CALL | TYPE_REQUEST if reader.next_is() == Next::Str => {
             let text = reader.str()?;
             let name = match &inherited.service {
                 Some(name) if name.as_str() == text => name.clone(),
@@ -338,7 +355,7 @@ fn inherited_destination(
 ) -> Result<Destination, WireError> {
     let destination = match record_type {
         TYPE_EVENT => inherited.topic.clone().map(Destination::Topic),
-        TYPE_CALL => inherited.service.clone().map(Destination::Service),
+        TYPE_CALL | TYPE_REQUEST => inherited.service.clone().map(Destination::Service),
         _ => Some(Destination::Node(*me)),
     };
     destination.ok_or(WireError::Inheritance)

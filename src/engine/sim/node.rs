@@ -201,7 +201,11 @@ impl SimNode {
             header.reply_to = Some(self.id);
             header.time_to_live = Some(deadline.since(now));
         }
-        let payload = Payload::Call(Bytes::from_static(b"do it"));
+        let body = Bytes::from_static(b"do it");
+        let payload = match waiter {
+            Some(_) => Payload::Request(body),
+            None => Payload::Call(body),
+        };
         if !self.enqueue(now, link, Envelope { header, payload }, ledger) {
             return false;
         }
@@ -339,7 +343,7 @@ impl SimNode {
                     self.take_later();
                 }
             }
-            Payload::Call(_) => {
+            Payload::Call(_) | Payload::Request(_) => {
                 let Destination::Service(name) = envelope.header.destination.clone() else {
                     panic!()
                 };

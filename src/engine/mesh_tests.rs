@@ -1,0 +1,183 @@
+use super::*;
+
+const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 3] };
+
+fn mesh(byte: u8, incarnation: u64) -> Mesh {
+    let config = MeshConfig {
+        id: NodeId::from_bytes([byte; 32]),
+        incarnation: Incarnation(incarnation),
+        mesh: MeshName::default(),
+        name: format!("node {byte}"),
+        limits: LIMITS,
+    };
+    Mesh::new(config, 1)
+}
+
+fn at(ms: u64) -> Time {
+    Time::after_start(Duration::from_millis(ms))
+}
+
+fn address(number: u64) -> Sighting {
+    Sighting { source: Source::Fixed, id: None, addresses: vec![Address::Memory(number)] }
+}
+
+fn actions(mesh: &mut Mesh) -> Vec<Action> {
+    std::iter::from_fn(|| mesh.poll_action()).collect()
+}
+
+/// What a mesh sends on a link, and which links it closes.
+fn sent(mesh: &mut Mesh) -> (Vec<(LinkId, Control)>, Vec<LinkId>) {
+    let (mut sent, mut closed) = (Vec::new(), Vec::new());
+    for action in actions(mesh) {
+        match action {
+            Action::Send(link, control) => sent.push((link, control)),
+            Action::Close { link, .. } => closed.push(link),
+            _ => {}
+        }
+    }
+    (sent, closed)
+}
+
+/// Dials what is due; the target.
+fn dialled(mesh: &mut Mesh) -> Option<TargetKey> {
+    actions(mesh).into_iter().find_map(|action| match action {
+        Action::Dial { target, .. } => Some(target),
+        _ => None,
+    })
+}
+
+fn connect(mesh: &mut Mesh, link: LinkId, target: Option<TargetKey>, peer: u8) {
+    let claimed = Some(NodeId::from_bytes([peer; 32]));
+    mesh.handle_connected(at(1), link, Connection { claimed, target, address: None });
+}
+
+/// Two meshes with one link, whichever decides.
+fn linked(a: &mut Mesh, b: &mut Mesh, link: LinkId) {
+    let (a_id, b_id) = (a.me.id.as_bytes()[0], b.me.id.as_bytes()[0]);
+    a.handle_sighting(at(0), address(u64::from(b_id)));
+    let target = dialled(a);
+    connect(a, link, target, b_id);
+    connect(b, link, None, a_id);
+    exchange(a, b);
+    assert!(a.is_linked(&b.me.id) && b.is_linked(&a.me.id));
+}
+
+/// Hands over control records until both are silent.
+fn exchange(a: &mut Mesh, b: &mut Mesh) {
+    loop {
+        let (from_a, _) = sent(a);
+        let (from_b, _) = sent(b);
+        if from_a.is_empty() && from_b.is_empty() {
+            return;
+        }
+        from_a.into_iter().for_each(|(link, control)| b.handle_control(at(2), link, control));
+        from_b.into_iter().for_each(|(link, control)| a.handle_control(at(2), link, control));
+    }
+}
+
+#[test]
+fn a_node_that_dials_itself_learns_it_and_never_does_so_again() {
+    let mut me = mesh(1, 7);
+    me.handle_sighting(at(0), address(1));
+    let target = dialled(&mut me);
+    let (near, far) = (LinkId(1), LinkId(2));
+    connect(&mut me, near, target, 1);
+    connect(&mut me, far, None, 1);
+    for from in [near, far] {
+        for (link, hello) in sent(&mut me).0 {
+            assert_eq!(link, from);
+            let other = if link == near { far } else { near };
+            me.handle_control(at(2), other, hello);
+        }
+    }
+    sent(&mut me);
+    assert_eq!(me.poll_timeout(), None, "nothing is left to wait for");
+    me.handle_timeout(at(100_000));
+    assert_eq!(dialled(&mut me), None);
+}
+
+#[test]
+fn a_message_may_follow_the_accept_at_once() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    b.handle_sighting(at(0), address(1));
+    let target = dialled(&mut b);
+    connect(&mut b, LinkId(1), target, 1);
+    connect(&mut a, LinkId(1), None, 2);
+    let (hellos, _) = sent(&mut b);
+    hellos.into_iter().for_each(|(link, hello)| a.handle_control(at(1), link, hello));
+    let order: Vec<&str> = actions(&mut a)
+        .iter()
+        .filter_map(|action| match action {
+            Action::Open { .. } => Some("open"),
+            Action::Send(_, Control::Accept) => Some("accept"),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order, ["open", "accept"]);
+}
+
+#[test]
+fn a_target_that_is_gone_is_forgotten_when_its_link_ends() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    a.handle_gone(&TargetKey::Address(Address::Memory(2)));
+    assert!(a.is_linked(&b.me.id), "a live link is not cut by this");
+    a.handle_closed(at(3), LinkId(1), DownReason::Closed);
+    sent(&mut a);
+    a.handle_timeout(at(60_000));
+    assert_eq!(dialled(&mut a), None);
+    assert!(a.unreachable().is_empty());
+}
+
+#[test]
+fn a_second_life_waits_until_the_first_is_known_to_be_over() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    let mut again = mesh(2, 2);
+    let newcomer = |a: &mut Mesh, again: &mut Mesh, link| {
+        connect(a, link, None, 2);
+        connect(again, link, Some(TargetKey::Address(Address::Memory(1))), 1);
+        let (hellos, _) = sent(again);
+        hellos.into_iter().for_each(|(link, hello)| a.handle_control(at(3), link, hello));
+        sent(a).0
+    };
+    // The first life answers: the newcomer is refused.
+    let probes = newcomer(&mut a, &mut again, LinkId(2));
+    let nonce = probes.iter().find_map(|(link, control)| match control {
+        Control::Probe(nonce) if *link == LinkId(1) => Some(*nonce),
+        _ => None,
+    });
+    a.handle_control(at(4), LinkId(1), Control::ProbeReply(nonce.expect("a probe")));
+    let (sent_then, closed) = sent(&mut a);
+    assert!(sent_then.contains(&(LinkId(2), Control::Bye(Bye::IdentityInUse))));
+    assert_eq!(closed, [LinkId(2)]);
+    // The first life is silent: after a second the newcomer takes its place.
+    newcomer(&mut a, &mut again, LinkId(3));
+    a.handle_timeout(at(1_500));
+    let (sent_then, closed) = sent(&mut a);
+    assert!(sent_then.contains(&(LinkId(3), Control::Accept)));
+    assert_eq!(closed, [LinkId(1)]);
+}
+
+#[test]
+fn a_node_that_stops_makes_no_new_links() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    a.stop_linking();
+    connect(&mut a, LinkId(1), None, 2);
+    connect(&mut b, LinkId(1), Some(TargetKey::Address(Address::Memory(1))), 1);
+    let (hellos, _) = sent(&mut b);
+    hellos.into_iter().for_each(|(link, hello)| a.handle_control(at(1), link, hello));
+    let (sent, closed) = sent(&mut a);
+    assert_eq!(sent, [(LinkId(1), Control::Bye(Bye::Shutdown))]);
+    assert_eq!(closed, [LinkId(1)]);
+}
+
+#[test]
+fn who_announces_without_end_loses_its_link() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    let subscribed = (0..=MAX_ANNOUNCED).map(|n| format!("t.{n}").parse().unwrap()).collect();
+    let flood = Announcement { seq: 1, subscribed, ..Announcement::default() };
+    a.handle_control(at(3), LinkId(1), Control::Announce(Box::new(flood)));
+    assert!(!a.is_linked(&b.me.id));
+}
