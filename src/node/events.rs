@@ -105,7 +105,7 @@ impl From<MeshEvent> for Event {
     }
 }
 
-/// The events of a node from the moment it was asked for.
+/// The events of a node, from [`Node::events`](crate::Node::events).
 ///
 /// Up to 1,024 wait; who is slower than that misses the oldest, and [`Events::missed`] counts
 /// them.

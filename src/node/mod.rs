@@ -236,9 +236,12 @@ impl Node {
         self.shared().with_mesh(|mesh, _| mesh.unreachable())
     }
 
-    /// What happens from now on: peers that come and go, messages that are dropped.
+    /// What happens: peers that come and go, messages that are dropped. The first call returns
+    /// all since the node's start, so that no early peer is missed; later calls what happens
+    /// from then on.
     pub fn events(&self) -> Events {
-        Events::new(self.shared().events.subscribe())
+        let first = lock(&self.shared().first_events).take();
+        Events::new(first.unwrap_or_else(|| self.shared().events.subscribe()))
     }
 
     /// All that was sent, received and dropped so far.

@@ -66,6 +66,8 @@ pub(crate) struct Shared {
     pub(crate) local_bytes: AtomicU64,
     pub(crate) counters: LiveCounters,
     pub(crate) events: broadcast::Sender<Event>,
+    /// For the first who asks: what happened before anybody could.
+    pub(crate) first_events: Mutex<Option<broadcast::Receiver<Event>>>,
     /// Drops are told in groups, by a task that this wakes.
     pub(crate) drops: Notify,
     /// Wakes the driver for an earlier deadline.
@@ -95,6 +97,7 @@ impl Shared {
             suspect: config.suspect_after,
             dead: config.dead_after,
         };
+        let (events, first_events) = broadcast::channel(1024);
         Self {
             id,
             name,
@@ -116,7 +119,8 @@ impl Shared {
             turn: AtomicUsize::new(0),
             local_bytes: AtomicU64::new(0),
             counters: LiveCounters::default(),
-            events: broadcast::Sender::new(1024),
+            events,
+            first_events: Mutex::new(Some(first_events)),
             drops: Notify::new(),
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
