@@ -158,6 +158,9 @@ impl Node {
 
     /// Subscribes to the topics that match a pattern.
     ///
+    /// Peers take 10,000 patterns and services from a node in all; one that announces more loses
+    /// its links.
+    ///
     /// # Errors
     /// [`AddressError`] if the pattern can't be parsed.
     pub fn subscribe<P>(&self, pattern: P) -> Result<Subscription, AddressError>
