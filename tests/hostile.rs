@@ -282,6 +282,19 @@ async fn two_hundred_silent_connections_do_not_keep_a_real_peer_out() {
 }
 
 #[tokio::test]
+async fn connections_beyond_the_limit_are_turned_away_and_the_others_stay() {
+    let target = Target::with(|config| config.max_connections(1)).await;
+    let host = Host::new();
+    let address = peerbus::Address::Tcp(target.addr);
+    let first = host.tcp_config("first").peer(address).start().await.unwrap();
+    first.wait_for_service("echo", SOON).await.unwrap();
+    let mut second = target.connect().await;
+    cut(&mut second).await;
+    assert!(target.node.counters().refused["connections"] > 0);
+    assert_eq!(first.request("echo", "unmoved").await.unwrap().text(), "unmoved");
+}
+
+#[tokio::test]
 async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
     let target = Target::new().await;
     let host = Host::new();
