@@ -76,6 +76,7 @@ mod message;
 mod node;
 mod peer;
 mod report;
+mod sync;
 mod tunnel;
 mod wire;
 

@@ -202,13 +202,19 @@ impl Header {
         self.extra.get_or_insert_default()
     }
 
-    /// The bytes of what the user put into the header, as flow control counts them.
+    /// What the user put into the header, in bytes as flow control counts them.
     pub(crate) fn extra_len(&self) -> usize {
-        let Some(extra) = &self.extra else { return 0 };
+        self.extra.as_ref().map_or(0, |extra| extra.counted_len())
+    }
+}
+
+impl Extra {
+    /// Its length in bytes, as flow control counts it.
+    pub(crate) fn counted_len(&self) -> usize {
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let pair = |(name, value): &(String, String)| HEADER_COST + name.len() + value.len();
-        let headers: usize = extra.headers.iter().map(pair).sum();
-        text(&extra.ordering_key) + text(&extra.content_type) + text(&extra.traceparent) + headers
+        let headers: usize = self.headers.iter().map(pair).sum();
+        text(&self.ordering_key) + text(&self.content_type) + text(&self.traceparent) + headers
     }
 }
 

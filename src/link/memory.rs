@@ -1,7 +1,7 @@
 //! Links within one process: for tests of whole nodes without sockets, with a knife.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -10,6 +10,7 @@ use super::{Acceptor, DialError, Link, Receiver};
 use crate::engine::{Connection, TargetKey};
 use crate::identity::NodeId;
 use crate::peer::Address;
+use crate::sync::lock;
 
 /// A network of nodes within this process, in place of sockets and discovery: for testing a
 /// service's behaviour, with [`MemoryNetwork::cut`] for its bad days.
@@ -76,7 +77,7 @@ impl Link for End {
 
 impl MemoryNetwork {
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared)
     }
 
     /// Joins the network; connections reach the node through `acceptor`.

@@ -26,7 +26,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -46,6 +46,7 @@ use super::{Acceptor, DialError, Link, Receiver, claimed_id, new_identity};
 use crate::engine::{Connection, TargetKey};
 use crate::identity::NodeId;
 use crate::peer::Address;
+use crate::sync::lock;
 
 /// How long a local dial may take; the far side is on this host.
 const LOCAL_DIAL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -130,7 +131,7 @@ impl ZmqPort {
     /// Stops listening and reading, and removes the socket's file.
     pub(crate) async fn close(&self) {
         self.stop.send_replace(true);
-        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reader = lock(&self.reader).take();
         if let Some(reader) = reader {
             let _panicked = reader.await;
         }
@@ -149,7 +150,7 @@ impl Drop for ZmqPort {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, HashMap<Bytes, Arc<dyn Receiver>>> {
-        self.receivers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.receivers)
     }
 
     /// The receiver of an identity's batches; makes the link if it is new.
@@ -323,7 +324,7 @@ impl<S: SocketSend + Send + 'static> Ordered<S> {
     }
 
     fn send(&self, frames: VecDeque<Bytes>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         *state = match std::mem::replace(&mut *state, SendState::Closed) {
             SendState::Closed => SendState::Closed,
             SendState::Busy(mut waiting) => {
@@ -344,7 +345,7 @@ impl<S: SocketSend + Send + 'static> Ordered<S> {
     }
 
     fn close(&self) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = SendState::Closed;
+        *lock(&self.state) = SendState::Closed;
     }
 }
 
@@ -364,7 +365,7 @@ async fn finish<S: SocketSend + Send + 'static>(
 ) {
     loop {
         let half = sending.await;
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&state);
         let SendState::Busy(waiting) = &mut *state else {
             return;
         };

@@ -1,7 +1,7 @@
 //! A link as the node sees it: its flow, and the transport beneath.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use crate::identity::NodeId;
 use crate::link::Link;
 use crate::message::MessageId;
 use crate::report::DropReason;
+use crate::sync::lock;
 use crate::wire::{Control, Envelope, Lane};
 
 /// One link of a node.
@@ -75,7 +76,7 @@ impl LinkCell {
     }
 
     fn lock(&self) -> MutexGuard<'_, Flow> {
-        self.flow.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.flow)
     }
 
     /// Looks at the flow without sending anything.

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::identity::NodeId;
 use crate::report::{Counters, DropReason};
+use crate::sync::lock;
 
 #[derive(Default)]
 pub(crate) struct LiveCounters {
@@ -35,7 +36,7 @@ pub(crate) fn add(counter: &AtomicU64, count: u64) {
 
 impl LiveCounters {
     fn rare(&self) -> MutexGuard<'_, Rare> {
-        self.rare.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.rare)
     }
 
     /// A message of ours for `peer` was dropped. Whether this is the first untold drop.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::shared::Shared;
 use crate::address::Destination;
 use crate::identity::NodeId;
-use crate::message::{Body, Header, Kind, MessageId};
+use crate::message::{Body, Extra, Header, Kind, MessageId};
 use crate::wire::MAX_HEADER;
 
 /// What any message may carry besides its body.
@@ -16,7 +16,7 @@ pub(crate) struct Draft {
     pub(super) ttl: Option<Duration>,
     pub(super) reply_to: Option<NodeId>,
     pub(super) correlation_id: Option<MessageId>,
-    pub(super) extra: Option<Box<crate::message::Extra>>,
+    pub(super) extra: Option<Box<Extra>>,
 }
 
 impl Draft {
@@ -33,10 +33,7 @@ impl Draft {
         if len > max {
             return Err(BodyError::Body { len, max });
         }
-        let mut probe =
-            Header::new(MessageId::from_bytes([0; 16]), Kind::Event, Destination::Node(shared.id));
-        probe.extra.clone_from(&self.extra);
-        match probe.extra_len() {
+        match self.extra.as_ref().map_or(0, |extra| extra.counted_len()) {
             len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
             _ => Ok(()),
         }

@@ -41,8 +41,9 @@ use crate::identity::NodeId;
 use crate::message::{Body, Message};
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
+use crate::sync::lock;
 use draft::Draft;
-use shared::{Shared, lock};
+use shared::Shared;
 
 /// How long [`Node::shutdown`] gives what is on its way.
 const DRAIN: Duration = Duration::from_secs(5);

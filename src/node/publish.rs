@@ -11,7 +11,7 @@ use crate::address::{AddressError, Destination, Topic};
 use crate::identity::NodeId;
 use crate::message::{Kind, Message};
 use crate::report::{DropReason, PublishReport};
-use crate::wire::{Envelope, Payload};
+use crate::wire::{BASE_COST, Envelope, Payload};
 
 /// A message that can't be published.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +86,7 @@ impl Publish<'_> {
         }
         if !shared.inboxes.load().matching(&topic).is_empty() {
             let message = Message::new(shared.id, header, body);
-            let cost = message.body.len() as u64 + 128;
+            let cost = BASE_COST + message.body.len() as u64;
             if shared.deliver(&message, cost, None) {
                 report.queued += 1;
             } else {

@@ -15,12 +15,13 @@ use tokio::time::Instant;
 
 use super::cell::Credit;
 use super::counters::add;
-use super::shared::{Outcome, Shared, lock};
+use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Destination, ServiceName};
 use crate::engine::{Admission, LinkId, Service as Admissions};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::report::DropReason;
-use crate::wire::{Envelope, Failure, Payload};
+use crate::sync::lock;
+use crate::wire::{BASE_COST, Envelope, Failure, Payload};
 
 /// Stands for the link of calls that this node makes to itself.
 pub(crate) const LOCAL: LinkId = LinkId(0);
@@ -189,7 +190,7 @@ impl ServiceCell {
         let deadline = time_to_live.and_then(|ttl| Instant::now().checked_add(ttl));
         let expires = time_to_live.map(|ttl| shared.now() + ttl);
         let share = credit.is_none().then(|| {
-            let bytes = message.body.len() as u64 + 128;
+            let bytes = BASE_COST + message.body.len() as u64;
             shared.local_bytes.fetch_add(bytes, Ordering::Relaxed);
             LocalShare { shared: shared.clone(), bytes }
         });

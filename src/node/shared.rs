@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -26,6 +26,7 @@ use crate::identity::NodeId;
 use crate::message::{IdSource, Message, MessageId};
 use crate::peer::Address;
 use crate::report::DropReason;
+use crate::sync::lock;
 use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
 
@@ -77,10 +78,6 @@ pub(crate) struct Shared {
     pub(crate) transport: OnceLock<Transport>,
     pub(crate) tasks: Mutex<JoinSet<()>>,
     pub(crate) stopping: AtomicBool,
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

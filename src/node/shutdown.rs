@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::shared::{Shared, lock};
+use super::shared::Shared;
 use crate::engine::Flow;
 use crate::report::Counters;
+use crate::sync::lock;
 
 /// What a node left behind when it shut down.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

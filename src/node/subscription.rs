@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 
 use futures_core::Stream;
@@ -12,6 +12,7 @@ use super::shared::Shared;
 use crate::address::{Pattern, Topic};
 use crate::engine::{PatternTrie, Queue};
 use crate::message::Message;
+use crate::sync::lock;
 
 /// A message in a queue, and the credit that it holds until it is taken.
 struct Delivery {
@@ -38,7 +39,7 @@ impl Inbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Queues a message; false if there is no room.

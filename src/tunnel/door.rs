@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, select_ok};
@@ -19,6 +19,7 @@ use crate::engine::{Connection, TargetKey};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
+use crate::sync::lock;
 
 /// The front door's limits.
 #[derive(Debug, Clone)]
@@ -223,10 +224,6 @@ async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A place among the pending handshakes.

@@ -16,7 +16,7 @@ mod record;
 
 pub(crate) use batch::{BatchEncoder, EncodedBatch, Preamble, Totals, decode};
 pub(crate) use control::{Announcement, Bye, Control, Hello, Limits};
-pub(crate) use record::{Envelope, Failure, Lane, Payload, Record};
+pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, Payload, Record};
 
 /// The version of the protocol that this crate speaks.
 pub(crate) const PROTOCOL_VERSION: u64 = 1;

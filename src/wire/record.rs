@@ -61,7 +61,7 @@ impl Payload {
 }
 
 /// What the fixed part of a message counts for in flow control.
-const BASE_COST: u64 = 128;
+pub(crate) const BASE_COST: u64 = 128;
 
 impl Envelope {
     pub(crate) fn lane(&self) -> Lane {
