@@ -99,9 +99,9 @@ pub use message::{
     Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
 };
 pub use node::{
-    BodyError, Call, DownCause, Event, Events, HandlerError, Node, Publish, PublishError, Request,
-    RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
-    Subscription, WaitError,
+    BodyError, Call, DownCause, Event, Events, HandlerError, Node, Overflow, Publish, PublishError,
+    Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport,
+    StartError, Subscription, WaitError,
 };
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};

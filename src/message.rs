@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::address::{Destination, Topic};
 use crate::identity::NodeId;
+use crate::wire::BASE_COST;
 
 /// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
 ///
@@ -198,6 +199,15 @@ impl Header {
         self.extra.as_ref()?.traceparent.as_deref()
     }
 
+    /// Whether it has nothing beyond what every message of that kind has.
+    pub(crate) fn is_plain(&self, usual: Kind) -> bool {
+        self.kind == usual
+            && self.correlation_id.is_none()
+            && self.reply_to.is_none()
+            && self.time_to_live.is_none()
+            && self.extra.is_none()
+    }
+
     pub(crate) fn extra_mut(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
     }
@@ -247,6 +257,11 @@ impl Message {
             Destination::Topic(topic) => Some(topic),
             Destination::Service(_) | Destination::Node(_) => None,
         }
+    }
+
+    /// What it counts for in queues and flow control, in bytes.
+    pub(crate) fn cost(&self) -> u64 {
+        BASE_COST + self.body.len() as u64 + self.header.extra_len() as u64
     }
 
     /// Copies a body that is much smaller than the transport's 64 KiB read buffer, of which it is

@@ -20,6 +20,9 @@ pub enum DropReason {
     TooLarge,
     /// A subscription's queue was full at the receiver.
     SlowSubscriber,
+    /// A later message of its topic took its place before it was read
+    /// ([`Overflow::KeepLatest`](crate::Overflow::KeepLatest)).
+    Superseded,
     /// No subscription was left when the message arrived.
     NoSubscriber,
     /// Nobody served the name any more when the message arrived.
@@ -37,11 +40,12 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::SlowPeer,
         Self::LinkLost,
         Self::TooLarge,
         Self::SlowSubscriber,
+        Self::Superseded,
         Self::NoSubscriber,
         Self::NoService,
         Self::Expired,
@@ -58,6 +62,7 @@ impl DropReason {
             Self::LinkLost => "link_lost",
             Self::TooLarge => "too_large",
             Self::SlowSubscriber => "slow_subscriber",
+            Self::Superseded => "superseded",
             Self::NoSubscriber => "no_subscriber",
             Self::NoService => "no_service",
             Self::Expired => "expired",

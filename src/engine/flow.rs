@@ -13,11 +13,17 @@ use crate::engine::{Queue, Time};
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
-use crate::wire::{BatchEncoder, Control, EncodedBatch, Envelope, Lane, Limits, Preamble, Totals};
+use crate::wire::{
+    BatchEncoder, Control, EncodedBatch, Envelope, EventPack, Lane, Limits, MAX_BATCH,
+    OutgoingEvent, Preamble, Totals,
+};
 
 /// Batches that the transport may hold unencoded. Two keep it busy; more would only hide the
 /// queue from the one who counts it.
 const MAX_IN_FLIGHT: u32 = 2;
+
+/// The largest buffer that is kept for reuse, in bytes.
+const MAX_SPARE: usize = MAX_BATCH;
 
 /// Control records that may wait for a peer that doesn't read.
 const MAX_CONTROL: usize = 10_000;
@@ -60,13 +66,71 @@ pub(crate) struct Lost {
     pub(crate) in_doubt: u64,
 }
 
-#[derive(Debug)]
-struct Outgoing {
-    queue: Queue<Envelope>,
+/// What a lane has sent, and how much more the peer takes.
+#[derive(Debug, Default)]
+struct Sent {
     sent: Totals,
     confirmed: Totals,
     /// How many unconfirmed bytes the peer takes.
     window: u64,
+}
+
+impl Sent {
+    /// How many more bytes the peer takes now.
+    fn room(&self) -> u64 {
+        self.window - (self.sent.bytes - self.confirmed.bytes).min(self.window)
+    }
+}
+
+/// Whether a whole batch more than before waits since an event was queued: its publisher had
+/// better let others run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Backlog {
+    #[default]
+    Same,
+    Grew,
+}
+
+/// Events that wait. They are encoded as they come, since nobody takes one back, so that a pack
+/// is a batch as soon as the link is free.
+#[derive(Debug)]
+struct EventQueue {
+    packs: VecDeque<EventPack>,
+    queued: Totals,
+    limit: u64,
+    /// What a pack may cost, so that the peer can have credit for all of it.
+    pack_limit: u64,
+    /// The buffer of a batch that the transport is done with.
+    spare: Option<Vec<u8>>,
+}
+
+impl EventQueue {
+    fn push(&mut self, event: &OutgoingEvent<'_>) -> Result<Backlog, DropReason> {
+        if self.queued.messages > 0 && self.queued.bytes + event.cost() > self.limit {
+            return Err(DropReason::SlowPeer);
+        }
+        self.queued += Totals::one(event.cost());
+        match self.packs.back_mut() {
+            Some(pack) if pack.has_room_for(event, self.pack_limit) => {
+                pack.push(event);
+                Ok(Backlog::Same)
+            }
+            before => {
+                let grew = before.is_some();
+                let mut pack = EventPack::reusing(self.spare.take().unwrap_or_default());
+                pack.push(event);
+                self.packs.push_back(pack);
+                Ok(if grew { Backlog::Grew } else { Backlog::Same })
+            }
+        }
+    }
+
+    fn pop(&mut self) -> Option<EventPack> {
+        let pack = self.packs.pop_front()?;
+        self.queued.messages -= pack.totals().messages;
+        self.queued.bytes -= pack.totals().bytes;
+        Some(pack)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -82,7 +146,10 @@ struct Incoming {
 #[derive(Debug)]
 pub(crate) struct Flow {
     me: NodeId,
-    outgoing: [Outgoing; 3],
+    outgoing: [Sent; 3],
+    events: EventQueue,
+    calls: Queue<Envelope>,
+    replies: Queue<Envelope>,
     incoming: [Incoming; 3],
     control: VecDeque<Control>,
     in_flight: u32,
@@ -100,16 +167,20 @@ pub(crate) struct Flow {
 impl Flow {
     /// A flow that carries control records only, until the peer's limits are known.
     pub(crate) fn new(now: Time, me: NodeId, ours: &Limits, queue_bytes: u64) -> Self {
-        let outgoing = || Outgoing {
-            queue: Queue::new(queue_bytes),
-            sent: Totals::default(),
-            confirmed: Totals::default(),
-            window: 0,
+        let events = EventQueue {
+            packs: VecDeque::new(),
+            queued: Totals::default(),
+            limit: queue_bytes,
+            pack_limit: 0,
+            spare: None,
         };
         let incoming = |window| Incoming { window, ..Incoming::default() };
         Self {
             me,
-            outgoing: std::array::from_fn(|_| outgoing()),
+            outgoing: Default::default(),
+            events,
+            calls: Queue::new(queue_bytes),
+            replies: Queue::new(queue_bytes),
             incoming: ours.windows.map(incoming),
             control: VecDeque::new(),
             in_flight: 0,
@@ -130,19 +201,38 @@ impl Flow {
         for (lane, window) in self.outgoing.iter_mut().zip(limits.windows) {
             lane.window = window;
         }
+        self.events.pack_limit = limits.windows[Lane::Events as usize] / 2;
     }
 
     /// Queues a message, or says why it is dropped.
     pub(crate) fn enqueue(&mut self, envelope: Envelope) -> Result<(), DropReason> {
+        let (lane, cost) = (envelope.lane(), envelope.cost());
+        self.check(lane, envelope.body_len(), cost)?;
+        let queue = match lane {
+            Lane::Events => unreachable!("events are queued encoded"),
+            Lane::Calls => &mut self.calls,
+            Lane::Replies => &mut self.replies,
+        };
+        queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
+    }
+
+    /// Queues an event, or says why it is dropped.
+    pub(crate) fn enqueue_event(
+        &mut self,
+        event: &OutgoingEvent<'_>,
+    ) -> Result<Backlog, DropReason> {
+        self.check(Lane::Events, event.body_len(), event.cost())?;
+        self.events.push(event)
+    }
+
+    fn check(&self, lane: Lane, body_len: usize, cost: u64) -> Result<(), DropReason> {
         if self.closed {
             return Err(DropReason::LinkLost);
         }
-        let cost = envelope.cost();
-        let lane = &mut self.outgoing[envelope.lane() as usize];
-        if envelope.body_len() as u64 > self.peer_max_body || cost > lane.window {
+        if body_len as u64 > self.peer_max_body || cost > self.outgoing[lane as usize].window {
             return Err(DropReason::TooLarge);
         }
-        lane.queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
+        Ok(())
     }
 
     pub(crate) fn enqueue_control(&mut self, control: Control) {
@@ -158,19 +248,19 @@ impl Flow {
 
     /// Takes back a call that has not been handed to the transport yet.
     pub(crate) fn take_back(&mut self, id: MessageId) -> bool {
-        self.outgoing[Lane::Calls as usize].queue.take(|call| call.header.id == id).is_some()
+        self.calls.take(|call| call.header.id == id).is_some()
     }
 
     /// The next batch for the transport; `None` if nothing can go now.
     pub(crate) fn poll_transmit(&mut self, now: Time) -> Option<EncodedBatch> {
-        if self.closed || self.in_flight >= MAX_IN_FLIGHT || !self.has_something_to_send() {
+        if !self.can_transmit() {
             return None;
         }
         let consumed = self.incoming.each_ref().map(|lane| lane.consumed);
         for (lane, consumed) in self.incoming.iter_mut().zip(consumed) {
             lane.told = consumed;
         }
-        let mut batch = BatchEncoder::new(&self.me, &Preamble { consumed });
+        let mut batch = BatchEncoder::new(&self.me, Preamble { consumed });
         if std::mem::take(&mut self.dropped_here_untold) {
             let counts = self.dropped_here.iter();
             let counts = counts.map(|(reason, count)| (reason.as_str().to_owned(), *count));
@@ -182,16 +272,21 @@ impl Flow {
             batch.push_control(&control);
         }
         // Replies first, since somebody waits for them.
-        for lane in [Lane::Replies, Lane::Calls, Lane::Events] {
-            let lane = &mut self.outgoing[lane as usize];
-            while let Some(next) = lane.sendable()
+        let [_, calls, replies] = &mut self.outgoing;
+        for (queue, lane) in [(&mut self.replies, replies), (&mut self.calls, calls)] {
+            while let Some(next) = sendable(queue, lane)
                 && batch.has_room_for(next)
-                && let Some(envelope) = lane.queue.pop()
+                && let Some(envelope) = queue.pop()
             {
-                lane.sent.messages += 1;
-                lane.sent.bytes += envelope.cost();
+                lane.sent += Totals::one(envelope.cost());
                 batch.push(&envelope);
             }
+        }
+        if self.sendable_events().is_some_and(|pack| batch.has_room_for_events(pack))
+            && let Some(pack) = self.events.pop()
+        {
+            self.outgoing[Lane::Events as usize].sent += pack.totals();
+            batch.push_events(pack);
         }
         self.batch_due = false;
         self.last_sent = now;
@@ -199,11 +294,24 @@ impl Flow {
         Some(batch.finish())
     }
 
+    /// Whether [`Flow::poll_transmit`] has something to give; cheaper than a look at the clock.
+    pub(crate) fn can_transmit(&self) -> bool {
+        !self.closed && self.in_flight < MAX_IN_FLIGHT && self.has_something_to_send()
+    }
+
     fn has_something_to_send(&self) -> bool {
         self.batch_due
             || self.dropped_here_untold
             || !self.control.is_empty()
-            || self.outgoing.iter().any(|lane| lane.sendable().is_some())
+            || self.sendable_events().is_some()
+            || sendable(&self.calls, &self.outgoing[Lane::Calls as usize]).is_some()
+            || sendable(&self.replies, &self.outgoing[Lane::Replies as usize]).is_some()
+    }
+
+    /// The next events, if the peer has credit for all of them.
+    fn sendable_events(&self) -> Option<&EventPack> {
+        let room = self.outgoing[Lane::Events as usize].room();
+        self.events.packs.front().filter(|pack| pack.totals().bytes <= room)
     }
 
     /// The transport has encoded `batches` of those it was handed.
@@ -238,26 +346,24 @@ impl Flow {
         Ok(())
     }
 
-    /// A message arrived and waits to be consumed.
+    /// Messages arrived and wait to be consumed.
     ///
     /// # Errors
-    /// [`Violation`] if the peer had no credit for it.
-    pub(crate) fn handle_received(&mut self, lane: Lane, cost: u64) -> Result<(), Violation> {
+    /// [`Violation`] if the peer had no credit for them.
+    pub(crate) fn handle_received(&mut self, lane: Lane, new: Totals) -> Result<(), Violation> {
         let lane = &mut self.incoming[lane as usize];
-        lane.received.messages += 1;
-        lane.received.bytes += cost;
+        lane.received += new;
         if lane.received.bytes - lane.consumed.bytes > lane.window {
             return Err(Violation::Overrun);
         }
         Ok(())
     }
 
-    /// A received message was consumed: an event when every matching subscription took or
+    /// Received messages were consumed: an event when every matching subscription took or
     /// dropped it, a call when its handler ended, a reply when its caller has it.
-    pub(crate) fn handle_consumed(&mut self, lane: Lane, cost: u64) {
+    pub(crate) fn handle_consumed(&mut self, lane: Lane, done: Totals) {
         let incoming = &mut self.incoming[lane as usize];
-        incoming.consumed.messages += 1;
-        incoming.consumed.bytes += cost;
+        incoming.consumed += done;
         // The end of a call is told at once: the caller chooses among instances by it.
         let untold = incoming.consumed.bytes - incoming.told.bytes;
         if lane == Lane::Calls || untold >= incoming.window / 4 {
@@ -266,8 +372,8 @@ impl Flow {
     }
 
     /// A received message was dropped; it counts as consumed as well.
-    pub(crate) fn handle_dropped(&mut self, reason: DropReason) {
-        *self.dropped_here.entry(reason).or_default() += 1;
+    pub(crate) fn handle_dropped(&mut self, reason: DropReason, count: u64) {
+        *self.dropped_here.entry(reason).or_default() += count;
         self.dropped_here_untold = true;
     }
 
@@ -300,6 +406,7 @@ impl Flow {
     pub(crate) fn handle_timeout(&mut self, now: Time, timing: &Timing) -> Liveness {
         if now.since(self.last_sent) >= timing.heartbeat {
             self.batch_due = true;
+            self.events.spare = None;
         }
         if self.control.len() > MAX_CONTROL {
             // It sends and doesn't read; what it is told would pile up.
@@ -327,17 +434,29 @@ impl Flow {
     /// Our calls that the peer has not finished.
     pub(crate) fn unfinished_calls(&self) -> u64 {
         let calls = &self.outgoing[Lane::Calls as usize];
-        calls.queue.len() as u64 + calls.sent.messages - calls.confirmed.messages
+        self.calls.len() as u64 + calls.sent.messages - calls.confirmed.messages
     }
 
     /// Whether all that was queued was sent and confirmed.
     pub(crate) fn is_settled(&self) -> bool {
-        self.outgoing.iter().all(|lane| lane.queue.is_empty() && lane.sent == lane.confirmed)
+        self.queued_bytes() == 0 && self.outgoing.iter().all(|lane| lane.sent == lane.confirmed)
+    }
+
+    /// Whether publishers who wait may go on: half of the queue is free.
+    pub(crate) fn has_room_for_events(&self) -> bool {
+        self.closed || self.events.queued.bytes <= self.events.limit / 2
     }
 
     /// What waits in the queues, in bytes.
     pub(crate) fn queued_bytes(&self) -> u64 {
-        self.outgoing.iter().map(|lane| lane.queue.bytes()).sum()
+        self.events.queued.bytes + self.calls.bytes() + self.replies.bytes()
+    }
+
+    /// Gives back the buffer of a batch that the transport is done with.
+    pub(crate) fn recycle(&mut self, buffer: Vec<u8>) {
+        if buffer.capacity() <= MAX_SPARE {
+            self.events.spare = Some(buffer);
+        }
     }
 
     pub(crate) fn has_pending(&self) -> bool {
@@ -351,21 +470,20 @@ impl Flow {
             return lost;
         }
         self.control.clear();
-        for lane in &mut self.outgoing {
+        for lane in &self.outgoing {
             lost.in_doubt += lane.sent.messages - lane.confirmed.messages;
-            lost.unsent += lane.queue.len() as u64;
         }
-        let calls = self.outgoing[Lane::Calls as usize].queue.drain();
-        lost.unsent_calls.extend(calls.map(|call| call.header.id));
-        self.outgoing.iter_mut().for_each(|lane| drop(lane.queue.drain()));
+        let queued = self.calls.len() + self.replies.len();
+        lost.unsent = self.events.queued.messages + queued as u64;
+        lost.unsent_calls.extend(self.calls.drain().map(|call| call.header.id));
+        drop(self.replies.drain());
+        while self.events.pop().is_some() {}
+        self.events.spare = None;
         lost
     }
 }
 
-impl Outgoing {
-    /// The next message, if the peer has credit for it.
-    fn sendable(&self) -> Option<&Envelope> {
-        let room = self.window - (self.sent.bytes - self.confirmed.bytes).min(self.window);
-        self.queue.front().filter(|next| next.cost() <= room)
-    }
+/// The next message of a lane, if the peer has credit for it.
+fn sendable<'a>(queue: &'a Queue<Envelope>, lane: &Sent) -> Option<&'a Envelope> {
+    queue.front().filter(|next| next.cost() <= lane.room())
 }

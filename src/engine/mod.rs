@@ -25,7 +25,7 @@ mod service;
 mod sim;
 
 pub(crate) use dialer::{Sighting, TargetKey};
-pub(crate) use flow::{Flow, Liveness, Timing, Violation};
+pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
 pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};
 pub(crate) use queue::Queue;
 pub(crate) use requests::Requests;

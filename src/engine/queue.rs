@@ -60,10 +60,6 @@ impl<T> Queue<T> {
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.items.is_empty()
-    }
 }
 
 #[cfg(test)]

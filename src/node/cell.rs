@@ -7,13 +7,13 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::engine::{Flow, LinkId, Time};
+use crate::engine::{Backlog, Flow, LinkId, Time};
 use crate::identity::NodeId;
 use crate::link::Link;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::sync::lock;
-use crate::wire::{Control, Envelope, Lane};
+use crate::wire::{Control, Envelope, Lane, OutgoingEvent, Totals};
 
 /// One link of a node.
 ///
@@ -35,6 +35,11 @@ pub(crate) struct LinkCell {
     starved: AtomicBool,
     /// Wakes the task that goes on when the transport has room again.
     room: Notify,
+    /// The buffer of a batch that the transport is done with.
+    spare: Mutex<Option<Vec<u8>>>,
+    /// Wakes publishers that wait for room in the queue, and how many there are.
+    queue_room: Notify,
+    waiting: AtomicU32,
 }
 
 impl LinkCell {
@@ -56,6 +61,9 @@ impl LinkCell {
             released: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             room: Notify::new(),
+            spare: Mutex::default(),
+            queue_room: Notify::new(),
+            waiting: AtomicU32::new(0),
         }
     }
 
@@ -89,13 +97,22 @@ impl LinkCell {
         let mut flow = self.lock();
         let result = change(&mut flow);
         self.transmit(&mut flow);
+        if self.waiting.load(Ordering::Relaxed) > 0 && flow.has_room_for_events() {
+            self.queue_room.notify_waiters();
+        }
         result
     }
 
     fn transmit(self: &Arc<Self>, flow: &mut Flow) {
         loop {
-            flow.handle_released(self.released.swap(0, Ordering::SeqCst));
-            while let Some(batch) = flow.poll_transmit(self.now()) {
+            let released = self.released.swap(0, Ordering::SeqCst);
+            if released > 0 {
+                flow.handle_released(released);
+                lock(&self.spare).take().into_iter().for_each(|buffer| flow.recycle(buffer));
+            }
+            while flow.can_transmit()
+                && let Some(batch) = flow.poll_transmit(self.now())
+            {
                 let own = |bytes| Bytes::from_owner(Tracked { bytes, cell: self.clone() });
                 self.link.send(batch.into_frames(own));
             }
@@ -127,6 +144,29 @@ impl LinkCell {
         self.with_flow(|flow| flow.enqueue(envelope))
     }
 
+    pub(crate) fn send_event(
+        self: &Arc<Self>,
+        event: &OutgoingEvent<'_>,
+    ) -> Result<Backlog, DropReason> {
+        self.with_flow(|flow| flow.enqueue_event(event))
+    }
+
+    /// Sends an event when there is room for it.
+    pub(crate) async fn send_event_waiting(
+        self: &Arc<Self>,
+        event: &OutgoingEvent<'_>,
+    ) -> Result<Backlog, DropReason> {
+        let _counted = Waiting::new(&self.waiting);
+        loop {
+            let mut freed = std::pin::pin!(self.queue_room.notified());
+            freed.as_mut().enable();
+            match self.send_event(event) {
+                Err(DropReason::SlowPeer) => freed.await,
+                done => return done,
+            }
+        }
+    }
+
     /// Takes back a call, or tells the peer that its reply is no longer wanted; whether it was
     /// taken back.
     pub(crate) fn cancel(self: &Arc<Self>, id: MessageId) -> bool {
@@ -152,6 +192,7 @@ impl LinkCell {
     pub(crate) fn close(&self) {
         self.ended.store(true, Ordering::Release);
         self.room.notify_one();
+        self.queue_room.notify_waiters();
         self.link.close();
     }
 }
@@ -170,7 +211,8 @@ impl AsRef<[u8]> for Tracked {
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        // No lock here: this may run inside the transport's own send, under the flow's lock.
+        // Not the flow's lock: this may run inside the transport's own send, which is under it.
+        *lock(&self.cell.spare) = Some(std::mem::take(&mut self.bytes));
         self.cell.released.fetch_add(1, Ordering::SeqCst);
         if self.cell.starved.swap(false, Ordering::SeqCst) {
             self.cell.room.notify_one();
@@ -178,32 +220,48 @@ impl Drop for Tracked {
     }
 }
 
-/// What a received message holds of its link's credit. Dropping it gives the credit back.
+/// Counts a publisher that waits for room.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What received messages hold of their link's credit. Dropping it gives the credit back.
 pub(crate) struct Credit {
     cell: Arc<LinkCell>,
     lane: Lane,
-    cost: u64,
+    held: Totals,
 }
 
 impl Credit {
-    pub(crate) fn new(cell: &Arc<LinkCell>, lane: Lane, cost: u64) -> Self {
-        Self { cell: cell.clone(), lane, cost }
+    pub(crate) fn new(cell: &Arc<LinkCell>, lane: Lane, held: Totals) -> Self {
+        Self { cell: cell.clone(), lane, held }
     }
 
     pub(crate) fn cell(&self) -> &Arc<LinkCell> {
         &self.cell
     }
 
-    /// Tells the sender that its message was dropped here.
-    pub(crate) fn report_drop(&self, reason: DropReason) {
-        self.cell.with_flow(|flow| flow.handle_dropped(reason));
+    /// Tells the sender that messages of it were dropped here.
+    pub(crate) fn report_drop(&self, reason: DropReason, count: u64) {
+        self.cell.with_flow(|flow| flow.handle_dropped(reason, count));
     }
 
     /// Gives the credit back and sends the reply, in one batch.
     pub(crate) fn answer(mut self, reply: Envelope) -> Result<(), DropReason> {
-        let (lane, cost) = (self.lane, std::mem::take(&mut self.cost));
+        let (lane, held) = (self.lane, std::mem::take(&mut self.held));
         self.cell.with_flow(|flow| {
-            flow.handle_consumed(lane, cost);
+            flow.handle_consumed(lane, held);
             flow.enqueue(reply)
         })
     }
@@ -211,10 +269,10 @@ impl Credit {
 
 impl Drop for Credit {
     fn drop(&mut self) {
-        // `answer` leaves nothing to give back; no message costs nothing.
-        if self.cost > 0 {
-            let (lane, cost) = (self.lane, self.cost);
-            self.cell.with_flow(|flow| flow.handle_consumed(lane, cost));
+        // `answer` leaves nothing to give back.
+        if self.held.messages > 0 {
+            let (lane, held) = (self.lane, self.held);
+            self.cell.with_flow(|flow| flow.handle_consumed(lane, held));
         }
     }
 }

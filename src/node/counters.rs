@@ -57,8 +57,14 @@ impl LiveCounters {
         std::mem::take(&mut self.rare().untold)
     }
 
-    pub(crate) fn dropped_for_others(&self, reason: DropReason) {
-        *self.rare().dropped_for_others.entry(reason).or_default() += 1;
+    pub(crate) fn dropped_for_others(&self, reason: DropReason, count: u64) {
+        *self.rare().dropped_for_others.entry(reason).or_default() += count;
+    }
+
+    /// Messages came for a subscription, which lost some, be it those or earlier ones.
+    pub(crate) fn delivered(&self, came: u64, lost: u64) {
+        // Wraps around and back where more are lost than came.
+        add(&self.delivered, came.wrapping_sub(lost));
     }
 
     pub(crate) fn refused(&self, reason: &str) {

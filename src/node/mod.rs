@@ -9,6 +9,7 @@ mod events;
 mod publish;
 mod receive;
 mod request;
+mod run;
 mod send;
 mod service;
 mod shared;
@@ -25,7 +26,7 @@ pub use send::{Send, SendError, Sent};
 pub use service::{Call, HandlerError, Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
-pub use subscription::Subscription;
+pub use subscription::{Overflow, Subscription};
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -119,6 +120,7 @@ impl Node {
     /// It never waits: awaiting it queues the message and returns a
     /// [`PublishReport`](crate::PublishReport). A peer that takes events more slowly than they
     /// are published loses messages, which are counted, and holds nobody up.
+    /// [`Publish::within`] waits for such a peer instead, up to a deadline.
     pub fn publish<T>(&self, topic: T, body: impl Into<Body>) -> Publish<'_>
     where
         T: TryInto<Topic>,
@@ -169,9 +171,25 @@ impl Node {
         P: TryInto<Pattern>,
         P::Error: Into<AddressError>,
     {
+        self.subscribe_with(pattern, Overflow::default())
+    }
+
+    /// Subscribes as [`Node::subscribe`] does, and says what is lost when messages are not taken
+    /// in time.
+    ///
+    /// # Errors
+    /// [`AddressError`] if the pattern can't be parsed.
+    pub fn subscribe_with<P>(
+        &self,
+        pattern: P,
+        overflow: Overflow,
+    ) -> Result<Subscription, AddressError>
+    where
+        P: TryInto<Pattern>,
+        P::Error: Into<AddressError>,
+    {
         let pattern = pattern.try_into().map_err(Into::into)?;
-        let limit = self.shared().config.subscription_queue;
-        Ok(self.shared().subscribe(&pattern, limit))
+        Ok(self.shared().subscribe(&pattern, overflow))
     }
 
     /// Serves a name with a handler: what it returns is the reply, and its error reaches the

@@ -1,17 +1,23 @@
-//! Publishing: to every node that subscribes, without waiting for any.
+//! Publishing: to every node that subscribes, without waiting for any unless one asks to.
 
 use std::future::{IntoFuture, Ready, ready};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use tokio::time::{Instant, timeout_at};
+
+use super::cell::LinkCell;
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
+use super::run::Run;
 use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
+use crate::engine::Backlog;
 use crate::identity::NodeId;
-use crate::message::{Kind, Message};
+use crate::message::{Header, Kind, Message};
 use crate::report::{DropReason, PublishReport};
-use crate::wire::{BASE_COST, Envelope, Payload};
+use crate::wire::OutgoingEvent;
 
 /// A message that can't be published.
 #[derive(Debug, thiserror::Error)]
@@ -55,45 +61,123 @@ impl Publish<'_> {
     ///
     /// # Errors
     /// [`PublishError`]; a node that gets nothing is no error, but in the report.
-    pub fn now(mut self) -> Result<PublishReport, PublishError> {
-        let topic = self.topic?;
+    pub fn now(self) -> Result<PublishReport, PublishError> {
         let shared = self.shared;
-        self.draft.check(shared)?;
-        if shared.is_stopping() {
+        let (header, body) = self.into_message()?;
+        let event = OutgoingEvent::new(&header, &body, &shared.id);
+        let Spread { mut report, full, .. } = shared.send_event(&event, &header);
+        report.dropped.extend(full.into_iter().map(|cell| (cell.peer, DropReason::SlowPeer)));
+        shared.count_publish(&report);
+        shared.publish_here(header, body, &mut report);
+        Ok(report)
+    }
+
+    /// Publishes, and waits for the peers whose queues are full, up to a deadline. The others
+    /// have the message at once. A publisher that always waits loses nothing to a
+    /// subscription that [holds it back](crate::Overflow::HoldBack); other subscriptions drop by
+    /// their own rule what they don't take in time.
+    ///
+    /// # Errors
+    /// [`PublishError`]; a node that had no room by then is no error, but in the report as
+    /// [`SlowPeer`](DropReason::SlowPeer).
+    ///
+    /// # Cancel safety
+    /// Once polled, the message is on its way to all peers that had room; dropping the future
+    /// leaves out the others, uncounted.
+    pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
+        let shared = self.shared;
+        let (header, body) = self.into_message()?;
+        let event = OutgoingEvent::new(&header, &body, &shared.id);
+        let Spread { mut report, full, backlog } = shared.send_event(&event, &header);
+        if backlog == Backlog::Grew {
+            // Who publishes without end lets the tasks that write go on.
+            tokio::task::yield_now().await;
+        }
+        if !full.is_empty() {
+            let deadline = Instant::now() + deadline;
+            for cell in full {
+                let sent = timeout_at(deadline, cell.send_event_waiting(&event)).await;
+                report.add(cell.peer, sent.unwrap_or(Err(DropReason::SlowPeer)));
+            }
+        }
+        shared.count_publish(&report);
+        shared.publish_here(header, body, &mut report);
+        Ok(report)
+    }
+
+    fn into_message(mut self) -> Result<(Header, Bytes), PublishError> {
+        let topic = self.topic?;
+        self.draft.check(self.shared)?;
+        if self.shared.is_stopping() {
             return Err(PublishError::ShutDown);
         }
-        let id = shared.ids.next_now();
-        let header = self.draft.header(id, Kind::Event, Destination::Topic(topic.clone()));
-        let body = self.draft.body.bytes;
-        let mut report = PublishReport::default();
-        let routing = shared.routing.load();
-        for (peer, cell) in routing.subscribers(&topic) {
-            let envelope =
-                Envelope { header: header.clone(), payload: Payload::Event(body.clone()) };
-            let sent = match cell {
-                Some(cell) => cell.send_message(envelope),
-                None => Err(DropReason::LinkLost),
+        let id = self.shared.ids.next_now();
+        let header = self.draft.header(id, Kind::Event, Destination::Topic(topic));
+        Ok((header, self.draft.body.bytes))
+    }
+}
+
+impl PublishReport {
+    fn add<T>(&mut self, peer: NodeId, sent: Result<T, DropReason>) {
+        match sent {
+            Ok(_) => self.queued += 1,
+            Err(reason) => self.dropped.push((peer, reason)),
+        }
+    }
+}
+
+/// How far an event got at the first attempt.
+#[derive(Default)]
+struct Spread {
+    report: PublishReport,
+    /// Peers whose queues are full.
+    full: Vec<Arc<LinkCell>>,
+    backlog: Backlog,
+}
+
+impl Shared {
+    /// Queues an event for every peer that subscribes.
+    fn send_event(&self, event: &OutgoingEvent<'_>, header: &Header) -> Spread {
+        let mut spread = Spread::default();
+        let Destination::Topic(topic) = &header.destination else { return spread };
+        let routing = self.routing.load();
+        for (peer, cell) in routing.subscribers(topic) {
+            let Some(cell) = cell else {
+                spread.report.add(*peer, Err::<(), _>(DropReason::LinkLost));
+                continue;
             };
-            match sent {
-                Ok(()) => report.queued += 1,
-                Err(reason) => report.dropped.push((*peer, reason)),
+            match cell.send_event(event) {
+                Err(DropReason::SlowPeer) => spread.full.push(cell.clone()),
+                sent => {
+                    if sent == Ok(Backlog::Grew) {
+                        spread.backlog = Backlog::Grew;
+                    }
+                    spread.report.add(*peer, sent);
+                }
             }
         }
-        add(&shared.counters.published, 1);
-        add(&shared.counters.queued, report.queued as u64);
+        spread
+    }
+
+    fn count_publish(&self, report: &PublishReport) {
+        add(&self.counters.published, 1);
+        add(&self.counters.queued, report.queued as u64);
         for (peer, reason) in &report.dropped {
-            shared.count_drop(*peer, *reason, 1);
+            self.count_drop(*peer, *reason, 1);
         }
-        if !shared.inboxes.load().matching(&topic).is_empty() {
-            let message = Message::new(shared.id, header, body);
-            let cost = BASE_COST + message.body.len() as u64;
-            if shared.deliver(&message, cost, None) {
-                report.queued += 1;
-            } else {
-                report.dropped.push((shared.id, DropReason::SlowSubscriber));
-            }
+    }
+
+    /// Gives an event to this node's own subscriptions.
+    fn publish_here(&self, header: Header, body: Bytes, report: &mut PublishReport) {
+        let Destination::Topic(topic) = &header.destination else { return };
+        if !self.inboxes.load().has_match(topic) {
+            return;
         }
-        Ok(report)
+        let run = Run::single(topic.clone(), Message::new(self.id, header, body));
+        match self.deliver(run, None) {
+            0 => report.queued += 1,
+            _ => report.dropped.push((self.id, DropReason::SlowSubscriber)),
+        }
     }
 }
 

@@ -6,15 +6,18 @@ use bytes::Bytes;
 
 use super::cell::{Credit, LinkCell};
 use super::counters::add;
+use super::run::{Run, RunBuilder};
 use super::shared::{Outcome, Shared};
+use super::subscription::{Inbox, Lost};
 use crate::address::{Destination, ServiceName};
 use crate::engine::{Connection, DownReason, Flow, Violation};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, Receiver};
-use crate::message::Message;
+use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::{
-    Control, Envelope, Failure, PROTOCOL_VERSION, Payload, Record, WireError, decode,
+    Control, Envelope, Failure, INLINE_BODY, Lane, PROTOCOL_VERSION, Payload, Record, Totals,
+    WireError, decode,
 };
 
 /// Makes a cell for each new connection. The transports hold it and the node holds the
@@ -103,18 +106,34 @@ impl LinkReceiver {
         let mut batch = decode(frames, &shared.id, &cell.peer, shared.config.max_body)?;
         let now = cell.now();
         cell.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
-        while let Some(record) = batch.next_record()? {
+        let mut events = Events { link: self, run: None };
+        loop {
+            while let Some((id, body)) = batch.next_successor() {
+                events.add_successor(id, body)?;
+            }
+            let Some(record) = batch.next_record()? else { break };
             match record {
-                Record::Control(control) => self.handle_control(control)?,
-                Record::Message(envelope) if cell.is_open() => self.handle_message(envelope)?,
+                Record::Message(envelope) if cell.is_open() => match envelope.payload {
+                    Payload::Event(body) => {
+                        events.add(Message::new(cell.peer, envelope.header, body))?;
+                    }
+                    _ => {
+                        events.deliver()?;
+                        self.handle_call_or_reply(envelope)?;
+                    }
+                },
+                Record::Control(control) => {
+                    events.deliver()?;
+                    self.handle_control(control)?;
+                }
                 Record::Message(_) => return Err(Fault::OutOfTurn),
                 Record::Unknown(_) => {}
             }
             if cell.has_ended() {
-                break;
+                return Ok(());
             }
         }
-        Ok(())
+        events.deliver()
     }
 
     fn handle_control(&self, control: Control) -> Result<(), Fault> {
@@ -137,17 +156,15 @@ impl LinkReceiver {
         Ok(())
     }
 
-    fn handle_message(&self, envelope: Envelope) -> Result<(), Fault> {
+    fn handle_call_or_reply(&self, envelope: Envelope) -> Result<(), Fault> {
         let (shared, cell) = (&self.shared, &self.cell);
-        let (lane, cost) = (envelope.lane(), envelope.cost());
-        cell.with_flow(|flow| flow.handle_received(lane, cost))?;
+        let (lane, new) = (envelope.lane(), Totals::one(envelope.cost()));
+        cell.with_flow(|flow| flow.handle_received(lane, new))?;
         add(&shared.counters.received, 1);
-        let credit = Credit::new(cell, lane, cost);
+        let credit = Credit::new(cell, lane, new);
         let (header, from) = (envelope.header, cell.peer);
         match envelope.payload {
-            Payload::Event(body) => {
-                shared.deliver(&Message::new(from, header, body), cost, Some(credit));
-            }
+            Payload::Event(_) => unreachable!("events are delivered in runs"),
             Payload::Call(body) => shared.admit(Message::new(from, header, body), Some(credit)),
             Payload::Request(body) => {
                 shared.admit(Message::request(from, header, body), Some(credit));
@@ -164,29 +181,86 @@ impl LinkReceiver {
     }
 }
 
-impl Shared {
-    /// Gives an event to the local subscriptions. Whether all of them took it.
-    pub(crate) fn deliver(&self, message: &Message, cost: u64, credit: Option<Credit>) -> bool {
-        let Some(topic) = message.topic() else {
-            return false;
-        };
-        let inboxes = self.inboxes.load();
-        let matching = inboxes.matching(topic);
-        if matching.is_empty() {
-            self.drop_received(credit.as_ref(), DropReason::NoSubscriber);
-            return false;
+/// The events of a batch, on their way into runs.
+struct Events<'a> {
+    link: &'a LinkReceiver,
+    run: Option<RunBuilder>,
+}
+
+impl Events<'_> {
+    /// Adds a plain event on the topic of the last.
+    fn add_successor(&mut self, id: MessageId, body: &[u8]) -> Result<(), Fault> {
+        if self.run.as_ref().is_some_and(|run| run.is_full(body.len())) {
+            self.deliver()?;
         }
-        let credit = credit.map(Arc::new);
-        let mut all = true;
-        for inbox in matching {
-            if inbox.push(message, cost, credit.clone()) {
-                add(&self.counters.delivered, 1);
-            } else {
-                self.drop_received(credit.as_deref(), DropReason::SlowSubscriber);
-                all = false;
+        let run = self.run.as_mut().ok_or(WireError::Inheritance)?;
+        run.add_plain(id, body);
+        Ok(())
+    }
+
+    fn add(&mut self, message: Message) -> Result<(), Fault> {
+        let Destination::Topic(topic) = &message.header.destination else {
+            return Err(WireError::Unexpected("an event without a topic").into());
+        };
+        let same = |run: &RunBuilder| run.topic() == topic && !run.is_full(message.body.len());
+        if !self.run.as_ref().is_some_and(same) {
+            self.deliver()?;
+            self.run = Some(RunBuilder::new(message.from, topic.clone()));
+        }
+        if let Some(run) = &mut self.run {
+            match message.header.is_plain(Kind::Event) && message.body.len() <= INLINE_BODY {
+                true => run.add_plain(message.header.id, &message.body),
+                false => run.add(message),
             }
         }
-        all
+        Ok(())
+    }
+
+    /// Delivers what has gathered.
+    fn deliver(&mut self) -> Result<(), Fault> {
+        let Some(run) = self.run.as_mut().and_then(RunBuilder::finish) else {
+            return Ok(());
+        };
+        let LinkReceiver { shared, cell } = self.link;
+        let new = run.totals();
+        cell.with_flow(|flow| flow.handle_received(Lane::Events, new))?;
+        add(&shared.counters.received, new.messages);
+        shared.deliver(run, Some(cell));
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Gives events, and the credit that they hold of the link that they came over, to the local
+    /// subscriptions; how many deliveries were lost.
+    pub(crate) fn deliver(&self, mut run: Run, over: Option<&Arc<LinkCell>>) -> u64 {
+        let inboxes = self.inboxes.load();
+        let matching = inboxes.matching(run.topic());
+        let held = run.totals();
+        if held.messages > 1 && matching.iter().any(|inbox| inbox.splits_runs()) {
+            return run.split().map(|single| self.deliver(single, over)).sum();
+        }
+        let credit = over.map(|cell| Credit::new(cell, Lane::Events, held));
+        let Some((last, others)) = matching.split_last() else {
+            self.drop_received(credit.as_ref(), DropReason::NoSubscriber, held.messages);
+            return held.messages;
+        };
+        run.credit = credit.map(Arc::new);
+        let mut lost = 0;
+        for inbox in others {
+            lost += self.give(inbox, run.clone());
+        }
+        lost + self.give(last, run)
+    }
+
+    fn give(&self, inbox: &Inbox, run: Run) -> u64 {
+        let (came, mut lost) = (run.totals().messages, 0);
+        for Lost { credit, reason, count } in inbox.push(run) {
+            self.drop_received(credit.as_deref(), reason, count);
+            lost += count;
+        }
+        self.counters.delivered(came, lost);
+        lost
     }
 
     /// Gives a call to the service that it is for.
@@ -221,17 +295,17 @@ impl Shared {
             let failure = Failure { code: reason.as_str().into(), text: text.into() };
             self.reply(message, credit, Payload::Failed(failure));
         } else {
-            self.drop_received(credit.as_ref(), reason);
+            self.drop_received(credit.as_ref(), reason, 1);
         }
     }
 
-    pub(crate) fn drop_received(&self, credit: Option<&Credit>, reason: DropReason) {
+    pub(crate) fn drop_received(&self, credit: Option<&Credit>, reason: DropReason, count: u64) {
         match credit {
             Some(credit) => {
-                self.counters.dropped_for_others(reason);
-                credit.report_drop(reason);
+                self.counters.dropped_for_others(reason, count);
+                credit.report_drop(reason, count);
             }
-            None => self.count_drop(self.id, reason, 1),
+            None => self.count_drop(self.id, reason, count),
         }
     }
 
@@ -243,7 +317,7 @@ impl Shared {
                 drop(credit);
                 let _caller_left = waiter.send(outcome);
             }
-            None => self.drop_received(Some(&credit), DropReason::Late),
+            None => self.drop_received(Some(&credit), DropReason::Late, 1),
         }
     }
 }

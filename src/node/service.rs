@@ -244,7 +244,7 @@ impl ServiceCell {
             }
             Err(error) => {
                 tracing::warn!(service = %self.name, message_id = %message.header.id, %error, "a handler failed");
-                shared.drop_received(credit.as_ref(), DropReason::HandlerFailed);
+                shared.drop_received(credit.as_ref(), DropReason::HandlerFailed, 1);
             }
         }
         self.end(shared, key);
@@ -273,7 +273,7 @@ impl ServiceCell {
         }
         drop(state);
         if let Some(held) = waiting {
-            shared.drop_received(held.credit.as_ref(), DropReason::Cancelled);
+            shared.drop_received(held.credit.as_ref(), DropReason::Cancelled, 1);
         }
     }
 
@@ -287,7 +287,7 @@ impl ServiceCell {
         drop(state);
         // Their sender counts them as in doubt.
         for _lost in waiting {
-            shared.counters.dropped_for_others(DropReason::LinkLost);
+            shared.counters.dropped_for_others(DropReason::LinkLost, 1);
         }
         self.ended.notify_waiters();
     }

@@ -14,7 +14,7 @@ use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
 use super::service::ServiceCell;
-use super::subscription::Inboxes;
+use super::subscription::{Inboxes, Overflow};
 use super::transport::Transport;
 use crate::address::{Pattern, ServiceName};
 use crate::config::Config;
@@ -350,11 +350,11 @@ impl Shared {
     pub(crate) fn subscribe(
         self: &Arc<Self>,
         pattern: &Pattern,
-        limit: u64,
+        overflow: Overflow,
     ) -> super::Subscription {
         let change = lock(&self.inboxes_change);
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
-        let (number, inbox) = inboxes.add(pattern, limit);
+        let (number, inbox) = inboxes.add(pattern, overflow, self.config.subscription_queue);
         self.inboxes.store(Arc::new(inboxes));
         drop(change);
         self.with_mesh(|mesh, _| mesh.subscribe(pattern));

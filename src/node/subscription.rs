@@ -1,6 +1,6 @@
 //! Subscriptions: a bounded queue between a link's reader and a user's stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
@@ -8,66 +8,121 @@ use std::task::{Context, Poll, Waker};
 use futures_core::Stream;
 
 use super::cell::Credit;
+use super::run::Run;
 use super::shared::Shared;
 use crate::address::{Pattern, Topic};
-use crate::engine::{PatternTrie, Queue};
+use crate::engine::PatternTrie;
 use crate::message::Message;
+use crate::report::DropReason;
 use crate::sync::lock;
 
-/// A message in a queue, and the credit that it holds until it is taken.
-struct Delivery {
-    message: Message,
-    _credit: Option<Arc<Credit>>,
+/// What a subscription loses when its messages are not taken in time. The sender counts each loss.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Overflow {
+    /// The newest: what comes when the queue is full. Counted as
+    /// [`SlowSubscriber`](DropReason::SlowSubscriber).
+    #[default]
+    DropNewest,
+    /// The oldest: what has waited longest makes room. Counted as
+    /// [`SlowSubscriber`](DropReason::SlowSubscriber).
+    DropOldest,
+    /// All but the latest of each topic: a message takes the place of the unread one before it,
+    /// full or not. Counted as [`Superseded`](DropReason::Superseded). Topics beyond what the
+    /// queue holds lose their newest.
+    KeepLatest,
+    /// Nothing: what is unread holds the credit of its link, until its senders wait or drop.
+    ///
+    /// A subscription that never reads then stops **all** events from its peers to this node,
+    /// not only its own. What it holds is bounded by [`Config::window`] for each peer; what this
+    /// node publishes to itself is bounded by [`Config::subscription_queue`] and loses the
+    /// newest.
+    ///
+    /// [`Config::window`]: crate::Config::window
+    /// [`Config::subscription_queue`]: crate::Config::subscription_queue
+    HoldBack,
+}
+
+/// Messages that an inbox did not keep, and the credit of those among which they came.
+pub(crate) struct Lost {
+    pub(crate) credit: Option<Arc<Credit>>,
+    pub(crate) reason: DropReason,
+    pub(crate) count: u64,
 }
 
 /// The queue of one subscription.
 pub(crate) struct Inbox {
     pattern: Pattern,
+    overflow: Overflow,
+    limit: u64,
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
-    queue: Queue<Delivery>,
+    runs: VecDeque<Run>,
+    bytes: u64,
     waker: Option<Waker>,
     closed: bool,
 }
 
 impl Inbox {
-    fn new(pattern: Pattern, limit: u64) -> Self {
-        let state = State { queue: Queue::new(limit), waker: None, closed: false };
-        Self { pattern, state: Mutex::new(state) }
+    fn new(pattern: Pattern, overflow: Overflow, limit: u64) -> Self {
+        Self { pattern, overflow, limit, state: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
 
-    /// Queues a message; false if there is no room.
-    pub(crate) fn push(&self, message: &Message, cost: u64, credit: Option<Arc<Credit>>) -> bool {
+    /// Whether it wants messages one by one.
+    pub(crate) fn splits_runs(&self) -> bool {
+        self.overflow == Overflow::KeepLatest
+    }
+
+    /// Queues messages; what is lost by it.
+    pub(crate) fn push(&self, run: Run) -> Vec<Lost> {
         let mut state = self.lock();
-        if state.closed || !state.queue.has_room_for(cost) {
-            return false;
+        let mut lost = Vec::new();
+        if state.closed {
+            let count = run.totals().messages;
+            lost.push(Lost { credit: run.credit, reason: DropReason::NoSubscriber, count });
+            return lost;
         }
-        let mut message = message.clone();
-        message.unpin();
-        let pushed = state.queue.push(Delivery { message, _credit: credit }, cost).is_ok();
+        match self.overflow {
+            Overflow::HoldBack if run.credit.is_some() => state.append(run),
+            Overflow::HoldBack | Overflow::DropNewest => {
+                lost.extend(state.append_within(run, self.limit));
+            }
+            Overflow::DropOldest => {
+                let bytes = run.totals().bytes;
+                while state.bytes + bytes > self.limit
+                    && let Some(oldest) = state.drop_oldest()
+                {
+                    lost.push(oldest);
+                }
+                lost.extend(state.append_within(run, self.limit));
+            }
+            Overflow::KeepLatest => {
+                if let Some(old) = state.supersede(&run) {
+                    lost.push(old);
+                }
+                lost.extend(state.append_within(run, self.limit));
+            }
+        }
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
             waker.wake();
         }
-        pushed
+        lost
     }
 
-    fn poll(&self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+    /// The next run, or `None` when the queue is closed and empty.
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Option<Run>> {
         let mut state = self.lock();
-        let next = state.queue.pop();
-        match next {
-            Some(delivery) => {
-                drop(state);
-                // Its credit goes back here, outside of the lock.
-                Poll::Ready(Some(delivery.message))
-            }
+        match state.pop() {
+            Some(run) => Poll::Ready(Some(run)),
             None if state.closed => Poll::Ready(None),
             None => {
                 state.waker = Some(context.waker().clone());
@@ -87,6 +142,57 @@ impl Inbox {
     }
 }
 
+impl State {
+    fn append(&mut self, run: Run) {
+        self.bytes += run.totals().bytes;
+        self.runs.push_back(run);
+    }
+
+    /// Appends what there is room for. An empty queue takes any one message.
+    fn append_within(&mut self, mut run: Run, limit: u64) -> Option<Lost> {
+        let fits = |run: &Run| {
+            let totals = run.totals();
+            self.bytes + totals.bytes <= limit || self.runs.is_empty() && totals.messages == 1
+        };
+        let mut count = 0;
+        while !run.is_empty() && !fits(&run) {
+            run.drop_last();
+            count += 1;
+        }
+        let credit = run.credit.clone();
+        if !run.is_empty() {
+            self.append(run);
+        }
+        let reason = DropReason::SlowSubscriber;
+        (count > 0).then_some(Lost { credit, reason, count })
+    }
+
+    fn pop(&mut self) -> Option<Run> {
+        let run = self.runs.pop_front()?;
+        self.bytes -= run.totals().bytes;
+        Some(run)
+    }
+
+    fn drop_oldest(&mut self) -> Option<Lost> {
+        let run = self.runs.front_mut()?;
+        let credit = run.credit.clone();
+        self.bytes -= run.take()?.cost();
+        if run.is_empty() {
+            self.runs.pop_front();
+        }
+        Some(Lost { credit, reason: DropReason::SlowSubscriber, count: 1 })
+    }
+
+    /// Takes out the unread message on the same topic.
+    fn supersede(&mut self, by: &Run) -> Option<Lost> {
+        let place = self.runs.iter().position(|run| run.topic() == by.topic())?;
+        let old = self.runs.remove(place)?;
+        self.bytes -= old.totals().bytes;
+        let (count, credit) = (old.totals().messages, old.credit);
+        Some(Lost { credit, reason: DropReason::Superseded, count })
+    }
+}
+
 /// The local subscriptions, as a snapshot that is replaced when one comes or goes.
 #[derive(Clone, Default)]
 pub(crate) struct Inboxes {
@@ -96,9 +202,14 @@ pub(crate) struct Inboxes {
 }
 
 impl Inboxes {
-    pub(crate) fn add(&mut self, pattern: &Pattern, limit: u64) -> (u64, Arc<Inbox>) {
+    pub(crate) fn add(
+        &mut self,
+        pattern: &Pattern,
+        overflow: Overflow,
+        limit: u64,
+    ) -> (u64, Arc<Inbox>) {
         self.next += 1;
-        let inbox = Arc::new(Inbox::new(pattern.clone(), limit));
+        let inbox = Arc::new(Inbox::new(pattern.clone(), overflow, limit));
         self.by_number.insert(self.next, inbox.clone());
         self.trie.insert(pattern, self.next);
         (self.next, inbox)
@@ -119,6 +230,10 @@ impl Inboxes {
         self.trie.matches(topic).iter().filter_map(|number| self.by_number.get(number)).collect()
     }
 
+    pub(crate) fn has_match(&self, topic: &Topic) -> bool {
+        !self.matching(topic).is_empty()
+    }
+
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Inbox>> {
         self.by_number.values()
     }
@@ -127,8 +242,8 @@ impl Inboxes {
 /// The messages on a pattern's topics, as a [`Stream`] that ends when the node shuts down.
 ///
 /// From one sender, messages of one topic come in the order in which they were published, over
-/// one link. What it doesn't take in time waits up to [`Config::subscription_queue`]; then new
-/// messages are dropped and counted at their sender, and nobody else is held up.
+/// one link. What it doesn't take in time waits up to [`Config::subscription_queue`]; then its
+/// [`Overflow`] says what is lost. The sender counts that, and nobody else is held up.
 ///
 /// Dropping it ends the subscription.
 ///
@@ -136,13 +251,15 @@ impl Inboxes {
 #[must_use = "dropping a subscription ends it"]
 pub struct Subscription {
     inbox: Arc<Inbox>,
+    /// What was taken from the inbox together and is handed out one by one.
+    current: Option<Run>,
     number: u64,
     shared: Arc<Shared>,
 }
 
 impl Subscription {
     pub(crate) fn new(shared: &Arc<Shared>, number: u64, inbox: Arc<Inbox>) -> Self {
-        Self { inbox, number, shared: shared.clone() }
+        Self { inbox, current: None, number, shared: shared.clone() }
     }
 
     /// The pattern that was asked for.
@@ -155,15 +272,28 @@ impl Subscription {
     /// # Cancel safety
     /// Dropping the future loses nothing.
     pub async fn recv(&mut self) -> Option<Message> {
-        std::future::poll_fn(|context| self.inbox.poll(context)).await
+        std::future::poll_fn(|context| self.poll(context)).await
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        loop {
+            if let Some(message) = self.current.as_mut().and_then(Run::take) {
+                return Poll::Ready(Some(message));
+            }
+            match self.inbox.poll(context) {
+                Poll::Ready(Some(run)) => self.current = Some(run),
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 }
 
 impl Stream for Subscription {
     type Item = Message;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
-        self.inbox.poll(context)
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        self.poll(context)
     }
 }
 
@@ -171,7 +301,7 @@ impl Drop for Subscription {
     fn drop(&mut self) {
         self.shared.unsubscribe(self.number, &self.inbox.pattern);
         self.inbox.close();
-        while let Some(unread) = { self.inbox.lock().queue.pop() } {
+        while let Some(unread) = { self.inbox.lock().pop() } {
             drop(unread);
         }
     }

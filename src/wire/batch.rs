@@ -3,15 +3,32 @@
 use bytes::Bytes;
 
 use super::pack::{ArrayWriter, Reader};
-use super::record::{Inheritance, ReadContext, read_record, write_message};
-use super::{Control, Envelope, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError};
+use super::record::{
+    Inheritance, OutgoingEvent, ReadContext, read_record, read_successor, write_message,
+};
+use super::{Control, Envelope, Lane, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Record, WireError};
 use crate::identity::NodeId;
+use crate::message::MessageId;
 
 /// A count of messages and what they cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
     pub(crate) messages: u64,
     pub(crate) bytes: u64,
+}
+
+impl Totals {
+    /// One message of that cost.
+    pub(crate) fn one(bytes: u64) -> Self {
+        Self { messages: 1, bytes }
+    }
+}
+
+impl std::ops::AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.messages += other.messages;
+        self.bytes += other.bytes;
+    }
 }
 
 /// `[version, messages, bytes, messages, bytes, messages, bytes]`: what the writer has consumed of
@@ -53,10 +70,10 @@ impl Preamble {
 /// A batch that is ready for a link.
 #[derive(Debug)]
 pub(crate) struct EncodedBatch {
-    /// The preamble, and behind it the records.
+    /// The records, and behind them the preamble.
     pub(crate) head: Vec<u8>,
-    /// Where the records begin in `head`.
-    pub(crate) split: usize,
+    /// How long the records are.
+    pub(crate) records: usize,
     /// The long bodies.
     pub(crate) bodies: Vec<Bytes>,
 }
@@ -65,61 +82,122 @@ impl EncodedBatch {
     /// The frames, with the head made into bytes by `own`.
     pub(crate) fn into_frames(self, own: impl FnOnce(Vec<u8>) -> Bytes) -> Vec<Bytes> {
         let mut frames = Vec::with_capacity(2 + self.bodies.len());
-        let mut head = own(self.head);
-        frames.push(head.split_to(self.split));
-        frames.push(head);
+        let mut preamble = own(self.head);
+        let records = preamble.split_to(self.records);
+        frames.push(preamble);
+        frames.push(records);
         frames.extend(self.bodies);
         frames
+    }
+}
+
+/// Encoded records, and what they share said once.
+#[derive(Debug, Default)]
+struct Records {
+    bytes: Vec<u8>,
+    bodies: Vec<Bytes>,
+    inherited: Inheritance,
+    /// What the messages among them cost.
+    cost: u64,
+}
+
+impl Records {
+    /// Whether one more message fits. There is always room for the first.
+    fn has_room_for(&self, cost: u64) -> bool {
+        self.bytes.is_empty()
+            || (self.cost + cost <= MAX_BATCH as u64 && self.bodies.len() + 3 <= MAX_FRAMES)
+    }
+}
+
+/// Events of one link, encoded when they were published and waiting to be sent. They refer to
+/// nothing before them, so they can go behind other records of a batch.
+#[derive(Debug, Default)]
+pub(crate) struct EventPack {
+    records: Records,
+    totals: Totals,
+}
+
+impl EventPack {
+    /// A pack that grows in `buffer`.
+    pub(crate) fn reusing(mut buffer: Vec<u8>) -> Self {
+        buffer.clear();
+        Self { records: Records { bytes: buffer, ..Records::default() }, ..Self::default() }
+    }
+
+    /// Whether one more fits, if the pack is to cost `most` at most.
+    pub(crate) fn has_room_for(&self, event: &OutgoingEvent<'_>, most: u64) -> bool {
+        self.records.has_room_for(event.cost()) && self.totals.bytes + event.cost() <= most
+    }
+
+    pub(crate) fn push(&mut self, event: &OutgoingEvent<'_>) {
+        let Records { bytes, bodies, inherited, cost } = &mut self.records;
+        *cost += event.cost();
+        self.totals += Totals::one(event.cost());
+        prefixed(bytes, |buf| bodies.extend(event.write(buf, inherited)));
+    }
+
+    /// The messages in it, and what they cost.
+    pub(crate) fn totals(&self) -> Totals {
+        self.totals
     }
 }
 
 /// Packs records into one batch.
 pub(crate) struct BatchEncoder<'a> {
     me: &'a NodeId,
-    batch: EncodedBatch,
-    inherited: Inheritance,
-    bytes: usize,
+    preamble: Preamble,
+    records: Records,
 }
 
 impl<'a> BatchEncoder<'a> {
-    pub(crate) fn new(me: &'a NodeId, preamble: &Preamble) -> Self {
-        let mut head = Vec::with_capacity(256);
-        preamble.write(&mut head);
-        let split = head.len();
-        let batch = EncodedBatch { head, split, bodies: Vec::new() };
-        Self { me, batch, inherited: Inheritance::default(), bytes: 0 }
-    }
-
-    fn has_records(&self) -> bool {
-        self.batch.head.len() > self.batch.split
+    pub(crate) fn new(me: &'a NodeId, preamble: Preamble) -> Self {
+        Self { me, preamble, records: Records::default() }
     }
 
     /// Whether one more message fits. An empty batch takes any.
     pub(crate) fn has_room_for(&self, envelope: &Envelope) -> bool {
-        let len = envelope.cost() as usize;
-        !self.has_records()
-            || (self.bytes + len <= MAX_BATCH && self.batch.bodies.len() + 3 <= MAX_FRAMES)
+        self.records.has_room_for(envelope.cost())
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.batch.head.len() >= MAX_BATCH
+        self.records.bytes.len() >= MAX_BATCH
     }
 
     pub(crate) fn push(&mut self, envelope: &Envelope) {
-        self.bytes += envelope.cost() as usize;
-        let (me, inherited, bodies) = (self.me, &mut self.inherited, &mut self.batch.bodies);
-        prefixed(&mut self.batch.head, |buf| {
-            bodies.extend(write_message(buf, envelope, inherited, me));
-        });
+        let Records { bytes, bodies, inherited, cost } = &mut self.records;
+        *cost += envelope.cost();
+        prefixed(bytes, |buf| bodies.extend(write_message(buf, envelope, inherited, self.me)));
     }
 
     pub(crate) fn push_control(&mut self, control: &Control) {
-        prefixed(&mut self.batch.head, |buf| control.write(buf));
-        self.bytes = self.bytes.max(self.batch.head.len());
+        let Records { bytes, cost, .. } = &mut self.records;
+        prefixed(bytes, |buf| control.write(buf));
+        *cost = (*cost).max(bytes.len() as u64);
+    }
+
+    pub(crate) fn has_room_for_events(&self, pack: &EventPack) -> bool {
+        let bodies = self.records.bodies.len() + pack.records.bodies.len();
+        self.records.has_room_for(pack.records.cost) && bodies + 2 <= MAX_FRAMES
+    }
+
+    /// Takes all of a pack; as it is, if it is the first.
+    pub(crate) fn push_events(&mut self, pack: EventPack) {
+        let mut events = pack.records;
+        if self.records.bytes.is_empty() {
+            self.records = events;
+        } else {
+            self.records.cost += events.cost;
+            self.records.bytes.append(&mut events.bytes);
+            self.records.bodies.append(&mut events.bodies);
+            self.records.inherited = events.inherited;
+        }
     }
 
     pub(crate) fn finish(self) -> EncodedBatch {
-        self.batch
+        let Records { bytes: mut head, bodies, .. } = self.records;
+        let records = head.len();
+        self.preamble.write(&mut head);
+        EncodedBatch { head, records, bodies }
     }
 }
 
@@ -166,6 +244,17 @@ pub(crate) fn decode<'a>(
 }
 
 impl Decoded<'_> {
+    /// The id and body of the next record, if it is a plain event on the topic of the one
+    /// before it; else [`Decoded::next_record`]
+    /// has it.
+    pub(crate) fn next_successor(&mut self) -> Option<(MessageId, &[u8])> {
+        let (len, rest) = self.records.get(self.at..)?.split_first_chunk::<4>()?;
+        let bytes = rest.get(..u32::from_be_bytes(*len) as usize)?;
+        let event = read_successor(bytes, self.context.max_body, &mut self.inherited)?;
+        self.at += 4 + bytes.len();
+        Some(event)
+    }
+
     /// The next record; `None` at the end of a batch that had no fault.
     pub(crate) fn next_record(&mut self) -> Result<Option<Record>, WireError> {
         let mut reader = Reader::new(&self.records[self.at..]);
@@ -180,6 +269,9 @@ impl Decoded<'_> {
         self.at += 4 + len;
         let mut next_body = || self.bodies.next();
         let inherited = &mut self.inherited;
-        read_record(&self.records, bytes, self.context, inherited, &mut next_body).map(Some)
+        let record = read_record(&self.records, bytes, self.context, inherited, &mut next_body)?;
+        inherited.event_before =
+            matches!(&record, Record::Message(envelope) if envelope.lane() == Lane::Events);
+        Ok(Some(record))
     }
 }

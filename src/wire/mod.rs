@@ -14,9 +14,9 @@ mod examples;
 mod pack;
 mod record;
 
-pub(crate) use batch::{BatchEncoder, EncodedBatch, Preamble, Totals, decode};
+pub(crate) use batch::{BatchEncoder, EncodedBatch, EventPack, Preamble, Totals, decode};
 pub(crate) use control::{Announcement, Bye, Control, Hello, Limits};
-pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, Payload, Record};
+pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, OutgoingEvent, Payload, Record};
 
 /// The version of the protocol that this crate speaks.
 pub(crate) const PROTOCOL_VERSION: u64 = 1;

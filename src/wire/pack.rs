@@ -95,10 +95,12 @@ impl<'a> ArrayWriter<'a> {
         self.wrote();
     }
 
-    pub(crate) fn finish(self) {
+    /// Ends the array; how many fields it has.
+    pub(crate) fn finish(self) -> u8 {
         self.buf.truncate(self.end);
         assert!(self.end_fields < 16, "records have fewer than 16 fields");
         self.buf[self.head] = Marker::FixArray(self.end_fields).to_u8();
+        self.end_fields
     }
 }
 
@@ -113,6 +115,11 @@ fn write<E>(buf: &mut Vec<u8>, f: impl FnOnce(&mut ByteBuf) -> Result<(), E>) {
 /// Writes a string element of a list.
 pub(crate) fn push_str(buf: &mut Vec<u8>, text: &str) {
     write(buf, |buf| encode::write_str(buf, text));
+}
+
+/// Writes a number outside of an [`ArrayWriter`].
+pub(crate) fn push_uint(buf: &mut Vec<u8>, value: u64) {
+    write(buf, |buf| encode::write_uint(buf, value).map(drop));
 }
 
 /// Reads values from a slice.

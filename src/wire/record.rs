@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use rmp::Marker;
 
-use super::pack::{ArrayWriter, Next, Reader, push_str};
+use super::pack::{ArrayWriter, Next, Reader, push_str, push_uint};
 use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::identity::NodeId;
@@ -95,6 +95,8 @@ pub(crate) struct Inheritance {
     id: Option<MessageId>,
     topic: Option<Topic>,
     service: Option<ServiceName>,
+    /// The record before was an event, on that topic.
+    pub(super) event_before: bool,
 }
 
 /// One record of a batch.
@@ -140,6 +142,9 @@ pub(super) fn write_message(
     me: &NodeId,
 ) -> Option<Bytes> {
     let Envelope { header, payload } = envelope;
+    if let Payload::Event(body) = payload {
+        return OutgoingEvent::new(header, body, me).write(buf, inherited);
+    }
     let mut record = ArrayWriter::new(buf);
     record.uint(match payload {
         Payload::Event(_) => TYPE_EVENT,
@@ -175,8 +180,14 @@ pub(super) fn write_message(
             record.bin(&body);
         }
     }
-    let kind = (header.kind != usual_kind(payload)).then(|| kind_number(header.kind));
-    record.opt_uint(kind);
+    write_rest(&mut record, header, usual_kind(payload), me);
+    record.finish();
+    own_frame
+}
+
+/// The fields behind the body, the same on every link.
+fn write_rest(record: &mut ArrayWriter<'_>, header: &Header, usual: Kind, me: &NodeId) {
+    record.opt_uint((header.kind != usual).then(|| kind_number(header.kind)));
     record.opt_bin(header.correlation_id.map(MessageId::to_bytes).as_ref().map(|id| &id[..]));
     match &header.reply_to {
         Some(node) if node == me => record.bool(true),
@@ -191,8 +202,84 @@ pub(super) fn write_message(
             extra.headers.iter().flat_map(|(key, value)| [key, value]).collect();
         record.list(texts.into_iter(), |buf, text| push_str(buf, text));
     }
-    record.finish();
-    own_frame
+}
+
+/// An event on its way to any number of links: encoded once, but for what each link's batch has
+/// said already.
+#[derive(Debug)]
+pub(crate) struct OutgoingEvent<'a> {
+    header: &'a Header,
+    body: &'a Bytes,
+    /// The encoded fields behind the body, and how many there are.
+    rest: Vec<u8>,
+    rest_fields: u8,
+    cost: u64,
+}
+
+impl<'a> OutgoingEvent<'a> {
+    pub(crate) fn new(header: &'a Header, body: &'a Bytes, me: &NodeId) -> Self {
+        let (mut rest, mut rest_fields) = (Vec::new(), 0);
+        if !header.is_plain(Kind::Event) {
+            let mut fields = ArrayWriter::new(&mut rest);
+            write_rest(&mut fields, header, Kind::Event, me);
+            rest_fields = fields.finish();
+            rest.remove(0);
+        }
+        let cost = BASE_COST + body.len() as u64 + header.extra_len() as u64;
+        Self { header, body, rest, rest_fields, cost }
+    }
+
+    pub(crate) fn cost(&self) -> u64 {
+        self.cost
+    }
+
+    pub(crate) fn body_len(&self) -> usize {
+        self.body.len()
+    }
+
+    /// Appends the record; returns the body if that needs a frame of its own.
+    ///
+    /// This runs for every event and link, so it writes what [`ArrayWriter`] would, by hand.
+    pub(super) fn write(&self, buf: &mut Vec<u8>, inherited: &mut Inheritance) -> Option<Bytes> {
+        let Destination::Topic(topic) = &self.header.destination else {
+            unreachable!("events go to topics");
+        };
+        buf.push(Marker::FixArray(4 + self.rest_fields).to_u8());
+        buf.push(TYPE_EVENT as u8);
+        match inherited.id.and_then(|previous| self.header.id.follows(previous)) {
+            Some(later) => buf.push(later),
+            None => {
+                buf.extend_from_slice(&[Marker::Bin8.to_u8(), 16]);
+                buf.extend_from_slice(&self.header.id.to_bytes());
+            }
+        }
+        inherited.id = Some(self.header.id);
+        if inherited.topic.as_ref() == Some(topic) {
+            buf.push(Marker::Null.to_u8());
+        } else {
+            push_str(buf, topic.as_str());
+            inherited.topic = Some(topic.clone());
+        }
+        let own_frame = match self.body.len() {
+            len @ ..=0xff => {
+                buf.extend_from_slice(&[Marker::Bin8.to_u8(), len as u8]);
+                buf.extend_from_slice(self.body);
+                None
+            }
+            len @ ..=INLINE_BODY => {
+                buf.push(Marker::Bin16.to_u8());
+                buf.extend_from_slice(&(len as u16).to_be_bytes());
+                buf.extend_from_slice(self.body);
+                None
+            }
+            len => {
+                push_uint(buf, len as u64);
+                Some(self.body.clone())
+            }
+        };
+        buf.extend_from_slice(&self.rest);
+        own_frame
+    }
 }
 
 fn write_destination(
@@ -216,6 +303,39 @@ fn write_destination(
         }
         (Destination::Node(node), _) => record.bin(node.as_bytes()),
     }
+}
+
+/// Reads a plain event whose id and topic follow from the one before it, which is what a run of
+/// them consists of: its id and body. `None` if it is anything else.
+pub(super) fn read_successor<'a>(
+    bytes: &'a [u8],
+    max_body: usize,
+    inherited: &mut Inheritance,
+) -> Option<(MessageId, &'a [u8])> {
+    const ARRAY: u8 = 0x94;
+    const NIL: u8 = 0xc0;
+    const BIN_8: u8 = 0xc4;
+    const BIN_16: u8 = 0xc5;
+    const EVENT: u8 = TYPE_EVENT as u8;
+    let (later, body) = match bytes {
+        [ARRAY, EVENT, later @ 0..0x80, NIL, BIN_8, len, body @ ..]
+            if body.len() == usize::from(*len) =>
+        {
+            (*later, body)
+        }
+        [ARRAY, EVENT, later @ 0..0x80, NIL, BIN_16, high, low, body @ ..]
+            if body.len() == usize::from(u16::from_be_bytes([*high, *low])) =>
+        {
+            (*later, body)
+        }
+        _ => return None,
+    };
+    if body.len() > max_body || !inherited.event_before {
+        return None;
+    }
+    let id = inherited.id?.successor(u64::from(later));
+    inherited.id = Some(id);
+    Some((id, body))
 }
 
 /// Who reads, who wrote, and how large a body may be.

@@ -18,7 +18,8 @@ use crate::message::{Header, IdSource, Kind, MessageId};
 use crate::peer::{Address, Source};
 use crate::report::DropReason;
 use crate::wire::{
-    Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, Payload, Record, decode,
+    Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, OutgoingEvent, Payload, Record,
+    Totals, decode,
 };
 
 /// A node and which of its incarnations.
@@ -226,7 +227,14 @@ impl SimNode {
         let Some(flow) = self.flows.get_mut(&link) else {
             return false;
         };
-        if flow.enqueue(envelope).is_err() {
+        let queued = match &envelope.payload {
+            Payload::Event(body) => {
+                let event = OutgoingEvent::new(&envelope.header, body, &self.id);
+                flow.enqueue_event(&event).map(drop)
+            }
+            _ => flow.enqueue(envelope),
+        };
+        if queued.is_err() {
             // Told to the sender at once; never queued.
             ledger.seen.slow_peer += 1;
             return false;
@@ -327,7 +335,7 @@ impl SimNode {
     fn handle_message(&mut self, now: Time, link: LinkId, envelope: Envelope, ledger: &mut Ledger) {
         let (lane, cost) = (envelope.lane(), envelope.cost());
         let flow = self.flows.get_mut(&link).unwrap();
-        flow.handle_received(lane, cost).expect("peers are honest");
+        flow.handle_received(lane, Totals::one(cost)).expect("peers are honest");
         let sender = life_of(&envelope, self.peers[&link]);
         match &envelope.payload {
             Payload::Event(_) => {
@@ -335,7 +343,7 @@ impl SimNode {
                 if !self.patterns.iter().any(|pattern| pattern.matches(topic)) {
                     return self.drop_received(link, lane, cost, DropReason::NoSubscriber);
                 }
-                let was_empty = self.events.is_empty();
+                let was_empty = self.events.len() == 0;
                 if self.events.push((link, envelope), cost).is_err() {
                     return self.drop_received(link, lane, cost, DropReason::SlowSubscriber);
                 }
@@ -368,7 +376,7 @@ impl SimNode {
                     Some((waiter, _)) => {
                         ledger.reached(sender, self.life, envelope.header.id);
                         ledger.seen.replies += 1;
-                        self.flows.get_mut(&link).unwrap().handle_consumed(lane, cost);
+                        self.flows.get_mut(&link).unwrap().handle_consumed(lane, Totals::one(cost));
                         self.request_ended(now, id, waiter, ledger);
                     }
                     None => self.drop_received(link, lane, cost, DropReason::Late),
@@ -380,8 +388,8 @@ impl SimNode {
 
     fn drop_received(&mut self, link: LinkId, lane: Lane, cost: u64, reason: DropReason) {
         if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_dropped(reason);
-            flow.handle_consumed(lane, cost);
+            flow.handle_dropped(reason, 1);
+            flow.handle_consumed(lane, Totals::one(cost));
         }
     }
 
@@ -405,14 +413,14 @@ impl SimNode {
             ledger.reached_in_order(sender, self.life, topic.as_str(), event.header.id);
         }
         if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_consumed(Lane::Events, event.cost());
+            flow.handle_consumed(Lane::Events, Totals::one(event.cost()));
         }
         self.transmit(now, link);
         if self.random.once_in(8)
             && self.call_service(now, "work", Some(Waiter::Subscriber), ledger)
         {
             self.subscriber_busy = true;
-        } else if !self.events.is_empty() {
+        } else if self.events.len() > 0 {
             self.take_later();
         }
     }
@@ -440,7 +448,7 @@ impl SimNode {
         };
         let link = key.0;
         if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_consumed(Lane::Calls, call.cost());
+            flow.handle_consumed(Lane::Calls, Totals::one(call.cost()));
         }
         if call.header.reply_to.is_some() && self.flows.contains_key(&link) {
             let id = self.ids.next(now.since_start().as_millis() as u64);
@@ -472,7 +480,7 @@ impl SimNode {
             Waiter::Handler(key) => self.finish(now, key, ledger),
             Waiter::Subscriber => {
                 self.subscriber_busy = false;
-                if !self.events.is_empty() {
+                if self.events.len() > 0 {
                     self.take_later();
                 }
             }
@@ -588,7 +596,7 @@ impl SimNode {
         self.flows.values().all(Flow::is_settled)
             && self.requests.len() == 0
             && self.running.is_empty()
-            && self.events.is_empty()
+            && self.events.len() == 0
             && self.services.values().all(Service::is_idle)
     }
 

@@ -1,17 +1,15 @@
 //! `peerbus bench latency`
 
 use std::io::IsTerminal;
-use std::process::Stdio;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use peerbus::{Address, Call, Config, MeshName, Node};
 use serde_json::json;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
 
+use super::process::{BenchDir, Far, Placement, affinity, name};
 use super::reference::{TcpClient, ZeromqClient, serve_tcp, serve_zeromq};
 use super::stats::{Samples, median};
 use crate::output;
@@ -47,64 +45,6 @@ impl Contender {
     }
 }
 
-/// Which cores the two processes of a contender run on. The kernel may put both on one, where a
-/// wake-up is cheap, or on two, where it isn't, and keep to that; so the same program can be
-/// three times as slow as itself.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Placement {
-    /// Each on a core of its own
-    Apart,
-    /// Both on one core
-    Together,
-    /// Wherever the kernel puts them
-    Free,
-}
-
-impl Placement {
-    /// The cores of the near and the far side, where this machine has them.
-    fn cores(self) -> Option<(usize, usize)> {
-        let allowed = cores();
-        let (first, second) = (*allowed.first()?, *allowed.get(1)?);
-        match self {
-            Self::Apart => Some((first, second)),
-            Self::Together => Some((first, first)),
-            Self::Free => None,
-        }
-    }
-}
-
-/// The cores that this process had when it was started.
-fn cores() -> &'static [usize] {
-    static CORES: OnceLock<Vec<usize>> = OnceLock::new();
-    CORES.get_or_init(affinity::allowed)
-}
-
-#[cfg(target_os = "linux")]
-mod affinity {
-    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
-    pub(super) fn allowed() -> Vec<usize> {
-        let Ok(set) = sched_getaffinity(None) else { return Vec::new() };
-        (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect()
-    }
-
-    /// Keeps this thread, and those that it starts, to one core.
-    pub(super) fn pin(cpu: usize) {
-        let mut one = CpuSet::new();
-        one.set(cpu);
-        let _not_allowed = sched_setaffinity(None, &one);
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-mod affinity {
-    pub(super) fn allowed() -> Vec<usize> {
-        Vec::new()
-    }
-
-    pub(super) fn pin(_: usize) {}
-}
-
 /// Each contender's far side is a process of its own. They run in turn, round after round, so
 /// that what the machine does meanwhile meets them all.
 #[derive(Args)]
@@ -136,7 +76,7 @@ enum Client {
 struct Side {
     contender: Contender,
     client: Client,
-    _server: Child,
+    _far: Far,
     all: Samples,
     medians: Vec<f64>,
 }
@@ -228,32 +168,21 @@ impl Side {
         placement: Placement,
         dir: &BenchDir,
     ) -> anyhow::Result<Self> {
-        let name = contender.to_possible_value().map(|value| value.get_name().to_owned());
-        let cpu = placement.cores().map(|(_, far)| format!("--cpu={far}"));
-        let mut server = Command::new(std::env::current_exe()?)
-            .args(["bench", "echo", "--size", &size.to_string()])
-            .arg("--contender")
-            .arg(name.unwrap_or_default())
-            .arg("--dir")
-            .arg(&dir.path)
-            .args(cpu)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()?;
-        let stdout = server.stdout.take().context("the far side has no output")?;
-        let mut lines = BufReader::new(stdout).lines();
-        let ready = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await;
-        let Some(address) = ready.context("the far side did not start")?? else {
-            bail!("the far side ended at once");
-        };
+        let mut args = vec![
+            format!("--contender={}", name(contender)),
+            format!("--size={size}"),
+            format!("--dir={}", dir.path().display()),
+        ];
+        args.extend(placement.cores().map(|(_, far)| format!("--cpu={far}")));
+        let far = Far::start("echo", args).await?;
+        let address = &far.address;
         let client = match contender {
-            Contender::TcpEcho => Client::Tcp(TcpClient::connect(&address, size).await?),
+            Contender::TcpEcho => Client::Tcp(TcpClient::connect(address, size).await?),
             Contender::ZeromqUnix | Contender::ZeromqTcp => {
-                Client::Zeromq(ZeromqClient::connect(&address, size).await?)
+                Client::Zeromq(ZeromqClient::connect(address, size).await?)
             }
             Contender::PeerbusUnix | Contender::PeerbusTcp => {
-                let mut config = config(contender, dir)?.name("near");
+                let mut config = config(contender, dir.path())?.name("near");
                 if contender == Contender::PeerbusTcp {
                     config = config.peer(address.parse::<Address>()?);
                 }
@@ -262,13 +191,7 @@ impl Side {
                 Client::Peerbus { node, body: vec![7; size] }
             }
         };
-        Ok(Self {
-            contender,
-            client,
-            _server: server,
-            all: Samples::default(),
-            medians: Vec::new(),
-        })
+        Ok(Self { contender, client, _far: far, all: Samples::default(), medians: Vec::new() })
     }
 }
 
@@ -292,38 +215,13 @@ impl Client {
     }
 }
 
-fn config(contender: Contender, dir: &BenchDir) -> anyhow::Result<Config> {
+fn config(contender: Contender, dir: &Path) -> anyhow::Result<Config> {
     let (mesh, local) = match contender {
         Contender::PeerbusUnix => ("unix", true),
         _ => ("tcp", false),
     };
     let mesh: MeshName = mesh.parse()?;
-    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(&dir.path))
-}
-
-/// A folder for the sockets of this run.
-struct BenchDir {
-    path: std::path::PathBuf,
-    own: bool,
-}
-
-impl BenchDir {
-    fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("peerbus-bench-{}", std::process::id()));
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
-        Ok(Self { path, own: true })
-    }
-}
-
-impl Drop for BenchDir {
-    fn drop(&mut self) {
-        if self.own {
-            let _left_behind = std::fs::remove_dir_all(&self.path);
-        }
-    }
+    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(dir))
 }
 
 /// The far side of one contender.
@@ -334,7 +232,7 @@ pub(crate) struct Echo {
     #[arg(long)]
     size: usize,
     #[arg(long)]
-    dir: std::path::PathBuf,
+    dir: PathBuf,
     #[arg(long)]
     cpu: Option<usize>,
 }
@@ -357,8 +255,7 @@ impl Echo {
                 }
                 Contender::ZeromqTcp => serve_zeromq(None, ready).await,
                 Contender::PeerbusUnix | Contender::PeerbusTcp => {
-                    let dir = BenchDir { path: self.dir, own: false };
-                    let node = config(self.contender, &dir)?.name("far").start().await?;
+                    let node = config(self.contender, &self.dir)?.name("far").start().await?;
                     let echo = |call: Call| std::future::ready(Ok(call.message.body));
                     let _service = node.serve("echo", echo).start()?;
                     let address = node.listening().first().map(ToString::to_string);

@@ -1,7 +1,9 @@
 //! `peerbus bench`
 mod latency;
+mod process;
 mod reference;
 mod stats;
+mod throughput;
 
 use clap::Subcommand;
 
@@ -9,9 +11,14 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// Round trips of small requests, beside plain TCP and the bare zeromq crate in the same run
     Latency(latency::Latency),
-    /// The far side of a benchmark
+    /// Messages a second, beside the bare zeromq crate and plain TCP in the same run
+    Throughput(throughput::Throughput),
+    /// The far side of `latency`
     #[command(hide = true)]
     Echo(latency::Echo),
+    /// The far side of `throughput`
+    #[command(hide = true)]
+    Sink(throughput::Sink),
 }
 
 impl Bench {
@@ -19,6 +26,8 @@ impl Bench {
     pub(crate) fn prepare(&self) {
         match self {
             Self::Latency(latency) => latency.prepare(),
+            Self::Throughput(throughput) => throughput.prepare(),
+            Self::Sink(sink) => sink.prepare(),
             Self::Echo(echo) => echo.prepare(),
         }
     }
@@ -26,6 +35,8 @@ impl Bench {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Latency(latency) => latency.run().await,
+            Self::Throughput(throughput) => throughput.run().await,
+            Self::Sink(sink) => sink.run().await,
             Self::Echo(echo) => echo.run().await,
         }
     }

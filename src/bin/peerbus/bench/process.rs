@@ -1,0 +1,144 @@
+//! The processes of a benchmark: where they run, where their sockets lie, how they are started.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+/// Which cores the two processes of a contender run on. The kernel may put both on one, where a
+/// wake-up is cheap, or on two, where it isn't, and keep to that; so the same program can be
+/// three times as slow as itself.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Placement {
+    /// Each on a core of its own
+    Apart,
+    /// Both on one core
+    Together,
+    /// Wherever the kernel puts them
+    Free,
+}
+
+impl Placement {
+    /// The cores of the near and the far side, where this machine has them.
+    pub(crate) fn cores(self) -> Option<(usize, usize)> {
+        let allowed = cores();
+        let (first, second) = (*allowed.first()?, *allowed.get(1)?);
+        match self {
+            Self::Apart => Some((first, second)),
+            Self::Together => Some((first, first)),
+            Self::Free => None,
+        }
+    }
+}
+
+/// The cores that this process had when it was started.
+fn cores() -> &'static [usize] {
+    static CORES: OnceLock<Vec<usize>> = OnceLock::new();
+    CORES.get_or_init(affinity::allowed)
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) mod affinity {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    pub(crate) fn allowed() -> Vec<usize> {
+        let Ok(set) = sched_getaffinity(None) else { return Vec::new() };
+        (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect()
+    }
+
+    /// Keeps this thread, and those that it starts, to one core.
+    pub(crate) fn pin(cpu: usize) {
+        let mut one = CpuSet::new();
+        one.set(cpu);
+        let _not_allowed = sched_setaffinity(None, &one);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) mod affinity {
+    pub(crate) fn allowed() -> Vec<usize> {
+        Vec::new()
+    }
+
+    pub(crate) fn pin(_: usize) {}
+}
+
+/// A folder for the sockets of this run, removed at its end.
+pub(crate) struct BenchDir(PathBuf);
+
+impl BenchDir {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("peerbus-bench-{}", std::process::id()));
+        let mut builder = std::fs::DirBuilder::new();
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for BenchDir {
+    fn drop(&mut self) {
+        let _left_behind = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The name of a value as the command line has it.
+pub(crate) fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// A far side: this program again, as a hidden subcommand, that talks in lines.
+pub(crate) struct Far {
+    _child: Child,
+    stdin: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+    /// The first line that it printed: where it can be reached.
+    pub(crate) address: String,
+}
+
+impl Far {
+    /// Starts `peerbus bench SUBCOMMAND ARGS` and waits until it is ready.
+    pub(crate) async fn start<A: AsRef<OsStr>>(
+        subcommand: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["bench", subcommand])
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let stdin = child.stdin.take().context("the far side has no input")?;
+        let stdout = child.stdout.take().context("the far side has no output")?;
+        let lines = BufReader::new(stdout).lines();
+        let mut far = Self { _child: child, stdin, lines, address: String::new() };
+        far.address = far.line().await.context("the far side did not start")?;
+        Ok(far)
+    }
+
+    /// The next line that it prints; it has 30 s.
+    pub(crate) async fn line(&mut self) -> anyhow::Result<String> {
+        let line = tokio::time::timeout(Duration::from_secs(30), self.lines.next_line()).await;
+        match line.context("the far side says nothing")?? {
+            Some(line) => Ok(line),
+            None => bail!("the far side ended"),
+        }
+    }
+
+    pub(crate) async fn tell(&mut self, line: &str) -> anyhow::Result<()> {
+        self.stdin.write_all(format!("{line}\n").as_bytes()).await?;
+        Ok(())
+    }
+}
