@@ -2,15 +2,21 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
+use smallvec::SmallVec;
+
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::LinkId;
 use crate::identity::NodeId;
+
+/// What matched; most topics have few subscribers.
+type Matches<T> = SmallVec<[T; 8]>;
 
 /// Patterns in a tree of tokens, so that a topic is matched in the time that its own tokens
 /// take, however many patterns there are.
 #[derive(Debug, Clone)]
 pub(crate) struct PatternTrie<T> {
-    children: HashMap<Box<str>, PatternTrie<T>>,
+    children: HashMap<Box<str>, PatternTrie<T>, RandomState>,
     /// What `*` leads to.
     any: Option<Box<PatternTrie<T>>>,
     /// Patterns that end here.
@@ -21,7 +27,7 @@ pub(crate) struct PatternTrie<T> {
 
 impl<T> Default for PatternTrie<T> {
     fn default() -> Self {
-        Self { children: HashMap::new(), any: None, here: Vec::new(), rest: Vec::new() }
+        Self { children: HashMap::default(), any: None, here: Vec::new(), rest: Vec::new() }
     }
 }
 
@@ -39,8 +45,8 @@ impl<T: Clone + Ord> PatternTrie<T> {
     }
 
     /// The values of all patterns that match, each value once.
-    pub(crate) fn matches(&self, topic: &Topic) -> Vec<T> {
-        let mut found = Vec::new();
+    pub(crate) fn matches(&self, topic: &Topic) -> Matches<T> {
+        let mut found = SmallVec::new();
         self.collect(topic.as_str(), &mut found);
         if found.len() > 1 {
             found.sort_unstable();
@@ -49,8 +55,8 @@ impl<T: Clone + Ord> PatternTrie<T> {
         found
     }
 
-    fn collect(&self, rest: &str, found: &mut Vec<T>) {
-        found.extend_from_slice(&self.rest);
+    fn collect(&self, rest: &str, found: &mut Matches<T>) {
+        found.extend(self.rest.iter().cloned());
         let (token, rest) = match rest.split_once('.') {
             Some((token, rest)) => (token, Some(rest)),
             None => (rest, None),
@@ -59,7 +65,7 @@ impl<T: Clone + Ord> PatternTrie<T> {
         for next in exact.into_iter().chain(self.any.as_deref()) {
             match rest {
                 Some(rest) => next.collect(rest, found),
-                None => found.extend_from_slice(&next.here),
+                None => found.extend(next.here.iter().cloned()),
             }
         }
     }
@@ -207,7 +213,7 @@ mod tests {
             }
             let want: Vec<usize> =
                 (0..patterns.len()).filter(|n| patterns[*n].matches(&topic)).collect();
-            prop_assert_eq!(trie.matches(&topic), want);
+            prop_assert_eq!(trie.matches(&topic).into_vec(), want);
         }
     }
 

@@ -105,8 +105,9 @@ impl LinkCell {
 
     fn transmit(self: &Arc<Self>, flow: &mut Flow) {
         loop {
-            let released = self.released.swap(0, Ordering::SeqCst);
-            if released > 0 {
+            // Mostly nothing has changed; looking is cheaper than swapping.
+            if self.released.load(Ordering::SeqCst) > 0 {
+                let released = self.released.swap(0, Ordering::SeqCst);
                 flow.handle_released(released);
                 lock(&self.spare).take().into_iter().for_each(|buffer| flow.recycle(buffer));
             }
@@ -121,7 +122,9 @@ impl LinkCell {
             }
             // Either the transport sees this flag when it lets go of a batch, or we see here
             // that it already has.
-            self.starved.store(true, Ordering::SeqCst);
+            if !self.starved.load(Ordering::SeqCst) {
+                self.starved.store(true, Ordering::SeqCst);
+            }
             if self.released.load(Ordering::SeqCst) == 0 {
                 return;
             }

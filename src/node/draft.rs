@@ -8,24 +8,43 @@ use crate::identity::NodeId;
 use crate::message::{Body, Extra, Header, Kind, MessageId};
 use crate::wire::MAX_HEADER;
 
-/// What any message may carry besides its body.
+/// What any message may carry besides its body. Most carry nothing, and those that are published
+/// by the million are moved about, so it is kept small.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Draft {
     pub(super) kind: Option<Kind>,
     pub(super) body: Body,
+    rare: Option<Box<Rare>>,
+}
+
+#[derive(Debug, Default, Clone)]
+pub(super) struct Rare {
     pub(super) ttl: Option<Duration>,
     pub(super) reply_to: Option<NodeId>,
     pub(super) correlation_id: Option<MessageId>,
-    pub(super) extra: Option<Box<Extra>>,
+    extra: Option<Box<Extra>>,
 }
 
 impl Draft {
     pub(crate) fn new(body: Body) -> Self {
         let mut draft = Self { body, ..Self::default() };
         if let Some(content_type) = draft.body.content_type {
-            draft.extra.get_or_insert_default().content_type = Some(content_type.to_owned());
+            draft.extra().content_type = Some(content_type.to_owned());
         }
         draft
+    }
+
+    pub(super) fn rare(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
+    pub(super) fn extra(&mut self) -> &mut Extra {
+        self.rare().extra.get_or_insert_default()
+    }
+
+    /// Whether there is nothing but a body to it.
+    pub(super) fn is_plain(&self) -> bool {
+        self.kind.is_none() && self.rare.is_none()
     }
 
     pub(super) fn check(&self, shared: &Shared) -> Result<(), BodyError> {
@@ -33,7 +52,8 @@ impl Draft {
         if len > max {
             return Err(BodyError::Body { len, max });
         }
-        match self.extra.as_ref().map_or(0, |extra| extra.counted_len()) {
+        let extra = self.rare.as_ref().and_then(|rare| rare.extra.as_ref());
+        match extra.map_or(0, |extra| extra.counted_len()) {
             len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
             _ => Ok(()),
         }
@@ -46,10 +66,12 @@ impl Draft {
         destination: Destination,
     ) -> Header {
         let mut header = Header::new(id, self.kind.unwrap_or(usual), destination);
-        header.time_to_live = self.ttl;
-        header.reply_to = self.reply_to;
-        header.correlation_id = self.correlation_id;
-        header.extra = self.extra.take();
+        if let Some(rare) = self.rare.take() {
+            header.time_to_live = rare.ttl;
+            header.reply_to = rare.reply_to;
+            header.correlation_id = rare.correlation_id;
+            header.extra = rare.extra;
+        }
         header
     }
 }
@@ -86,30 +108,26 @@ macro_rules! message_setters {
 
         /// Messages with the same key belong in one order.
         pub fn key(mut self, key: impl Into<String>) -> Self {
-            self.extra().ordering_key = Some(key.into());
+            self.draft.extra().ordering_key = Some(key.into());
             self
         }
 
         /// Names the body's media type.
         pub fn content_type(mut self, media_type: impl Into<String>) -> Self {
-            self.extra().content_type = Some(media_type.into());
+            self.draft.extra().content_type = Some(media_type.into());
             self
         }
 
         /// Makes it part of a trace: a W3C `traceparent`.
         pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
-            self.extra().traceparent = Some(traceparent.into());
+            self.draft.extra().traceparent = Some(traceparent.into());
             self
         }
 
         /// Adds a user header.
         pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-            self.extra().headers.push((name.into(), value.into()));
+            self.draft.extra().headers.push((name.into(), value.into()));
             self
-        }
-
-        fn extra(&mut self) -> &mut crate::message::Extra {
-            self.draft.extra.get_or_insert_default()
         }
     };
 }

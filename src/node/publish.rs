@@ -1,6 +1,6 @@
 //! Publishing: to every node that subscribes, without waiting for any unless one asks to.
 
-use std::future::{IntoFuture, Ready, ready};
+use std::future::{self, IntoFuture};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
 use crate::engine::Backlog;
 use crate::identity::NodeId;
-use crate::message::{Header, Kind, Message};
+use crate::message::{Header, Kind, Message, MessageId};
 use crate::report::{DropReason, PublishReport};
 use crate::wire::OutgoingEvent;
 
@@ -47,13 +47,13 @@ impl Publish<'_> {
 
     /// How long the message is worth handling.
     pub fn time_to_live(mut self, ttl: Duration) -> Self {
-        self.draft.ttl = Some(ttl);
+        self.draft.rare().ttl = Some(ttl);
         self
     }
 
     /// Asks receivers to send an answer, if any, to this node.
     pub fn reply_to(mut self, node: NodeId) -> Self {
-        self.draft.reply_to = Some(node);
+        self.draft.rare().reply_to = Some(node);
         self
     }
 
@@ -63,12 +63,12 @@ impl Publish<'_> {
     /// [`PublishError`]; a node that gets nothing is no error, but in the report.
     pub fn now(self) -> Result<PublishReport, PublishError> {
         let shared = self.shared;
-        let (header, body) = self.into_message()?;
-        let event = OutgoingEvent::new(&header, &body, &shared.id);
-        let Spread { mut report, full, .. } = shared.send_event(&event, &header);
+        let message = self.into_message()?;
+        let event = message.outgoing(&shared.id);
+        let Spread { mut report, full, .. } = shared.send_event(&event);
         report.dropped.extend(full.into_iter().map(|cell| (cell.peer, DropReason::SlowPeer)));
         shared.count_publish(&report);
-        shared.publish_here(header, body, &mut report);
+        shared.publish_here(message, &mut report);
         Ok(report)
     }
 
@@ -86,9 +86,9 @@ impl Publish<'_> {
     /// leaves out the others, uncounted.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
         let shared = self.shared;
-        let (header, body) = self.into_message()?;
-        let event = OutgoingEvent::new(&header, &body, &shared.id);
-        let Spread { mut report, full, backlog } = shared.send_event(&event, &header);
+        let message = self.into_message()?;
+        let event = message.outgoing(&shared.id);
+        let Spread { mut report, full, backlog } = shared.send_event(&event);
         if backlog == Backlog::Grew {
             // Who publishes without end lets the tasks that write go on.
             tokio::task::yield_now().await;
@@ -101,19 +101,38 @@ impl Publish<'_> {
             }
         }
         shared.count_publish(&report);
-        shared.publish_here(header, body, &mut report);
+        shared.publish_here(message, &mut report);
         Ok(report)
     }
 
-    fn into_message(mut self) -> Result<(Header, Bytes), PublishError> {
+    fn into_message(mut self) -> Result<Ready, PublishError> {
         let topic = self.topic?;
         self.draft.check(self.shared)?;
         if self.shared.is_stopping() {
             return Err(PublishError::ShutDown);
         }
         let id = self.shared.ids.next_now();
-        let header = self.draft.header(id, Kind::Event, Destination::Topic(topic));
-        Ok((header, self.draft.body.bytes))
+        let header = (!self.draft.is_plain())
+            .then(|| self.draft.header(id, Kind::Event, Destination::Topic(topic.clone())));
+        Ok(Ready { id, topic, header: header.map(Box::new), body: self.draft.body.bytes })
+    }
+}
+
+/// A message with its id.
+struct Ready {
+    id: MessageId,
+    topic: Topic,
+    /// `None` where it would say no more than the id and the topic.
+    header: Option<Box<Header>>,
+    body: Bytes,
+}
+
+impl Ready {
+    fn outgoing(&self, me: &NodeId) -> OutgoingEvent<'_> {
+        match &self.header {
+            Some(header) => OutgoingEvent::new(header, &self.topic, &self.body, me),
+            None => OutgoingEvent::plain(self.id, &self.topic, &self.body),
+        }
     }
 }
 
@@ -137,11 +156,10 @@ struct Spread {
 
 impl Shared {
     /// Queues an event for every peer that subscribes.
-    fn send_event(&self, event: &OutgoingEvent<'_>, header: &Header) -> Spread {
+    fn send_event(&self, event: &OutgoingEvent<'_>) -> Spread {
         let mut spread = Spread::default();
-        let Destination::Topic(topic) = &header.destination else { return spread };
         let routing = self.routing.load();
-        for (peer, cell) in routing.subscribers(topic) {
+        for (peer, cell) in routing.subscribers(event.topic()) {
             let Some(cell) = cell else {
                 spread.report.add(*peer, Err::<(), _>(DropReason::LinkLost));
                 continue;
@@ -168,12 +186,14 @@ impl Shared {
     }
 
     /// Gives an event to this node's own subscriptions.
-    fn publish_here(&self, header: Header, body: Bytes, report: &mut PublishReport) {
-        let Destination::Topic(topic) = &header.destination else { return };
-        if !self.inboxes.load().has_match(topic) {
+    fn publish_here(&self, message: Ready, report: &mut PublishReport) {
+        if !self.inboxes.load().has_match(&message.topic) {
             return;
         }
-        let run = Run::single(topic.clone(), Message::new(self.id, header, body));
+        let Ready { id, topic, header, body } = message;
+        let plain = || Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
+        let header = header.map_or_else(plain, |header| *header);
+        let run = Run::single(topic, Message::new(self.id, header, body));
         match self.deliver(run, None) {
             0 => report.queued += 1,
             _ => report.dropped.push((self.id, DropReason::SlowSubscriber)),
@@ -183,9 +203,9 @@ impl Shared {
 
 impl IntoFuture for Publish<'_> {
     type Output = Result<PublishReport, PublishError>;
-    type IntoFuture = Ready<Self::Output>;
+    type IntoFuture = future::Ready<Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        ready(self.now())
+        future::ready(self.now())
     }
 }

@@ -57,20 +57,20 @@ impl<'a> Send<'a> {
     /// How long the message is worth handling: what is older when its turn comes is dropped by
     /// the receiver, and counted here.
     pub fn time_to_live(mut self, ttl: Duration) -> Self {
-        self.draft.ttl = Some(ttl);
+        self.draft.rare().ttl = Some(ttl);
         self
     }
 
     /// Names the node to which an answer should go. The answer is a message of its own, sent
     /// there by the receiver's handler.
     pub fn reply_to(mut self, node: NodeId) -> Self {
-        self.draft.reply_to = Some(node);
+        self.draft.rare().reply_to = Some(node);
         self
     }
 
     /// Says which message this one answers.
     pub fn correlation_id(mut self, id: MessageId) -> Self {
-        self.draft.correlation_id = Some(id);
+        self.draft.rare().correlation_id = Some(id);
         self
     }
 

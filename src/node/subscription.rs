@@ -231,7 +231,7 @@ impl Inboxes {
     }
 
     pub(crate) fn has_match(&self, topic: &Topic) -> bool {
-        !self.matching(topic).is_empty()
+        !self.by_number.is_empty() && !self.trie.matches(topic).is_empty()
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Inbox>> {

@@ -142,8 +142,8 @@ pub(super) fn write_message(
     me: &NodeId,
 ) -> Option<Bytes> {
     let Envelope { header, payload } = envelope;
-    if let Payload::Event(body) = payload {
-        return OutgoingEvent::new(header, body, me).write(buf, inherited);
+    if let (Payload::Event(body), Destination::Topic(topic)) = (payload, &header.destination) {
+        return OutgoingEvent::new(header, topic, body, me).write(buf, inherited);
     }
     let mut record = ArrayWriter::new(buf);
     record.uint(match payload {
@@ -208,7 +208,8 @@ fn write_rest(record: &mut ArrayWriter<'_>, header: &Header, usual: Kind, me: &N
 /// said already.
 #[derive(Debug)]
 pub(crate) struct OutgoingEvent<'a> {
-    header: &'a Header,
+    id: MessageId,
+    topic: &'a Topic,
     body: &'a Bytes,
     /// The encoded fields behind the body, and how many there are.
     rest: Vec<u8>,
@@ -217,16 +218,28 @@ pub(crate) struct OutgoingEvent<'a> {
 }
 
 impl<'a> OutgoingEvent<'a> {
-    pub(crate) fn new(header: &'a Header, body: &'a Bytes, me: &NodeId) -> Self {
-        let (mut rest, mut rest_fields) = (Vec::new(), 0);
+    /// An event with no more than an id, a topic and a body.
+    pub(crate) fn plain(id: MessageId, topic: &'a Topic, body: &'a Bytes) -> Self {
+        let cost = BASE_COST + body.len() as u64;
+        Self { id, topic, body, rest: Vec::new(), rest_fields: 0, cost }
+    }
+
+    /// Any event from `me`.
+    pub(crate) fn new(header: &Header, topic: &'a Topic, body: &'a Bytes, me: &NodeId) -> Self {
+        let mut event = Self::plain(header.id, topic, body);
         if !header.is_plain(Kind::Event) {
-            let mut fields = ArrayWriter::new(&mut rest);
+            let mut fields = ArrayWriter::new(&mut event.rest);
             write_rest(&mut fields, header, Kind::Event, me);
-            rest_fields = fields.finish();
-            rest.remove(0);
+            event.rest_fields = fields.finish();
+            // They go into the record's own array.
+            event.rest.remove(0);
+            event.cost += header.extra_len() as u64;
         }
-        let cost = BASE_COST + body.len() as u64 + header.extra_len() as u64;
-        Self { header, body, rest, rest_fields, cost }
+        event
+    }
+
+    pub(crate) fn topic(&self) -> &'a Topic {
+        self.topic
     }
 
     pub(crate) fn cost(&self) -> u64 {
@@ -241,24 +254,21 @@ impl<'a> OutgoingEvent<'a> {
     ///
     /// This runs for every event and link, so it writes what [`ArrayWriter`] would, by hand.
     pub(super) fn write(&self, buf: &mut Vec<u8>, inherited: &mut Inheritance) -> Option<Bytes> {
-        let Destination::Topic(topic) = &self.header.destination else {
-            unreachable!("events go to topics");
-        };
         buf.push(Marker::FixArray(4 + self.rest_fields).to_u8());
         buf.push(TYPE_EVENT as u8);
-        match inherited.id.and_then(|previous| self.header.id.follows(previous)) {
+        match inherited.id.and_then(|previous| self.id.follows(previous)) {
             Some(later) => buf.push(later),
             None => {
                 buf.extend_from_slice(&[Marker::Bin8.to_u8(), 16]);
-                buf.extend_from_slice(&self.header.id.to_bytes());
+                buf.extend_from_slice(&self.id.to_bytes());
             }
         }
-        inherited.id = Some(self.header.id);
-        if inherited.topic.as_ref() == Some(topic) {
+        inherited.id = Some(self.id);
+        if inherited.topic.as_ref() == Some(self.topic) {
             buf.push(Marker::Null.to_u8());
         } else {
-            push_str(buf, topic.as_str());
-            inherited.topic = Some(topic.clone());
+            push_str(buf, self.topic.as_str());
+            inherited.topic = Some(self.topic.clone());
         }
         let own_frame = match self.body.len() {
             len @ ..=0xff => {

@@ -229,7 +229,8 @@ impl SimNode {
         };
         let queued = match &envelope.payload {
             Payload::Event(body) => {
-                let event = OutgoingEvent::new(&envelope.header, body, &self.id);
+                let Destination::Topic(topic) = &envelope.header.destination else { panic!() };
+                let event = OutgoingEvent::new(&envelope.header, topic, body, &self.id);
                 flow.enqueue_event(&event).map(drop)
             }
             _ => flow.enqueue(envelope),
