@@ -22,9 +22,11 @@ check:
 demo:
     cargo run --release -- demo
 
-# Round trips, beside plain TCP and the bare zeromq crate
+# Round trips and rates, beside plain TCP and the bare zeromq crate
 bench:
     cargo run --release -- bench latency
+    cargo run --release -- bench throughput
+    cargo run --release -- bench requests
 
 # Many more simulated runs than CI does: just simulate 100000
 simulate seeds="20000":

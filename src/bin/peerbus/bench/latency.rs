@@ -25,7 +25,7 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    fn title(self) -> &'static str {
+    pub(super) fn title(self) -> &'static str {
         match self {
             Self::TcpEcho => "tokio TCP echo (reference)",
             Self::ZeromqUnix => "zeromq crate, Unix socket",
@@ -67,15 +67,15 @@ pub(crate) struct Latency {
 }
 
 /// The near side of a contender.
-enum Client {
+pub(super) enum Client {
     Tcp(TcpClient),
     Zeromq(ZeromqClient),
     Peerbus { node: Node, body: Vec<u8> },
 }
 
-struct Side {
-    contender: Contender,
-    client: Client,
+pub(super) struct Side {
+    pub(super) contender: Contender,
+    pub(super) client: Client,
     _far: Far,
     all: Samples,
     medians: Vec<f64>,
@@ -162,7 +162,7 @@ impl Latency {
 }
 
 impl Side {
-    async fn start(
+    pub(super) async fn start(
         contender: Contender,
         size: usize,
         placement: Placement,
@@ -196,7 +196,7 @@ impl Side {
 }
 
 impl Client {
-    async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
+    pub(super) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
         match self {
             Self::Tcp(client) => client.round(count).await,
             Self::Zeromq(client) => client.round(count).await,

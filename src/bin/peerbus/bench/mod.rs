@@ -2,6 +2,7 @@
 mod latency;
 mod process;
 mod reference;
+mod requests;
 mod stats;
 mod throughput;
 
@@ -13,7 +14,9 @@ pub(crate) enum Bench {
     Latency(latency::Latency),
     /// Messages a second, beside the bare zeromq crate and plain TCP in the same run
     Throughput(throughput::Throughput),
-    /// The far side of `latency`
+    /// Requests a second with many in flight, beside plain TCP in the same run
+    Requests(requests::Requests),
+    /// The far side of `latency` and `requests`
     #[command(hide = true)]
     Echo(latency::Echo),
     /// The far side of `throughput`
@@ -27,6 +30,7 @@ impl Bench {
         match self {
             Self::Latency(latency) => latency.prepare(),
             Self::Throughput(throughput) => throughput.prepare(),
+            Self::Requests(requests) => requests.prepare(),
             Self::Sink(sink) => sink.prepare(),
             Self::Echo(echo) => echo.prepare(),
         }
@@ -36,6 +40,7 @@ impl Bench {
         match self {
             Self::Latency(latency) => latency.run().await,
             Self::Throughput(throughput) => throughput.run().await,
+            Self::Requests(requests) => requests.run().await,
             Self::Sink(sink) => sink.run().await,
             Self::Echo(echo) => echo.run().await,
         }

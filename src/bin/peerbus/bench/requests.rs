@@ -1,0 +1,116 @@
+//! `peerbus bench requests`
+
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::latency::{Client, Contender, Side};
+use super::process::{BenchDir, Placement, affinity, name};
+use super::stats::median;
+use crate::output;
+
+/// Requests a second with many in flight, beside a plain TCP echo with one in flight. The
+/// contenders run in turn, round after round.
+#[derive(Args)]
+pub(crate) struct Requests {
+    /// Body size, in bytes
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024 * 1024))]
+    size: u32,
+    /// Requests in flight
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    in_flight: u32,
+    /// Rounds
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Requests that each of those in flight makes in a round
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
+    count: u32,
+    /// Where the two sides run
+    #[arg(long, value_enum, default_value_t = Placement::Apart)]
+    placement: Placement,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Requests {
+    /// Pins this process, before it has other threads.
+    pub(crate) fn prepare(&self) {
+        if let Some((near, _)) = self.placement.cores() {
+            affinity::pin(near);
+        }
+    }
+
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
+        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        tokio::spawn(self.measure()).await?
+    }
+
+    async fn measure(self) -> anyhow::Result<()> {
+        let dir = BenchDir::new()?;
+        let unix = cfg!(unix).then_some(Contender::PeerbusUnix);
+        let contenders = [Some(Contender::TcpEcho), unix, Some(Contender::PeerbusTcp)];
+        let mut sides = Vec::new();
+        for contender in contenders.into_iter().flatten() {
+            let side = Side::start(contender, self.size as usize, self.placement, &dir).await?;
+            sides.push((side, Vec::new()));
+        }
+        for round in 0..=self.rounds {
+            for (side, rates) in &mut sides {
+                let rate = self.round(&mut side.client).await?;
+                // The first is for warming up.
+                if round > 0 {
+                    rates.push(rate);
+                }
+            }
+        }
+        let reference = sides[0].1.clone();
+        let mut text = format!(
+            "Requests of {} bytes, {} in flight, the reference one; in turn, {} rounds\n\n{:<36}{:>12}{:>10}\n",
+            self.size, self.in_flight, self.rounds, "", "requests/s", "ratio"
+        );
+        let mut results = Vec::new();
+        for (side, rates) in &sides {
+            let ratios = rates.iter().zip(&reference).map(|(a, b)| a / b).collect();
+            let (rate, ratio) = (median(rates.clone()), median(ratios));
+            let title = side.contender.title();
+            text += &format!("{title:<36}{rate:>12.0}{ratio:>10.2}\n");
+            results
+                .push(json!({ "contender": title, "requests_per_second": rate, "ratio": ratio }));
+        }
+        text += "\nThe ratio is the median, over the rounds, of the rate against the reference's in that round.";
+        let value = json!({
+            "size": self.size, "in_flight": self.in_flight, "rounds": self.rounds,
+            "placement": name(self.placement), "results": results,
+        });
+        output::line(self.json, &value, || text)?;
+        Ok(())
+    }
+
+    /// Requests a second.
+    async fn round(&self, client: &mut Client) -> anyhow::Result<f64> {
+        let begun = Instant::now();
+        let count = self.count as usize;
+        let Client::Peerbus { node, body } = client else {
+            client.round(count * 10).await?;
+            return Ok(count as f64 * 10.0 / begun.elapsed().as_secs_f64());
+        };
+        let mut callers = JoinSet::new();
+        for _ in 0..self.in_flight {
+            let (node, body) = (node.clone(), body.clone());
+            callers.spawn(async move {
+                let service: peerbus::ServiceName = "echo".parse()?;
+                for _ in 0..count {
+                    node.request(&service, body.as_slice()).await?;
+                }
+                Ok::<_, anyhow::Error>(())
+            });
+        }
+        while let Some(ended) = callers.join_next().await {
+            ended??;
+        }
+        Ok(count as f64 * f64::from(self.in_flight) / begun.elapsed().as_secs_f64())
+    }
+}
