@@ -83,7 +83,7 @@ impl Publish<'_> {
     ///
     /// # Cancel safety
     /// Once polled, the message is on its way to all peers that had room; dropping the future
-    /// leaves out the others, uncounted.
+    /// leaves out the others and this node's own subscriptions, uncounted.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
         let shared = self.shared;
         let message = self.into_message()?;

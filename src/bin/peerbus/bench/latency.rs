@@ -84,9 +84,7 @@ pub(super) struct Side {
 impl Latency {
     /// Pins this process, before it has other threads.
     pub(crate) fn prepare(&self) {
-        if let Some((near, _)) = self.placement.cores() {
-            affinity::pin(near);
-        }
+        self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {

@@ -25,6 +25,13 @@ pub(crate) enum Placement {
 }
 
 impl Placement {
+    /// Keeps this process, which must not have other threads yet, to the near side's core.
+    pub(crate) fn pin_near(self) {
+        if let Some((near, _)) = self.cores() {
+            affinity::pin(near);
+        }
+    }
+
     /// The cores of the near and the far side, where this machine has them.
     pub(crate) fn cores(self) -> Option<(usize, usize)> {
         let allowed = cores();

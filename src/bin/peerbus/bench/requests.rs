@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::latency::{Client, Contender, Side};
-use super::process::{BenchDir, Placement, affinity, name};
+use super::process::{BenchDir, Placement, name};
 use super::stats::median;
 use crate::output;
 
@@ -38,9 +38,7 @@ pub(crate) struct Requests {
 impl Requests {
     /// Pins this process, before it has other threads.
     pub(crate) fn prepare(&self) {
-        if let Some((near, _)) = self.placement.cores() {
-            affinity::pin(near);
-        }
+        self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
