@@ -16,8 +16,8 @@ use crate::link::{Acceptor, Link, Receiver};
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::{
-    Control, Envelope, Failure, INLINE_BODY, Lane, PROTOCOL_VERSION, Payload, Record, Totals,
-    WireError, decode,
+    Control, Decoded, Envelope, Failure, INLINE_BODY, Lane, PROTOCOL_VERSION, Payload, Record,
+    Totals, WireError, decode,
 };
 
 /// Makes a cell for each new connection. The transports hold it and the node holds the
@@ -107,7 +107,15 @@ impl LinkReceiver {
         let now = cell.now();
         cell.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
         let mut events = Events { link: self, run: None };
-        loop {
+        let taken = self.take_records(&mut batch, &mut events);
+        // What stood before a fault is delivered all the same.
+        events.deliver()?;
+        taken
+    }
+
+    fn take_records(&self, batch: &mut Decoded<'_>, events: &mut Events<'_>) -> Result<(), Fault> {
+        let cell = &self.cell;
+        while !cell.has_ended() {
             while let Some((id, body)) = batch.next_successor() {
                 events.add_successor(id, body)?;
             }
@@ -129,11 +137,8 @@ impl LinkReceiver {
                 Record::Message(_) => return Err(Fault::OutOfTurn),
                 Record::Unknown(_) => {}
             }
-            if cell.has_ended() {
-                return Ok(());
-            }
         }
-        events.deliver()
+        Ok(())
     }
 
     fn handle_control(&self, control: Control) -> Result<(), Fault> {
@@ -232,7 +237,7 @@ impl Events<'_> {
 
 impl Shared {
     /// Gives events, and the credit that they hold of the link that they came over, to the local
-    /// subscriptions; how many deliveries were lost.
+    /// subscriptions; how many deliveries of them were lost.
     pub(crate) fn deliver(&self, mut run: Run, over: Option<&Arc<LinkCell>>) -> u64 {
         let inboxes = self.inboxes.load();
         let matching = inboxes.matching(run.topic());
@@ -254,12 +259,13 @@ impl Shared {
     }
 
     fn give(&self, inbox: &Inbox, run: Run) -> u64 {
-        let (came, mut lost) = (run.totals().messages, 0);
-        for Lost { credit, reason, count } in inbox.push(run) {
+        let (came, mut gone, mut lost) = (run.totals().messages, 0, 0);
+        for Lost { credit, reason, count, earlier } in inbox.push(run) {
             self.drop_received(credit.as_deref(), reason, count);
-            lost += count;
+            gone += count;
+            lost += if earlier { 0 } else { count };
         }
-        self.counters.delivered(came, lost);
+        self.counters.delivered(came, gone);
         lost
     }
 

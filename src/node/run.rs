@@ -92,15 +92,14 @@ impl Run {
         })
     }
 
-    /// Drops the last message; what it cost.
-    pub(crate) fn drop_last(&mut self) -> Option<u64> {
-        let entry = self.entries.pop_back()?;
+    /// Drops the last message.
+    pub(crate) fn drop_last(&mut self) {
+        let Some(entry) = self.entries.pop_back() else { return };
         if let Entry::Plain { len, .. } = entry {
             self.bodies.truncate(self.bodies.len() - len as usize);
         }
         self.totals.messages -= 1;
         self.totals.bytes -= entry.cost();
-        Some(entry.cost())
     }
 
     /// The same messages one by one, without credit.

@@ -48,6 +48,8 @@ pub(crate) struct Lost {
     pub(crate) credit: Option<Arc<Credit>>,
     pub(crate) reason: DropReason,
     pub(crate) count: u64,
+    /// They had been queued before.
+    pub(crate) earlier: bool,
 }
 
 /// The queue of one subscription.
@@ -86,7 +88,8 @@ impl Inbox {
         let mut lost = Vec::new();
         if state.closed {
             let count = run.totals().messages;
-            lost.push(Lost { credit: run.credit, reason: DropReason::NoSubscriber, count });
+            let reason = DropReason::NoSubscriber;
+            lost.push(Lost { credit: run.credit, reason, count, earlier: false });
             return lost;
         }
         match self.overflow {
@@ -164,7 +167,7 @@ impl State {
             self.append(run);
         }
         let reason = DropReason::SlowSubscriber;
-        (count > 0).then_some(Lost { credit, reason, count })
+        (count > 0).then_some(Lost { credit, reason, count, earlier: false })
     }
 
     fn pop(&mut self) -> Option<Run> {
@@ -180,7 +183,7 @@ impl State {
         if run.is_empty() {
             self.runs.pop_front();
         }
-        Some(Lost { credit, reason: DropReason::SlowSubscriber, count: 1 })
+        Some(Lost { credit, reason: DropReason::SlowSubscriber, count: 1, earlier: true })
     }
 
     /// Takes out the unread message on the same topic.
@@ -189,7 +192,7 @@ impl State {
         let old = self.runs.remove(place)?;
         self.bytes -= old.totals().bytes;
         let (count, credit) = (old.totals().messages, old.credit);
-        Some(Lost { credit, reason: DropReason::Superseded, count })
+        Some(Lost { credit, reason: DropReason::Superseded, count, earlier: true })
     }
 }
 

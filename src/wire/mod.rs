@@ -14,7 +14,7 @@ mod examples;
 mod pack;
 mod record;
 
-pub(crate) use batch::{BatchEncoder, EncodedBatch, EventPack, Preamble, Totals, decode};
+pub(crate) use batch::{BatchEncoder, Decoded, EncodedBatch, EventPack, Preamble, Totals, decode};
 pub(crate) use control::{Announcement, Bye, Control, Hello, Limits};
 pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, OutgoingEvent, Payload, Record};
 
