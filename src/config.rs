@@ -26,6 +26,7 @@ pub struct Config {
     pub(crate) excluded_interfaces: Vec<String>,
     pub(crate) local: bool,
     pub(crate) mdns: bool,
+    pub(crate) gossip: bool,
     pub(crate) memory: Option<MemoryNetwork>,
     pub(crate) max_body: usize,
     pub(crate) window: u64,
@@ -57,6 +58,7 @@ impl Default for Config {
             excluded_interfaces: Vec::new(),
             local: cfg!(unix),
             mdns: true,
+            gossip: true,
             memory: None,
             max_body: 1024 * 1024,
             window: 4 * 1024 * 1024,
@@ -150,6 +152,9 @@ impl Config {
         /// Whether to announce this node, and to find others, by multicast DNS; true by
         /// default. It needs a TCP address to listen on.
         mdns: bool;
+        /// Whether to tell peers of each other and to dial whom they tell of; true by default.
+        /// So one reachable peer is enough to join a mesh.
+        gossip: bool;
         /// The longest body that this node takes, in bytes: 1 MiB by default, and never more
         /// than half of [`Config::window`].
         max_body: usize;

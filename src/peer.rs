@@ -78,6 +78,8 @@ pub enum Source {
     Mdns,
     /// An address in the configuration.
     Fixed,
+    /// Another peer told of it.
+    Gossip,
     /// The peer dialled us.
     Inbound,
 }
@@ -88,6 +90,7 @@ impl fmt::Display for Source {
             Self::Local => "this host",
             Self::Mdns => "mDNS",
             Self::Fixed => "address",
+            Self::Gossip => "a peer told of it",
             Self::Inbound => "it dialled us",
         })
     }

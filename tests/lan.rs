@@ -1,4 +1,4 @@
-//! Two hosts on one LAN: network namespaces, veth and a bridge, and real multicast DNS.
+//! Hosts on real networks: namespaces, veth, a bridge with multicast DNS, a router without.
 //!
 //! Needs root and `ip netns`; where that isn't possible, the test says so and passes.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
@@ -23,51 +23,90 @@ fn ip(line: &str) -> Result<(), String> {
     }
 }
 
-/// A switch and two hosts, each a namespace; removed in the end.
+/// Hosts and what lies between them, each a namespace; removed in the end.
 struct Lan {
-    switch: String,
-    hosts: [String; 2],
+    between: String,
+    hosts: Vec<Host>,
+}
+
+struct Host {
+    namespace: String,
+    ip: String,
 }
 
 impl Lan {
-    fn new() -> Result<Self, String> {
-        let tag = std::process::id();
-        let lan =
-            Self { switch: format!("pbs{tag}"), hosts: [format!("pba{tag}"), format!("pbb{tag}")] };
-        let switch = &lan.switch;
-        ip(&format!("netns add {switch}"))?;
+    /// Namespaces of this process, with a cable from each host.
+    fn new(kind: &str, ips: &[&str]) -> Result<Self, String> {
+        let tag = format!("{kind}{}", std::process::id());
+        let host = |(number, ip): (usize, &&str)| Host {
+            namespace: format!("pb{number}{tag}"),
+            ip: (*ip).to_owned(),
+        };
+        let hosts = ips.iter().enumerate().map(host).collect();
+        let lan = Self { between: format!("pb{tag}"), hosts };
+        let between = &lan.between;
+        ip(&format!("netns add {between}"))?;
+        for (number, Host { namespace, ip: address }) in lan.hosts.iter().enumerate() {
+            ip(&format!("netns add {namespace}"))?;
+            ip(&format!("-n {namespace} link set lo up"))?;
+            ip(&format!(
+                "-n {namespace} link add eth0 type veth peer name port{number} netns {between}"
+            ))?;
+            ip(&format!("-n {namespace} addr add {address}/24 dev eth0"))?;
+            ip(&format!("-n {namespace} link set eth0 up"))?;
+            ip(&format!("-n {between} link set port{number} up"))?;
+        }
+        Ok(lan)
+    }
+
+    /// Two hosts on one switch.
+    fn switched() -> Result<Self, String> {
+        let lan = Self::new("s", &["10.77.0.1", "10.77.0.2"])?;
+        let switch = &lan.between;
         ip(&format!("-n {switch} link add br0 type bridge mcast_snooping 0"))?;
         ip(&format!("-n {switch} link set br0 up"))?;
-        for (number, host) in lan.hosts.iter().enumerate() {
-            ip(&format!("netns add {host}"))?;
-            ip(&format!("-n {host} link set lo up"))?;
-            ip(&format!(
-                "-n {host} link add eth0 type veth peer name port{number} netns {switch}"
-            ))?;
-            ip(&format!("-n {host} addr add 10.77.0.{}/24 dev eth0", number + 1))?;
-            ip(&format!("-n {host} link set eth0 up"))?;
+        for number in 0..lan.hosts.len() {
             ip(&format!("-n {switch} link set port{number} master br0"))?;
-            ip(&format!("-n {switch} link set port{number} up"))?;
+        }
+        Ok(lan)
+    }
+
+    /// Three hosts, each in a subnet of its own, and a router that no multicast crosses.
+    fn routed() -> Result<Self, String> {
+        let lan = Self::new("r", &["10.77.1.2", "10.77.2.2", "10.77.3.2"])?;
+        let router = &lan.between;
+        let forward =
+            ["netns", "exec", router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"];
+        let forwards = Command::new("ip").args(forward).status();
+        if !forwards.is_ok_and(|status| status.success()) {
+            return Err("packets can't be forwarded".into());
+        }
+        for (number, host) in lan.hosts.iter().enumerate() {
+            let gateway = format!("10.77.{}.1", number + 1);
+            ip(&format!("-n {router} addr add {gateway}/24 dev port{number}"))?;
+            ip(&format!("-n {} route add default via {gateway}", host.namespace))?;
         }
         Ok(lan)
     }
 
     /// Pulls or plugs in the first host's cable.
     fn cable(&self, state: &str) {
-        ip(&format!("-n {} link set port0 {state}", self.switch)).unwrap();
+        ip(&format!("-n {} link set port0 {state}", self.between)).unwrap();
     }
 
     fn command(&self, host: usize, args: &[&str]) -> Command {
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.hosts[host], env!("CARGO_BIN_EXE_peerbus")]);
-        command.args(args).args(["--no-local", "--listen", &format!("10.77.0.{}:0", host + 1)]);
+        let Host { namespace, ip } = &self.hosts[host];
+        command.args(["netns", "exec", namespace, env!("CARGO_BIN_EXE_peerbus")]);
+        command.args(args).args(["--no-local", "--listen", &format!("{ip}:0")]);
         command.stdin(Stdio::null());
         command
     }
 
-    fn node(&self, host: usize, name: &str) -> Running {
+    fn node(&self, host: usize, name: &str, more: &[&str]) -> Running {
         let args = ["node", "--json", "--name", name, "--serve", name, "--subscribe", "news"];
-        let mut child = self.command(host, &args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            self.command(host, &[&args, more].concat()).stdout(Stdio::piped()).spawn().unwrap();
         let (sender, lines) = channel();
         let stdout = child.stdout.take().unwrap();
         std::thread::spawn(move || {
@@ -81,7 +120,7 @@ impl Lan {
 
 impl Drop for Lan {
     fn drop(&mut self) {
-        for name in self.hosts.iter().chain([&self.switch]) {
+        for name in self.hosts.iter().map(|host| &host.namespace).chain([&self.between]) {
             let _never_made = ip(&format!("netns del {name}"));
         }
     }
@@ -112,11 +151,11 @@ impl Drop for Running {
 
 #[test]
 fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
-    let lan = match Lan::new() {
+    let lan = match Lan::switched() {
         Ok(lan) => lan,
         Err(error) => return eprintln!("SKIPPED: no network namespaces here ({error})"),
     };
-    let (left, right) = (lan.node(0, "left"), lan.node(1, "right"));
+    let (left, right) = (lan.node(0, "left", &[]), lan.node(1, "right", &[]));
     let mut means = Vec::new();
     for (node, other) in [(&left, "right"), (&right, "left")] {
         let up = node.wait_for("peer_up");
@@ -149,4 +188,29 @@ fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
     assert!(published.status.success(), "{published:?}");
     assert_eq!(left.wait_for("message")["body"], "again");
     assert_eq!(right.wait_for("message")["body"], "again");
+}
+
+#[test]
+fn one_reachable_peer_joins_nodes_to_each_other_across_subnets() {
+    let lan = match Lan::routed() {
+        Ok(lan) => lan,
+        Err(error) => return eprintln!("SKIPPED: no network namespaces here ({error})"),
+    };
+    let seed = lan.node(2, "seed", &[]);
+    let started = seed.wait_for("started");
+    let address = started["listening"][0].as_str().unwrap();
+    let left = lan.node(0, "left", &["--peer", address]);
+    assert_eq!(left.wait_for("peer_up")["name"], "seed");
+    let right = lan.node(1, "right", &["--peer", address]);
+    let mut means = Vec::new();
+    for (node, other) in [(&left, "right"), (&right, "left")] {
+        let up = loop {
+            let up = node.wait_for("peer_up");
+            if up["name"] == other {
+                break up;
+            }
+        };
+        means.push(up["found_by"].as_str().unwrap().to_owned());
+    }
+    assert!(means.contains(&"gossip".to_owned()), "{means:?}");
 }

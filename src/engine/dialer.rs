@@ -1,6 +1,6 @@
 //! Whom to dial, and when again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::engine::{LinkId, Time};
@@ -39,6 +39,8 @@ enum State {
     Waiting {
         until: Time,
     },
+    /// Its node has a link already.
+    Idle,
     Dialing,
     Linked(LinkId),
     /// It is ourselves.
@@ -66,18 +68,42 @@ const REFUSED_RETRY: Duration = Duration::from_secs(60);
 /// How long the larger id leaves the dialling of an announced node to the smaller one, so that
 /// the two don't cross.
 const POLITE_DELAY: Duration = Duration::from_millis(300);
+/// How many targets are dialled at once.
+const MAX_DIALING: usize = 64;
+/// The most addresses that are kept of a node.
+pub(crate) const MAX_ADDRESSES: usize = 8;
+/// The most targets that are known from hearsay only.
+const MAX_HINTED: usize = 4096;
+/// How often such a target is tried before it is forgotten.
+const HINT_ATTEMPTS: u32 = 5;
 
 /// The targets of one node.
 #[derive(Debug)]
 pub(crate) struct Dialer {
     me: NodeId,
     targets: BTreeMap<TargetKey, Target>,
-    random: u64,
+    /// Those that wait, by when they are due.
+    due: BTreeSet<(Time, TargetKey)>,
+    by_link: HashMap<LinkId, TargetKey>,
+    by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
+    dialing: usize,
+    /// How many targets are known from hearsay only.
+    hinted: usize,
+    random: Random,
 }
 
 impl Dialer {
     pub(crate) fn new(me: NodeId, seed: u64) -> Self {
-        Self { me, targets: BTreeMap::new(), random: seed | 1 }
+        Self {
+            me,
+            targets: BTreeMap::new(),
+            due: BTreeSet::new(),
+            by_link: HashMap::new(),
+            by_node: HashMap::new(),
+            dialing: 0,
+            hinted: 0,
+            random: Random::new(seed),
+        }
     }
 
     pub(crate) fn handle_sighting(&mut self, now: Time, sighting: Sighting) {
@@ -85,34 +111,73 @@ impl Dialer {
         if sighting.id == Some(self.me) {
             return;
         }
+        let Some(target) = self.targets.get_mut(&key) else {
+            return self.add(now, key, sighting);
+        };
+        target.gone = false;
+        if target.source == Source::Gossip {
+            self.hinted -= 1;
+        }
+        target.source = sighting.source;
+        if target.addresses != sighting.addresses {
+            target.addresses = sighting.addresses;
+            self.try_at_once(now, &key);
+        }
+    }
+
+    /// A peer told where a node may be. What other sources say of it counts more.
+    pub(crate) fn handle_hint(&mut self, now: Time, id: NodeId, addresses: Vec<Address>) {
+        let key = TargetKey::Node(id);
         match self.targets.get_mut(&key) {
-            Some(target) if target.addresses == sighting.addresses => target.gone = false,
-            Some(target) => {
-                target.gone = false;
-                // New addresses deserve a new attempt at once.
-                target.addresses = sighting.addresses;
-                target.source = sighting.source;
-                if let State::Waiting { .. } = target.state {
-                    target.failures = 0;
-                    target.state = State::Waiting { until: now };
+            Some(target) if target.source == Source::Gossip => {
+                let mut merged = addresses;
+                merged.extend(target.addresses.iter().cloned());
+                dedup(&mut merged);
+                merged.truncate(MAX_ADDRESSES);
+                if merged.iter().any(|address| !target.addresses.contains(address)) {
+                    target.addresses = merged;
+                    self.try_at_once(now, &key);
                 }
             }
+            Some(_) => {}
+            None if self.hinted >= MAX_HINTED || id == self.me => {}
             None => {
-                let wait = match sighting.id {
-                    Some(id) if self.me > id => POLITE_DELAY,
-                    _ => Duration::ZERO,
-                };
-                let target = Target {
-                    source: sighting.source,
-                    addresses: sighting.addresses,
-                    id: sighting.id,
-                    state: State::Waiting { until: now + wait },
-                    failures: 0,
-                    last_error: None,
-                    gone: false,
-                };
-                self.targets.insert(key, target);
+                self.add(now, key, Sighting { source: Source::Gossip, id: Some(id), addresses })
             }
+        }
+    }
+
+    fn add(&mut self, now: Time, key: TargetKey, sighting: Sighting) {
+        let wait = match sighting.id {
+            Some(id) if self.me > id => POLITE_DELAY,
+            _ => Duration::ZERO,
+        };
+        if let Some(id) = sighting.id {
+            self.by_node.entry(id).or_default().insert(key.clone());
+        }
+        if sighting.source == Source::Gossip {
+            self.hinted += 1;
+        }
+        let target = Target {
+            source: sighting.source,
+            addresses: sighting.addresses,
+            id: sighting.id,
+            state: State::Idle,
+            failures: 0,
+            last_error: None,
+            gone: false,
+        };
+        self.targets.insert(key.clone(), target);
+        self.enter(&key, State::Waiting { until: now + wait });
+    }
+
+    /// New addresses deserve a new attempt.
+    fn try_at_once(&mut self, now: Time, key: &TargetKey) {
+        if let Some(target) = self.targets.get_mut(key)
+            && let State::Waiting { .. } = target.state
+        {
+            target.failures = 0;
+            self.enter(key, State::Waiting { until: now });
         }
     }
 
@@ -120,25 +185,27 @@ impl Dialer {
     pub(crate) fn handle_gone(&mut self, key: &TargetKey) {
         if let Some(target) = self.targets.get_mut(key) {
             target.gone = true;
+            let state = target.state;
+            self.enter(key, state);
         }
-        self.forget_gone();
     }
 
     pub(crate) fn handle_connected(&mut self, key: &TargetKey, link: LinkId) {
-        if let Some(target) = self.targets.get_mut(key) {
-            target.state = State::Linked(link);
-        }
+        self.enter(key, State::Linked(link));
     }
 
     /// The handshake told who lives there.
     pub(crate) fn handle_identified(&mut self, link: LinkId, id: NodeId) {
-        if let Some(target) = self.by_link(link) {
-            target.id = Some(id);
+        let Some(key) = self.by_link.get(&link) else { return };
+        let Some(target) = self.targets.get_mut(key) else { return };
+        if let Some(before) = target.id.replace(id) {
+            unlist(&mut self.by_node, before, key);
         }
+        self.by_node.entry(id).or_default().insert(key.clone());
     }
 
     pub(crate) fn handle_success(&mut self, link: LinkId) {
-        if let Some(target) = self.by_link(link) {
+        if let Some(target) = self.by_link.get(&link).and_then(|key| self.targets.get_mut(key)) {
             target.failures = 0;
             target.last_error = None;
         }
@@ -146,19 +213,15 @@ impl Dialer {
 
     /// The address is our own.
     pub(crate) fn handle_own(&mut self, link: LinkId) {
-        if let Some(target) = self.by_link(link) {
-            target.state = State::Own;
+        if let Some(key) = self.by_link.get(&link).cloned() {
+            self.enter(&key, State::Own);
         }
     }
 
     pub(crate) fn handle_dial_failed(&mut self, now: Time, key: &TargetKey, error: String) {
-        let jitter = self.jitter();
-        if let Some(target) = self.targets.get_mut(key)
-            && target.state == State::Dialing
-        {
-            target.retry(now, jitter, error);
+        if self.targets.get(key).is_some_and(|target| target.state == State::Dialing) {
+            self.retry(now, key, error, None);
         }
-        self.forget_gone();
     }
 
     /// The connection ended before it became a link.
@@ -169,79 +232,115 @@ impl Dialer {
         error: String,
         for_good: bool,
     ) {
-        let jitter = self.jitter();
-        if let Some(target) = self.by_link(link) {
-            target.retry(now, jitter, error);
-            if for_good {
-                target.state = State::Waiting { until: now + REFUSED_RETRY };
-            }
+        if let Some(key) = self.by_link.get(&link).cloned() {
+            self.retry(now, &key, error, for_good.then_some(REFUSED_RETRY));
         }
     }
 
     /// The connection ended; its target may be dialled again, unless it leads to a peer that
     /// has another link.
     pub(crate) fn handle_ended(&mut self, now: Time, link: LinkId) {
-        let until = now + FIRST_RETRY.mul_f64(self.jitter());
-        if let Some(target) = self.by_link(link) {
-            target.state = State::Waiting { until };
+        if let Some(key) = self.by_link.get(&link).cloned() {
+            let until = now + FIRST_RETRY.mul_f64(self.random.jitter());
+            self.enter(&key, State::Waiting { until });
         }
-        self.forget_gone();
     }
 
     /// The peer has no link any more; everything that leads to it is tried again soon.
     pub(crate) fn handle_peer_lost(&mut self, now: Time, peer: NodeId) {
-        let until = now + FIRST_RETRY.mul_f64(self.jitter());
-        for target in self.targets.values_mut() {
-            if target.id == Some(peer) && matches!(target.state, State::Waiting { .. }) {
+        let until = now + FIRST_RETRY.mul_f64(self.random.jitter());
+        for key in self.by_node.get(&peer).cloned().unwrap_or_default() {
+            if let Some(target) = self.targets.get_mut(&key)
+                && matches!(target.state, State::Waiting { .. } | State::Idle)
+            {
                 target.failures = 0;
-                target.state = State::Waiting { until };
+                self.enter(&key, State::Waiting { until });
             }
         }
     }
 
-    fn forget_gone(&mut self) {
-        let busy = |state| matches!(state, State::Dialing | State::Linked(_));
-        self.targets.retain(|_, target| !target.gone || busy(target.state));
+    fn retry(&mut self, now: Time, key: &TargetKey, error: String, wait: Option<Duration>) {
+        let jitter = self.random.jitter();
+        let Some(target) = self.targets.get_mut(key) else { return };
+        let doubled = FIRST_RETRY.saturating_mul(1 << target.failures.min(10));
+        target.failures += 1;
+        target.last_error = Some(error);
+        if target.source == Source::Gossip && target.failures >= HINT_ATTEMPTS {
+            target.gone = true;
+        }
+        let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY).mul_f64(jitter));
+        self.enter(key, State::Waiting { until: now + wait });
     }
 
-    fn by_link(&mut self, link: LinkId) -> Option<&mut Target> {
-        self.targets.values_mut().find(|target| target.state == State::Linked(link))
+    /// Puts a target into a state, in all indexes; forgets it if it is gone and at rest.
+    fn enter(&mut self, key: &TargetKey, state: State) {
+        let Some(target) = self.targets.get_mut(key) else { return };
+        match std::mem::replace(&mut target.state, state) {
+            State::Waiting { until } => _ = self.due.remove(&(until, key.clone())),
+            State::Dialing => self.dialing -= 1,
+            State::Linked(link) => _ = self.by_link.remove(&link),
+            State::Idle | State::Own => {}
+        }
+        match state {
+            State::Dialing => self.dialing += 1,
+            State::Linked(link) => _ = self.by_link.insert(link, key.clone()),
+            _ if target.gone => self.forget(key),
+            State::Waiting { until } => _ = self.due.insert((until, key.clone())),
+            State::Idle | State::Own => {}
+        }
     }
 
-    /// The next target that is due and leads to nobody that `is_linked` knows.
+    fn forget(&mut self, key: &TargetKey) {
+        let Some(target) = self.targets.remove(key) else { return };
+        if let Some(id) = target.id {
+            unlist(&mut self.by_node, id, key);
+        }
+        if target.source == Source::Gossip {
+            self.hinted -= 1;
+        }
+    }
+
+    /// The next target that is due and leads to nobody that `is_linked` knows. Only so many are
+    /// dialled at once.
     pub(crate) fn poll_dial(
         &mut self,
         now: Time,
         is_linked: impl Fn(&NodeId) -> bool,
     ) -> Option<(TargetKey, Vec<Address>)> {
-        let due =
-            |target: &Target| matches!(target.state, State::Waiting { until } if until <= now);
-        let linked = |target: &Target| target.id.as_ref().is_some_and(&is_linked);
-        let (key, target) =
-            self.targets.iter_mut().find(|(_, target)| due(target) && !linked(target))?;
-        target.state = State::Dialing;
-        Some((key.clone(), target.addresses.clone()))
+        while self.dialing < MAX_DIALING {
+            let (until, key) = self.due.first()?;
+            if *until > now {
+                return None;
+            }
+            let key = key.clone();
+            let target = self.targets.get(&key)?;
+            if target.id.as_ref().is_some_and(&is_linked) {
+                self.enter(&key, State::Idle);
+                continue;
+            }
+            let addresses = target.addresses.clone();
+            self.enter(&key, State::Dialing);
+            return Some((key, addresses));
+        }
+        None
     }
 
-    pub(crate) fn poll_timeout(&self, is_linked: impl Fn(&NodeId) -> bool) -> Option<Time> {
-        let waiting = self.targets.values().filter_map(|target| match target.state {
-            State::Waiting { until } if !target.id.as_ref().is_some_and(&is_linked) => Some(until),
-            _ => None,
-        });
-        waiting.min()
+    /// When [`Dialer::poll_dial`] may have something next.
+    pub(crate) fn poll_timeout(&self) -> Option<Time> {
+        if self.dialing >= MAX_DIALING {
+            return None;
+        }
+        self.due.first().map(|(until, _)| *until)
     }
 
     pub(crate) fn source(&self, link: LinkId) -> Option<Source> {
-        let target = self.targets.values().find(|target| target.state == State::Linked(link))?;
-        Some(target.source)
+        Some(self.targets.get(self.by_link.get(&link)?)?.source)
     }
 
     /// By which means a node was seen, whoever dialled in the end.
     pub(crate) fn sighted_by(&self, id: &NodeId) -> Option<Source> {
-        self.targets
-            .values()
-            .find(|target| target.id.as_ref() == Some(id))
-            .map(|target| target.source)
+        let key = self.by_node.get(id)?.first()?;
+        Some(self.targets.get(key)?.source)
     }
 
     /// What is known, but failed to answer.
@@ -260,21 +359,37 @@ impl Dialer {
             })
             .collect()
     }
+}
 
-    /// A factor between 0.5 and 1 (xorshift64).
-    fn jitter(&mut self) -> f64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        0.5 + 0.5 * (self.random >> 11) as f64 / (1u64 << 53) as f64
+fn unlist(by_node: &mut HashMap<NodeId, BTreeSet<TargetKey>>, id: NodeId, key: &TargetKey) {
+    if let Some(keys) = by_node.get_mut(&id) {
+        keys.remove(key);
+        if keys.is_empty() {
+            by_node.remove(&id);
+        }
     }
 }
 
-impl Target {
-    fn retry(&mut self, now: Time, jitter: f64, error: String) {
-        let doubled = FIRST_RETRY.saturating_mul(1 << self.failures.min(10));
-        self.failures += 1;
-        self.last_error = Some(error);
-        self.state = State::Waiting { until: now + doubled.min(LONGEST_RETRY).mul_f64(jitter) };
+/// Keeps the first of equals.
+fn dedup(addresses: &mut Vec<Address>) {
+    let mut seen = HashSet::new();
+    addresses.retain(|address| seen.insert(address.clone()));
+}
+
+/// Numbers that need not be hard to guess (xorshift64).
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    /// A factor between 0.5 and 1.
+    fn jitter(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        0.5 + 0.5 * (self.0 >> 11) as f64 / (1u64 << 53) as f64
     }
 }

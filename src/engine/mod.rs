@@ -29,7 +29,7 @@ pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
 pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};
 pub(crate) use queue::Queue;
 pub(crate) use requests::Requests;
-pub(crate) use routing::{Instance, PatternTrie, Routing, least_loaded};
+pub(crate) use routing::{Instance, Matches, PatternTrie, RouteChange, Routing, least_loaded};
 pub(crate) use service::{Admission, Service};
 
 use std::ops::Add;

@@ -1,62 +1,116 @@
 //! Who gets what: an immutable snapshot of what the peers announced.
+//!
+//! The next snapshot shares with this one all that did not change, so that a change costs what
+//! it is, however many peers there are.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
+use imbl::{GenericHashMap, OrdMap};
 use smallvec::SmallVec;
 
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::LinkId;
 use crate::identity::NodeId;
+use crate::peer::ServiceInfo;
 
-/// What matched; most topics have few subscribers.
-type Matches<T> = SmallVec<[T; 8]>;
+type HashMap<K, V> = GenericHashMap<K, V, RandomState, imbl::shared_ptr::DefaultSharedPtr>;
+
+/// What matched, by number; most topics have few subscribers.
+pub(crate) type Matches<'a, T> = SmallVec<[(u64, &'a T); 8]>;
 
 /// Patterns in a tree of tokens, so that a topic is matched in the time that its own tokens
-/// take, however many patterns there are.
+/// take, however many patterns there are. Cloning is cheap.
 #[derive(Debug, Clone)]
-pub(crate) struct PatternTrie<T> {
-    children: HashMap<Box<str>, PatternTrie<T>, RandomState>,
+pub(crate) struct PatternTrie<T: Clone> {
+    children: HashMap<Arc<str>, PatternTrie<T>>,
     /// What `*` leads to.
-    any: Option<Box<PatternTrie<T>>>,
-    /// Patterns that end here.
-    here: Vec<T>,
-    /// Patterns that end in `>` here.
-    rest: Vec<T>,
+    any: Option<Arc<PatternTrie<T>>>,
+    /// The values of patterns that end here, by number.
+    here: OrdMap<u64, T>,
+    /// Those of patterns that end in `>` here.
+    rest: OrdMap<u64, T>,
 }
 
-impl<T> Default for PatternTrie<T> {
+impl<T: Clone> Default for PatternTrie<T> {
     fn default() -> Self {
-        Self { children: HashMap::default(), any: None, here: Vec::new(), rest: Vec::new() }
+        Self { children: HashMap::default(), any: None, here: OrdMap::new(), rest: OrdMap::new() }
     }
 }
 
-impl<T: Clone + Ord> PatternTrie<T> {
-    pub(crate) fn insert(&mut self, pattern: &Pattern, value: T) {
-        let mut node = self;
-        for token in pattern.as_str().split('.') {
-            node = match token {
-                ">" => return node.rest.push(value),
-                "*" => node.any.get_or_insert_default(),
-                token => node.children.entry(token.into()).or_default(),
-            };
-        }
-        node.here.push(value);
+impl<T: Clone> PatternTrie<T> {
+    /// Adds a value under a number, which stands for it when it matches by several patterns.
+    pub(crate) fn insert(&mut self, pattern: &Pattern, number: u64, value: T) {
+        self.change(pattern.as_str().split('.'), |values| _ = values.insert(number, value));
     }
 
-    /// The values of all patterns that match, each value once.
-    pub(crate) fn matches(&self, topic: &Topic) -> Matches<T> {
+    pub(crate) fn remove(&mut self, pattern: &Pattern, number: u64) {
+        self.change(pattern.as_str().split('.'), |values| _ = values.remove(&number));
+    }
+
+    fn change<'a>(
+        &mut self,
+        mut tokens: impl Iterator<Item = &'a str>,
+        change: impl FnOnce(&mut OrdMap<u64, T>),
+    ) {
+        // A loop would have to go back up to remove what became empty.
+        fn down<'a, T: Clone>(
+            node: &mut PatternTrie<T>,
+            tokens: &mut dyn Iterator<Item = &'a str>,
+            change: impl FnOnce(&mut OrdMap<u64, T>),
+        ) {
+            match tokens.next() {
+                None => change(&mut node.here),
+                Some(">") => change(&mut node.rest),
+                Some("*") => {
+                    let mut next = node.any.take().unwrap_or_default();
+                    down(Arc::make_mut(&mut next), tokens, change);
+                    node.any = (!next.is_empty()).then_some(next);
+                }
+                Some(token) => {
+                    let mut next = node.children.remove(token).unwrap_or_default();
+                    down(&mut next, tokens, change);
+                    if !next.is_empty() {
+                        node.children.insert(token.into(), next);
+                    }
+                }
+            }
+        }
+        down(self, &mut tokens, change);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.children.is_empty()
+            && self.any.is_none()
+            && self.here.is_empty()
+            && self.rest.is_empty()
+    }
+
+    /// The values of all patterns that match, each number once.
+    pub(crate) fn matches(&self, topic: &Topic) -> Matches<'_, T> {
         let mut found = SmallVec::new();
         self.collect(topic.as_str(), &mut found);
         if found.len() > 1 {
-            found.sort_unstable();
-            found.dedup();
+            found.sort_unstable_by_key(|(number, _)| *number);
+            found.dedup_by_key(|(number, _)| *number);
         }
         found
     }
 
-    fn collect(&self, rest: &str, found: &mut Matches<T>) {
-        found.extend(self.rest.iter().cloned());
+    /// All values, in no order.
+    pub(crate) fn all(&self) -> Vec<&T> {
+        let mut found: Vec<&T> = self.here.values().chain(self.rest.values()).collect();
+        let below = self.children.values().chain(self.any.as_deref());
+        below.for_each(|next| found.extend(next.all()));
+        found
+    }
+
+    fn collect<'a>(&'a self, rest: &str, found: &mut Matches<'a, T>) {
+        let all =
+            |values: &'a OrdMap<u64, T>| values.iter().map(|(number, value)| (*number, value));
+        if !self.rest.is_empty() {
+            found.extend(all(&self.rest));
+        }
         let (token, rest) = match rest.split_once('.') {
             Some((token, rest)) => (token, Some(rest)),
             None => (rest, None),
@@ -65,7 +119,7 @@ impl<T: Clone + Ord> PatternTrie<T> {
         for next in exact.into_iter().chain(self.any.as_deref()) {
             match rest {
                 Some(rest) => next.collect(rest, found),
-                None => found.extend(next.here.iter().cloned()),
+                None => found.extend(all(&next.here)),
             }
         }
     }
@@ -79,84 +133,75 @@ pub(crate) struct Instance<L = LinkId> {
     pub(crate) concurrency: u32,
 }
 
-/// What the peers want and serve. `L` is how the owner of the snapshot reaches a link.
-#[derive(Debug)]
-pub(crate) struct Routing<L = LinkId> {
-    /// Values are places in `links`.
-    topics: PatternTrie<u32>,
-    services: HashMap<ServiceName, Vec<Instance<L>>>,
-    links: Vec<(NodeId, L)>,
-    nodes: HashMap<NodeId, u32>,
+/// What one peer announced anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RouteChange {
+    Up,
+    Down,
+    Subscribed(Pattern),
+    Unsubscribed(Pattern),
+    Serving(ServiceInfo),
+    Withdrawn(ServiceName),
 }
 
-impl<L> Default for Routing<L> {
+/// What the peers want and serve. `L` is how the owner of the snapshot reaches a link.
+#[derive(Debug, Clone)]
+pub(crate) struct Routing<L: Clone = LinkId> {
+    /// By the numbers of the links.
+    topics: PatternTrie<L>,
+    services: HashMap<ServiceName, OrdMap<NodeId, Instance<L>>>,
+    links: HashMap<NodeId, L>,
+}
+
+impl<L: Clone> Default for Routing<L> {
     fn default() -> Self {
         Self {
             topics: PatternTrie::default(),
-            services: HashMap::new(),
-            links: Vec::new(),
-            nodes: HashMap::new(),
+            services: HashMap::default(),
+            links: HashMap::default(),
         }
     }
 }
 
 impl<L: Clone> Routing<L> {
-    pub(crate) fn add_peer<'a>(
-        &mut self,
-        peer: NodeId,
-        link: L,
-        patterns: impl Iterator<Item = &'a Pattern>,
-        services: impl Iterator<Item = (&'a ServiceName, u32)>,
-    ) {
-        let place = u32::try_from(self.links.len()).expect("peers are fewer than 2^32");
-        self.links.push((peer, link.clone()));
-        self.nodes.insert(peer, place);
-        for pattern in patterns {
-            self.topics.insert(pattern, place);
+    /// Takes in a change of the peer at the other end of `link`, which is reached by `way`.
+    pub(crate) fn apply(&mut self, peer: NodeId, link: LinkId, way: &L, change: RouteChange) {
+        match change {
+            RouteChange::Up => _ = self.links.insert(peer, way.clone()),
+            RouteChange::Down => _ = self.links.remove(&peer),
+            RouteChange::Subscribed(pattern) => self.topics.insert(&pattern, link.0, way.clone()),
+            RouteChange::Unsubscribed(pattern) => self.topics.remove(&pattern, link.0),
+            RouteChange::Serving(ServiceInfo { name, concurrency }) => {
+                let instance = Instance { link: way.clone(), peer, concurrency };
+                self.services.entry(name).or_default().insert(peer, instance);
+            }
+            RouteChange::Withdrawn(name) => {
+                let Some(instances) = self.services.get_mut(&name) else { return };
+                instances.remove(&peer);
+                if instances.is_empty() {
+                    self.services.remove(&name);
+                }
+            }
         }
-        for (name, concurrency) in services {
-            let instance = Instance { link: link.clone(), peer, concurrency };
-            self.services.entry(name.clone()).or_default().push(instance);
-        }
     }
 
-    /// The same snapshot with links of another kind; a peer whose link is gone is left out of
-    /// what is looked up.
-    pub(crate) fn bind<M: Clone>(
-        &self,
-        mut find: impl FnMut(&L) -> Option<M>,
-    ) -> Routing<Option<M>> {
-        let links = self.links.iter().map(|(peer, link)| (*peer, find(link))).collect();
-        let services = self
-            .services
-            .iter()
-            .map(|(name, instances)| {
-                let bound = instances.iter().map(|instance| Instance {
-                    link: find(&instance.link),
-                    peer: instance.peer,
-                    concurrency: instance.concurrency,
-                });
-                (name.clone(), bound.collect())
-            })
-            .collect();
-        Routing { topics: self.topics.clone(), services, links, nodes: self.nodes.clone() }
+    /// The links to the nodes that subscribe to `topic`, each once.
+    pub(crate) fn subscribers(&self, topic: &Topic) -> Matches<'_, L> {
+        self.topics.matches(topic)
     }
 
-    /// The nodes that subscribe to `topic`, each once.
-    pub(crate) fn subscribers<'a>(
-        &'a self,
-        topic: &Topic,
-    ) -> impl ExactSizeIterator<Item = &'a (NodeId, L)> + use<'a, L> {
-        self.topics.matches(topic).into_iter().map(|place| &self.links[place as usize])
+    /// The nodes that serve `name`, by their ids.
+    pub(crate) fn instances(&self, name: &ServiceName) -> impl Iterator<Item = &Instance<L>> {
+        self.services.get(name).into_iter().flat_map(OrdMap::values)
     }
 
-    /// The nodes that serve `name`.
-    pub(crate) fn instances(&self, name: &ServiceName) -> &[Instance<L>] {
-        self.services.get(name).map_or(&[], Vec::as_slice)
+    /// How `peer` serves `name`, if it does.
+    pub(crate) fn instance(&self, name: &ServiceName, peer: &NodeId) -> Option<&Instance<L>> {
+        self.services.get(name)?.get(peer)
     }
 
     pub(crate) fn link(&self, peer: &NodeId) -> Option<&L> {
-        self.nodes.get(peer).map(|place| &self.links[*place as usize].1)
+        self.links.get(peer)
     }
 
     pub(crate) fn peers(&self) -> usize {
@@ -209,11 +254,25 @@ mod tests {
             let topic: Topic = tokens.join(".").parse().unwrap();
             let mut trie = PatternTrie::default();
             for (number, pattern) in patterns.iter().enumerate() {
-                trie.insert(pattern, number);
+                trie.insert(pattern, number as u64, ());
             }
-            let want: Vec<usize> =
-                (0..patterns.len()).filter(|n| patterns[*n].matches(&topic)).collect();
-            prop_assert_eq!(trie.matches(&topic).into_vec(), want);
+            let numbers = |trie: &PatternTrie<()>| -> Vec<u64> {
+                trie.matches(&topic).into_iter().map(|(number, _)| number).collect()
+            };
+            let matching = |number: &u64| patterns[*number as usize].matches(&topic);
+            let all: Vec<u64> = (0..patterns.len() as u64).filter(matching).collect();
+            prop_assert_eq!(&numbers(&trie), &all);
+            let before = trie.clone();
+            for (number, pattern) in patterns.iter().enumerate().filter(|(n, _)| n % 2 == 0) {
+                trie.remove(pattern, number as u64);
+            }
+            let odd: Vec<u64> = all.iter().copied().filter(|number| number % 2 == 1).collect();
+            prop_assert_eq!(numbers(&trie), odd);
+            prop_assert_eq!(numbers(&before), all, "the snapshot before is as it was");
+            for (number, pattern) in patterns.iter().enumerate() {
+                trie.remove(pattern, number as u64);
+            }
+            prop_assert!(trie.is_empty(), "nothing is left behind");
         }
     }
 

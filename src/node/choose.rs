@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use smallvec::SmallVec;
 use tokio::time::timeout;
 
 use super::cell::LinkCell;
 use super::counters::add;
+use super::service::ServiceCell;
 use super::shared::Shared;
 use crate::address::{Recipient, ServiceName};
 use crate::engine::{Instance, least_loaded};
@@ -37,6 +39,25 @@ impl Chosen {
     }
 }
 
+/// One of the nodes that could take a call.
+enum Candidate<'a> {
+    Here(Arc<ServiceCell>),
+    There(&'a Instance<Arc<LinkCell>>),
+}
+
+impl Candidate<'_> {
+    /// Its unfinished calls, and how many it runs at once.
+    fn load(&self) -> (u64, u32) {
+        match self {
+            Self::Here(service) => {
+                let load = service.load().map_or(u64::from(u32::MAX), |load| load as u64);
+                (load, service.concurrency)
+            }
+            Self::There(instance) => (instance.link.unfinished_calls(), instance.concurrency),
+        }
+    }
+}
+
 impl Shared {
     /// Chooses who takes a call; waits for the grace if nobody does.
     pub(super) async fn find(&self, recipient: &Recipient) -> Option<Chosen> {
@@ -46,7 +67,7 @@ impl Shared {
         if self.config.fail_fast && self.routing.load().peers() > 0 {
             return None;
         }
-        let mut changes = self.routing_version.subscribe();
+        let mut changes = self.routes_changed.subscribe();
         let found = async {
             loop {
                 if let Some(chosen) = self.choose(recipient) {
@@ -63,45 +84,30 @@ impl Shared {
     fn choose(&self, recipient: &Recipient) -> Option<Chosen> {
         let routing = self.routing.load();
         match recipient {
-            Recipient::Node(node) if *node == self.id => {
-                self.service(&ServiceName::node_inbox()).map(|_| Chosen::Here)
-            }
             Recipient::Node(node) => {
-                let inbox = routing.instances(&ServiceName::node_inbox());
-                let instance = inbox.iter().find(|instance| instance.peer == *node)?;
-                instance.link.clone().map(Chosen::There)
+                let inbox = ServiceName::node_inbox();
+                if *node == self.id {
+                    return self.service(&inbox).map(|_| Chosen::Here);
+                }
+                let instance = routing.instance(&inbox, node)?;
+                Some(Chosen::There(instance.link.clone()))
             }
             Recipient::Service(name) => {
-                let there = routing.instances(name);
-                let here = self.service(name);
-                let here = here.and_then(|here| Some((here.load()? as u64, here.concurrency)));
-                let best = self.choose_among(there);
-                let (Some(here), Some(Chosen::There(cell))) = (here, &best) else {
-                    return here.map_or(best, |_| Some(Chosen::Here));
-                };
+                let here = self.service(name).filter(|service| service.load().is_some());
+                let there = routing.instances(name).map(Candidate::There);
                 // This node is one competitor among the others.
-                let of = there.iter().find(|instance| instance.peer == cell.peer)?.concurrency;
-                let load = cell.unfinished_calls();
-                let takes_it = if (here.0, load) == (0, 0) {
-                    self.turn.load(Ordering::Relaxed).is_multiple_of(there.len() + 1)
-                } else {
-                    here.0 * u64::from(of) <= load * u64::from(here.1)
+                let all: SmallVec<[_; 4]> = there.chain(here.map(Candidate::Here)).collect();
+                let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+                let chosen = match &all[..] {
+                    [only] => only,
+                    all => least_loaded(all, turn, Candidate::load)?,
                 };
-                if takes_it { Some(Chosen::Here) } else { best }
+                Some(match chosen {
+                    Candidate::Here(_) => Chosen::Here,
+                    Candidate::There(instance) => Chosen::There(instance.link.clone()),
+                })
             }
         }
-    }
-
-    fn choose_among(&self, instances: &[Instance<Option<Arc<LinkCell>>>]) -> Option<Chosen> {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        if let [only] = instances {
-            return only.link.clone().map(Chosen::There);
-        }
-        let chosen = least_loaded(instances, turn, |instance| {
-            let load = instance.link.as_ref().map(|cell| cell.unfinished_calls());
-            (load.unwrap_or(u64::from(u32::MAX)), instance.concurrency)
-        });
-        chosen?.link.clone().map(Chosen::There)
     }
 
     pub(super) fn hand_over(

@@ -80,7 +80,7 @@ impl Drop for Inner {
         lock(&self.shared.tasks).abort_all();
         self.shared.cells().iter().for_each(|cell| cell.close());
         self.shared.fail_all_requests();
-        self.shared.inboxes.load().all().for_each(|inbox| inbox.close());
+        self.shared.inboxes.load().all().into_iter().for_each(|inbox| inbox.close());
         let shared = self.shared.clone();
         self.shared.runtime.spawn(async move {
             if let Some(transport) = shared.transport.get() {
@@ -245,7 +245,7 @@ impl Node {
         let mut peers = shared.with_mesh(|mesh, _| mesh.peers());
         let routing = shared.routing.load();
         for peer in &mut peers {
-            if let Some(Some(cell)) = routing.link(&peer.id) {
+            if let Some(cell) = routing.link(&peer.id) {
                 let silence = cell.now().since(cell.peek(|flow| flow.last_heard()));
                 peer.suspect_for = (silence >= shared.timing.suspect).then_some(silence);
             }
@@ -274,8 +274,8 @@ impl Node {
     /// What waits here for a peer to take it, in bytes; nothing for one that is not linked.
     pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
         match self.shared().routing.load().link(peer) {
-            Some(Some(cell)) => cell.peek(|flow| flow.queued_bytes()),
-            _ => 0,
+            Some(cell) => cell.peek(|flow| flow.queued_bytes()),
+            None => 0,
         }
     }
 
@@ -312,7 +312,7 @@ impl Node {
     {
         let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
         let offered = || {
-            let there = !self.shared().routing.load().instances(&name).is_empty();
+            let there = self.shared().routing.load().instances(&name).next().is_some();
             there || self.shared().service(&name).is_some()
         };
         self.wait_until(offered, within).await
@@ -331,7 +331,7 @@ impl Node {
         holds: impl Fn() -> bool,
         within: Duration,
     ) -> Result<(), WaitError> {
-        let mut changes = self.shared().routing_version.subscribe();
+        let mut changes = self.shared().routes_changed.subscribe();
         let wait = async { while !holds() && changes.changed().await.is_ok() {} };
         timeout(within, wait).await.map_err(|_| WaitError::TimedOut(within))
     }

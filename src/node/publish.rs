@@ -159,18 +159,14 @@ impl Shared {
     fn send_event(&self, event: &OutgoingEvent<'_>) -> Spread {
         let mut spread = Spread::default();
         let routing = self.routing.load();
-        for (peer, cell) in routing.subscribers(event.topic()) {
-            let Some(cell) = cell else {
-                spread.report.add(*peer, Err::<(), _>(DropReason::LinkLost));
-                continue;
-            };
+        for (_, cell) in routing.subscribers(event.topic()) {
             match cell.send_event(event) {
                 Err(DropReason::SlowPeer) => spread.full.push(cell.clone()),
                 sent => {
                     if sent == Ok(Backlog::Grew) {
                         spread.backlog = Backlog::Grew;
                     }
-                    spread.report.add(*peer, sent);
+                    spread.report.add(cell.peer, sent);
                 }
             }
         }

@@ -242,17 +242,17 @@ impl Shared {
         let inboxes = self.inboxes.load();
         let matching = inboxes.matching(run.topic());
         let held = run.totals();
-        if held.messages > 1 && matching.iter().any(|inbox| inbox.splits_runs()) {
+        if held.messages > 1 && matching.iter().any(|(_, inbox)| inbox.splits_runs()) {
             return run.split().map(|single| self.deliver(single, over)).sum();
         }
         let credit = over.map(|cell| Credit::new(cell, Lane::Events, held));
-        let Some((last, others)) = matching.split_last() else {
+        let Some(((_, last), others)) = matching.split_last() else {
             self.drop_received(credit.as_ref(), DropReason::NoSubscriber, held.messages);
             return held.messages;
         };
         run.credit = credit.map(Arc::new);
         let mut lost = 0;
-        for inbox in others {
+        for (_, inbox) in others {
             lost += self.give(inbox, run.clone());
         }
         lost + self.give(last, run)

@@ -383,7 +383,7 @@ impl Shared {
             Some(credit) if credit.cell().peer == address => credit.answer(envelope),
             // The return address is another node than the one that called.
             _ => match self.routing.load().link(&address) {
-                Some(Some(cell)) => cell.send_message(envelope),
+                Some(cell) => cell.send_message(envelope),
                 _ => Err(DropReason::LinkLost),
             },
         };

@@ -31,7 +31,7 @@ use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
 
 /// How the links are reached from a routing snapshot.
-pub(crate) type LiveRouting = Routing<Option<Arc<LinkCell>>>;
+pub(crate) type LiveRouting = Routing<Arc<LinkCell>>;
 
 /// What became of a request.
 #[derive(Debug)]
@@ -56,8 +56,9 @@ pub(crate) struct Shared {
     cells: Mutex<HashMap<LinkId, Arc<LinkCell>>>,
     next_link: AtomicU64,
     pub(crate) routing: ArcSwap<LiveRouting>,
-    /// Counts the snapshots, for those who wait for a change.
-    pub(crate) routing_version: watch::Sender<u64>,
+    /// Counts the changes of who subscribes and serves, here and elsewhere.
+    pub(crate) routes_version: AtomicU64,
+    pub(crate) routes_changed: watch::Sender<()>,
     requests: Mutex<Requests<oneshot::Sender<Outcome>>>,
     pub(crate) inboxes: ArcSwap<Inboxes>,
     inboxes_change: Mutex<()>,
@@ -108,7 +109,8 @@ impl Shared {
             cells: Mutex::default(),
             next_link: AtomicU64::new(1),
             routing: ArcSwap::default(),
-            routing_version: watch::Sender::new(0),
+            routes_version: AtomicU64::new(0),
+            routes_changed: watch::Sender::new(()),
             requests: Mutex::default(),
             inboxes: ArcSwap::default(),
             inboxes_change: Mutex::default(),
@@ -149,13 +151,20 @@ impl Shared {
     pub(crate) fn with_mesh<R>(self: &Arc<Self>, tell: impl FnOnce(&mut Mesh, Time) -> R) -> R {
         let mut mesh = lock(&self.mesh);
         let result = tell(&mut mesh, self.now());
+        let mut routing = None;
         while let Some(action) = mesh.poll_action() {
-            self.perform(action);
+            if let Action::Route { link, peer, change } = action {
+                let routing = routing.get_or_insert_with(|| Routing::clone(&self.routing.load()));
+                if let Some(cell) = self.cell(link) {
+                    routing.apply(peer, link, &cell, change);
+                }
+            } else {
+                self.perform(action);
+            }
         }
-        if let Some(routing) = mesh.poll_routing() {
-            let cells = lock(&self.cells);
-            self.routing.store(Arc::new(routing.bind(|link| cells.get(link).cloned())));
-            self.routing_version.send_modify(|version| *version += 1);
+        if let Some(routing) = routing {
+            self.routing.store(Arc::new(routing));
+            self.tell_routes_changed();
         }
         if let Some(at) = mesh.poll_timeout() {
             self.wake_by(at);
@@ -185,7 +194,14 @@ impl Shared {
             }
             Action::Close { link, reason } => self.close_link(link, &reason),
             Action::Report(event) => self.report(event),
+            Action::Route { .. } => unreachable!("with_mesh takes it into the snapshot"),
         }
+    }
+
+    /// Who subscribes or serves, here or elsewhere, is not what it was.
+    fn tell_routes_changed(&self) {
+        self.routes_version.fetch_add(1, Ordering::Release);
+        self.routes_changed.send_replace(());
     }
 
     fn dial(self: &Arc<Self>, target: TargetKey, addresses: Vec<Address>) {
@@ -368,7 +384,7 @@ impl Shared {
         self.with_mesh(|mesh, _| mesh.unsubscribe(pattern));
         let _change = lock(&self.inboxes_change);
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
-        inboxes.remove(number);
+        inboxes.remove(pattern, number);
         self.inboxes.store(Arc::new(inboxes));
     }
 
@@ -389,7 +405,7 @@ impl Shared {
         services.insert(service.name.clone(), service.clone());
         drop(services);
         self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency));
-        self.routing_version.send_modify(|version| *version += 1);
+        self.tell_routes_changed();
         true
     }
 

@@ -50,7 +50,7 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
     let _too_slow = timeout_at(Instant::now() + GOODBYE, unlinked(shared)).await;
     shared.with_mesh(|mesh, now| mesh.close_all(now));
     shared.fail_all_requests();
-    shared.inboxes.load().all().for_each(|inbox| inbox.close());
+    shared.inboxes.load().all().into_iter().for_each(|inbox| inbox.close());
     let mut tasks = std::mem::take(&mut *lock(&shared.tasks));
     tasks.shutdown().await;
     if let Some(transport) = shared.transport.get() {
@@ -78,7 +78,7 @@ async fn settled(shared: &Arc<Shared>) {
 
 /// Until no peer is left.
 async fn unlinked(shared: &Arc<Shared>) {
-    let mut changes = shared.routing_version.subscribe();
+    let mut changes = shared.routes_changed.subscribe();
     while shared.routing.load().peers() > 0 {
         if changes.changed().await.is_err() {
             return;

@@ -16,7 +16,7 @@ use crate::engine::{Mesh, MeshConfig, Sighting};
 use crate::identity::{Identity, IdentityError, Incarnation, random_u64};
 use crate::link::Acceptor;
 use crate::link::zmq::ZmqPort;
-use crate::peer::Source;
+use crate::peer::{Address, Source};
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits};
 use crate::wire::Limits;
 
@@ -62,8 +62,15 @@ impl Node {
         let incarnation = Incarnation(random_u64());
         let name = config.name.clone().unwrap_or_else(host_name);
         let limits = Limits { max_body: config.max_body as u64, windows: [config.window; 3] };
-        let mesh_config =
-            MeshConfig { id, incarnation, mesh: config.mesh.clone(), name: name.clone(), limits };
+        let mesh_config = MeshConfig {
+            id,
+            incarnation,
+            mesh: config.mesh.clone(),
+            name: name.clone(),
+            limits,
+            gossip: config.gossip,
+            loopback_only: !config.trusts_network(),
+        };
         let mesh = Mesh::new(mesh_config, random_u64());
         let stem = random_u64() >> 22;
         let shared = Arc::new(Shared::new(id, name, config, limits, mesh, stem));
@@ -138,6 +145,9 @@ async fn start_sockets(
         );
     }
 
+    let reachable = reachable(&listening, &config.advertise);
+    shared.with_mesh(|mesh, _| mesh.set_addresses(reachable));
+
     let node = shared.clone();
     let sink: Sink = Arc::new(move |discovered| node.handle_discovered(discovered));
     discovery::fixed::announce(&config.peers, &sink);
@@ -158,6 +168,25 @@ async fn start_sockets(
         shared.spawn(watching);
     }
     Ok(listening)
+}
+
+/// The addresses under which a node that listens at `listening` can be dialled.
+fn reachable(listening: &[SocketAddr], advertise: &[Address]) -> Vec<Address> {
+    if !advertise.is_empty() {
+        return advertise.to_vec();
+    }
+    let mut addresses = Vec::new();
+    for bound in listening {
+        if !bound.ip().is_unspecified() {
+            addresses.push(Address::Tcp(*bound));
+            continue;
+        }
+        let interfaces = if_addrs::get_if_addrs().unwrap_or_default().into_iter();
+        let ips = interfaces.map(|interface| interface.ip());
+        let of_its_kind = ips.filter(|ip| ip.is_ipv4() == bound.is_ipv4() && !ip.is_loopback());
+        addresses.extend(of_its_kind.map(|ip| Address::Tcp((ip, bound.port()).into())));
+    }
+    addresses
 }
 
 #[cfg(unix)]

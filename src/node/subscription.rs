@@ -1,6 +1,6 @@
 //! Subscriptions: a bounded queue between a link's reader and a user's stream.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
@@ -11,7 +11,7 @@ use super::cell::Credit;
 use super::run::Run;
 use super::shared::Shared;
 use crate::address::{Pattern, Topic};
-use crate::engine::PatternTrie;
+use crate::engine::{Matches, PatternTrie};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -199,8 +199,7 @@ impl State {
 /// The local subscriptions, as a snapshot that is replaced when one comes or goes.
 #[derive(Clone, Default)]
 pub(crate) struct Inboxes {
-    trie: PatternTrie<u64>,
-    by_number: HashMap<u64, Arc<Inbox>>,
+    trie: PatternTrie<Arc<Inbox>>,
     next: u64,
 }
 
@@ -213,32 +212,24 @@ impl Inboxes {
     ) -> (u64, Arc<Inbox>) {
         self.next += 1;
         let inbox = Arc::new(Inbox::new(pattern.clone(), overflow, limit));
-        self.by_number.insert(self.next, inbox.clone());
-        self.trie.insert(pattern, self.next);
+        self.trie.insert(pattern, self.next, inbox.clone());
         (self.next, inbox)
     }
 
-    pub(crate) fn remove(&mut self, number: u64) {
-        self.by_number.remove(&number);
-        self.trie = PatternTrie::default();
-        for (number, inbox) in &self.by_number {
-            self.trie.insert(&inbox.pattern, *number);
-        }
+    pub(crate) fn remove(&mut self, pattern: &Pattern, number: u64) {
+        self.trie.remove(pattern, number);
     }
 
-    pub(crate) fn matching(&self, topic: &Topic) -> Vec<&Arc<Inbox>> {
-        if self.by_number.is_empty() {
-            return Vec::new();
-        }
-        self.trie.matches(topic).iter().filter_map(|number| self.by_number.get(number)).collect()
+    pub(crate) fn matching(&self, topic: &Topic) -> Matches<'_, Arc<Inbox>> {
+        self.trie.matches(topic)
     }
 
     pub(crate) fn has_match(&self, topic: &Topic) -> bool {
-        !self.by_number.is_empty() && !self.trie.matches(topic).is_empty()
+        !self.trie.is_empty() && !self.trie.matches(topic).is_empty()
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Inbox>> {
-        self.by_number.values()
+    pub(crate) fn all(&self) -> Vec<&Arc<Inbox>> {
+        self.trie.all()
     }
 }
 

@@ -5,12 +5,12 @@ use super::pack::{ArrayWriter, Fields, Reader, push_str};
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::MessageId;
-use crate::peer::ServiceInfo;
+use crate::peer::{Address, ServiceInfo};
 
 /// A record that needs no credit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Control {
-    /// `[1, mesh, id, incarnation, name, max_body, windows, seq, patterns, services]`
+    /// `[1, mesh, id, incarnation, name, max_body, windows, seq, patterns, services, addresses]`
     Hello(Box<Hello>),
     /// `[2]`: the decider takes this link for the pair.
     Accept,
@@ -26,6 +26,18 @@ pub(crate) enum Control {
     Probe(u64),
     /// `[8, nonce]`
     ProbeReply(u64),
+    /// `[9, [[id, addresses], …]]`: where other nodes may be found.
+    Peers(Vec<Hint>),
+}
+
+/// The most hints in one record.
+pub(crate) const MAX_HINTS: usize = 16;
+
+/// Where a node may be found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hint {
+    pub(crate) id: NodeId,
+    pub(crate) addresses: Vec<Address>,
 }
 
 /// Who a node is and what it wants; the first record on a link in each direction.
@@ -40,6 +52,8 @@ pub(crate) struct Hello {
     pub(crate) seq: u64,
     pub(crate) patterns: Vec<Pattern>,
     pub(crate) services: Vec<ServiceInfo>,
+    /// Where others reach it over a network.
+    pub(crate) addresses: Vec<Address>,
 }
 
 /// How much a node takes.
@@ -128,6 +142,16 @@ fn read_pattern(reader: &mut Reader<'_>) -> Result<Pattern, WireError> {
     Ok(reader.str()?.parse()?)
 }
 
+fn push_address(buf: &mut Vec<u8>, address: &Address) {
+    push_str(buf, &address.to_string());
+}
+
+/// Addresses, without those of a kind that this version doesn't know.
+fn read_addresses(fields: &mut Fields<'_, '_>) -> Result<Vec<Address>, WireError> {
+    let addresses = fields.list(|reader| Ok(reader.str()?.parse().ok()))?;
+    Ok(addresses.into_iter().flatten().collect())
+}
+
 impl Control {
     /// Appends the record, without its length prefix.
     pub(super) fn write(&self, buf: &mut Vec<u8>) {
@@ -147,6 +171,7 @@ impl Control {
                 record.uint(hello.seq);
                 record.list(hello.patterns.iter(), |buf, text| push_str(buf, text.as_str()));
                 record.list(hello.services.iter(), push_service);
+                record.list(hello.addresses.iter(), push_address);
             }
             Self::Accept => record.uint(2),
             Self::Announce(announcement) => {
@@ -185,6 +210,15 @@ impl Control {
             Self::ProbeReply(nonce) => {
                 record.uint(8);
                 record.uint(*nonce);
+            }
+            Self::Peers(hints) => {
+                record.uint(9);
+                record.list(hints.iter(), |buf, hint| {
+                    let mut pair = ArrayWriter::new(buf);
+                    pair.bin(hint.id.as_bytes());
+                    pair.list(hint.addresses.iter(), push_address);
+                    pair.finish();
+                });
             }
         }
         record.finish();
@@ -229,6 +263,13 @@ impl Control {
             }
             7 => Self::Probe(fields.need(Reader::uint)?),
             8 => Self::ProbeReply(fields.need(Reader::uint)?),
+            9 => Self::Peers(fields.list(|reader| {
+                let mut pair = reader.array()?;
+                let id = NodeId::from_bytes(pair.need(Reader::bin_array)?);
+                let addresses = read_addresses(&mut pair)?;
+                pair.finish()?;
+                Ok(Hint { id, addresses })
+            })?),
             _ => return Ok(None),
         }))
     }
@@ -257,5 +298,6 @@ fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
         seq: fields.need(Reader::uint)?,
         patterns: fields.list(read_pattern)?,
         services: fields.list(read_service)?,
+        addresses: read_addresses(fields)?,
     })
 }

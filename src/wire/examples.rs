@@ -59,6 +59,11 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         seq: 2,
         patterns: vec!["orders.>".parse().unwrap()],
         services: vec![ServiceInfo { name: "stock".parse().unwrap(), concurrency: 64 }],
+        addresses: vec!["10.0.0.1:4000".parse().unwrap()],
+    };
+    let hint = Hint {
+        id: NodeId::from_bytes([0xcc; 32]),
+        addresses: vec!["10.0.0.3:4000".parse().unwrap()],
     };
     let announcement = Announcement {
         seq: 3,
@@ -105,6 +110,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         ("failure", fresh, message(answer(5, 3, Payload::Failed(declined)))),
         ("cancel", fresh, control(Control::Cancel(id(3)))),
         ("probe", fresh, control(Control::Probe(1))),
+        ("peers", fresh, control(Control::Peers(vec![hint]))),
         ("bye", fresh, control(Control::Bye(Bye::Shutdown))),
     ]
 }

@@ -15,7 +15,7 @@ mod pack;
 mod record;
 
 pub(crate) use batch::{BatchEncoder, Decoded, EncodedBatch, EventPack, Preamble, Totals, decode};
-pub(crate) use control::{Announcement, Bye, Control, Hello, Limits};
+pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_HINTS};
 pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, OutgoingEvent, Payload, Record};
 
 /// The version of the protocol that this crate speaks.

@@ -27,7 +27,7 @@ pub(crate) struct NodeOptions {
     /// Address of a node to dial; repeatable
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) peer: Vec<Address>,
-    /// Address to announce by mDNS in place of the interfaces' own; repeatable
+    /// Address to tell others of in place of the interfaces' own; repeatable
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<Address>,
     /// Network interface for mDNS, and no other; repeatable
@@ -42,11 +42,15 @@ pub(crate) struct NodeOptions {
     /// Don't use multicast DNS
     #[arg(long)]
     pub(crate) no_mdns: bool,
+    /// Don't tell peers of each other, and don't dial whom they tell of
+    #[arg(long)]
+    pub(crate) no_gossip: bool,
 }
 
 impl NodeOptions {
     pub(crate) async fn start(&self) -> anyhow::Result<Node> {
-        let mut config = Node::builder().mesh(self.mesh.clone()).mdns(!self.no_mdns);
+        let mut config =
+            Node::builder().mesh(self.mesh.clone()).mdns(!self.no_mdns).gossip(!self.no_gossip);
         if self.no_local {
             config = config.local(false);
         }

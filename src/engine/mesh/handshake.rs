@@ -1,18 +1,15 @@
 //! From a connection to a link: hello, decision, accept, and what changes afterwards.
 
-use std::collections::HashSet;
-
 use super::{
-    Action, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent, PROBE_TIMEOUT, Peer,
+    About, Action, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent, PROBE_TIMEOUT,
     Phase, Probe,
 };
-use crate::address::{Pattern, ServiceName};
-use crate::engine::{LinkId, TargetKey, Time};
+use crate::engine::{LinkId, RouteChange, TargetKey, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::wire::{Announcement, Bye, Control, Hello};
 
 impl Mesh {
-    pub(super) fn handle_hello(&mut self, now: Time, link: LinkId, hello: Box<Hello>) {
+    pub(super) fn handle_hello(&mut self, now: Time, link: LinkId, hello: Hello) {
         let Some(entry) = self.links.get_mut(&link) else {
             return;
         };
@@ -56,9 +53,9 @@ impl Mesh {
             return self.handle_violation(now, link, text);
         }
         let (id, incarnation) = (hello.id, hello.incarnation);
-        entry.hello = Some(hello);
-        entry.phase = Phase::Deciding { deadline: now + HELLO_TIMEOUT };
+        entry.about = Some(Box::new(About::from(hello)));
         let answer = !entry.hello_sent;
+        self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
         self.dialer.handle_identified(link, id);
         if answer {
             self.send_hello(link);
@@ -69,29 +66,28 @@ impl Mesh {
     }
 
     fn decide(&mut self, now: Time, link: LinkId, id: NodeId, incarnation: Incarnation) {
-        let Some(peer) = self.peers.get_mut(&id) else {
+        let Some(&old) = self.peers.get(&id) else {
             return self.accept(now, link);
         };
-        let known = self.links.get(&peer.link).and_then(|link| link.hello.as_ref());
-        if peer.probe.is_some() || known.is_some_and(|hello| hello.incarnation == incarnation) {
+        let known = self.about(old).is_some_and(|about| about.incarnation == incarnation);
+        if known || self.probes.contains_key(&id) {
             self.send(link, Control::Bye(Bye::Duplicate));
             return self.close(now, link, DownReason::Bye(Bye::Duplicate));
         }
         self.nonce += 1;
-        let (old, nonce) = (peer.link, self.nonce);
-        peer.probe = Some(Probe { newcomer: link, nonce, deadline: now + PROBE_TIMEOUT });
+        let nonce = self.nonce;
+        self.probes.insert(id, Probe { newcomer: link, nonce, deadline: now + PROBE_TIMEOUT });
         self.send(old, Control::Probe(nonce));
     }
 
     pub(super) fn handle_probe_reply(&mut self, now: Time, link: LinkId, nonce: u64) {
-        let id = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
-        let Some(peer) = id.and_then(|id| self.peers.get_mut(&id)) else {
+        let Some(id) = self.about(link).map(|about| about.id) else {
             return;
         };
-        if peer.probe.as_ref().is_none_or(|probe| probe.nonce != nonce) {
+        if self.probes.get(&id).is_none_or(|probe| probe.nonce != nonce) {
             return;
         }
-        if let Some(probe) = peer.probe.take() {
+        if let Some(probe) = self.probes.remove(&id) {
             self.send(probe.newcomer, Control::Bye(Bye::IdentityInUse));
             let text = "another live node has its identity".to_owned();
             self.refuse(now, probe.newcomer, text, false);
@@ -109,14 +105,13 @@ impl Mesh {
     }
 
     fn open(&mut self, link: LinkId) {
-        let hello = self.links.get(&link).and_then(|link| link.hello.as_ref());
-        if let Some(limits) = hello.map(|hello| hello.limits) {
+        if let Some(limits) = self.about(link).map(|about| about.limits) {
             self.actions.push_back(Action::Open { link, limits });
         }
     }
 
     pub(super) fn handle_accept(&mut self, now: Time, link: LinkId) {
-        let decider = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id));
+        let decider = self.about(link).map(|about| about.id);
         if decider.is_some_and(|id| id < self.me.id) {
             self.open(link);
             self.establish(now, link);
@@ -126,45 +121,64 @@ impl Mesh {
     }
 
     pub(super) fn establish(&mut self, now: Time, link: LinkId) {
-        let Some(id) = self.links.get(&link).and_then(|link| Some(link.hello.as_ref()?.id)) else {
+        let Some(id) = self.about(link).map(|about| about.id) else {
             return;
         };
-        if let Some(old) = self.peers.get(&id).map(|peer| peer.link) {
+        if let Some(old) = self.peers.get(&id).copied() {
             self.end(now, old, DownReason::Replaced);
         }
-        if let Some(entry) = self.links.get_mut(&link) {
-            entry.phase = Phase::Up;
-        }
-        self.peers.insert(id, Peer { link, probe: None });
+        self.set_phase(link, Phase::Up);
+        self.peers.insert(id, link);
         self.dialer.handle_success(link);
-        self.routing_changed = true;
         if let Some(info) = self.peer_info(link) {
+            self.route(link, id, RouteChange::Up);
+            let (patterns, services) =
+                (info.patterns.iter().cloned(), info.services.iter().cloned());
+            patterns.for_each(|pattern| self.route(link, id, RouteChange::Subscribed(pattern)));
+            services.for_each(|service| self.route(link, id, RouteChange::Serving(service)));
             self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
         }
+        self.introduce(now, link, id);
     }
 
-    pub(super) fn handle_announcement(&mut self, now: Time, link: LinkId, news: &Announcement) {
+    pub(super) fn handle_announcement(&mut self, now: Time, link: LinkId, news: Announcement) {
         let Some(entry) = self.links.get_mut(&link) else {
             return;
         };
-        let Some(hello) = entry.hello.as_mut() else {
+        let (Some(about), is_up) = (&mut entry.about, matches!(entry.phase, Phase::Up)) else {
             return;
         };
-        if hello.seq.checked_add(1) != Some(news.seq) {
+        if about.seq.checked_add(1) != Some(news.seq) {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
-        hello.seq = news.seq;
-        let changed: HashSet<&Pattern> = news.unsubscribed.iter().chain(&news.subscribed).collect();
-        hello.patterns.retain(|pattern| !changed.contains(pattern));
-        hello.patterns.extend(news.subscribed.iter().cloned());
-        let serving = news.serving.iter().map(|info| &info.name);
-        let changed: HashSet<&ServiceName> = serving.chain(&news.withdrawn).collect();
-        hello.services.retain(|info| !changed.contains(&info.name));
-        hello.services.extend(news.serving.iter().cloned());
-        if hello.patterns.len() + hello.services.len() > MAX_ANNOUNCED {
-            return self.handle_violation(now, link, "it announces too much".into());
+        about.seq = news.seq;
+        let (id, mut changes) = (about.id, Vec::new());
+        for pattern in news.unsubscribed {
+            if about.patterns.remove(&pattern) {
+                changes.push(RouteChange::Unsubscribed(pattern));
+            }
         }
-        self.routing_changed |= matches!(entry.phase, Phase::Up);
+        for pattern in news.subscribed {
+            if about.patterns.insert(pattern.clone()) {
+                changes.push(RouteChange::Subscribed(pattern));
+            }
+        }
+        for name in news.withdrawn {
+            if about.services.remove(&name).is_some() {
+                changes.push(RouteChange::Withdrawn(name));
+            }
+        }
+        for service in news.serving {
+            about.services.insert(service.name.clone(), service.concurrency);
+            changes.push(RouteChange::Serving(service));
+        }
+        let too_much = about.patterns.len() + about.services.len() > MAX_ANNOUNCED;
+        if is_up {
+            changes.into_iter().for_each(|change| self.route(link, id, change));
+        }
+        if too_much {
+            self.handle_violation(now, link, "it announces too much".into());
+        }
     }
 
     pub(super) fn handle_bye(&mut self, now: Time, link: LinkId, bye: Bye) {

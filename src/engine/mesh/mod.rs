@@ -8,17 +8,19 @@
 //!
 //! Of two nodes the one with the smaller id decides which connection becomes their one link.
 
+mod gossip;
 mod handshake;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, Sighting, TargetKey};
-use crate::engine::{LinkId, Routing, Time};
+use crate::engine::{LinkId, RouteChange, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::wire::{Announcement, Bye, Control, Hello, Limits};
+use gossip::Gossip;
 
 /// A connection without a hello ends after this.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,6 +37,10 @@ pub(crate) struct MeshConfig {
     pub(crate) mesh: MeshName,
     pub(crate) name: String,
     pub(crate) limits: Limits,
+    /// Whether it tells peers of each other, and listens to what they tell.
+    pub(crate) gossip: bool,
+    /// It dials nobody beyond this host.
+    pub(crate) loopback_only: bool,
 }
 
 /// What is known of a connection from its outside.
@@ -77,6 +83,12 @@ pub(crate) enum Action {
         link: LinkId,
         reason: DownReason,
     },
+    /// Take a change into the routing snapshot.
+    Route {
+        link: LinkId,
+        peer: NodeId,
+        change: RouteChange,
+    },
     Report(MeshEvent),
 }
 
@@ -100,7 +112,7 @@ pub(crate) enum MeshEvent {
     },
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 enum Phase {
     /// Waiting for the peer's hello.
     Greeting {
@@ -118,7 +130,37 @@ struct Link {
     connection: Connection,
     phase: Phase,
     hello_sent: bool,
-    hello: Option<Box<Hello>>,
+    /// What the peer said of itself.
+    about: Option<Box<About>>,
+}
+
+/// A peer's hello, kept up to date by its announcements.
+#[derive(Debug)]
+struct About {
+    id: NodeId,
+    incarnation: Incarnation,
+    name: String,
+    limits: Limits,
+    addresses: Vec<Address>,
+    seq: u64,
+    patterns: BTreeSet<Pattern>,
+    services: BTreeMap<ServiceName, u32>,
+}
+
+impl From<Hello> for About {
+    fn from(hello: Hello) -> Self {
+        let services = hello.services.into_iter();
+        Self {
+            id: hello.id,
+            incarnation: hello.incarnation,
+            name: hello.name,
+            limits: hello.limits,
+            addresses: hello.addresses,
+            seq: hello.seq,
+            patterns: hello.patterns.into_iter().collect(),
+            services: services.map(|info| (info.name, info.concurrency)).collect(),
+        }
+    }
 }
 
 /// A peer whose old link is being probed for a newcomer's sake.
@@ -129,44 +171,51 @@ struct Probe {
     deadline: Time,
 }
 
-#[derive(Debug)]
-struct Peer {
-    link: LinkId,
-    probe: Option<Probe>,
-}
-
 /// A node's view of its mesh, pure.
 #[derive(Debug)]
 pub(crate) struct Mesh {
     me: MeshConfig,
+    /// Where others reach this node over a network.
+    addresses: Vec<Address>,
     seq: u64,
     /// How many local subscriptions ask for each pattern.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
     links: HashMap<LinkId, Link>,
-    peers: BTreeMap<NodeId, Peer>,
+    /// When the connections that are no links yet run out of time.
+    deadlines: BTreeSet<(Time, LinkId)>,
+    peers: BTreeMap<NodeId, LinkId>,
+    probes: BTreeMap<NodeId, Probe>,
     dialer: Dialer,
     dialing: bool,
+    gossip: Gossip,
     nonce: u64,
     actions: VecDeque<Action>,
-    routing_changed: bool,
 }
 
 impl Mesh {
     pub(crate) fn new(me: MeshConfig, seed: u64) -> Self {
         Self {
+            addresses: Vec::new(),
             seq: 0,
             patterns: BTreeMap::new(),
             services: BTreeMap::new(),
             links: HashMap::new(),
+            deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
+            probes: BTreeMap::new(),
             dialer: Dialer::new(me.id, seed),
             dialing: true,
+            gossip: Gossip::new(me.id),
             nonce: 0,
             actions: VecDeque::new(),
-            routing_changed: false,
             me,
         }
+    }
+
+    /// Where others reach this node over a network; told in hellos from now on.
+    pub(crate) fn set_addresses(&mut self, addresses: Vec<Address>) {
+        self.addresses = addresses;
     }
 
     // What discovery and the links tell.
@@ -182,6 +231,7 @@ impl Mesh {
 
     pub(crate) fn handle_dial_failed(&mut self, now: Time, target: &TargetKey, error: String) {
         self.dialer.handle_dial_failed(now, target, error);
+        self.dial_due(now);
     }
 
     pub(crate) fn handle_connected(&mut self, now: Time, link: LinkId, connection: Connection) {
@@ -189,11 +239,14 @@ impl Mesh {
             self.dialer.handle_connected(target, link);
         }
         let dialled = connection.target.is_some();
-        let phase = Phase::Greeting { deadline: now + HELLO_TIMEOUT };
-        self.links.insert(link, Link { connection, phase, hello_sent: false, hello: None });
+        let deadline = now + HELLO_TIMEOUT;
+        let phase = Phase::Greeting { deadline };
+        self.links.insert(link, Link { connection, phase, hello_sent: false, about: None });
+        self.deadlines.insert((deadline, link));
         if dialled {
             self.send_hello(link);
         }
+        self.dial_due(now);
     }
 
     /// A control record that is the mesh's to handle.
@@ -202,12 +255,13 @@ impl Mesh {
             // What still arrives on a link that ended is ignored.
             (_, None) => {}
             (Control::Hello(hello), Some(Phase::Greeting { .. })) => {
-                self.handle_hello(now, link, hello);
+                self.handle_hello(now, link, *hello);
             }
             (Control::Accept, Some(Phase::Deciding { .. })) => self.handle_accept(now, link),
             (Control::Announce(announcement), Some(Phase::Deciding { .. } | Phase::Up)) => {
-                self.handle_announcement(now, link, &announcement);
+                self.handle_announcement(now, link, *announcement);
             }
+            (Control::Peers(hints), Some(Phase::Up)) => self.handle_hints(now, link, hints),
             (Control::Bye(bye), Some(_)) => self.handle_bye(now, link, bye),
             (Control::Probe(nonce), Some(Phase::Up)) => self.send(link, Control::ProbeReply(nonce)),
             (Control::ProbeReply(nonce), Some(Phase::Up)) => {
@@ -243,58 +297,30 @@ impl Mesh {
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Time) {
-        let late = self.links.iter().filter_map(|(id, link)| match link.phase {
-            Phase::Greeting { deadline } | Phase::Deciding { deadline } if deadline <= now => {
-                Some(*id)
-            }
-            _ => None,
-        });
-        for link in late.collect::<Vec<_>>() {
+        let late = self.deadlines.iter().take_while(|(deadline, _)| *deadline <= now);
+        for link in late.map(|(_, link)| *link).collect::<Vec<_>>() {
             if !self.is_probing_for(link) {
                 self.refuse(now, link, "no hello within 5 s".into(), false);
             }
         }
-        let probes = self.peers.iter().filter_map(|(id, peer)| {
-            let probe = peer.probe.as_ref()?;
-            (probe.deadline <= now).then_some((*id, probe.newcomer))
-        });
-        for (id, newcomer) in probes.collect::<Vec<_>>() {
-            if let Some(peer) = self.peers.get_mut(&id) {
-                peer.probe = None;
-            }
+        let done = self.probes.iter().filter(|(_, probe)| probe.deadline <= now);
+        for (id, newcomer) in done.map(|(id, probe)| (*id, probe.newcomer)).collect::<Vec<_>>() {
+            self.probes.remove(&id);
             self.accept(now, newcomer);
         }
+        self.gossip_due(now);
         self.dial_due(now);
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
-        let links = self.links.values().filter_map(|link| match link.phase {
-            Phase::Greeting { deadline } | Phase::Deciding { deadline } => Some(deadline),
-            Phase::Up => None,
-        });
-        let probes = self.peers.values().filter_map(|peer| Some(peer.probe.as_ref()?.deadline));
-        let dials =
-            self.dialing.then(|| self.dialer.poll_timeout(|id| self.is_linked(id))).flatten();
-        links.chain(probes).chain(dials).min()
+        let links = self.deadlines.first().map(|(deadline, _)| *deadline);
+        let probes = self.probes.values().map(|probe| probe.deadline).min();
+        let dials = self.dialing.then(|| self.dialer.poll_timeout()).flatten();
+        [links, probes, dials, self.gossip_at()].into_iter().flatten().min()
     }
 
     pub(crate) fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
-    }
-
-    /// The new snapshot, if anything changed since the last call.
-    pub(crate) fn poll_routing(&mut self) -> Option<Routing> {
-        if !std::mem::take(&mut self.routing_changed) {
-            return None;
-        }
-        let mut routing = Routing::default();
-        for (id, peer) in &self.peers {
-            if let Some(hello) = self.links.get(&peer.link).and_then(|link| link.hello.as_ref()) {
-                let services = hello.services.iter().map(|info| (&info.name, info.concurrency));
-                routing.add_peer(*id, peer.link, hello.patterns.iter(), services);
-            }
-        }
-        Some(routing)
     }
 
     // What the user of the node does.
@@ -340,7 +366,7 @@ impl Mesh {
 
     /// Says goodbye to every peer.
     pub(crate) fn say_goodbye(&mut self) {
-        let links: Vec<LinkId> = self.peers.values().map(|peer| peer.link).collect();
+        let links: Vec<LinkId> = self.peers.values().copied().collect();
         for link in links {
             self.send(link, Control::Bye(Bye::Shutdown));
         }
@@ -348,14 +374,14 @@ impl Mesh {
 
     /// Asks every peer to confirm at once what it has consumed.
     pub(crate) fn probe_all(&mut self) {
-        let links: Vec<LinkId> = self.peers.values().map(|peer| peer.link).collect();
+        let links: Vec<LinkId> = self.peers.values().copied().collect();
         for link in links {
             self.send(link, Control::Probe(0));
         }
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerInfo> {
-        self.peers.values().filter_map(|peer| self.peer_info(peer.link)).collect()
+        self.peers.values().filter_map(|link| self.peer_info(*link)).collect()
     }
 
     /// Ends whatever connection is left.
@@ -368,6 +394,11 @@ impl Mesh {
 
     pub(crate) fn unreachable(&self) -> Vec<Unreachable> {
         self.dialer.unreachable(|id| self.is_linked(id))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn peer_count(&self) -> usize {
+        self.peers.len()
     }
 
     pub(crate) fn is_linked(&self, id: &NodeId) -> bool {
@@ -392,11 +423,8 @@ impl Mesh {
         let Some(entry) = self.links.get(&link) else {
             return;
         };
-        match (&entry.phase, &entry.hello) {
-            (Phase::Up, Some(hello)) => {
-                let (id, name) = (hello.id, hello.name.clone());
-                self.end_peer(now, link, id, name, reason);
-            }
+        match (entry.phase, &entry.about) {
+            (Phase::Up, Some(_)) => self.end_peer(now, link, reason),
             _ => {
                 if reason != DownReason::Bye(Bye::Duplicate) {
                     let text = match &reason {
@@ -410,10 +438,18 @@ impl Mesh {
         }
     }
 
-    fn end_peer(&mut self, now: Time, link: LinkId, id: NodeId, name: String, reason: DownReason) {
-        let newcomer =
-            self.peers.remove(&id).and_then(|peer| peer.probe).map(|probe| probe.newcomer);
-        self.routing_changed = true;
+    fn end_peer(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        let Some(About { id, name, patterns, services, .. }) =
+            self.links.get_mut(&link).and_then(|link| link.about.take()).map(|about| *about)
+        else {
+            return;
+        };
+        self.peers.remove(&id);
+        let newcomer = self.probes.remove(&id).map(|probe| probe.newcomer);
+        patterns.into_iter().for_each(|it| self.route(link, id, RouteChange::Unsubscribed(it)));
+        let names = services.into_keys();
+        names.for_each(|name| self.route(link, id, RouteChange::Withdrawn(name)));
+        self.route(link, id, RouteChange::Down);
         let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
         self.actions.push_back(Action::Report(report));
         self.close(now, link, reason);
@@ -424,15 +460,12 @@ impl Mesh {
     }
 
     fn close(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        if self.links.remove(&link).is_some() {
+        if let Some(entry) = self.links.remove(&link) {
+            self.set_deadline(link, entry.phase, None);
             self.actions.push_back(Action::Close { link, reason });
         }
         self.dialer.handle_ended(now, link);
-        for peer in self.peers.values_mut() {
-            if peer.probe.as_ref().is_some_and(|probe| probe.newcomer == link) {
-                peer.probe = None;
-            }
-        }
+        self.probes.retain(|_, probe| probe.newcomer != link);
     }
 
     // Small parts.
@@ -450,8 +483,31 @@ impl Mesh {
     }
 
     fn is_probing_for(&self, link: LinkId) -> bool {
-        let probes = self.peers.values().filter_map(|peer| peer.probe.as_ref());
-        probes.into_iter().any(|probe| probe.newcomer == link)
+        self.probes.values().any(|probe| probe.newcomer == link)
+    }
+
+    fn set_phase(&mut self, link: LinkId, phase: Phase) {
+        if let Some(entry) = self.links.get_mut(&link) {
+            let before = std::mem::replace(&mut entry.phase, phase);
+            self.set_deadline(link, before, Some(phase));
+        }
+    }
+
+    fn set_deadline(&mut self, link: LinkId, before: Phase, now: Option<Phase>) {
+        if let Some(deadline) = before.deadline() {
+            self.deadlines.remove(&(deadline, link));
+        }
+        if let Some(deadline) = now.and_then(Phase::deadline) {
+            self.deadlines.insert((deadline, link));
+        }
+    }
+
+    fn about(&self, link: LinkId) -> Option<&About> {
+        self.links.get(&link)?.about.as_deref()
+    }
+
+    fn route(&mut self, link: LinkId, peer: NodeId, change: RouteChange) {
+        self.actions.push_back(Action::Route { link, peer, change });
     }
 
     fn send(&mut self, link: LinkId, control: Control) {
@@ -459,11 +515,7 @@ impl Mesh {
     }
 
     fn send_hello(&mut self, link: LinkId) {
-        let services = self.services.iter();
-        let services = services.map(|(name, concurrency)| ServiceInfo {
-            name: name.clone(),
-            concurrency: *concurrency,
-        });
+        let services = self.services.iter().map(service_info);
         let hello = Hello {
             mesh: self.me.mesh.clone(),
             id: self.me.id,
@@ -473,6 +525,7 @@ impl Mesh {
             seq: self.seq,
             patterns: self.patterns.keys().cloned().collect(),
             services: services.collect(),
+            addresses: self.addresses.clone(),
         };
         if let Some(entry) = self.links.get_mut(&link) {
             entry.hello_sent = true;
@@ -493,24 +546,37 @@ impl Mesh {
 
     fn peer_info(&self, link: LinkId) -> Option<PeerInfo> {
         let entry = self.links.get(&link)?;
-        let hello = entry.hello.as_ref()?;
+        let about = entry.about.as_ref()?;
         let local = matches!(entry.connection.address, Some(Address::Local(_)));
         let source = self
             .dialer
             .source(link)
             .or(local.then_some(Source::Local))
-            .or_else(|| self.dialer.sighted_by(&hello.id))
+            .or_else(|| self.dialer.sighted_by(&about.id))
             .unwrap_or(Source::Inbound);
         Some(PeerInfo {
-            id: hello.id,
-            incarnation: hello.incarnation,
-            name: hello.name.clone(),
+            id: about.id,
+            incarnation: about.incarnation,
+            name: about.name.clone(),
             source,
             address: entry.connection.address.clone(),
-            patterns: hello.patterns.clone(),
-            services: hello.services.clone(),
+            patterns: about.patterns.iter().cloned().collect(),
+            services: about.services.iter().map(service_info).collect(),
             suspect_for: None,
         })
+    }
+}
+
+fn service_info((name, concurrency): (&ServiceName, &u32)) -> ServiceInfo {
+    ServiceInfo { name: name.clone(), concurrency: *concurrency }
+}
+
+impl Phase {
+    fn deadline(self) -> Option<Time> {
+        match self {
+            Self::Greeting { deadline } | Self::Deciding { deadline } => Some(deadline),
+            Self::Up => None,
+        }
     }
 }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::wire::Hint;
 
 const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 3] };
 
@@ -9,6 +10,8 @@ fn mesh(byte: u8, incarnation: u64) -> Mesh {
         mesh: MeshName::default(),
         name: format!("node {byte}"),
         limits: LIMITS,
+        gossip: true,
+        loopback_only: false,
     };
     Mesh::new(config, 1)
 }
@@ -180,4 +183,81 @@ fn who_announces_without_end_loses_its_link() {
     let flood = Announcement { seq: 1, subscribed, ..Announcement::default() };
     a.handle_control(at(3), LinkId(1), Control::Announce(Box::new(flood)));
     assert!(!a.is_linked(&b.me.id));
+}
+
+/// The addresses that a mesh dials, once it has been told of node 9 over a link from there.
+fn dialled_after_hint(hinted: &str, from: &str, loopback_only: bool) -> Vec<String> {
+    let mut a = mesh(1, 1);
+    let mut b = mesh(2, 1);
+    a.me.loopback_only = loopback_only;
+    let address = |text: &str| text.parse::<Address>().unwrap();
+    let near = Connection { address: Some(address(from)), ..Connection::default() };
+    a.handle_connected(at(1), LinkId(1), near);
+    let target = Some(TargetKey::Address(address("192.0.2.1:1")));
+    b.handle_connected(at(1), LinkId(1), Connection { target, ..Connection::default() });
+    exchange(&mut a, &mut b);
+    let addresses = hinted.split(' ').map(address).collect();
+    let hint = Hint { id: NodeId::from_bytes([9; 32]), addresses };
+    a.handle_control(at(3), LinkId(1), Control::Peers(vec![hint]));
+    let dialled = actions(&mut a).into_iter().find_map(|action| match action {
+        Action::Dial { addresses, .. } => Some(addresses),
+        _ => None,
+    });
+    dialled.unwrap_or_default().iter().map(Address::to_string).collect()
+}
+
+#[test]
+fn hearsay_leads_to_this_host_only_if_it_comes_from_it() {
+    let hinted = "10.0.0.9:7 127.0.0.1:7 [::ffff:127.0.0.2]:7 0.0.0.0:7 224.0.0.1:7 10.0.0.9:0";
+    assert_eq!(dialled_after_hint(hinted, "10.0.0.2:5", false), ["10.0.0.9:7"]);
+    let here = ["10.0.0.9:7", "127.0.0.1:7", "[::ffff:127.0.0.2]:7"];
+    assert_eq!(dialled_after_hint(hinted, "127.0.0.1:5", false), here);
+    assert_eq!(dialled_after_hint(hinted, "127.0.0.1:5", true), here[1..]);
+    assert_eq!(dialled_after_hint("localhost:7 10.0.0.9:0", "10.0.0.2:5", false), [""; 0]);
+}
+
+#[test]
+fn two_peers_of_one_node_hear_of_each_other() {
+    let mut seed = mesh(5, 1);
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    let address = |byte| Address::Tcp(([10, 0, 0, byte], 7).into());
+    a.set_addresses(vec![address(1)]);
+    b.set_addresses(vec![address(2)]);
+    linked(&mut a, &mut seed, LinkId(1));
+    linked(&mut b, &mut seed, LinkId(2));
+    // What the seed said to the first is still in its queue of actions, or was said to it.
+    exchange(&mut a, &mut seed);
+    b.handle_timeout(at(400));
+    let heard = b.dialer.sighted_by(&a.me.id).or(a.dialer.sighted_by(&b.me.id));
+    assert_eq!(heard, Some(Source::Gossip));
+}
+
+#[test]
+fn hearsay_is_bounded_and_forgotten() {
+    let mut me = mesh(1, 1);
+    let id = |n: u32| {
+        let mut bytes = [9; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        NodeId::from_bytes(bytes)
+    };
+    let address = vec![Address::Tcp(([192, 0, 2, 1], 7).into())];
+    for n in 0..10_000 {
+        me.dialer.handle_hint(at(0), id(n), address.clone());
+    }
+    let mut now = 0;
+    let mut attempts = 0;
+    while let Some(due) = me.poll_timeout() {
+        now += 1_000;
+        assert!(due < at(now + 60_000));
+        me.handle_timeout(at(now));
+        while let Some(action) = me.poll_action() {
+            let Action::Dial { target, .. } = action else { panic!("{action:?}") };
+            attempts += 1;
+            me.handle_dial_failed(at(now), &target, "nobody there".into());
+        }
+    }
+    assert_eq!(attempts, 4096 * 5, "so many targets, so often each");
+    assert!(me.unreachable().is_empty());
+    me.dialer.handle_hint(at(now), id(1), address);
+    assert!(me.poll_timeout().is_some(), "there is room again");
 }

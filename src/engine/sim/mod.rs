@@ -1,8 +1,10 @@
 //! A simulator: many engines, virtual time, one seed.
 //!
 //! `world` moves batches and time, and breaks things; `node` is the engine's shell, as thin as
-//! it can be; `ledger` checks the promises; `tests` runs seeds.
+//! it can be; `ledger` checks the promises; `tests` runs seeds. `crowd` is another world, of
+//! nothing but meshes, so that there can be many of them.
 
+mod crowd;
 mod ledger;
 mod node;
 mod tests;

@@ -122,6 +122,8 @@ impl SimNode {
             mesh: "sim".parse().unwrap(),
             name: format!("node {}", life.node),
             limits: LIMITS,
+            gossip: true,
+            loopback_only: false,
         };
         let mut mesh = Mesh::new(config, life.number * 31 + life.node as u64);
         for node in (0..nodes).filter(|node| *node != life.node) {
@@ -165,7 +167,8 @@ impl SimNode {
         let body = Bytes::from(vec![0; self.random.below(300) as usize]);
         let header = Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
         let envelope = Envelope { header, payload: Payload::Event(body) };
-        let links: Vec<LinkId> = self.routing.subscribers(&topic).map(|(_, link)| *link).collect();
+        let links: Vec<LinkId> =
+            self.routing.subscribers(&topic).iter().map(|(_, link)| **link).collect();
         for link in links {
             self.enqueue(now, link, envelope.clone(), ledger);
         }
@@ -188,7 +191,8 @@ impl SimNode {
         let name: ServiceName = service.parse().unwrap();
         self.turn += 1;
         let flows = &self.flows;
-        let chosen = least_loaded(self.routing.instances(&name), self.turn, |instance| {
+        let instances: Vec<_> = self.routing.instances(&name).collect();
+        let chosen = least_loaded(&instances, self.turn, |instance| {
             let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
             (load, instance.concurrency)
         });
@@ -555,10 +559,10 @@ impl SimNode {
                 }
                 Action::Report(MeshEvent::IdentityConflict { .. }) => panic!("ids are unique here"),
                 Action::Report(_) => {}
+                Action::Route { link, peer, change } => {
+                    self.routing.apply(peer, link, &link, change);
+                }
             }
-        }
-        if let Some(routing) = self.mesh.poll_routing() {
-            self.routing = routing;
         }
     }
 

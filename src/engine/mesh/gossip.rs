@@ -1,0 +1,169 @@
+//! Hearsay: peers tell each other whom they know, so that one reachable peer joins a node to the
+//! whole mesh, across subnets that multicast doesn't cross.
+//!
+//! What is told are hints, and each node tells only of peers that it is linked to itself. When a
+//! link comes up, both ends tell each other of some peers, and some peers of the new one; later
+//! every node tells one peer after the other, ever more slowly, for what was missed. A telling has a fixed
+//! size, so what a node sends grows with the number of its links. Whom it tells of goes round all
+//! peers in the order of their ids, from its own id on, so that different nodes tell of different
+//! ones.
+
+use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Unbounded};
+use std::time::Duration;
+
+use super::Mesh;
+use crate::engine::dialer::MAX_ADDRESSES;
+use crate::engine::{LinkId, Time};
+use crate::identity::NodeId;
+use crate::peer::Address;
+use crate::wire::{Control, Hint, MAX_HINTS};
+
+/// How long after a new peer a node tells one of its peers of others; the pause doubles from
+/// telling to telling.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// How many peers are told of a new one.
+const TOLD_OF_NEW: usize = 3;
+
+/// How far a node is in telling.
+#[derive(Debug)]
+pub(super) struct Gossip {
+    /// The peer that was told of last.
+    of: NodeId,
+    /// The peer that was told last.
+    to: NodeId,
+    /// When the next is told, and how long after that the one behind it.
+    next: Time,
+    pause: Duration,
+}
+
+impl Gossip {
+    pub(super) fn new(me: NodeId) -> Self {
+        Self { of: me, to: me, next: Time::default(), pause: FIRST_PAUSE }
+    }
+}
+
+impl Mesh {
+    /// A new peer is told of some others, and some others of it.
+    pub(super) fn introduce(&mut self, now: Time, link: LinkId, id: NodeId) {
+        if !self.me.gossip {
+            return;
+        }
+        if self.gossip.pause > FIRST_PAUSE || self.peers.len() == 2 {
+            self.gossip.pause = FIRST_PAUSE;
+            self.gossip.next = now + FIRST_PAUSE;
+        }
+        self.tell(link, id);
+        let Some(hint) = self.hint(link) else { return };
+        for _ in 0..TOLD_OF_NEW.min(self.peers.len() - 1) {
+            if let Some((to, link)) = self.next_listener()
+                && to != id
+            {
+                self.send(link, Control::Peers(vec![hint.clone()]));
+            }
+        }
+    }
+
+    /// Tells one peer of some others, now and then.
+    pub(super) fn gossip_due(&mut self, now: Time) {
+        if self.gossip_at().is_none_or(|at| at > now) {
+            return;
+        }
+        self.gossip.next = now + self.gossip.pause;
+        self.gossip.pause = (2 * self.gossip.pause).min(LONGEST_PAUSE);
+        if let Some((id, link)) = self.next_listener() {
+            self.tell(link, id);
+        }
+    }
+
+    pub(super) fn gossip_at(&self) -> Option<Time> {
+        (self.me.gossip && self.dialing && self.peers.len() > 1).then_some(self.gossip.next)
+    }
+
+    fn tell(&mut self, link: LinkId, id: NodeId) {
+        let mut hints = Vec::new();
+        for (other, over) in after(&self.peers, self.gossip.of).take(MAX_HINTS) {
+            self.gossip.of = other;
+            if other != id {
+                hints.extend(self.hint(over));
+            }
+        }
+        if !hints.is_empty() {
+            self.send(link, Control::Peers(hints));
+        }
+    }
+
+    fn next_listener(&mut self) -> Option<(NodeId, LinkId)> {
+        let next = after(&self.peers, self.gossip.to).next()?;
+        self.gossip.to = next.0;
+        Some(next)
+    }
+
+    /// Where a peer can be reached: what it says itself, and where we reached it.
+    fn hint(&self, link: LinkId) -> Option<Hint> {
+        let entry = self.links.get(&link)?;
+        let about = entry.about.as_ref()?;
+        let mut addresses = about.addresses.clone();
+        if entry.connection.target.is_some()
+            && let Some(address) = &entry.connection.address
+            && may_be_told(address)
+            && !addresses.contains(address)
+        {
+            addresses.insert(0, address.clone());
+        }
+        addresses.truncate(MAX_ADDRESSES);
+        (!addresses.is_empty()).then_some(Hint { id: about.id, addresses })
+    }
+
+    /// A peer told of others.
+    pub(super) fn handle_hints(&mut self, now: Time, link: LinkId, hints: Vec<Hint>) {
+        if !self.me.gossip || !self.dialing {
+            return;
+        }
+        let here = self.links.get(&link).and_then(|link| link.connection.address.as_ref());
+        let from_here = here.is_some_and(is_of_this_host);
+        for Hint { id, mut addresses } in hints.into_iter().take(MAX_HINTS) {
+            // This host's own addresses mean something else to a peer elsewhere.
+            addresses.retain(|address| match is_of_this_host(address) {
+                true => from_here,
+                false => may_be_told(address) && !self.me.loopback_only,
+            });
+            addresses.truncate(MAX_ADDRESSES);
+            if !addresses.is_empty() && !self.is_linked(&id) {
+                self.dialer.handle_hint(now, id, addresses);
+            }
+        }
+        self.dial_due(now);
+    }
+}
+
+/// All of a map, once round from the entry behind `last`.
+fn after(peers: &BTreeMap<NodeId, LinkId>, last: NodeId) -> impl Iterator<Item = (NodeId, LinkId)> {
+    let behind = peers.range((Excluded(last), Unbounded));
+    behind.chain(peers.range(..=last)).map(|(id, link)| (*id, *link))
+}
+
+fn is_of_this_host(address: &Address) -> bool {
+    match address {
+        Address::Local(_) => true,
+        Address::Tcp(address) => address.ip().to_canonical().is_loopback(),
+        Address::Host(..) | Address::Memory(_) => false,
+    }
+}
+
+/// Whether an address can mean the same to somebody else, and leads to one node.
+fn may_be_told(address: &Address) -> bool {
+    match address {
+        Address::Tcp(address) => {
+            let ip = address.ip().to_canonical();
+            let one = !ip.is_unspecified() && !ip.is_multicast() && address.port() != 0;
+            one && match ip {
+                std::net::IpAddr::V4(v4) => !v4.is_broadcast() && !v4.is_link_local(),
+                std::net::IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+            }
+        }
+        Address::Host(host, port) => host != "localhost" && *port != 0,
+        Address::Local(_) | Address::Memory(_) => false,
+    }
+}
