@@ -100,8 +100,8 @@ pub use message::{
 };
 pub use node::{
     BodyError, Call, DownCause, Event, Events, HandlerError, Node, Overflow, Publish, PublishError,
-    Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport,
-    StartError, Subscription, WaitError,
+    Publisher, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
+    ShutdownReport, StartError, Subscription, WaitError,
 };
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};

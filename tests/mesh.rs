@@ -358,3 +358,31 @@ async fn two_nodes_with_one_identity_are_told() {
     wait_for(&mut events, |event| matches!(event, Event::IdentityConflict { .. }).then_some(()))
         .await;
 }
+
+#[tokio::test]
+async fn a_publisher_notices_who_comes_and_goes() {
+    let host = Host::new();
+    let alice = host.node("alice").await;
+    let mut news = alice.publisher("news.today").unwrap();
+    assert!(news.publish("nobody").await.unwrap().is_unheard());
+
+    let mut own = alice.subscribe("news.*").unwrap();
+    assert_eq!(news.publish("own").await.unwrap().queued, 1);
+    assert_eq!(soon(own.recv()).await.unwrap().text(), "own");
+    drop(own);
+    assert!(news.publish("nobody").await.unwrap().is_unheard());
+
+    let bob = host.node("bob").await;
+    let mut theirs = bob.subscribe("news.>").unwrap();
+    alice.wait_for_subscribers("news.today", 1, SOON).await.unwrap();
+    assert_eq!(news.publish("theirs").key("k").await.unwrap().queued, 1);
+    let message = soon(theirs.recv()).await.unwrap();
+    assert_eq!((message.text().as_ref(), message.header.ordering_key()), ("theirs", Some("k")));
+    let mut events = alice.events();
+    bob.shutdown().await;
+    wait_for(&mut events, |event| matches!(event, Event::PeerDown { .. }).then_some(())).await;
+    assert!(news.publish("nobody").await.unwrap().is_unheard());
+    assert!(alice.publisher("not a topic").is_err());
+    alice.shutdown().await;
+    assert!(news.publish("late").await.is_err());
+}

@@ -54,9 +54,9 @@ impl<T: Clone> PatternTrie<T> {
         change: impl FnOnce(&mut OrdMap<u64, T>),
     ) {
         // A loop would have to go back up to remove what became empty.
-        fn down<'a, T: Clone>(
+        fn down<T: Clone>(
             node: &mut PatternTrie<T>,
-            tokens: &mut dyn Iterator<Item = &'a str>,
+            tokens: &mut dyn Iterator<Item = &str>,
             change: impl FnOnce(&mut OrdMap<u64, T>),
         ) {
             match tokens.next() {

@@ -7,6 +7,7 @@ mod draft;
 mod driver;
 mod events;
 mod publish;
+mod publisher;
 mod receive;
 mod request;
 mod run;
@@ -21,6 +22,7 @@ mod transport;
 pub use draft::BodyError;
 pub use events::{DownCause, Event, Events};
 pub use publish::{Publish, PublishError};
+pub use publisher::Publisher;
 pub use request::{Request, RequestError};
 pub use send::{Send, SendError, Sent};
 pub use service::{Call, HandlerError, Serve, ServeError, Service};
@@ -126,8 +128,32 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let topic = topic.try_into().map_err(Into::into);
-        Publish { shared: self.shared(), topic, draft: Draft::new(body.into()) }
+        let to = topic.try_into().map(publish::To::Topic).map_err(Into::into);
+        Publish { shared: self.shared(), to, draft: Draft::new(body.into()) }
+    }
+
+    /// A publisher for a topic that many messages are published on: it keeps who subscribes.
+    ///
+    /// ```
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// # let node = peerbus::Node::builder().mesh("doctest-publisher".parse()?).start().await?;
+    /// let mut prices = node.publisher("prices.apples")?;
+    /// for price in [3, 4, 3] {
+    ///     prices.publish(format!("{price}")).await?;
+    /// }
+    /// # node.shutdown().await;
+    /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// [`AddressError`] if the topic can't be parsed.
+    pub fn publisher<T>(&self, topic: T) -> Result<Publisher, AddressError>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(Into::into)?;
+        Ok(Publisher::new(self.shared(), topic))
     }
 
     /// Sends a one-way message to a service, or to one node by its id.

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::cell::LinkCell;
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
+use super::publisher::Route;
 use super::run::Run;
 use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
@@ -38,11 +39,27 @@ pub enum PublishError {
 #[must_use = "a message is published when this is awaited, or by now()"]
 pub struct Publish<'a> {
     pub(crate) shared: &'a Arc<Shared>,
-    pub(crate) topic: Result<Topic, AddressError>,
+    pub(crate) to: Result<To<'a>, AddressError>,
     pub(crate) draft: Draft,
 }
 
-impl Publish<'_> {
+/// Whom a message is published to.
+pub(crate) enum To<'a> {
+    /// Whoever subscribes now.
+    Topic(Topic),
+    Known(&'a Route),
+}
+
+impl To<'_> {
+    fn topic(&self) -> &Topic {
+        match self {
+            Self::Topic(topic) => topic,
+            Self::Known(route) => &route.topic,
+        }
+    }
+}
+
+impl<'a> Publish<'a> {
     message_setters!();
 
     /// How long the message is worth handling.
@@ -62,13 +79,11 @@ impl Publish<'_> {
     /// # Errors
     /// [`PublishError`]; a node that gets nothing is no error, but in the report.
     pub fn now(self) -> Result<PublishReport, PublishError> {
-        let shared = self.shared;
-        let message = self.into_message()?;
-        let event = message.outgoing(&shared.id);
-        let Spread { mut report, full, .. } = shared.send_event(&event);
+        let (shared, to, message) = self.into_parts()?;
+        let event = message.outgoing(to.topic(), &shared.id);
+        let Spread { mut report, full, .. } = shared.send_event(&to, &event);
         report.dropped.extend(full.into_iter().map(|cell| (cell.peer, DropReason::SlowPeer)));
-        shared.count_publish(&report);
-        shared.publish_here(message, &mut report);
+        shared.end_publish(&to, message, &mut report);
         Ok(report)
     }
 
@@ -85,53 +100,44 @@ impl Publish<'_> {
     /// Once polled, the message is on its way to all peers that had room; dropping the future
     /// leaves out the others and this node's own subscriptions, uncounted.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
-        let shared = self.shared;
-        let message = self.into_message()?;
-        let event = message.outgoing(&shared.id);
-        let Spread { mut report, full, backlog } = shared.send_event(&event);
-        if backlog == Backlog::Grew {
-            // Who publishes without end lets the tasks that write go on.
-            tokio::task::yield_now().await;
+        let (shared, to, message) = self.into_parts()?;
+        let event = message.outgoing(to.topic(), &shared.id);
+        let mut spread = shared.send_event(&to, &event);
+        if spread.backlog == Backlog::Grew || !spread.full.is_empty() {
+            // Few messages wait, so those that don't needn't have room for it.
+            Box::pin(spread.settle(&event, deadline)).await;
         }
-        if !full.is_empty() {
-            let deadline = Instant::now() + deadline;
-            for cell in full {
-                let sent = timeout_at(deadline, cell.send_event_waiting(&event)).await;
-                report.add(cell.peer, sent.unwrap_or(Err(DropReason::SlowPeer)));
-            }
-        }
-        shared.count_publish(&report);
-        shared.publish_here(message, &mut report);
-        Ok(report)
+        shared.end_publish(&to, message, &mut spread.report);
+        Ok(spread.report)
     }
 
-    fn into_message(mut self) -> Result<Ready, PublishError> {
-        let topic = self.topic?;
+    fn into_parts(mut self) -> Result<(&'a Arc<Shared>, To<'a>, Ready), PublishError> {
+        let to = self.to?;
         self.draft.check(self.shared)?;
         if self.shared.is_stopping() {
             return Err(PublishError::ShutDown);
         }
         let id = self.shared.ids.next_now();
         let header = (!self.draft.is_plain())
-            .then(|| self.draft.header(id, Kind::Event, Destination::Topic(topic.clone())));
-        Ok(Ready { id, topic, header: header.map(Box::new), body: self.draft.body.bytes })
+            .then(|| self.draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())));
+        let message = Ready { id, header: header.map(Box::new), body: self.draft.body.bytes };
+        Ok((self.shared, to, message))
     }
 }
 
 /// A message with its id.
 struct Ready {
     id: MessageId,
-    topic: Topic,
     /// `None` where it would say no more than the id and the topic.
     header: Option<Box<Header>>,
     body: Bytes,
 }
 
 impl Ready {
-    fn outgoing(&self, me: &NodeId) -> OutgoingEvent<'_> {
+    fn outgoing<'a>(&'a self, topic: &'a Topic, me: &NodeId) -> OutgoingEvent<'a> {
         match &self.header {
-            Some(header) => OutgoingEvent::new(header, &self.topic, &self.body, me),
-            None => OutgoingEvent::plain(self.id, &self.topic, &self.body),
+            Some(header) => OutgoingEvent::new(header, topic, &self.body, me),
+            None => OutgoingEvent::plain(self.id, topic, &self.body),
         }
     }
 }
@@ -154,39 +160,66 @@ struct Spread {
     backlog: Backlog,
 }
 
+impl Spread {
+    /// Sends an event over one link, or leaves it to wait.
+    fn send(&mut self, cell: &Arc<LinkCell>, event: &OutgoingEvent<'_>) {
+        match cell.send_event(event) {
+            Err(DropReason::SlowPeer) => self.full.push(cell.clone()),
+            sent => {
+                if sent == Ok(Backlog::Grew) {
+                    self.backlog = Backlog::Grew;
+                }
+                self.report.add(cell.peer, sent);
+            }
+        }
+    }
+
+    /// Lets the tasks that write go on, and waits for the peers that had no room.
+    async fn settle(&mut self, event: &OutgoingEvent<'_>, deadline: Duration) {
+        let deadline = Instant::now() + deadline;
+        if self.backlog == Backlog::Grew {
+            tokio::task::yield_now().await;
+        }
+        for cell in std::mem::take(&mut self.full) {
+            let sent = timeout_at(deadline, cell.send_event_waiting(event)).await;
+            self.report.add(cell.peer, sent.unwrap_or(Err(DropReason::SlowPeer)));
+        }
+    }
+}
+
 impl Shared {
     /// Queues an event for every peer that subscribes.
-    fn send_event(&self, event: &OutgoingEvent<'_>) -> Spread {
+    fn send_event(&self, to: &To<'_>, event: &OutgoingEvent<'_>) -> Spread {
         let mut spread = Spread::default();
-        let routing = self.routing.load();
-        for (_, cell) in routing.subscribers(event.topic()) {
-            match cell.send_event(event) {
-                Err(DropReason::SlowPeer) => spread.full.push(cell.clone()),
-                sent => {
-                    if sent == Ok(Backlog::Grew) {
-                        spread.backlog = Backlog::Grew;
-                    }
-                    spread.report.add(cell.peer, sent);
-                }
+        match to {
+            To::Known(route) => route.links.iter().for_each(|cell| spread.send(cell, event)),
+            To::Topic(topic) => {
+                let routing = self.routing.load();
+                let subscribers = routing.subscribers(topic);
+                subscribers.iter().for_each(|(_, cell)| spread.send(cell, event));
             }
         }
         spread
     }
 
-    fn count_publish(&self, report: &PublishReport) {
+    /// Counts an event, and gives it to this node's own subscriptions.
+    fn end_publish(&self, to: &To<'_>, message: Ready, report: &mut PublishReport) {
         add(&self.counters.published, 1);
         add(&self.counters.queued, report.queued as u64);
         for (peer, reason) in &report.dropped {
             self.count_drop(*peer, *reason, 1);
         }
+        let here = match to {
+            To::Known(route) => route.here,
+            To::Topic(topic) => self.inboxes.load().has_match(topic),
+        };
+        if here {
+            self.publish_here(to.topic().clone(), message, report);
+        }
     }
 
-    /// Gives an event to this node's own subscriptions.
-    fn publish_here(&self, message: Ready, report: &mut PublishReport) {
-        if !self.inboxes.load().has_match(&message.topic) {
-            return;
-        }
-        let Ready { id, topic, header, body } = message;
+    fn publish_here(&self, topic: Topic, message: Ready, report: &mut PublishReport) {
+        let Ready { id, header, body } = message;
         let plain = || Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
         let header = header.map_or_else(plain, |header| *header);
         let run = Run::single(topic, Message::new(self.id, header, body));

@@ -153,19 +153,22 @@ impl Shared {
         let result = tell(&mut mesh, self.now());
         let mut routing = None;
         while let Some(action) = mesh.poll_action() {
-            if let Action::Route { link, peer, change } = action {
-                let routing = routing.get_or_insert_with(|| Routing::clone(&self.routing.load()));
-                if let Some(cell) = self.cell(link) {
-                    routing.apply(peer, link, &cell, change);
+            match action {
+                Action::Route { link, peer, change } => {
+                    let next = || Routing::clone(&self.routing.load());
+                    if let Some(cell) = self.cell(link) {
+                        routing.get_or_insert_with(next).apply(peer, link, &cell, change);
+                    }
                 }
-            } else {
-                self.perform(action);
+                Action::Report(event) => {
+                    // Who hears that a peer is up can publish to it.
+                    self.set_routing(routing.take());
+                    self.report(event);
+                }
+                action => self.perform(action),
             }
         }
-        if let Some(routing) = routing {
-            self.routing.store(Arc::new(routing));
-            self.tell_routes_changed();
-        }
+        self.set_routing(routing);
         if let Some(at) = mesh.poll_timeout() {
             self.wake_by(at);
         }
@@ -193,8 +196,14 @@ impl Shared {
                 }
             }
             Action::Close { link, reason } => self.close_link(link, &reason),
-            Action::Report(event) => self.report(event),
-            Action::Route { .. } => unreachable!("with_mesh takes it into the snapshot"),
+            Action::Route { .. } | Action::Report(_) => unreachable!("with_mesh sees to them"),
+        }
+    }
+
+    fn set_routing(&self, routing: Option<LiveRouting>) {
+        if let Some(routing) = routing {
+            self.routing.store(Arc::new(routing));
+            self.tell_routes_changed();
         }
     }
 
@@ -372,6 +381,7 @@ impl Shared {
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         let (number, inbox) = inboxes.add(pattern, overflow, self.config.subscription_queue);
         self.inboxes.store(Arc::new(inboxes));
+        self.tell_routes_changed();
         drop(change);
         self.with_mesh(|mesh, _| mesh.subscribe(pattern));
         if self.is_stopping() {
@@ -386,6 +396,7 @@ impl Shared {
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         inboxes.remove(pattern, number);
         self.inboxes.store(Arc::new(inboxes));
+        self.tell_routes_changed();
     }
 
     pub(crate) fn service(&self, name: &ServiceName) -> Option<Arc<ServiceCell>> {

@@ -238,10 +238,6 @@ impl<'a> OutgoingEvent<'a> {
         event
     }
 
-    pub(crate) fn topic(&self) -> &'a Topic {
-        self.topic
-    }
-
     pub(crate) fn cost(&self) -> u64 {
         self.cost
     }

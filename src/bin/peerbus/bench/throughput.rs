@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
-use peerbus::{Address, Config, MeshName, Node, Overflow, Topic};
+use peerbus::{Address, Config, MeshName, Node, Overflow, Publisher, Topic};
 use serde_json::json;
 use zeromq::{PullSocket, PushSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
@@ -73,7 +73,7 @@ const TOPIC: &str = "bench.throughput";
 /// The near side of a contender.
 enum Source {
     Zeromq(PushSocket),
-    Peerbus { node: Node, topic: Topic },
+    Peerbus { _node: Node, publisher: Publisher },
 }
 
 struct Side {
@@ -169,7 +169,7 @@ impl Throughput {
                 let topic: Topic = TOPIC.parse()?;
                 let wanted = subscribers as usize;
                 node.wait_for_subscribers(&topic, wanted, Duration::from_secs(10)).await?;
-                Source::Peerbus { node, topic }
+                Source::Peerbus { publisher: node.publisher(&topic)?, _node: node }
             }
         };
         let to = if subscribers > 1 { format!(" to {subscribers} subscribers") } else { "".into() };
@@ -234,9 +234,9 @@ impl Source {
                     socket.send(ZmqMessage::from(body.to_vec())).await?;
                 }
             }
-            Self::Peerbus { node, topic } => {
+            Self::Peerbus { publisher, .. } => {
                 for _ in 0..count {
-                    let report = node.publish(&*topic, body).within(PATIENCE).await?;
+                    let report = publisher.publish(body).within(PATIENCE).await?;
                     ensure!(report.dropped.is_empty(), "messages were dropped: {report:?}");
                 }
             }
