@@ -130,6 +130,8 @@ pub struct Counters {
     /// Messages of others that this node dropped after receipt, by reason; their senders count
     /// them as dropped.
     pub dropped_for_others: BTreeMap<DropReason, u64>,
+    /// Ordering keys whose messages went to another instance of their service than before.
+    pub moved_keys: u64,
     /// Links that were up at some time.
     pub links: u64,
     /// Connections that were refused or cut by the front door, by reason.

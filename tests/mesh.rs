@@ -386,3 +386,81 @@ async fn a_publisher_notices_who_comes_and_goes() {
     alice.shutdown().await;
     assert!(news.publish("late").await.is_err());
 }
+
+#[tokio::test]
+async fn a_key_stays_with_one_instance_while_that_is_there() {
+    let host = Host::new();
+    let (alice, bob) = (host.node("alice").await, host.node("bob").await);
+    let caller = host.node("caller").await;
+    let name = |name: &'static str| {
+        move |_call: Call| async move { Ok::<_, HandlerError>(Body::from(name)) }
+    };
+    let _stays = alice.serve("work", name("alice")).start().unwrap();
+    let _leaves = bob.serve("work", name("bob")).start().unwrap();
+    caller.wait_for_instances("work", 2, SOON).await.unwrap();
+
+    let ask = async |key: usize| {
+        let reply = caller.request("work", "").key(format!("customer-{key}")).await.unwrap();
+        reply.text().into_owned()
+    };
+    let mut takers = Vec::new();
+    for key in 0..40 {
+        takers.push(ask(key).await);
+        assert_eq!(ask(key).await, takers[key], "customer {key} was moved");
+    }
+    let of_bob = takers.iter().filter(|taker| *taker == "bob").count();
+    assert!((1..40).contains(&of_bob), "one took all: {takers:?}");
+    assert_eq!(caller.counters().moved_keys, 0);
+
+    let mut events = caller.events();
+    bob.shutdown().await;
+    wait_for(&mut events, |event| matches!(event, Event::PeerDown { .. }).then_some(())).await;
+    for key in 0..40 {
+        assert_eq!(ask(key).await, "alice");
+    }
+    assert_eq!(caller.counters().moved_keys, of_bob as u64);
+    let mut told = 0;
+    while told < of_bob as u64 {
+        told += wait_for(&mut events, |event| match event {
+            Event::KeysMoved { service, from, to, count } => {
+                assert_eq!((service.as_str(), from, to), ("work", bob.id(), alice.id()));
+                Some(count)
+            }
+            _ => None,
+        })
+        .await;
+    }
+    assert_eq!(told, of_bob as u64);
+}
+
+#[tokio::test]
+async fn calls_with_one_key_are_handled_one_at_a_time_and_in_order() {
+    let host = Host::new();
+    let (worker, caller) = (host.node("worker").await, host.node("caller").await);
+    let (sender, mut handled) = tokio::sync::mpsc::unbounded_channel();
+    let gate = Arc::new(Notify::new());
+    let (opener, running) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
+    let handler = move |call: Call| {
+        let (sender, gate, running) = (sender.clone(), gate.clone(), running.clone());
+        async move {
+            if call.message.header.ordering_key().is_some() {
+                assert_eq!(running.fetch_add(1, Ordering::SeqCst), 0, "two at once");
+                gate.notified().await;
+                running.fetch_sub(1, Ordering::SeqCst);
+            }
+            sender.send(call.message.text().into_owned()).unwrap();
+            Ok::<_, HandlerError>(Body::empty())
+        }
+    };
+    let _service = worker.serve("log", handler).start().unwrap();
+    caller.wait_for_service("log", SOON).await.unwrap();
+    for number in 0..5 {
+        caller.send("log", number.to_string()).key("one").await.unwrap();
+    }
+    caller.send("log", "beside").await.unwrap();
+    assert_eq!(soon(handled.recv()).await.unwrap(), "beside", "others are not held up");
+    for number in 0..5 {
+        opener.notify_one();
+        assert_eq!(soon(handled.recv()).await.unwrap(), number.to_string());
+    }
+}

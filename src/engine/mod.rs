@@ -14,6 +14,7 @@
 //!                                     └─────────────────────────────────────┘
 //! ```
 
+mod affinity;
 mod dialer;
 mod flow;
 mod mesh;
@@ -24,6 +25,7 @@ mod service;
 #[cfg(test)]
 mod sim;
 
+pub(crate) use affinity::{Affinity, preferred};
 pub(crate) use dialer::{Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
 pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};

@@ -1,7 +1,11 @@
 //! A service: how many calls run at once, which wait.
+//!
+//! Calls with the same ordering key run one after the other, in the order in which they came;
+//! the others run beside them.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
+use std::sync::Arc;
 
 use crate::engine::Time;
 
@@ -22,59 +26,84 @@ pub(crate) enum Admission<C> {
 #[derive(Debug)]
 pub(crate) struct Service<K, C> {
     concurrency: usize,
-    running: HashSet<K>,
+    /// What runs, with its ordering key.
+    running: HashMap<K, Option<Arc<str>>>,
     /// What waits, by name.
     queued: HashSet<K>,
+    /// What runs as soon as there is room.
     waiting: VecDeque<Waiting<K, C>>,
+    /// For each ordering key of a call that runs or is in `waiting`: the calls behind that one.
+    behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
     draining: bool,
 }
 
 #[derive(Debug)]
 struct Waiting<K, C> {
     key: K,
+    order: Option<Arc<str>>,
     expires: Option<Time>,
     call: C,
 }
 
 impl<K: Copy + Eq + Hash, C> Service<K, C> {
     pub(crate) fn new(concurrency: usize) -> Self {
-        let concurrency = concurrency.max(1);
         Self {
-            concurrency,
-            running: HashSet::new(),
+            concurrency: concurrency.max(1),
+            running: HashMap::new(),
             queued: HashSet::new(),
             waiting: VecDeque::new(),
+            behind: HashMap::new(),
             draining: false,
         }
     }
 
-    pub(crate) fn handle_call(&mut self, key: K, expires: Option<Time>, call: C) -> Admission<C> {
+    /// A call arrived; `order` is its ordering key.
+    pub(crate) fn handle_call(
+        &mut self,
+        key: K,
+        order: Option<&str>,
+        expires: Option<Time>,
+        call: C,
+    ) -> Admission<C> {
         // A name that is in use already would hide the one behind it.
-        if self.draining || self.running.contains(&key) || self.queued.contains(&key) {
+        if self.draining || self.running.contains_key(&key) || self.queued.contains(&key) {
             return Admission::Refused(call);
         }
-        if self.running.len() < self.concurrency {
-            self.running.insert(key);
+        let order: Option<Arc<str>> = order.map(Arc::from);
+        let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
+        if before.is_none() && self.running.len() < self.concurrency {
+            self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+            self.running.insert(key, order);
             return Admission::Start(call);
         }
         self.queued.insert(key);
-        self.waiting.push_back(Waiting { key, expires, call });
+        let waiting = Waiting { key, order: order.clone(), expires, call };
+        match before {
+            Some(behind) => behind.push_back(waiting),
+            None => {
+                self.behind.extend(order.map(|order| (order, VecDeque::new())));
+                self.waiting.push_back(waiting);
+            }
+        }
         Admission::Waits
     }
 
     /// A running call ended. Returns what to run in its place, and what expired while waiting.
     pub(crate) fn handle_finished(&mut self, now: Time, key: K) -> (Option<C>, Vec<C>) {
-        self.running.remove(&key);
+        if let Some(order) = self.running.remove(&key) {
+            self.release(order);
+        }
         let mut expired = Vec::new();
         while self.running.len() < self.concurrency
             && let Some(next) = self.waiting.pop_front()
         {
             self.queued.remove(&next.key);
             if next.expires.is_some_and(|expires| expires <= now) {
+                self.release(next.order);
                 expired.push(next.call);
                 continue;
             }
-            self.running.insert(next.key);
+            self.running.insert(next.key, next.order);
             return (Some(next.call), expired);
         }
         (None, expired)
@@ -83,18 +112,22 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
     /// The caller gave up. Returns the call if it was still waiting; one that runs is not ours
     /// to stop.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
-        self.queued.remove(&key);
-        let at = self.waiting.iter().position(|waiting| waiting.key == key)?;
-        self.waiting.remove(at).map(|waiting| waiting.call)
+        self.queued.contains(&key).then(|| self.take_waiting(|waiting| *waiting == key).pop())?
     }
 
-    /// Takes out what waits for a link that is gone.
+    /// Takes out the waiting calls that are wanted.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<C> {
-        let (gone, kept): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| wanted(&waiting.key));
-        self.waiting = kept;
-        gone.iter().for_each(|waiting| _ = self.queued.remove(&waiting.key));
-        gone.into_iter().map(|waiting| waiting.call).collect()
+        let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
+        let mut taken = Vec::new();
+        for behind in self.behind.values_mut() {
+            taken.extend(extract(behind, wanted));
+        }
+        for waiting in extract(&mut self.waiting, wanted) {
+            self.release(waiting.order.clone());
+            taken.push(waiting);
+        }
+        taken.iter().for_each(|waiting| _ = self.queued.remove(&waiting.key));
+        taken.into_iter().map(|waiting| waiting.call).collect()
     }
 
     /// Takes no more; what waits and runs is finished.
@@ -104,7 +137,7 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
 
     /// Whether nothing runs or waits.
     pub(crate) fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.unfinished() == 0
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -113,12 +146,31 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
 
     /// What runs and waits.
     pub(crate) fn unfinished(&self) -> usize {
-        self.running.len() + self.waiting.len()
+        self.running.len() + self.queued.len()
     }
 
     pub(crate) fn is_draining(&self) -> bool {
         self.draining
     }
+
+    /// A call with that ordering key is out of the way: the one behind it is next.
+    fn release(&mut self, order: Option<Arc<str>>) {
+        let Some(order) = order else { return };
+        match self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
+            Some(next) => self.waiting.push_back(next),
+            None => _ = self.behind.remove(&order),
+        }
+    }
+}
+
+/// Takes out of a queue what is wanted; most often that is nothing.
+fn extract<T>(queue: &mut VecDeque<T>, wanted: impl Fn(&T) -> bool) -> VecDeque<T> {
+    if !queue.iter().any(&wanted) {
+        return VecDeque::new();
+    }
+    let (taken, kept) = std::mem::take(queue).into_iter().partition(wanted);
+    *queue = kept;
+    taken
 }
 
 #[cfg(test)]
@@ -133,19 +185,57 @@ mod tests {
     #[test]
     fn no_more_calls_run_than_the_limit_and_the_rest_wait_in_order() {
         let mut service = Service::new(2);
-        assert_eq!(service.handle_call(1, None, 'a'), Admission::Start('a'));
-        assert_eq!(service.handle_call(2, None, 'b'), Admission::Start('b'));
-        assert_eq!(service.handle_call(3, Some(at(5)), 'c'), Admission::Waits);
-        assert_eq!(service.handle_call(4, None, 'd'), Admission::Waits);
-        assert_eq!(service.handle_call(5, None, 'e'), Admission::Waits);
+        assert_eq!(service.handle_call(1, None, None, 'a'), Admission::Start('a'));
+        assert_eq!(service.handle_call(2, None, None, 'b'), Admission::Start('b'));
+        assert_eq!(service.handle_call(3, None, Some(at(5)), 'c'), Admission::Waits);
+        assert_eq!(service.handle_call(4, None, None, 'd'), Admission::Waits);
+        assert_eq!(service.handle_call(5, None, None, 'e'), Admission::Waits);
         assert_eq!(service.handle_cancel(4), Some('d'));
         assert_eq!(service.handle_cancel(1), None, "it runs already");
         assert_eq!(service.handle_finished(at(5), 1), (Some('e'), vec!['c']));
         service.drain();
-        assert_eq!(service.handle_call(6, None, 'f'), Admission::Refused('f'));
+        assert_eq!(service.handle_call(6, None, None, 'f'), Admission::Refused('f'));
         assert!(!service.is_idle());
         service.handle_finished(at(6), 2);
         service.handle_finished(at(6), 5);
         assert!(service.is_idle());
+    }
+
+    #[test]
+    fn calls_of_one_ordering_key_run_one_after_the_other_and_hold_up_no_others() {
+        let mut service = Service::new(2);
+        let call = |service: &mut Service<_, _>, key, order, name| {
+            service.handle_call(key, order, None, name)
+        };
+        assert_eq!(call(&mut service, 1, Some("x"), 'a'), Admission::Start('a'));
+        assert_eq!(call(&mut service, 2, Some("x"), 'b'), Admission::Waits);
+        assert_eq!(call(&mut service, 3, Some("x"), 'c'), Admission::Waits);
+        assert_eq!(call(&mut service, 4, Some("y"), 'd'), Admission::Start('d'));
+        assert_eq!(call(&mut service, 5, None, 'e'), Admission::Waits);
+        assert_eq!(service.unfinished(), 5);
+        // The one without a key came to the head of the queue first.
+        assert_eq!(service.handle_finished(at(1), 1), (Some('e'), vec![]));
+        assert_eq!(service.handle_finished(at(1), 5), (Some('b'), vec![]));
+        assert_eq!(call(&mut service, 6, Some("x"), 'f'), Admission::Waits);
+        assert_eq!(service.handle_cancel(3), Some('c'), "it waited behind another");
+        assert_eq!(service.handle_finished(at(1), 4), (None, vec![]), "b runs, f is behind it");
+        assert_eq!(service.handle_finished(at(1), 2), (Some('f'), vec![]));
+        assert_eq!(service.handle_finished(at(1), 6), (None, vec![]));
+        assert!(service.is_idle() && service.behind.is_empty());
+        assert_eq!(call(&mut service, 7, Some("x"), 'g'), Admission::Start('g'));
+    }
+
+    #[test]
+    fn what_is_behind_a_call_that_leaves_the_queue_comes_up() {
+        let mut service = Service::new(1);
+        service.handle_call(1, None, None, 'a');
+        service.handle_call(2, Some("x"), Some(at(5)), 'b');
+        service.handle_call(3, Some("x"), None, 'c');
+        service.handle_call(4, Some("x"), None, 'd');
+        service.handle_call(5, Some("y"), None, 'e');
+        assert_eq!(service.take_waiting(|key| *key == 3 || *key == 5), ['c', 'e']);
+        assert_eq!(service.handle_finished(at(6), 1), (Some('d'), vec!['b']), "b expired");
+        assert_eq!(service.handle_finished(at(6), 4), (None, vec![]));
+        assert!(service.is_idle() && service.behind.is_empty());
     }
 }

@@ -11,10 +11,11 @@ use super::counters::add;
 use super::service::ServiceCell;
 use super::shared::Shared;
 use crate::address::{Recipient, ServiceName};
-use crate::engine::{Instance, least_loaded};
+use crate::engine::{Instance, least_loaded, preferred};
 use crate::identity::NodeId;
 use crate::message::{Body, Header, Message};
 use crate::report::DropReason;
+use crate::sync::lock;
 use crate::wire::{Envelope, Payload};
 
 /// Who was chosen to take a call.
@@ -46,6 +47,13 @@ enum Candidate<'a> {
 }
 
 impl Candidate<'_> {
+    fn node(&self, shared: &Shared) -> NodeId {
+        match self {
+            Self::Here(_) => shared.id,
+            Self::There(instance) => instance.peer,
+        }
+    }
+
     /// Its unfinished calls, and how many it runs at once.
     fn load(&self) -> (u64, u32) {
         match self {
@@ -60,8 +68,13 @@ impl Candidate<'_> {
 
 impl Shared {
     /// Chooses who takes a call; waits for the grace if nobody does.
-    pub(super) async fn find(&self, recipient: &Recipient) -> Option<Chosen> {
-        if let Some(chosen) = self.choose(recipient) {
+    pub(super) async fn find(
+        &self,
+        recipient: &Recipient,
+        ordering_key: Option<&str>,
+    ) -> Option<Chosen> {
+        let choose = || self.choose(recipient, ordering_key);
+        if let Some(chosen) = choose() {
             return Some(chosen);
         }
         if self.config.fail_fast && self.routing.load().peers() > 0 {
@@ -70,7 +83,7 @@ impl Shared {
         let mut changes = self.routes_changed.subscribe();
         let found = async {
             loop {
-                if let Some(chosen) = self.choose(recipient) {
+                if let Some(chosen) = choose() {
                     return chosen;
                 }
                 if changes.changed().await.is_err() {
@@ -81,7 +94,7 @@ impl Shared {
         timeout(self.config.service_grace, found).await.ok()
     }
 
-    fn choose(&self, recipient: &Recipient) -> Option<Chosen> {
+    fn choose(&self, recipient: &Recipient, ordering_key: Option<&str>) -> Option<Chosen> {
         let routing = self.routing.load();
         match recipient {
             Recipient::Node(node) => {
@@ -98,15 +111,30 @@ impl Shared {
                 // This node is one competitor among the others.
                 let all: SmallVec<[_; 4]> = there.chain(here.map(Candidate::Here)).collect();
                 let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-                let chosen = match &all[..] {
-                    [only] => only,
-                    all => least_loaded(all, turn, Candidate::load)?,
+                let chosen = match (&all[..], ordering_key) {
+                    (all, Some(key)) => {
+                        let chosen = preferred(all, key, |candidate| candidate.node(self))?;
+                        self.note_taker(name, key, chosen.node(self));
+                        chosen
+                    }
+                    ([only], None) => only,
+                    (all, None) => least_loaded(all, turn, Candidate::load)?,
                 };
                 Some(match chosen {
                     Candidate::Here(_) => Chosen::Here,
                     Candidate::There(instance) => Chosen::There(instance.link.clone()),
                 })
             }
+        }
+    }
+
+    /// Counts and tells it when a key's messages go to another instance than before.
+    fn note_taker(&self, service: &ServiceName, key: &str, taker: NodeId) {
+        let moved_from = lock(&self.affinity).note(service, key, taker);
+        if let Some(from) = moved_from
+            && self.counters.moved(service, from, taker)
+        {
+            self.untold.notify_one();
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use crate::address::ServiceName;
 use crate::identity::NodeId;
 use crate::report::{Counters, DropReason};
 use crate::sync::lock;
@@ -26,8 +27,22 @@ struct Rare {
     dropped: BTreeMap<DropReason, u64>,
     dropped_for_others: BTreeMap<DropReason, u64>,
     refused: BTreeMap<String, u64>,
-    /// Drops that no event has told of yet.
-    untold: BTreeMap<(NodeId, DropReason), u64>,
+    moved_keys: u64,
+    untold: Untold,
+}
+
+/// What no event has told of yet.
+#[derive(Default)]
+pub(crate) struct Untold {
+    pub(crate) dropped: BTreeMap<(NodeId, DropReason), u64>,
+    /// Keys of a service that moved from one node to another.
+    pub(crate) moved: BTreeMap<(ServiceName, NodeId, NodeId), u64>,
+}
+
+impl Untold {
+    fn is_empty(&self) -> bool {
+        self.dropped.is_empty() && self.moved.is_empty()
+    }
 }
 
 pub(crate) fn add(counter: &AtomicU64, count: u64) {
@@ -48,12 +63,21 @@ impl LiveCounters {
         let dropped = rare.dropped.entry(reason).or_default();
         *dropped = dropped.saturating_add(count);
         let first = rare.untold.is_empty();
-        let untold = rare.untold.entry((peer, reason)).or_default();
+        let untold = rare.untold.dropped.entry((peer, reason)).or_default();
         *untold = untold.saturating_add(count);
         first
     }
 
-    pub(crate) fn take_untold(&self) -> BTreeMap<(NodeId, DropReason), u64> {
+    /// A key's messages go to another instance from now on. Whether this is the first untold.
+    pub(crate) fn moved(&self, service: &ServiceName, from: NodeId, to: NodeId) -> bool {
+        let mut rare = self.rare();
+        rare.moved_keys += 1;
+        let first = rare.untold.is_empty();
+        *rare.untold.moved.entry((service.clone(), from, to)).or_default() += 1;
+        first
+    }
+
+    pub(crate) fn take_untold(&self) -> Untold {
         std::mem::take(&mut self.rare().untold)
     }
 
@@ -86,6 +110,7 @@ impl LiveCounters {
             dropped_for_others: rare.dropped_for_others.clone(),
             links: get(&self.links),
             refused: rare.refused.clone(),
+            moved_keys: rare.moved_keys,
         }
     }
 }

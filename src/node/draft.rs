@@ -42,6 +42,10 @@ impl Draft {
         self.rare().extra.get_or_insert_default()
     }
 
+    pub(super) fn ordering_key(&self) -> Option<&str> {
+        self.rare.as_ref()?.extra.as_ref()?.ordering_key.as_deref()
+    }
+
     /// Whether there is nothing but a body to it.
     pub(super) fn is_plain(&self) -> bool {
         self.kind.is_none() && self.rare.is_none()
@@ -106,7 +110,10 @@ macro_rules! message_setters {
             self
         }
 
-        /// Messages with the same key belong in one order.
+        /// Messages with the same key belong in one order. Those to a service all go to the same
+        /// instance while it is there, and its handler has them one at a time; when an instance
+        /// comes or goes, some keys move to another
+        /// ([`Event::KeysMoved`](crate::Event::KeysMoved)).
         pub fn key(mut self, key: impl Into<String>) -> Self {
             self.draft.extra().ordering_key = Some(key.into());
             self

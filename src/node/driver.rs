@@ -58,13 +58,18 @@ fn check_links(shared: &Arc<Shared>) {
     }
 }
 
-/// Tells of drops, those of 100 ms together.
-pub(crate) async fn tell_drops(shared: Arc<Shared>) {
+/// Tells of drops and moved keys, those of 100 ms together.
+pub(crate) async fn tell_groups(shared: Arc<Shared>) {
     loop {
-        shared.drops.notified().await;
-        for ((peer, reason), count) in shared.counters.take_untold() {
+        shared.untold.notified().await;
+        let untold = shared.counters.take_untold();
+        for ((peer, reason), count) in untold.dropped {
             tracing::debug!(peer = %peer.short(), %reason, count, "messages dropped");
             let _nobody_watches = shared.events.send(Event::Dropped { peer, reason, count });
+        }
+        for ((service, from, to), count) in untold.moved {
+            tracing::info!(%service, from = %from.short(), to = %to.short(), count, "keys moved");
+            let _nobody_watches = shared.events.send(Event::KeysMoved { service, from, to, count });
         }
         sleep(Duration::from_millis(100)).await;
     }

@@ -1,5 +1,6 @@
 //! What happens to a node, as a stream.
 
+use crate::address::ServiceName;
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::peer::{Address, PeerInfo};
@@ -30,6 +31,19 @@ pub enum Event {
         /// Why.
         reason: DropReason,
         /// How many.
+        count: u64,
+    },
+    /// Messages with an ordering key went to another instance of their service than those before
+    /// them, because one came or went; so what was sent before may still be handled there. Moves
+    /// within 100 ms are told together.
+    KeysMoved {
+        /// The service.
+        service: ServiceName,
+        /// Who took the keys' messages until then.
+        from: NodeId,
+        /// Who takes them now.
+        to: NodeId,
+        /// How many keys moved.
         count: u64,
     },
     /// A connection was refused or cut.

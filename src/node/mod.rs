@@ -336,12 +336,30 @@ impl Node {
         N: TryInto<ServiceName>,
         N::Error: Into<AddressError>,
     {
+        self.wait_for_instances(name, 1, within).await
+    }
+
+    /// Waits until at least `count` nodes offer a service, this one included. Who sends with
+    /// ordering keys does well to know all instances before it begins.
+    ///
+    /// # Errors
+    /// [`WaitError`] if the name can't be parsed or the time runs out.
+    pub async fn wait_for_instances<N>(
+        &self,
+        name: N,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+    {
         let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        let offered = || {
-            let there = self.shared().routing.load().instances(&name).next().is_some();
-            there || self.shared().service(&name).is_some()
+        let enough = || {
+            let there = self.shared().routing.load().instances(&name).count();
+            there + usize::from(self.shared().service(&name).is_some()) >= count
         };
-        self.wait_until(offered, within).await
+        self.wait_until(enough, within).await
     }
 
     /// Waits until at least `count` peers are up.

@@ -79,7 +79,8 @@ impl<'a> Request<'a> {
             return Err(RequestError::ShutDown);
         }
         let begun = shared.now();
-        let to = timeout(self.deadline, shared.find(&recipient)).await.ok().flatten();
+        let found = shared.find(&recipient, self.draft.ordering_key());
+        let to = timeout(self.deadline, found).await.ok().flatten();
         let to = to.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
         let id = shared.ids.next_now();
         let mut header = self.draft.header(id, Kind::Command, recipient.into());

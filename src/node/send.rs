@@ -80,7 +80,7 @@ impl<'a> Send<'a> {
         if self.shared.is_stopping() {
             return Err(SendError::ShutDown);
         }
-        let to = self.shared.find(&recipient).await;
+        let to = self.shared.find(&recipient, self.draft.ordering_key()).await;
         let to = to.ok_or_else(|| SendError::NoService(recipient.clone()))?;
         let id = self.shared.ids.next_now();
         let header = self.draft.header(id, Kind::Command, recipient.into());

@@ -195,7 +195,10 @@ impl ServiceCell {
             LocalShare { shared: shared.clone(), bytes }
         });
         let held = Held { message, credit, cancelled: Arc::default(), deadline, share };
-        let admission = lock(&self.state).admissions.handle_call(key, expires, held);
+        let order = held.message.header.ordering_key().map(str::to_owned);
+        let mut state = lock(&self.state);
+        let admission = state.admissions.handle_call(key, order.as_deref(), expires, held);
+        drop(state);
         match admission {
             Admission::Start(held) => self.start(shared, key, held),
             Admission::Waits => {}

@@ -20,7 +20,8 @@ use crate::address::{Pattern, ServiceName};
 use crate::config::Config;
 use crate::discovery::Discovered;
 use crate::engine::{
-    Action, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time, Timing,
+    Action, Affinity, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time,
+    Timing,
 };
 use crate::identity::NodeId;
 use crate::message::{IdSource, Message, MessageId};
@@ -70,8 +71,10 @@ pub(crate) struct Shared {
     pub(crate) events: broadcast::Sender<Event>,
     /// For the first who asks: what happened before anybody could.
     pub(crate) first_events: Mutex<Option<broadcast::Receiver<Event>>>,
-    /// Drops are told in groups, by a task that this wakes.
-    pub(crate) drops: Notify,
+    /// Who took the messages of which ordering keys.
+    pub(crate) affinity: Mutex<Affinity>,
+    /// Drops and moved keys are told in groups, by a task that this wakes.
+    pub(crate) untold: Notify,
     /// Wakes the driver for an earlier deadline.
     pub(crate) earlier: Notify,
     /// Until when the driver sleeps, in ms since the start.
@@ -120,7 +123,8 @@ impl Shared {
             counters: LiveCounters::default(),
             events,
             first_events: Mutex::new(Some(first_events)),
-            drops: Notify::new(),
+            affinity: Mutex::default(),
+            untold: Notify::new(),
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
             transport: OnceLock::new(),
@@ -263,7 +267,7 @@ impl Shared {
                     "another live node has this node's identity: give one of them another file"
                 );
             }
-            Event::Dropped { .. } => {}
+            Event::Dropped { .. } | Event::KeysMoved { .. } => {}
         }
         let _nobody_watches = self.events.send(event);
     }
@@ -289,7 +293,7 @@ impl Shared {
     /// Counts a drop of ours, and sees to it that it is told.
     pub(crate) fn count_drop(&self, peer: NodeId, reason: DropReason, count: u64) {
         if self.counters.dropped(peer, reason, count) {
-            self.drops.notify_one();
+            self.untold.notify_one();
         }
     }
 

@@ -82,7 +82,7 @@ impl Node {
             None => inner.listening = start_sockets(&shared, acceptor).await?,
         }
         shared.spawn(driver::run(shared.clone()));
-        shared.spawn(driver::tell_drops(shared.clone()));
+        shared.spawn(driver::tell_groups(shared.clone()));
         Ok(Self { inner: Arc::new(inner) })
     }
 }

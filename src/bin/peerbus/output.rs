@@ -79,6 +79,13 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             json!({ "event": "dropped", "peer": peer, "reason": reason, "count": count }),
             format!("dropped {count} for {}: {reason}", peer.short()),
         ),
+        Event::KeysMoved { service, from, to, count } => (
+            json!({
+                "event": "keys_moved", "service": service.to_string(),
+                "from": from, "to": to, "count": count,
+            }),
+            format!("{count} keys of {service} moved from {} to {}", from.short(), to.short()),
+        ),
         Event::Refused { address, reason } => (
             json!({ "event": "refused", "address": address, "reason": reason }),
             match address {

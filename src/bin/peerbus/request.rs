@@ -17,6 +17,9 @@ pub(crate) struct Request {
     /// How long to wait for the reply
     #[arg(long, value_name = "TIME", default_value = "5s")]
     deadline: humantime::Duration,
+    /// Ordering key: of the instances that are known, the same one takes all of a key's messages
+    #[arg(long)]
+    key: Option<String>,
     /// The whole reply as one JSON object
     #[arg(long)]
     json: bool,
@@ -29,7 +32,11 @@ impl Request {
         let body = self.body.read()?;
         let node = self.node.start().await?;
         let to = self.to.find(&node).await?;
-        let reply = node.request(to, body).deadline(*self.deadline).await;
+        let mut request = node.request(to, body).deadline(*self.deadline);
+        if let Some(key) = self.key {
+            request = request.key(key);
+        }
+        let reply = request.await;
         node.shutdown().await;
         let reply = reply?;
         if self.json {

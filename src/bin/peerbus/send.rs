@@ -16,6 +16,9 @@ pub(crate) struct Send {
     /// How many times
     #[arg(long, default_value_t = 1)]
     count: u64,
+    /// Ordering key: of the instances that are known, the same one takes all of a key's messages
+    #[arg(long)]
+    key: Option<String>,
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = crate::publish::header)]
     headers: Vec<(String, String)>,
@@ -33,6 +36,9 @@ impl Send {
         let to = self.to.find(&node).await?;
         for _ in 0..self.count {
             let mut send = node.send(to.clone(), &body);
+            if let Some(key) = &self.key {
+                send = send.key(key);
+            }
             for (name, value) in &self.headers {
                 send = send.header(name, value);
             }

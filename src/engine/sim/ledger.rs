@@ -36,6 +36,7 @@ pub(super) struct Seen {
     pub(super) replies: u64,
     pub(super) failed_requests: u64,
     pub(super) late_requests: u64,
+    pub(super) ordered_calls: u64,
     pub(super) cancelled: u64,
     pub(super) dropped: u64,
     pub(super) slow_peer: u64,
@@ -57,6 +58,7 @@ impl Seen {
             replies,
             failed_requests,
             late_requests,
+            ordered_calls,
             cancelled,
             dropped,
             slow_peer,
@@ -74,6 +76,7 @@ impl Seen {
         self.replies += replies;
         self.failed_requests += failed_requests;
         self.late_requests += late_requests;
+        self.ordered_calls += ordered_calls;
         self.cancelled += cancelled;
         self.dropped += dropped;
         self.slow_peer += slow_peer;

@@ -8,13 +8,12 @@ use bytes::Bytes;
 use super::Random;
 use super::ledger::Ledger;
 use crate::address::{Destination, Pattern, ServiceName, Topic};
-use crate::engine::routing::least_loaded;
 use crate::engine::{
     Action, Admission, Connection, DownReason, Flow, LinkId, Liveness, Mesh, MeshConfig, MeshEvent,
-    Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing,
+    Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing, least_loaded, preferred,
 };
 use crate::identity::{Incarnation, NodeId};
-use crate::message::{Header, IdSource, Kind, MessageId};
+use crate::message::{Extra, Header, IdSource, Kind, MessageId};
 use crate::peer::{Address, Source};
 use crate::report::DropReason;
 use crate::wire::{
@@ -192,15 +191,24 @@ impl SimNode {
         self.turn += 1;
         let flows = &self.flows;
         let instances: Vec<_> = self.routing.instances(&name).collect();
-        let chosen = least_loaded(&instances, self.turn, |instance| {
-            let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
-            (load, instance.concurrency)
-        });
+        let key = self.random.once_in(3).then(|| format!("key {}", self.random.below(3)));
+        let by_load = || {
+            least_loaded(&instances, self.turn, |instance| {
+                let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
+                (load, instance.concurrency)
+            })
+        };
+        let chosen = match &key {
+            Some(key) => preferred(&instances, key, |instance| instance.peer),
+            None => by_load(),
+        };
         let Some(link) = chosen.map(|instance| instance.link) else {
             return false;
         };
         let id = self.ids.next(now.since_start().as_millis() as u64);
         let mut header = Header::new(id, Kind::Command, Destination::Service(name));
+        header.extra =
+            key.map(|key| Box::new(Extra { ordering_key: Some(key), ..Extra::default() }));
         let deadline = now + Duration::from_millis(self.random.between(20, 3000));
         if waiter.is_some() {
             header.reply_to = Some(self.id);
@@ -364,7 +372,10 @@ impl SimNode {
                 let expires = envelope.header.time_to_live.map(|ttl| now + ttl);
                 let call = Call { link, envelope, cost };
                 let admission = match self.services.get_mut(&name) {
-                    Some(service) => service.handle_call(key, expires, call),
+                    Some(service) => {
+                        let order = call.envelope.header.ordering_key().map(str::to_owned);
+                        service.handle_call(key, order.as_deref(), expires, call)
+                    }
                     None => Admission::Refused(call),
                 };
                 match admission {
@@ -432,7 +443,15 @@ impl SimNode {
 
     fn start(&mut self, name: ServiceName, key: CallKey, call: Envelope, ledger: &mut Ledger) {
         let peer = self.peers.get(&key.0).copied().unwrap_or(self.id);
-        ledger.reached(life_of(&call, peer), self.life, call.header.id);
+        let sender = life_of(&call, peer);
+        ledger.reached(sender, self.life, call.header.id);
+        if let Some(order) = call.header.ordering_key() {
+            let mut running = self.running.values();
+            let beside = running.any(|(_, other)| other.header.ordering_key() == Some(order));
+            assert!(!beside, "two calls of one key run at once");
+            ledger.reached_in_order(sender, self.life, order, call.header.id);
+            ledger.seen.ordered_calls += 1;
+        }
         self.running.insert(key, (name, call));
         let after = Duration::from_micros(self.random.below(20_000));
         self.effects.push_back(Effect::Handle { key, after });

@@ -41,6 +41,7 @@ fn a_thousand_faulty_runs_lose_nothing_silently_and_hang_nowhere() {
     let fired = [
         ("deliveries", seen.delivered),
         ("replies", seen.replies),
+        ("calls with an ordering key", seen.ordered_calls),
         ("requests that failed with their link", seen.failed_requests),
         ("requests past their deadline", seen.late_requests),
         ("calls taken back", seen.cancelled),
