@@ -136,3 +136,31 @@ fn wrong_input_is_explained_and_fails() {
     std::fs::write(&notes, "x").unwrap();
     fails(&shell.run(&["node", "--identity", notes.to_str().unwrap()]), "identity file");
 }
+
+#[test]
+fn each_benchmark_runs_and_names_its_reference() {
+    let shell = Shell::new();
+    let quick = [
+        ["bench", "throughput", "--rounds=1", "--millis=10", "--subscribers=2", "--stalled=1"]
+            .as_slice(),
+        &["bench", "load", "--rounds=1", "--millis=10", "--rate=1000"],
+        &["bench", "requests", "--rounds=1", "--count=10", "--in-flight=4"],
+        &["bench", "scale", "--rounds=1", "--rest=1", "--nodes=3", "--by=gossip"],
+    ];
+    // What a process takes can only be measured on Linux.
+    let here = |args: &&&[&str]| cfg!(target_os = "linux") || args[1] != "scale";
+    for args in quick.iter().filter(here) {
+        let output = shell.run(&[*args, &["--json"]].concat());
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let results = report["results"].as_array().unwrap();
+        assert!(results.len() >= 2, "{args:?}: {report}");
+        for result in results {
+            let numbers = result.as_object().unwrap().values().filter_map(|it| it.as_f64());
+            assert!(numbers.clone().count() > 0 && numbers.clone().all(f64::is_finite), "{report}");
+        }
+    }
+    let nobody_reads = shell.run(&["bench", "throughput", "--subscribers=2", "--stalled=2"]);
+    let error = String::from_utf8_lossy(&nobody_reads.stderr).into_owned();
+    assert!(!nobody_reads.status.success() && error.contains("has to read"), "{error}");
+}

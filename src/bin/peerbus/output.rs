@@ -100,3 +100,11 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
         other => (json!({ "event": "other" }), format!("{other:?}")),
     }
 }
+
+/// Says on a terminal how far a long command is; `None` wipes it away.
+pub(crate) fn progress(text: Option<&str>) {
+    use std::io::IsTerminal;
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{}", text.unwrap_or_default());
+    }
+}

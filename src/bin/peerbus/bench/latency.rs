@@ -1,6 +1,5 @@
 //! `peerbus bench latency`
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -103,18 +102,14 @@ impl Latency {
             side.client.round(self.count as usize / 4 + 1).await?;
         }
         for round in 1..=self.rounds {
-            if std::io::stderr().is_terminal() {
-                eprint!("\rround {round} of {}", self.rounds);
-            }
+            output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for side in &mut sides {
                 let samples = side.client.round(self.count as usize).await?;
                 side.medians.push(samples.percentile(500));
                 side.all.extend(&samples);
             }
         }
-        if std::io::stderr().is_terminal() {
-            eprint!("\r{:20}\r", "");
-        }
+        output::progress(None);
         self.report(&sides)
     }
 

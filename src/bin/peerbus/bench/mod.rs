@@ -1,9 +1,12 @@
 //! `peerbus bench`
 mod latency;
+mod load;
 mod process;
 mod reference;
 mod requests;
+mod scale;
 mod stats;
+mod stream;
 mod throughput;
 
 use clap::Subcommand;
@@ -12,16 +15,23 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// Round trips of small requests, beside plain TCP and the bare zeromq crate in the same run
     Latency(latency::Latency),
-    /// Messages a second, beside the bare zeromq crate and plain TCP in the same run
+    /// How long messages take at a high, even rate, beside the bare zeromq crate in the same run
+    Load(load::Load),
+    /// Messages a second, to one or many, beside the bare zeromq crate in the same run
     Throughput(throughput::Throughput),
     /// Requests a second with many in flight, beside plain TCP in the same run
     Requests(requests::Requests),
+    /// Many node processes: how long until all are linked, what they take at rest
+    Scale(scale::Scale),
     /// The far side of `latency` and `requests`
     #[command(hide = true)]
     Echo(latency::Echo),
-    /// The far side of `throughput`
+    /// The far side of `throughput` and `load`
     #[command(hide = true)]
-    Sink(throughput::Sink),
+    Sink(stream::Sink),
+    /// One of the nodes of `scale`
+    #[command(hide = true)]
+    Member(scale::Member),
 }
 
 impl Bench {
@@ -29,20 +39,25 @@ impl Bench {
     pub(crate) fn prepare(&self) {
         match self {
             Self::Latency(latency) => latency.prepare(),
+            Self::Load(load) => load.prepare(),
             Self::Throughput(throughput) => throughput.prepare(),
             Self::Requests(requests) => requests.prepare(),
             Self::Sink(sink) => sink.prepare(),
             Self::Echo(echo) => echo.prepare(),
+            Self::Scale(_) | Self::Member(_) => {}
         }
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Latency(latency) => latency.run().await,
+            Self::Load(load) => load.run().await,
             Self::Throughput(throughput) => throughput.run().await,
             Self::Requests(requests) => requests.run().await,
             Self::Sink(sink) => sink.run().await,
             Self::Echo(echo) => echo.run().await,
+            Self::Scale(scale) => scale.run().await,
+            Self::Member(member) => member.run().await,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -76,12 +77,30 @@ pub(crate) mod affinity {
     pub(crate) fn pin(_: usize) {}
 }
 
+/// The processor time that this process has taken, and the memory that it has, in bytes.
+#[cfg(target_os = "linux")]
+pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu = Duration::new(cpu.tv_sec.try_into()?, cpu.tv_nsec.try_into()?);
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages = statm.split(' ').nth(1).context("/proc/self/statm has no resident size")?;
+    Ok((cpu, pages.parse::<u64>()? * rustix::param::page_size() as u64))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
+    bail!("what a process takes is only measured on Linux")
+}
+
 /// A folder for the sockets of this run, removed at its end.
 pub(crate) struct BenchDir(PathBuf);
 
 impl BenchDir {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("peerbus-bench-{}", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("peerbus-bench-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         let mut builder = std::fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
@@ -137,11 +156,23 @@ impl Far {
 
     /// The next line that it prints; it has 30 s.
     pub(crate) async fn line(&mut self) -> anyhow::Result<String> {
-        let line = tokio::time::timeout(Duration::from_secs(30), self.lines.next_line()).await;
+        self.line_within(Duration::from_secs(30)).await
+    }
+
+    pub(crate) async fn line_within(&mut self, limit: Duration) -> anyhow::Result<String> {
+        let line = tokio::time::timeout(limit, self.lines.next_line()).await;
         match line.context("the far side says nothing")?? {
             Some(line) => Ok(line),
             None => bail!("the far side ended"),
         }
+    }
+
+    /// The [`usage`] of a far side that tells it.
+    pub(crate) async fn usage(&mut self) -> anyhow::Result<(Duration, u64)> {
+        self.tell("usage").await?;
+        let line = self.line().await?;
+        let (cpu, resident) = line.split_once(' ').context("the far side tells no usage")?;
+        Ok((Duration::from_nanos(cpu.parse()?), resident.parse()?))
     }
 
     pub(crate) async fn tell(&mut self, line: &str) -> anyhow::Result<()> {

@@ -56,6 +56,7 @@ impl Requests {
             sides.push((side, Vec::new()));
         }
         for round in 0..=self.rounds {
+            output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for (side, rates) in &mut sides {
                 let rate = self.round(&mut side.client).await?;
                 // The first is for warming up.
@@ -64,6 +65,7 @@ impl Requests {
                 }
             }
         }
+        output::progress(None);
         let reference = sides[0].1.clone();
         let mut text = format!(
             "Requests of {} bytes, {} in flight, the reference one; in turn, {} rounds\n\n{:<36}{:>12}{:>10}\n",
