@@ -26,7 +26,9 @@ demo:
 bench:
     cargo run --release -- bench latency
     cargo run --release -- bench throughput
+    cargo run --release -- bench load
     cargo run --release -- bench requests
+    cargo run --release -- bench scale
 
 # Many more simulated runs than CI does: just simulate 100000
 simulate seeds="20000":
