@@ -71,6 +71,8 @@ mod config;
 mod discovery;
 mod engine;
 mod identity;
+#[doc(hidden)]
+pub mod journal;
 mod link;
 mod message;
 mod node;

@@ -140,11 +140,13 @@ fn wrong_input_is_explained_and_fails() {
 #[test]
 fn each_benchmark_runs_and_names_its_reference() {
     let shell = Shell::new();
+    let dir = shell.dir.path().to_str().unwrap();
     let quick = [
         ["bench", "throughput", "--rounds=1", "--millis=10", "--subscribers=2", "--stalled=1"]
             .as_slice(),
         &["bench", "load", "--rounds=1", "--millis=10", "--rate=1000"],
         &["bench", "requests", "--rounds=1", "--count=10", "--in-flight=4"],
+        &["bench", "durable", "--rounds=1", "--millis=10", "--dir", dir],
         &["bench", "scale", "--rounds=1", "--rest=1", "--nodes=3", "--by=gossip"],
     ];
     // What a process takes can only be measured on Linux.

@@ -1,4 +1,5 @@
 //! `peerbus bench`
+mod durable;
 mod latency;
 mod load;
 mod process;
@@ -21,6 +22,8 @@ pub(crate) enum Bench {
     Throughput(throughput::Throughput),
     /// Requests a second with many in flight, beside plain TCP in the same run
     Requests(requests::Requests),
+    /// How long it takes to store messages on the disk, beside its own fdatasync in the same run
+    Durable(durable::Durable),
     /// Many node processes: how long until all are linked, what they take at rest
     Scale(scale::Scale),
     /// The far side of `latency` and `requests`
@@ -44,7 +47,7 @@ impl Bench {
             Self::Requests(requests) => requests.prepare(),
             Self::Sink(sink) => sink.prepare(),
             Self::Echo(echo) => echo.prepare(),
-            Self::Scale(_) | Self::Member(_) => {}
+            Self::Durable(_) | Self::Scale(_) | Self::Member(_) => {}
         }
     }
 
@@ -56,6 +59,7 @@ impl Bench {
             Self::Requests(requests) => requests.run().await,
             Self::Sink(sink) => sink.run().await,
             Self::Echo(echo) => echo.run().await,
+            Self::Durable(durable) => durable.run().await,
             Self::Scale(scale) => scale.run().await,
             Self::Member(member) => member.run().await,
         }

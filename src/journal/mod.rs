@@ -1,0 +1,186 @@
+//! A write-ahead log: what was appended survives a crash once it is stored.
+//!
+//! Segments of a directory are written one after the other, and never twice at the same place:
+//! after a crash, a failed write or a failed sync the journal goes on in a new segment, which
+//! names where what counts of the one before it ends. One thread writes; all that has gathered
+//! meanwhile is one write and one sync, and nothing waits for more to gather.
+//!
+//! What is damaged is reported and left as it is; nothing is ever truncated.
+
+mod recovery;
+mod segment;
+mod storage;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use storage::DirectoryError;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::identity::random_u64;
+use recovery::recover;
+use storage::{Directory, Storage};
+use writer::{Append, Command, Writer};
+
+/// When what is appended counts as stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// When it is on the disk: it survives a crash of the process and of the machine.
+    #[default]
+    Sync,
+    /// When the system has it; it is on the disk so much later at the most. A crash of the
+    /// process loses nothing, one of the machine what came since.
+    Interval(Duration),
+    /// When the system has it, which writes it when it likes.
+    OsBuffer,
+}
+
+/// How a journal is kept.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub durability: Durability,
+    /// A segment that is longer than this is the last with that content, in bytes.
+    pub segment_size: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { durability: Durability::Sync, segment_size: 64 * 1024 * 1024 }
+    }
+}
+
+/// Where an entry lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Position {
+    pub segment: u64,
+    pub offset: u64,
+    pub length: u32,
+}
+
+/// Something that was read back.
+pub struct Entry<'a> {
+    pub position: Position,
+    pub payload: &'a [u8],
+}
+
+/// A part of a segment that can't be read, though it was stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Damage {
+    pub segment: u64,
+    pub from: u64,
+    pub to: u64,
+}
+
+/// What reading a journal back found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Recovery {
+    pub segments: u64,
+    pub entries: u64,
+    pub damaged: Vec<Damage>,
+    /// Bytes of a last write that a crash tore. They had not been stored.
+    pub torn: u64,
+}
+
+/// A journal that can't be opened or read.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    #[error("it is of format {0}; this version knows up to {known}", known = segment::VERSION)]
+    Version(u32),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the entry is damaged")]
+    Damaged,
+}
+
+/// An entry was not stored. If the process ends before anything else is, it may still turn up when
+/// the journal is opened again; otherwise it does not, unless the journal is not to be synced at
+/// once.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("it can't be stored: {0}")]
+pub struct NotStored(Arc<io::Error>);
+
+/// An open journal.
+pub struct Journal {
+    storage: Arc<dyn Storage>,
+    salt: u64,
+    commands: mpsc::Sender<Command>,
+    writer: Option<JoinHandle<()>>,
+}
+
+impl Journal {
+    /// Opens the journal of a directory, or begins one; what is in it is handed to `take`, in
+    /// the order in which it was appended.
+    pub fn open(
+        path: &Path,
+        options: &Options,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        Self::open_on(Arc::new(Directory::open(path)?), options, take)
+    }
+
+    fn open_on(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        let (recovery, resume) = recover(&*storage, take)?;
+        let salt = resume.salt.unwrap_or_else(random_u64);
+        let writer = Writer::begin(storage.clone(), options, salt, &resume)?;
+        let (commands, received) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("peerbus-journal".into());
+        let writer = thread.spawn(move || writer.run(&received))?;
+        Ok((Self { storage, salt, commands, writer: Some(writer) }, recovery))
+    }
+
+    /// Appends entries, all or none of which survive a crash before they are stored. Awaiting it
+    /// tells when they are, and where; it happens even if nobody waits.
+    pub fn append(
+        &self,
+        payload: Vec<u8>,
+    ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
+        let (stored, wait) = oneshot::channel();
+        let sent = self.commands.send(Command::Append(Append { payload, stored }));
+        async move {
+            let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
+            sent.map_err(|_| gone())?;
+            wait.await.unwrap_or_else(|_| Err(gone()))
+        }
+    }
+
+    /// Reads an entry that was stored.
+    pub fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
+        let (salt, number) = (self.salt, position.segment);
+        let header = segment::Header { salt, number, previous: 0, previous_end: 0 };
+        let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
+        let read = self.storage.read(position.segment, position.offset, &mut bytes)?;
+        let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);
+        let bytes = bytes.ok_or(JournalError::Damaged)?;
+        let frame = header.decode_frame(position.offset, bytes).ok_or(JournalError::Damaged)?;
+        Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
+    }
+
+    /// Removes a segment, whose entries are no longer wanted: the oldest, since what is said of
+    /// its entries in later ones has to outlast them.
+    pub fn remove(&self, segment: u64) {
+        let _closed = self.commands.send(Command::Remove(segment));
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        let _gone = self.commands.send(Command::Close);
+        if let Some(writer) = self.writer.take() {
+            let _panicked = writer.join();
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The bytes of a segment: its header, its records, and how both are read back. Pure.
+//!
+//! ```text
+//! header   magic (8) | version u32 | salt u64 | number u64 | previous u64 | end u64 | crc u32
+//! record   check u32 | length u32 | kind u32 | crc u32 | payload | zeros up to a multiple of 8
+//! ```
+//!
+//! All numbers are little-endian, both checksums are CRC-32C (Castagnoli, RFC 3720). `check` is
+//! that of salt, segment number, position, length and kind, so that a length can be trusted before
+//! what it spans is read; `crc` goes on from `check` over the payload. So bytes that were valid
+//! elsewhere, in an older file or at another place, are not valid here; the salt is random for
+//! each journal, so that no payload can contain a record.
+
+use crc32c::{crc32c, crc32c_append};
+
+const MAGIC: &[u8; 8] = b"peerbusJ";
+/// The version of the format that this crate writes and reads.
+pub(super) const VERSION: u32 = 1;
+/// How long a header is.
+pub(super) const HEADER: u64 = 48;
+/// How much of a record comes before its payload.
+pub(super) const FRAME: u64 = 16;
+/// Where records may begin.
+const ALIGN: u64 = 8;
+/// The kinds of records: what the journal's user wrote,
+pub(super) const ENTRY: u32 = 0;
+/// and a position, as a u64, before which all was synced when the mark was written.
+pub(super) const MARK: u32 = 1;
+
+/// What a segment says about itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    /// The same in all segments of a journal.
+    pub(super) salt: u64,
+    pub(super) number: u64,
+    /// The segment that was written before this one; zero if there was none.
+    pub(super) previous: u64,
+    /// Where that one ends. What lies behind was never promised.
+    pub(super) previous_end: u64,
+}
+
+/// Why a file is not a segment of ours.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum HeaderError {
+    /// It is too short or its checksum is wrong: it was never finished, or is damaged.
+    Invalid,
+    /// Of a format that this version doesn't know.
+    Version(u32),
+}
+
+impl Header {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        for number in [self.salt, self.number, self.previous, self.previous_end] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&crc32c(&bytes).to_le_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
+        let bytes = bytes.get(..HEADER as usize).ok_or(HeaderError::Invalid)?;
+        if &bytes[..8] != MAGIC {
+            return Err(HeaderError::Invalid);
+        }
+        if u32_at(bytes, 44) != crc32c(&bytes[..44]) {
+            return Err(HeaderError::Invalid);
+        }
+        // Headers are the same in all versions; what comes behind needn't be.
+        match u32_at(bytes, 8) {
+            VERSION => Ok(Self {
+                salt: u64_at(bytes, 12),
+                number: u64_at(bytes, 20),
+                previous: u64_at(bytes, 28),
+                previous_end: u64_at(bytes, 36),
+            }),
+            version => Err(HeaderError::Version(version)),
+        }
+    }
+
+    fn check(&self, position: u64, frame: Frame) -> u32 {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&self.salt.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.number.to_le_bytes());
+        bytes[16..24].copy_from_slice(&position.to_le_bytes());
+        bytes[24..28].copy_from_slice(&frame.length.to_le_bytes());
+        bytes[28..].copy_from_slice(&frame.kind.to_le_bytes());
+        crc32c(&bytes)
+    }
+
+    /// Appends a record that will lie at `position` to `buf`.
+    pub(super) fn encode_record(
+        &self,
+        position: u64,
+        kind: u32,
+        payload: &[u8],
+        buf: &mut Vec<u8>,
+    ) {
+        let frame = Frame { length: payload.len() as u32, kind };
+        let check = self.check(position, frame);
+        for number in [check, frame.length, frame.kind, crc32c_append(check, payload)] {
+            buf.extend_from_slice(&number.to_le_bytes());
+        }
+        buf.extend_from_slice(payload);
+        buf.resize(buf.len().next_multiple_of(ALIGN as usize), 0);
+    }
+
+    /// The beginning of the record at `position`, if `bytes` are one.
+    pub(super) fn decode_frame(&self, position: u64, bytes: &[u8]) -> Option<Frame> {
+        let frame = Frame { length: u32_at(bytes, 4), kind: u32_at(bytes, 8) };
+        (u32_at(bytes, 0) == self.check(position, frame)).then_some(frame)
+    }
+}
+
+/// The beginning of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Frame {
+    pub(super) length: u32,
+    pub(super) kind: u32,
+}
+
+impl Frame {
+    /// What the whole record takes.
+    pub(super) fn size(self) -> u64 {
+        record_size(u64::from(self.length))
+    }
+
+    /// The payload of the record that `bytes` are, if it is what was written.
+    pub(super) fn payload(self, bytes: &[u8]) -> Option<&[u8]> {
+        let payload = bytes.get(FRAME as usize..)?.get(..self.length as usize)?;
+        (u32_at(bytes, 12) == crc32c_append(u32_at(bytes, 0), payload)).then_some(payload)
+    }
+}
+
+/// What a record with a payload of that length takes.
+pub(super) fn record_size(payload: u64) -> u64 {
+    (FRAME + payload).next_multiple_of(ALIGN)
+}
+
+/// The next place where a record may begin.
+pub(super) fn next_place(position: u64) -> u64 {
+    position + ALIGN
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}

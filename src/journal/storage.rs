@@ -1,0 +1,147 @@
+//! Where segments lie: a directory, or in tests a disk that crashes on purpose.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// What a journal needs of a disk. Segments are files by number.
+pub(super) trait Storage: Send + Sync {
+    /// The numbers of the segments that are there, in order.
+    fn segments(&self) -> io::Result<Vec<u64>>;
+    /// A new, empty segment, to be written once from its start to its end.
+    fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>>;
+    /// Reads at `at` as much as there is, up to the length of `buf`.
+    fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize>;
+    fn length(&self, number: u64) -> io::Result<u64>;
+    fn remove(&self, number: u64) -> io::Result<()>;
+    /// Makes what was created and removed last.
+    fn sync_directory(&self) -> io::Result<()>;
+}
+
+/// A segment that is being written.
+pub(super) trait SegmentFile: Send {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Makes what was appended last.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// A directory of this host, locked for as long as this lives.
+pub(super) struct Directory {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Marks a directory as a journal's, and is locked by who uses it.
+const LOCK: &str = "journal.lock";
+const SUFFIX: &str = ".segment";
+
+/// A directory that can't be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirectoryError {
+    /// Another process has it open.
+    #[error("another process uses it")]
+    InUse,
+    /// It is somebody else's.
+    #[error("it holds other files ({0}) and no journal: name an empty or a new folder")]
+    Foreign(String),
+    /// What the system said.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+impl Directory {
+    /// Opens a journal's directory, or makes a new one.
+    pub(super) fn open(path: &Path) -> Result<Self, DirectoryError> {
+        create_private(path)?;
+        let lock = path.join(LOCK);
+        if !lock.exists()
+            && let Some(other) = fs::read_dir(path)?.next()
+        {
+            return Err(DirectoryError::Foreign(other?.file_name().to_string_lossy().into_owned()));
+        }
+        let file = File::options().create(true).truncate(false).write(true).open(&lock)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
+            Err(TryLockError::Error(error)) => return Err(error.into()),
+        }
+        Ok(Self { path: path.to_owned(), _lock: file })
+    }
+
+    fn segment(&self, number: u64) -> PathBuf {
+        self.path.join(format!("{number:016x}{SUFFIX}"))
+    }
+}
+
+#[cfg(unix)]
+fn create_private(path: &Path) -> io::Result<()> {
+    std::os::unix::fs::DirBuilderExt::mode(fs::DirBuilder::new().recursive(true), 0o700)
+        .create(path)
+}
+
+#[cfg(not(unix))]
+fn create_private(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path)
+}
+
+impl Storage for Directory {
+    fn segments(&self) -> io::Result<Vec<u64>> {
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(SUFFIX));
+            numbers.extend(number.and_then(|number| u64::from_str_radix(number, 16).ok()));
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
+        let file = File::options().create_new(true).write(true).open(self.segment(number))?;
+        Ok(Box::new(file))
+    }
+
+    fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let mut file = File::open(self.segment(number))?;
+        file.seek(SeekFrom::Start(at))?;
+        let mut read = 0;
+        while read < buf.len() {
+            match file.read(&mut buf[read..]) {
+                Ok(0) => break,
+                Ok(count) => read += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(read)
+    }
+
+    fn length(&self, number: u64) -> io::Result<u64> {
+        Ok(fs::metadata(self.segment(number))?.len())
+    }
+
+    fn remove(&self, number: u64) -> io::Result<()> {
+        fs::remove_file(self.segment(number))
+    }
+
+    #[cfg(unix)]
+    fn sync_directory(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    #[cfg(not(unix))]
+    fn sync_directory(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl SegmentFile for File {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_data()
+    }
+}

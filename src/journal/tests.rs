@@ -1,0 +1,393 @@
+//! A disk that crashes, fails and lies still under the journal's feet.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::FutureExt;
+use proptest::prelude::*;
+
+use super::segment::{FRAME, HEADER, Header, VERSION};
+use super::storage::SegmentFile;
+use super::*;
+use crate::sync::lock;
+
+/// How much a disk writes at once; what a crash tears, it tears here.
+const SECTOR: usize = 64;
+
+/// Numbers from a seed (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound.max(1)
+    }
+}
+
+#[derive(Clone, Default)]
+struct FileState {
+    bytes: Vec<u8>,
+    /// How much of it a crash leaves for sure.
+    synced: usize,
+    /// Its name is on the disk.
+    linked: bool,
+}
+
+/// A disk in memory.
+#[derive(Default)]
+struct Disk {
+    files: Mutex<BTreeMap<u64, FileState>>,
+    /// Files whose removal is not on the disk yet.
+    removed: Mutex<BTreeMap<u64, FileState>>,
+    /// Counts down; the write or sync that brings it to zero fails.
+    write_fails: AtomicU64,
+    sync_fails: AtomicU64,
+}
+
+/// Whether a countdown comes to its end with this call.
+fn fails(countdown: &AtomicU64) -> bool {
+    countdown.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) == Ok(1)
+}
+
+impl Disk {
+    /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
+    fn crash(&self, random: &mut Random) -> Arc<Self> {
+        let mut left = BTreeMap::new();
+        for (number, file) in &*lock(&self.files) {
+            if !file.linked && random.below(2) == 0 {
+                continue;
+            }
+            let mut file = file.clone();
+            let reached = random.below((file.bytes.len() - file.synced) as u64 + 1) as usize;
+            file.bytes.truncate(file.synced + reached);
+            let mut at = file.synced;
+            while at < file.bytes.len() {
+                let end = (at / SECTOR + 1) * SECTOR;
+                let end = end.min(file.bytes.len());
+                if random.below(3) == 0 {
+                    file.bytes[at..end].fill(0);
+                }
+                at = end;
+            }
+            left.insert(*number, file);
+        }
+        for (number, file) in &*lock(&self.removed) {
+            if random.below(2) == 0 {
+                left.insert(*number, file.clone());
+            }
+        }
+        for file in left.values_mut() {
+            (file.synced, file.linked) = (file.bytes.len(), true);
+        }
+        Arc::new(Self { files: Mutex::new(left), ..Self::default() })
+    }
+
+    fn change(&self, number: u64, change: impl FnOnce(&mut Vec<u8>)) {
+        change(&mut lock(&self.files).get_mut(&number).unwrap().bytes);
+    }
+}
+
+struct Writing {
+    disk: Arc<Disk>,
+    number: u64,
+}
+
+/// The disk as the journal sees it.
+struct Mount(Arc<Disk>);
+
+impl Storage for Mount {
+    fn segments(&self) -> io::Result<Vec<u64>> {
+        Ok(lock(&self.0.files).keys().copied().collect())
+    }
+
+    fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
+        let before = lock(&self.0.files).insert(number, FileState::default());
+        assert!(before.is_none(), "segment {number} is written twice");
+        Ok(Box::new(Writing { disk: self.0.clone(), number }))
+    }
+
+    fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let files = lock(&self.0.files);
+        let bytes = files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.get(at as usize..);
+        let bytes = bytes.unwrap_or_default();
+        let count = bytes.len().min(buf.len());
+        buf[..count].copy_from_slice(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn length(&self, number: u64) -> io::Result<u64> {
+        let files = lock(&self.0.files);
+        Ok(files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.len() as u64)
+    }
+
+    fn remove(&self, number: u64) -> io::Result<()> {
+        let file = lock(&self.0.files).remove(&number).ok_or(io::ErrorKind::NotFound)?;
+        lock(&self.0.removed).insert(number, file);
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> io::Result<()> {
+        lock(&self.0.files).values_mut().for_each(|file| file.linked = true);
+        lock(&self.0.removed).clear();
+        Ok(())
+    }
+}
+
+impl SegmentFile for Writing {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let full = fails(&self.disk.write_fails);
+        let taken = if full { bytes.len() / 2 } else { bytes.len() };
+        self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
+        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if fails(&self.disk.sync_fails) {
+            return Err(io::Error::other("the disk failed"));
+        }
+        if let Some(file) = lock(&self.disk.files).get_mut(&self.number) {
+            file.synced = file.bytes.len();
+        }
+        Ok(())
+    }
+}
+
+fn small() -> Options {
+    Options { segment_size: 1500, ..Options::default() }
+}
+
+type Found = Vec<(Position, Vec<u8>)>;
+
+fn open(disk: &Arc<Disk>) -> (Journal, Found, Recovery) {
+    let mut found = Vec::new();
+    let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
+    let (journal, recovery) =
+        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), take).unwrap();
+    (journal, found, recovery)
+}
+
+fn append(journal: &Journal, payload: &[u8]) -> Result<Position, NotStored> {
+    wait_for(journal.append(payload.to_vec()))
+}
+
+fn wait_for<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+}
+
+/// A journal of so many entries, closed.
+fn written(entries: usize) -> (Arc<Disk>, Found) {
+    let disk = Arc::new(Disk::default());
+    let (journal, ..) = open(&disk);
+    let mut all = Vec::new();
+    for number in 0..entries {
+        let payload = format!("entry {number} ").repeat(number % 7).into_bytes();
+        all.push((append(&journal, &payload).unwrap(), payload));
+    }
+    drop(journal);
+    (disk, all)
+}
+
+#[test]
+fn what_was_stored_is_there_after_any_crash() {
+    let seeds = std::env::var("PEERBUS_SIM_SEEDS").map_or(2000, |text| text.parse().unwrap());
+    let (mut torn, mut failed, mut unanswered) = (0, 0, 0);
+    for seed in 0..seeds {
+        let mut random = Random(seed);
+        let mut disk = Arc::new(Disk::default());
+        let (mut stored, mut maybe) = (Found::new(), Vec::<(bool, Vec<u8>)>::new());
+        for life in 0..4 {
+            let (journal, found, recovery) = open(&disk);
+            assert_eq!(recovery.damaged, [], "seed {seed}, life {life}");
+            torn += u64::from(recovery.torn > 0);
+            let (sure, more) = found.split_at(stored.len().min(found.len()));
+            assert_eq!(sure, stored, "seed {seed}, life {life}");
+            // Of those that failed last or were on their way in the crash, some may be there.
+            let mut sent = maybe.iter();
+            for (_, payload) in more {
+                assert!(sent.any(|(_, sent)| sent == payload), "seed {seed}, life {life}");
+            }
+            for (_, payload) in maybe.iter().filter(|(answered, _)| *answered) {
+                assert!(more.iter().any(|(_, found)| found == payload), "seed {seed}, life {life}");
+            }
+            for (position, payload) in &found {
+                assert_eq!(journal.read(*position).unwrap(), *payload);
+            }
+            (stored, maybe) = (found, Vec::new());
+            if random.below(2) == 0 {
+                disk.write_fails.store(1 + random.below(12), Ordering::SeqCst);
+            }
+            if random.below(2) == 0 {
+                disk.sync_fails.store(1 + random.below(12), Ordering::SeqCst);
+            }
+            for number in 0..random.below(20) {
+                let payload = vec![number as u8; random.below(300) as usize];
+                match append(&journal, &payload) {
+                    Ok(position) => {
+                        stored.push((position, payload));
+                        // What failed before is now out of the way for good.
+                        maybe.clear();
+                    }
+                    Err(_) => {
+                        failed += 1;
+                        maybe.push((false, payload));
+                    }
+                }
+            }
+            for number in 0..random.below(4) {
+                let payload = vec![100 + number as u8; 1 + random.below(300) as usize];
+                let answer = journal.append(payload.clone()).now_or_never();
+                unanswered += usize::from(answer.is_none());
+                maybe.push((answer.is_some_and(|answer| answer.is_ok()), payload));
+            }
+            // The machine dies while the writer is anywhere.
+            let crashed = disk.crash(&mut random);
+            drop(journal);
+            disk = crashed;
+        }
+    }
+    println!("{torn} torn tails, {failed} failures, {unanswered} unanswered");
+    assert!(torn > 0 && failed > 0 && unanswered > 0, "the faults did not fire");
+}
+
+#[test]
+fn a_log_cut_anywhere_gives_back_what_came_before() {
+    let (disk, all) = written(120);
+    let last = *lock(&disk.files).keys().next_back().unwrap();
+    let whole = lock(&disk.files)[&last].bytes.clone();
+    assert!(all.first().unwrap().0.segment < last, "several segments");
+    for length in 0..whole.len() {
+        disk.change(last, |bytes| *bytes = whole[..length].to_vec());
+        let mut found = Found::new();
+        let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
+        recover(&Mount(disk.clone()), take).unwrap();
+        let reached = |(position, payload): &&(Position, Vec<u8>)| {
+            let end = position.offset + FRAME + payload.len() as u64;
+            position.segment < last || end.next_multiple_of(8) <= length as u64
+        };
+        let wanted: Found = all.iter().take_while(reached).cloned().collect();
+        assert_eq!(found, wanted, "cut at {length}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_reported_and_costs_one_entry_at_most() {
+    let (disk, all) = written(60);
+    let numbers: Vec<u64> = lock(&disk.files).keys().copied().collect();
+    for number in numbers {
+        let whole = lock(&disk.files)[&number].bytes.clone();
+        for at in 0..whole.len() {
+            for bit in [0, 7] {
+                disk.change(number, |bytes| bytes[at] ^= 1 << bit);
+                let mut found = Found::new();
+                let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
+                let (recovery, _) = recover(&Mount(disk.clone()), take).unwrap();
+                let lost: Vec<_> = all.iter().filter(|entry| !found.contains(entry)).collect();
+                assert_eq!(found.len() + lost.len(), all.len(), "nothing is made up");
+                assert!(lost.len() <= 1, "bit {bit} at {at} of {number} lost {}", lost.len());
+                for (position, _) in lost {
+                    let named = recovery.damaged.iter().any(|damage| {
+                        damage.segment == position.segment
+                            && (damage.from..damage.to).contains(&position.offset)
+                    });
+                    // In the last write of all it can't be told from a torn one.
+                    let torn = recovery.torn > 0 && all.last().unwrap().0 == *position;
+                    assert!(named || torn, "bit {bit} at {at} of {number}: {recovery:?}");
+                }
+                disk.change(number, |bytes| bytes[at] ^= 1 << bit);
+            }
+        }
+    }
+}
+
+#[test]
+fn stale_bytes_of_another_segment_are_nothing() {
+    let (disk, all) = written(60);
+    let first = all[0].0.segment;
+    let old = lock(&disk.files)[&first].bytes[HEADER as usize..].to_vec();
+    let last = *lock(&disk.files).keys().next_back().unwrap();
+    disk.change(last, |bytes| bytes.extend_from_slice(&old));
+    let (_, found, recovery) = open(&disk);
+    assert_eq!(found, all);
+    assert_eq!(recovery.torn, old.len() as u64);
+    assert_eq!(recovery.damaged, []);
+}
+
+#[test]
+fn segments_are_removed_and_numbers_are_never_used_again() {
+    let (disk, all) = written(60);
+    let (journal, ..) = open(&disk);
+    let oldest = all[0].0.segment;
+    journal.remove(oldest);
+    drop(journal);
+    let (_, found, recovery) = open(&disk);
+    let wanted: Found = all.iter().filter(|(at, _)| at.segment > oldest).cloned().collect();
+    assert_eq!((found, recovery.damaged), (wanted, vec![]));
+}
+
+#[test]
+fn a_journal_of_a_newer_format_is_refused_and_left_alone() {
+    let (disk, all) = written(3);
+    let segment = all[0].0.segment;
+    let header = Header { salt: 1, number: segment, previous: 0, previous_end: 0 };
+    let mut newer = header.encode();
+    newer[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
+    let crc = crc32c::crc32c(&newer[..44]);
+    newer[44..].copy_from_slice(&crc.to_le_bytes());
+    disk.change(segment, |bytes| bytes[..48].copy_from_slice(&newer));
+    let before = lock(&disk.files).clone();
+    let opened = Journal::open_on(Arc::new(Mount(disk.clone())), &small(), |_| {});
+    assert!(matches!(opened, Err(JournalError::Version(version)) if version == VERSION + 1));
+    let after = lock(&disk.files).clone();
+    assert!(
+        before
+            .iter()
+            .map(|(n, file)| (n, &file.bytes))
+            .eq(after.iter().map(|(n, file)| (n, &file.bytes)))
+    );
+}
+
+#[test]
+fn a_directory_serves_one_journal_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let open = || Journal::open(&path, &Options::default(), |_| {});
+    let (journal, _) = open().unwrap();
+    let position = append(&journal, b"kept").unwrap();
+    let second = open().err().unwrap();
+    assert!(matches!(second, JournalError::Directory(DirectoryError::InUse)), "{second}");
+    drop(journal);
+    let mut found = Vec::new();
+    let take = |entry: Entry<'_>| found.push(entry.payload.to_vec());
+    let (journal, recovery) = Journal::open(&path, &Options::default(), take).unwrap();
+    assert_eq!((found, recovery.entries), (vec![b"kept".to_vec()], 1));
+    assert_eq!(journal.read(position).unwrap(), b"kept");
+    let wrong = Position { length: position.length + 1, ..position };
+    assert!(journal.read(wrong).is_err() || journal.read(wrong).unwrap() == b"kept");
+    drop(journal);
+
+    let foreign = tempfile::tempdir().unwrap();
+    std::fs::write(foreign.path().join("thesis.txt"), "mine").unwrap();
+    let refused = Journal::open(foreign.path(), &Options::default(), |_| {}).err().unwrap();
+    assert!(refused.to_string().contains("thesis.txt"), "{refused}");
+    assert_eq!(std::fs::read_dir(foreign.path()).unwrap().count(), 1, "nothing was left behind");
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_read_without_a_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..400),
+        with_header in any::<bool>(),
+    ) {
+        let disk = Arc::new(Disk::default());
+        let header = Header { salt: 1, number: 1, previous: 0, previous_end: 0 }.encode();
+        let start = if with_header { header } else { Vec::new() };
+        let file = FileState { bytes: [start, bytes].concat(), ..FileState::default() };
+        lock(&disk.files).insert(1, file);
+        let (recovery, _) = recover(&Mount(disk), |_| {}).unwrap();
+        prop_assert_eq!(recovery.entries, 0);
+    }
+}

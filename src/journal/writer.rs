@@ -1,0 +1,229 @@
+//! The thread that writes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::recovery::Resume;
+use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
+use super::storage::{SegmentFile, Storage};
+use super::{Durability, NotStored, Options, Position};
+
+/// How much is gathered for one write, in bytes.
+const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
+
+pub(super) enum Command {
+    Append(Append),
+    Remove(u64),
+    Close,
+}
+
+pub(super) struct Append {
+    pub(super) payload: Vec<u8>,
+    pub(super) stored: oneshot::Sender<Result<Position, NotStored>>,
+}
+
+pub(super) struct Writer {
+    storage: Arc<dyn Storage>,
+    durability: Durability,
+    segment_size: u64,
+    header: Header,
+    /// The number of the segment that was begun last.
+    current: u64,
+    /// `None` after a failure, until the next segment is begun.
+    file: Option<Box<dyn SegmentFile>>,
+    /// Where the next record will lie.
+    end: u64,
+    /// Up to where the disk has it.
+    synced: u64,
+    /// When what the disk doesn't have yet has to be synced.
+    sync_by: Option<Instant>,
+    buf: Vec<u8>,
+}
+
+impl Writer {
+    /// Begins the first segment behind those that are there.
+    pub(super) fn begin(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        salt: u64,
+        resume: &Resume,
+    ) -> io::Result<Self> {
+        let previous = resume.last.unwrap_or_default();
+        let number = previous + 1;
+        let header = Header { salt, number, previous, previous_end: resume.end };
+        let file = begin_segment(&*storage, &header)?;
+        Ok(Self {
+            storage,
+            durability: options.durability,
+            segment_size: options.segment_size,
+            header,
+            current: number,
+            file: Some(file),
+            end: HEADER,
+            synced: HEADER,
+            sync_by: None,
+            buf: Vec::new(),
+        })
+    }
+
+    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        while let Some(command) = self.wait(commands) {
+            let after = match command {
+                Command::Append(first) => self.gather(first, commands),
+                other => Some(other),
+            };
+            match after {
+                Some(Command::Remove(segment)) => self.remove(segment),
+                Some(Command::Close) => break,
+                Some(Command::Append(_)) | None => {}
+            }
+        }
+        if self.durability != Durability::OsBuffer
+            && let Err(error) = self.sync()
+        {
+            tracing::error!(%error, "the journal can't be synced");
+        }
+    }
+
+    /// Stores an append with all that are there already; the other command that came behind them.
+    fn gather(&mut self, first: Append, commands: &Receiver<Command>) -> Option<Command> {
+        let (mut size, mut after) = (first.payload.len(), None);
+        let mut gathered = vec![first];
+        while size < MOST_AT_ONCE {
+            match commands.try_recv() {
+                Ok(Command::Append(next)) => {
+                    size += next.payload.len();
+                    gathered.push(next);
+                }
+                Ok(other) => {
+                    after = Some(other);
+                    break;
+                }
+                Err(_nothing_more) => break,
+            }
+        }
+        match self.write(&gathered) {
+            Ok(positions) => {
+                for (append, position) in gathered.into_iter().zip(positions) {
+                    let _nobody_waits = append.stored.send(Ok(position));
+                }
+            }
+            Err(error) => {
+                let error = NotStored(Arc::new(error));
+                for append in gathered {
+                    let _nobody_waits = append.stored.send(Err(error.clone()));
+                }
+            }
+        }
+        after
+    }
+
+    /// The next command; syncs when that is due meanwhile.
+    fn wait(&mut self, commands: &Receiver<Command>) -> Option<Command> {
+        loop {
+            let Some(by) = self.sync_by else { return commands.recv().ok() };
+            match commands.recv_timeout(by.saturating_duration_since(Instant::now())) {
+                Ok(command) => return Some(command),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(error) = self.sync() {
+                        tracing::error!(%error, "the journal can't be synced");
+                    }
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, gathered: &[Append]) -> io::Result<Vec<Position>> {
+        if self.file.is_none() || self.end >= self.segment_size {
+            self.turn_over()?;
+        }
+        let (Some(file), start) = (self.file.as_mut(), self.end) else {
+            return Err(io::Error::other("no segment is open"));
+        };
+        self.buf.clear();
+        let mut end = start;
+        self.header.encode_record(end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
+        end += record_size(8);
+        let mut positions = Vec::with_capacity(gathered.len());
+        for Append { payload, .. } in gathered {
+            let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
+            self.header.encode_record(end, ENTRY, payload, &mut self.buf);
+            positions.push(Position { segment: self.header.number, offset: end, length });
+            end += record_size(u64::from(length));
+        }
+        if let Err(error) = file.append(&self.buf) {
+            // Some of it may be there. What the file holds beyond `end` doesn't count.
+            self.file = None;
+            return Err(error);
+        }
+        match self.durability {
+            Durability::Sync => {
+                if let Err(error) = file.sync() {
+                    // Nobody knows what is on the disk; another sync of this file might say that
+                    // all is well though it isn't.
+                    self.file = None;
+                    return Err(error);
+                }
+                self.synced = end;
+            }
+            Durability::Interval(pause) => {
+                self.sync_by.get_or_insert_with(|| Instant::now() + pause);
+            }
+            Durability::OsBuffer => {}
+        }
+        self.end = end;
+        Ok(positions)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_by = None;
+        if let Some(file) = self.file.as_mut()
+            && self.synced < self.end
+        {
+            if let Err(error) = file.sync() {
+                self.file = None;
+                return Err(error);
+            }
+            self.synced = self.end;
+        }
+        Ok(())
+    }
+
+    /// Goes on in a new segment.
+    fn turn_over(&mut self) -> io::Result<()> {
+        // A segment that failed is not synced again.
+        self.sync()?;
+        self.file = None;
+        if self.current == self.header.number {
+            self.header.previous = self.current;
+            self.header.previous_end = self.end;
+        }
+        // A number is never used twice, even if the attempt fails.
+        self.header.number += 1;
+        self.file = Some(begin_segment(&*self.storage, &self.header)?);
+        self.current = self.header.number;
+        (self.end, self.synced) = (HEADER, HEADER);
+        Ok(())
+    }
+
+    fn remove(&mut self, segment: u64) {
+        // One at a time, so that what is left after a crash has no holes.
+        let removed = self.storage.remove(segment).and_then(|()| self.storage.sync_directory());
+        if let Err(error) = removed {
+            tracing::warn!(segment, %error, "a segment can't be removed");
+        }
+    }
+}
+
+fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn SegmentFile>> {
+    let mut file = storage.create(header.number)?;
+    file.append(&header.encode())?;
+    file.sync()?;
+    storage.sync_directory()?;
+    Ok(file)
+}
