@@ -68,8 +68,8 @@ const REFUSED_RETRY: Duration = Duration::from_secs(60);
 /// How long the larger id leaves the dialling of an announced node to the smaller one, so that
 /// the two don't cross.
 const POLITE_DELAY: Duration = Duration::from_millis(300);
-/// How many targets are dialled at once.
-const MAX_DIALING: usize = 64;
+/// How many targets are dialled at once, and how many of those known from hearsay only.
+const MAX_DIALING: usize = 32;
 /// The most addresses that are kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
 /// The most targets that are known from hearsay only.
@@ -82,11 +82,13 @@ const HINT_ATTEMPTS: u32 = 5;
 pub(crate) struct Dialer {
     me: NodeId,
     targets: BTreeMap<TargetKey, Target>,
-    /// Those that wait, by when they are due.
-    due: BTreeSet<(Time, TargetKey)>,
+    /// Those that wait, by when they are due; apart for those that are known from hearsay only,
+    /// so that they never stand in the way of the others.
+    due: [BTreeSet<(Time, TargetKey)>; 2],
     by_link: HashMap<LinkId, TargetKey>,
     by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
-    dialing: usize,
+    /// How many are being dialled, apart as well.
+    dialing: [usize; 2],
     /// How many targets are known from hearsay only.
     hinted: usize,
     random: Random,
@@ -97,10 +99,10 @@ impl Dialer {
         Self {
             me,
             targets: BTreeMap::new(),
-            due: BTreeSet::new(),
+            due: Default::default(),
             by_link: HashMap::new(),
             by_node: HashMap::new(),
-            dialing: 0,
+            dialing: [0; 2],
             hinted: 0,
             random: Random::new(seed),
         }
@@ -115,17 +117,29 @@ impl Dialer {
             return self.add(now, key, sighting);
         };
         target.gone = false;
-        if target.source == Source::Gossip {
+        let (state, was_hinted) = (target.state, target.source == Source::Gossip);
+        if was_hinted {
+            // It takes its place among the others.
             self.hinted -= 1;
+            self.enter(&key, State::Idle);
         }
+        let Some(target) = self.targets.get_mut(&key) else { return };
         target.source = sighting.source;
-        if target.addresses != sighting.addresses {
-            target.addresses = sighting.addresses;
-            self.try_at_once(now, &key);
+        let moved = target.addresses != sighting.addresses;
+        target.addresses = sighting.addresses;
+        match state {
+            // New addresses deserve a new attempt.
+            State::Waiting { .. } if moved => {
+                target.failures = 0;
+                self.enter(&key, State::Waiting { until: now });
+            }
+            state if was_hinted => self.enter(&key, state),
+            _ => {}
         }
     }
 
-    /// A peer told where a node may be. What other sources say of it counts more.
+    /// A peer told where a node may be. What other sources say of it counts more, and what is
+    /// told makes nothing known be dialled earlier.
     pub(crate) fn handle_hint(&mut self, now: Time, id: NodeId, addresses: Vec<Address>) {
         let key = TargetKey::Node(id);
         match self.targets.get_mut(&key) {
@@ -134,10 +148,7 @@ impl Dialer {
                 merged.extend(target.addresses.iter().cloned());
                 dedup(&mut merged);
                 merged.truncate(MAX_ADDRESSES);
-                if merged.iter().any(|address| !target.addresses.contains(address)) {
-                    target.addresses = merged;
-                    self.try_at_once(now, &key);
-                }
+                target.addresses = merged;
             }
             Some(_) => {}
             None if self.hinted >= MAX_HINTED || id == self.me => {}
@@ -169,16 +180,6 @@ impl Dialer {
         };
         self.targets.insert(key.clone(), target);
         self.enter(&key, State::Waiting { until: now + wait });
-    }
-
-    /// New addresses deserve a new attempt.
-    fn try_at_once(&mut self, now: Time, key: &TargetKey) {
-        if let Some(target) = self.targets.get_mut(key)
-            && let State::Waiting { .. } = target.state
-        {
-            target.failures = 0;
-            self.enter(key, State::Waiting { until: now });
-        }
     }
 
     /// The source no longer sees it. A live link is none of its business.
@@ -275,17 +276,18 @@ impl Dialer {
     /// Puts a target into a state, in all indexes; forgets it if it is gone and at rest.
     fn enter(&mut self, key: &TargetKey, state: State) {
         let Some(target) = self.targets.get_mut(key) else { return };
+        let lane = usize::from(target.source == Source::Gossip);
         match std::mem::replace(&mut target.state, state) {
-            State::Waiting { until } => _ = self.due.remove(&(until, key.clone())),
-            State::Dialing => self.dialing -= 1,
+            State::Waiting { until } => _ = self.due[lane].remove(&(until, key.clone())),
+            State::Dialing => self.dialing[lane] -= 1,
             State::Linked(link) => _ = self.by_link.remove(&link),
             State::Idle | State::Own => {}
         }
         match state {
-            State::Dialing => self.dialing += 1,
+            State::Dialing => self.dialing[lane] += 1,
             State::Linked(link) => _ = self.by_link.insert(link, key.clone()),
             _ if target.gone => self.forget(key),
-            State::Waiting { until } => _ = self.due.insert((until, key.clone())),
+            State::Waiting { until } => _ = self.due[lane].insert((until, key.clone())),
             State::Idle | State::Own => {}
         }
     }
@@ -307,11 +309,9 @@ impl Dialer {
         now: Time,
         is_linked: impl Fn(&NodeId) -> bool,
     ) -> Option<(TargetKey, Vec<Address>)> {
-        while self.dialing < MAX_DIALING {
-            let (until, key) = self.due.first()?;
-            if *until > now {
-                return None;
-            }
+        while let Some((until, key)) = self.next_due()
+            && *until <= now
+        {
             let key = key.clone();
             let target = self.targets.get(&key)?;
             if target.id.as_ref().is_some_and(&is_linked) {
@@ -327,10 +327,13 @@ impl Dialer {
 
     /// When [`Dialer::poll_dial`] may have something next.
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
-        if self.dialing >= MAX_DIALING {
-            return None;
-        }
-        self.due.first().map(|(until, _)| *until)
+        self.next_due().map(|(until, _)| *until)
+    }
+
+    fn next_due(&self) -> Option<&(Time, TargetKey)> {
+        let lanes = self.due.iter().zip(self.dialing);
+        let open = lanes.filter(|(_, dialing)| *dialing < MAX_DIALING);
+        open.filter_map(|(due, _)| due.first()).min()
     }
 
     pub(crate) fn source(&self, link: LinkId) -> Option<Source> {

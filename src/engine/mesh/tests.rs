@@ -244,17 +244,27 @@ fn hearsay_is_bounded_and_forgotten() {
     for n in 0..10_000 {
         me.dialer.handle_hint(at(0), id(n), address.clone());
     }
-    let mut now = 0;
+    me.handle_timeout(at(1_000));
+    let busy = actions(&mut me);
+    me.handle_sighting(at(1_000), self::address(7));
+    assert!(dialled(&mut me).is_some(), "hearsay stands in nobody's way");
+    let mut now = 1_000;
     let mut attempts = 0;
-    while let Some(due) = me.poll_timeout() {
-        now += 1_000;
-        assert!(due < at(now + 60_000));
-        me.handle_timeout(at(now));
+    for action in busy {
+        let Action::Dial { target, .. } = action else { panic!("{action:?}") };
+        attempts += 1;
+        me.handle_dial_failed(at(now), &target, "nobody there".into());
+    }
+    loop {
         while let Some(action) = me.poll_action() {
             let Action::Dial { target, .. } = action else { panic!("{action:?}") };
             attempts += 1;
             me.handle_dial_failed(at(now), &target, "nobody there".into());
         }
+        let Some(due) = me.poll_timeout() else { break };
+        assert!(due < at(now + 60_000));
+        now += 1_000;
+        me.handle_timeout(at(now));
     }
     assert_eq!(attempts, 4096 * 5, "so many targets, so often each");
     assert!(me.unreachable().is_empty());
