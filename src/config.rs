@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::MeshName;
+use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::node::{Node, StartError};
 use crate::peer::Address;
@@ -43,6 +44,13 @@ pub struct Config {
     pub(crate) max_pending_per_address: usize,
     pub(crate) max_connections: usize,
     pub(crate) runtime_dir: Option<PathBuf>,
+    pub(crate) outbox: Option<PathBuf>,
+    pub(crate) durability: Durability,
+    pub(crate) outbox_bytes: u64,
+    pub(crate) outbox_messages: u64,
+    pub(crate) lease: Duration,
+    pub(crate) reassign_after: Option<Duration>,
+    pub(crate) gone_after: Duration,
 }
 
 impl Default for Config {
@@ -75,6 +83,13 @@ impl Default for Config {
             max_pending_per_address: 64,
             max_connections: 1024,
             runtime_dir: None,
+            outbox: None,
+            durability: Durability::Sync,
+            outbox_bytes: 1024 * 1024 * 1024,
+            outbox_messages: 1_000_000,
+            lease: Duration::from_secs(30),
+            reassign_after: None,
+            gone_after: Duration::from_secs(3600),
         }
     }
 }
@@ -188,6 +203,34 @@ impl Config {
         max_pending_per_address: usize;
         /// How many accepted connections there may be: 1,024 by default.
         max_connections: usize;
+        /// When a guaranteed message counts as stored: [`Durability::Sync`] by default.
+        durability: Durability;
+        /// How much the outbox holds, in bytes of messages that are not processed or are dead
+        /// letters: 1 GiB by default. Beyond it guaranteed messages are refused.
+        outbox_bytes: u64;
+        /// How many messages the outbox holds: 1,000,000 by default.
+        outbox_messages: u64;
+        /// How long the handler of a guaranteed message may take, unless it extends that
+        /// ([`Call::extend`](crate::Call::extend)): 30 s by default.
+        lease: Duration;
+        /// After how long without its node a guaranteed message to a service, which that node
+        /// may have had, goes to another instance; never by default, since both may process it.
+        reassign_after: Option<Duration>;
+        /// After how long without a peer that guaranteed messages wait for it is reported
+        /// ([`Event::PeerGone`](crate::Event::PeerGone)): an hour by default. They are kept.
+        gone_after: Duration;
+    }
+
+    /// Keeps guaranteed messages in this folder, which is created if it is missing: those that
+    /// this node sends until they are processed, and what it needs to know of those that it has
+    /// processed. One process uses it at a time. Without it the node can neither send nor take
+    /// guaranteed messages.
+    ///
+    /// It also keeps the node's identity, unless [`Config::identity`] names another file: who
+    /// comes back with another identity is another node, for which nothing was kept.
+    pub fn outbox(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.outbox = Some(dir.into());
+        self
     }
 
     /// The folder under which the meshes of this host keep their sockets, in place of

@@ -60,6 +60,13 @@
 //! `Queued` is what an awaited send promises: the message is accepted here and on its way. A
 //! reply to a [`request`](Node::request) tells that a handler ran.
 //!
+//! **Guaranteed messages** ([`Send::guaranteed`], [`Publish::guaranteed`], [`Config::outbox`])
+//! promise more, and cost more: awaiting one tells that it is `Stored`, synced to this node's
+//! disk, and [`Receipt::processed`] that the far handler returned Ok. They are delivered at least
+//! once, in order for each key, and duplicates are suppressed while the stores of both sides
+//! survive. This is the guaranteed delivery, the durable subscriber and the dead letter channel
+//! of Hohpe and Woolf's *Enterprise Integration Patterns*.
+//!
 //! # Security
 //!
 //! Out of the box a node talks to processes of the same user on this host only. Networks beyond
@@ -95,15 +102,18 @@ pub use address::{
     ServiceName, Topic,
 };
 pub use config::Config;
+pub use engine::delivery::Fate;
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
+pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
 pub use message::{
     Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
 };
 pub use node::{
-    BodyError, Call, DownCause, Event, Events, HandlerError, Node, Overflow, Publish, PublishError,
-    Publisher, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
-    ShutdownReport, StartError, Subscription, WaitError,
+    BodyError, Call, Consume, Consumer, DeliveryError, DownCause, Event, Events, Guaranteed,
+    HandlerError, Node, OutboxError, Overflow, Publish, PublishError, Publisher, Receipt, Request,
+    RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
+    StoreError, StoreProblem, StoreReport, Subscription, Transaction, WaitError,
 };
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};

@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::address::{Destination, Topic};
 use crate::identity::NodeId;
-use crate::wire::BASE_COST;
+use crate::wire::{BASE_COST, Delivery};
 
 /// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
 ///
@@ -258,15 +258,17 @@ pub struct Message {
     pub body: Bytes,
     /// Its sender made a request and waits.
     pub(crate) wants_reply: bool,
+    /// It is from an outbox, whose owner waits for its end.
+    pub(crate) delivery: Option<Box<Delivery>>,
 }
 
 impl Message {
     pub(crate) fn new(from: NodeId, header: Header, body: Bytes) -> Self {
-        Self { from, header, body, wants_reply: false }
+        Self { from, header, body, wants_reply: false, delivery: None }
     }
 
     pub(crate) fn request(from: NodeId, header: Header, body: Bytes) -> Self {
-        Self { from, header, body, wants_reply: true }
+        Self { from, header, body, wants_reply: true, delivery: None }
     }
 
     /// The topic that it was published on, or `None` if it was sent point to point.
@@ -275,6 +277,16 @@ impl Message {
             Destination::Topic(topic) => Some(topic),
             Destination::Service(_) | Destination::Node(_) => None,
         }
+    }
+
+    /// Whether it is a guaranteed message that a handler may have had before, here or elsewhere.
+    pub fn is_redelivered(&self) -> bool {
+        self.delivery.as_ref().is_some_and(|delivery| delivery.redelivered)
+    }
+
+    /// How often it was sent to this node, this time included; 1 if it is not guaranteed.
+    pub fn attempt(&self) -> u32 {
+        self.delivery.as_ref().map_or(1, |delivery| delivery.attempt)
     }
 
     /// What it counts for in queues and flow control, in bytes.

@@ -132,6 +132,15 @@ pub struct Counters {
     pub dropped_for_others: BTreeMap<DropReason, u64>,
     /// Ordering keys whose messages went to another instance of their service than before.
     pub moved_keys: u64,
+    /// Guaranteed messages that were stored here.
+    pub stored: u64,
+    /// Guaranteed messages of ours that all their destinations have processed.
+    pub settled: u64,
+    /// Guaranteed messages of ours that became dead letters.
+    pub dead_lettered: u64,
+    /// Guaranteed messages of others that came again after they had been processed, and were not
+    /// processed again.
+    pub duplicates: u64,
     /// Links that were up at some time.
     pub links: u64,
     /// Connections that were refused or cut by the front door, by reason.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
+use crate::engine::random::Random;
 use crate::engine::{LinkId, Time};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source, Unreachable};
@@ -377,22 +378,4 @@ fn unlist(by_node: &mut HashMap<NodeId, BTreeSet<TargetKey>>, id: NodeId, key: &
 fn dedup(addresses: &mut Vec<Address>) {
     let mut seen = HashSet::new();
     addresses.retain(|address| seen.insert(address.clone()));
-}
-
-/// Numbers that need not be hard to guess (xorshift64).
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Self(seed | 1)
-    }
-
-    /// A factor between 0.5 and 1.
-    fn jitter(&mut self) -> f64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        0.5 + 0.5 * (self.0 >> 11) as f64 / (1u64 << 53) as f64
-    }
 }

@@ -14,7 +14,7 @@ use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::wire::{
-    BatchEncoder, Control, EncodedBatch, Envelope, EventPack, Lane, Limits, MAX_BATCH,
+    BatchEncoder, Control, EncodedBatch, Envelope, EventPack, LANES, Lane, Limits, MAX_BATCH,
     OutgoingEvent, Preamble, Totals,
 };
 
@@ -146,11 +146,14 @@ struct Incoming {
 #[derive(Debug)]
 pub(crate) struct Flow {
     me: NodeId,
-    outgoing: [Sent; 3],
+    outgoing: [Sent; LANES],
     events: EventQueue,
     calls: Queue<Envelope>,
     replies: Queue<Envelope>,
-    incoming: [Incoming; 3],
+    guaranteed: Queue<Envelope>,
+    /// Whose turn it is to fill a batch: what is guaranteed, or events.
+    guaranteed_first: bool,
+    incoming: [Incoming; LANES],
     control: VecDeque<Control>,
     in_flight: u32,
     peer_max_body: u64,
@@ -181,6 +184,8 @@ impl Flow {
             events,
             calls: Queue::new(queue_bytes),
             replies: Queue::new(queue_bytes),
+            guaranteed: Queue::new(queue_bytes),
+            guaranteed_first: false,
             incoming: ours.windows.map(incoming),
             control: VecDeque::new(),
             in_flight: 0,
@@ -212,6 +217,7 @@ impl Flow {
             Lane::Events => unreachable!("events are queued encoded"),
             Lane::Calls => &mut self.calls,
             Lane::Replies => &mut self.replies,
+            Lane::Guaranteed => &mut self.guaranteed,
         };
         queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
     }
@@ -272,15 +278,12 @@ impl Flow {
             batch.push_control(&control);
         }
         // Replies first, since somebody waits for them.
-        let [_, calls, replies] = &mut self.outgoing;
-        for (queue, lane) in [(&mut self.replies, replies), (&mut self.calls, calls)] {
-            while let Some(next) = sendable(queue, lane)
-                && batch.has_room_for(next)
-                && let Some(envelope) = queue.pop()
-            {
-                lane.sent += Totals::one(envelope.cost());
-                batch.push(&envelope);
-            }
+        let [_, calls, replies, guaranteed] = &mut self.outgoing;
+        fill(&mut batch, &mut self.replies, replies);
+        fill(&mut batch, &mut self.calls, calls);
+        let guaranteed_first = self.guaranteed_first;
+        if guaranteed_first {
+            fill(&mut batch, &mut self.guaranteed, guaranteed);
         }
         if self.sendable_events().is_some_and(|pack| batch.has_room_for_events(pack))
             && let Some(pack) = self.events.pop()
@@ -288,6 +291,11 @@ impl Flow {
             self.outgoing[Lane::Events as usize].sent += pack.totals();
             batch.push_events(pack);
         }
+        if !guaranteed_first {
+            let lane = &mut self.outgoing[Lane::Guaranteed as usize];
+            fill(&mut batch, &mut self.guaranteed, lane);
+        }
+        self.guaranteed_first = !guaranteed_first;
         self.batch_due = false;
         self.last_sent = now;
         self.in_flight += 1;
@@ -306,6 +314,7 @@ impl Flow {
             || self.sendable_events().is_some()
             || sendable(&self.calls, &self.outgoing[Lane::Calls as usize]).is_some()
             || sendable(&self.replies, &self.outgoing[Lane::Replies as usize]).is_some()
+            || sendable(&self.guaranteed, &self.outgoing[Lane::Guaranteed as usize]).is_some()
     }
 
     /// The next events, if the peer has credit for all of them.
@@ -449,7 +458,10 @@ impl Flow {
 
     /// What waits in the queues, in bytes.
     pub(crate) fn queued_bytes(&self) -> u64 {
-        self.events.queued.bytes + self.calls.bytes() + self.replies.bytes()
+        self.events.queued.bytes
+            + self.calls.bytes()
+            + self.replies.bytes()
+            + self.guaranteed.bytes()
     }
 
     /// Gives back the buffer of a batch that the transport is done with.
@@ -470,7 +482,9 @@ impl Flow {
             return lost;
         }
         self.control.clear();
-        for lane in &self.outgoing {
+        // What is guaranteed is in its outbox, and sent again.
+        drop(self.guaranteed.drain());
+        for lane in &self.outgoing[..Lane::Guaranteed as usize] {
             lost.in_doubt += lane.sent.messages - lane.confirmed.messages;
         }
         let queued = self.calls.len() + self.replies.len();
@@ -480,6 +494,17 @@ impl Flow {
         while self.events.pop().is_some() {}
         self.events.spare = None;
         lost
+    }
+}
+
+/// Adds what there is room and credit for.
+fn fill(batch: &mut BatchEncoder<'_>, queue: &mut Queue<Envelope>, lane: &mut Sent) {
+    while let Some(next) = sendable(queue, lane)
+        && batch.has_room_for(next)
+        && let Some(envelope) = queue.pop()
+    {
+        lane.sent += Totals::one(envelope.cost());
+        batch.push(&envelope);
     }
 }
 

@@ -15,10 +15,12 @@
 //! ```
 
 mod affinity;
+pub(crate) mod delivery;
 mod dialer;
 mod flow;
 mod mesh;
 mod queue;
+mod random;
 mod requests;
 mod routing;
 mod service;

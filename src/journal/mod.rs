@@ -109,6 +109,20 @@ pub enum JournalError {
 #[error("it can't be stored: {0}")]
 pub struct NotStored(Arc<io::Error>);
 
+/// Is told of appended entries, by the numbers that they were given, once they are stored or can't
+/// be. The thread that writes runs it, for all of a write at once.
+pub type Sink = Box<dyn FnMut(Ended) + Send>;
+
+/// What became of entries, by their numbers.
+pub type Ended = Vec<(u64, Result<Position, NotStored>)>;
+
+/// Who is told that an entry is stored.
+enum Done {
+    Nobody,
+    Waiter(oneshot::Sender<Result<Position, NotStored>>),
+    Sink(u64),
+}
+
 /// An open journal.
 pub struct Journal {
     storage: Arc<dyn Storage>,
@@ -125,17 +139,28 @@ impl Journal {
         options: &Options,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
-        Self::open_on(Arc::new(Directory::open(path)?), options, take)
+        Self::open_with(path, options, Box::new(drop), take)
+    }
+
+    /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
+    pub(crate) fn open_with(
+        path: &Path,
+        options: &Options,
+        sink: Sink,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        Self::open_on(Arc::new(Directory::open(path)?), options, sink, take)
     }
 
     fn open_on(
         storage: Arc<dyn Storage>,
         options: &Options,
+        sink: Sink,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
         let (recovery, resume) = recover(&*storage, take)?;
         let salt = resume.salt.unwrap_or_else(random_u64);
-        let writer = Writer::begin(storage.clone(), options, salt, &resume)?;
+        let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
         let (commands, received) = mpsc::channel();
         let thread = std::thread::Builder::new().name("peerbus-journal".into());
         let writer = thread.spawn(move || writer.run(&received))?;
@@ -148,13 +173,28 @@ impl Journal {
         &self,
         payload: Vec<u8>,
     ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
-        let (stored, wait) = oneshot::channel();
-        let sent = self.commands.send(Command::Append(Append { payload, stored }));
+        let (waiter, wait) = oneshot::channel();
+        self.send(Append { payload, sync: true, done: Done::Waiter(waiter) });
         async move {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
-            sent.map_err(|_| gone())?;
             wait.await.unwrap_or_else(|_| Err(gone()))
         }
+    }
+
+    /// Appends an entry; the sink is told its number when it is stored, or once the system has
+    /// it if it needn't be synced.
+    pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool) {
+        self.send(Append { payload, sync, done: Done::Sink(number) });
+    }
+
+    /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
+    /// the machine if a later one is synced.
+    pub(crate) fn note(&self, payload: Vec<u8>) {
+        self.send(Append { payload, sync: false, done: Done::Nobody });
+    }
+
+    fn send(&self, append: Append) {
+        let _closed = self.commands.send(Command::Append(append));
     }
 
     /// Reads an entry that was stored.
@@ -169,17 +209,20 @@ impl Journal {
         Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
     }
 
-    /// Removes a segment, whose entries are no longer wanted: the oldest, since what is said of
-    /// its entries in later ones has to outlast them.
-    pub fn remove(&self, segment: u64) {
-        let _closed = self.commands.send(Command::Remove(segment));
+    /// Removes the segments before that one, whose entries are no longer wanted; never the one
+    /// that is being written. What is said of their entries in later ones outlasts them.
+    pub fn remove_before(&self, segment: u64) {
+        let _closed = self.commands.send(Command::RemoveBefore(segment));
     }
 }
 
 impl Drop for Journal {
     fn drop(&mut self) {
         let _gone = self.commands.send(Command::Close);
-        if let Some(writer) = self.writer.take() {
+        // The sink may hold what holds this, and be the last to let go of it.
+        if let Some(writer) = self.writer.take()
+            && writer.thread().id() != std::thread::current().id()
+        {
             let _panicked = writer.join();
         }
     }

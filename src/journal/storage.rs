@@ -3,6 +3,9 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::sync::lock;
 
 /// What a journal needs of a disk. Segments are files by number.
 pub(super) trait Storage: Send + Sync {
@@ -28,6 +31,8 @@ pub(super) trait SegmentFile: Send {
 /// A directory of this host, locked for as long as this lives.
 pub(super) struct Directory {
     path: PathBuf,
+    /// The segment that was read from last.
+    reading: Mutex<Option<(u64, File)>>,
     _lock: File,
 }
 
@@ -66,7 +71,7 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
-        Ok(Self { path: path.to_owned(), _lock: file })
+        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: file })
     }
 
     fn segment(&self, number: u64) -> PathBuf {
@@ -103,7 +108,11 @@ impl Storage for Directory {
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
-        let mut file = File::open(self.segment(number))?;
+        let mut reading = lock(&self.reading);
+        if reading.as_ref().is_none_or(|(open, _)| *open != number) {
+            *reading = Some((number, File::open(self.segment(number))?));
+        }
+        let (_, file) = reading.as_mut().expect("it was opened just now");
         file.seek(SeekFrom::Start(at))?;
         let mut read = 0;
         while read < buf.len() {
@@ -122,6 +131,7 @@ impl Storage for Directory {
     }
 
     fn remove(&self, number: u64) -> io::Result<()> {
+        lock(&self.reading).take_if(|(open, _)| *open == number);
         fs::remove_file(self.segment(number))
     }
 

@@ -166,7 +166,7 @@ fn open(disk: &Arc<Disk>) -> (Journal, Found, Recovery) {
     let mut found = Vec::new();
     let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
     let (journal, recovery) =
-        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), take).unwrap();
+        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(drop), take).unwrap();
     (journal, found, recovery)
 }
 
@@ -321,7 +321,7 @@ fn segments_are_removed_and_numbers_are_never_used_again() {
     let (disk, all) = written(60);
     let (journal, ..) = open(&disk);
     let oldest = all[0].0.segment;
-    journal.remove(oldest);
+    journal.remove_before(oldest + 1);
     drop(journal);
     let (_, found, recovery) = open(&disk);
     let wanted: Found = all.iter().filter(|(at, _)| at.segment > oldest).cloned().collect();
@@ -339,7 +339,7 @@ fn a_journal_of_a_newer_format_is_refused_and_left_alone() {
     newer[44..].copy_from_slice(&crc.to_le_bytes());
     disk.change(segment, |bytes| bytes[..48].copy_from_slice(&newer));
     let before = lock(&disk.files).clone();
-    let opened = Journal::open_on(Arc::new(Mount(disk.clone())), &small(), |_| {});
+    let opened = Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(drop), |_| {});
     assert!(matches!(opened, Err(JournalError::Version(version)) if version == VERSION + 1));
     let after = lock(&disk.files).clone();
     assert!(

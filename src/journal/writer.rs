@@ -5,29 +5,30 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
-use tokio::sync::oneshot;
-
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
 use super::storage::{SegmentFile, Storage};
-use super::{Durability, NotStored, Options, Position};
+use super::{Done, Durability, NotStored, Options, Position, Sink};
 
 /// How much is gathered for one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
 
 pub(super) enum Command {
     Append(Append),
-    Remove(u64),
+    RemoveBefore(u64),
     Close,
 }
 
 pub(super) struct Append {
     pub(super) payload: Vec<u8>,
-    pub(super) stored: oneshot::Sender<Result<Position, NotStored>>,
+    /// Whether it is to be synced before it is done; otherwise it is once the system has it.
+    pub(super) sync: bool,
+    pub(super) done: Done,
 }
 
 pub(super) struct Writer {
     storage: Arc<dyn Storage>,
+    sink: Sink,
     durability: Durability,
     segment_size: u64,
     header: Header,
@@ -49,6 +50,7 @@ impl Writer {
     pub(super) fn begin(
         storage: Arc<dyn Storage>,
         options: &Options,
+        sink: Sink,
         salt: u64,
         resume: &Resume,
     ) -> io::Result<Self> {
@@ -58,6 +60,7 @@ impl Writer {
         let file = begin_segment(&*storage, &header)?;
         Ok(Self {
             storage,
+            sink,
             durability: options.durability,
             segment_size: options.segment_size,
             header,
@@ -77,7 +80,7 @@ impl Writer {
                 other => Some(other),
             };
             match after {
-                Some(Command::Remove(segment)) => self.remove(segment),
+                Some(Command::RemoveBefore(segment)) => self.remove_before(segment),
                 Some(Command::Close) => break,
                 Some(Command::Append(_)) | None => {}
             }
@@ -106,18 +109,18 @@ impl Writer {
                 Err(_nothing_more) => break,
             }
         }
-        match self.write(&gathered) {
-            Ok(positions) => {
-                for (append, position) in gathered.into_iter().zip(positions) {
-                    let _nobody_waits = append.stored.send(Ok(position));
-                }
+        let written = self.write(&gathered).map_err(|error| NotStored(Arc::new(error)));
+        let mut for_sink = Vec::new();
+        for (place, append) in gathered.into_iter().enumerate() {
+            let result = written.as_ref().map(|positions| positions[place]).map_err(Clone::clone);
+            match append.done {
+                Done::Waiter(waiter) => _ = waiter.send(result),
+                Done::Sink(token) => for_sink.push((token, result)),
+                Done::Nobody => {}
             }
-            Err(error) => {
-                let error = NotStored(Arc::new(error));
-                for append in gathered {
-                    let _nobody_waits = append.stored.send(Err(error.clone()));
-                }
-            }
+        }
+        if !for_sink.is_empty() {
+            (self.sink)(for_sink);
         }
         after
     }
@@ -162,7 +165,7 @@ impl Writer {
             return Err(error);
         }
         match self.durability {
-            Durability::Sync => {
+            Durability::Sync if gathered.iter().any(|append| append.sync) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
@@ -174,7 +177,7 @@ impl Writer {
             Durability::Interval(pause) => {
                 self.sync_by.get_or_insert_with(|| Instant::now() + pause);
             }
-            Durability::OsBuffer => {}
+            Durability::Sync | Durability::OsBuffer => {}
         }
         self.end = end;
         Ok(positions)
@@ -211,11 +214,18 @@ impl Writer {
         Ok(())
     }
 
-    fn remove(&mut self, segment: u64) {
-        // One at a time, so that what is left after a crash has no holes.
-        let removed = self.storage.remove(segment).and_then(|()| self.storage.sync_directory());
+    fn remove_before(&mut self, segment: u64) {
+        let removed = self.storage.segments().and_then(|segments| {
+            let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
+            for old in old {
+                // One at a time, so that what is left after a crash has no holes.
+                self.storage.remove(old)?;
+                self.storage.sync_directory()?;
+            }
+            Ok(())
+        });
         if let Err(error) = removed {
-            tracing::warn!(segment, %error, "a segment can't be removed");
+            tracing::warn!(%error, "old segments can't be removed");
         }
     }
 }

@@ -19,6 +19,10 @@ pub(crate) struct LiveCounters {
     pub(crate) requests: AtomicU64,
     pub(crate) in_doubt: AtomicU64,
     pub(crate) links: AtomicU64,
+    pub(crate) stored: AtomicU64,
+    pub(crate) settled: AtomicU64,
+    pub(crate) dead_lettered: AtomicU64,
+    pub(crate) duplicates: AtomicU64,
     rare: Mutex<Rare>,
 }
 
@@ -109,6 +113,10 @@ impl LiveCounters {
             in_doubt: get(&self.in_doubt),
             dropped_for_others: rare.dropped_for_others.clone(),
             links: get(&self.links),
+            stored: get(&self.stored),
+            settled: get(&self.settled),
+            dead_lettered: get(&self.dead_lettered),
+            duplicates: get(&self.duplicates),
             refused: rare.refused.clone(),
             moved_keys: rare.moved_keys,
         }

@@ -30,6 +30,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         shared.expire_requests();
         check_links(&shared);
+        if shared.outbox_timeout(shared.now()).is_some_and(|at| at <= shared.now()) {
+            shared.check_outbox();
+        }
         shared.with_mesh(|mesh, now| mesh.handle_timeout(now));
     }
 }
@@ -38,7 +41,13 @@ fn next_timeout(shared: &Arc<Shared>, now: Time) -> Time {
     let cells = shared.cells();
     let flows = cells.iter().map(|cell| cell.peek(|flow| flow.poll_timeout(now, &shared.timing)));
     let mesh = shared.mesh_timeout();
-    flows.chain(mesh).chain(shared.next_deadline()).min().unwrap_or(now + LONGEST_SLEEP)
+    let outbox = shared.outbox_timeout(now);
+    flows
+        .chain(mesh)
+        .chain(outbox)
+        .chain(shared.next_deadline())
+        .min()
+        .unwrap_or(now + LONGEST_SLEEP)
 }
 
 /// Sends heartbeats, and ends the links that have been silent for too long.

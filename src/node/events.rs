@@ -1,6 +1,7 @@
 //! What happens to a node, as a stream.
 
 use crate::address::ServiceName;
+use crate::engine::delivery::Fate;
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::peer::{Address, PeerInfo};
@@ -45,6 +46,26 @@ pub enum Event {
         to: NodeId,
         /// How many keys moved.
         count: u64,
+    },
+    /// A guaranteed message won't be sent again by itself: it waits in the outbox.
+    DeadLetter {
+        /// Its number in the outbox.
+        number: u64,
+        /// Why.
+        fate: Fate,
+    },
+    /// A peer has lost the store of its inbox: what it had processed, it may process again.
+    InboxLost {
+        /// Who.
+        peer: NodeId,
+    },
+    /// Guaranteed messages have waited for a peer for long
+    /// ([`Config::gone_after`](crate::Config::gone_after)): it may be gone for good.
+    PeerGone {
+        /// Who.
+        peer: NodeId,
+        /// How many messages wait for it.
+        messages: u64,
     },
     /// A connection was refused or cut.
     Refused {

@@ -2,10 +2,14 @@
 
 mod cell;
 mod choose;
+mod consumer;
 mod counters;
+mod delivery;
 mod draft;
 mod driver;
 mod events;
+mod guaranteed;
+mod lease;
 mod publish;
 mod publisher;
 mod receive;
@@ -16,11 +20,15 @@ mod service;
 mod shared;
 mod shutdown;
 mod start;
+mod store;
 mod subscription;
 mod transport;
 
+pub use consumer::{Consume, Consumer};
+pub use delivery::DeliveryError;
 pub use draft::BodyError;
 pub use events::{DownCause, Event, Events};
+pub use guaranteed::{Guaranteed, OutboxError, Receipt, Transaction};
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
 pub use request::{Request, RequestError};
@@ -28,6 +36,7 @@ pub use send::{Send, SendError, Sent};
 pub use service::{Call, HandlerError, Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
+pub use store::{StoreError, StoreProblem, StoreReport};
 pub use subscription::{Overflow, Subscription};
 
 use std::future::Future;
@@ -216,6 +225,59 @@ impl Node {
     {
         let pattern = pattern.try_into().map_err(Into::into)?;
         Ok(self.shared().subscribe(&pattern, overflow))
+    }
+
+    /// Begins a transaction: guaranteed messages that are stored together or not at all.
+    pub fn transaction(&self) -> Transaction<'_> {
+        Transaction { shared: self.shared(), messages: Vec::new() }
+    }
+
+    /// Takes guaranteed events on a pattern's topics: a durable subscription, named for good. Its
+    /// publishers keep what it has not processed, whether it runs or not: the handler's Ok tells
+    /// them that a message is done, its error has it tried again. It is named within this node,
+    /// so the node has to keep its identity, as [`Config::outbox`] does.
+    ///
+    /// A publisher that has never met this node doesn't know of the subscription: what it
+    /// publishes until then is not promised.
+    ///
+    /// ```no_run
+    /// # async fn example(node: peerbus::Node) -> Result<(), Box<dyn std::error::Error>> {
+    /// let billing = node.consume("billing", "orders.>", |call| async move {
+    ///     println!("{} (attempt {})", call.message.text(), call.message.attempt());
+    ///     Ok(())
+    /// }).start()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn consume<N, P, F, R, B>(&self, name: N, pattern: P, handler: F) -> Consume
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+        P: TryInto<Pattern>,
+        P::Error: Into<AddressError>,
+        F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
+        R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
+        B: Into<Body>,
+    {
+        Consume {
+            shared: self.shared().clone(),
+            name: name.try_into().map_err(Into::into),
+            pattern: pattern.try_into().map_err(Into::into),
+            handler: service::boxed(handler),
+            concurrency: service::DEFAULT_CONCURRENCY,
+        }
+    }
+
+    /// What was found in the store when the node started; `None` if it has none.
+    pub fn store_report(&self) -> Option<&StoreReport> {
+        self.shared().store.as_ref().map(|store| &store.report)
+    }
+
+    /// How many guaranteed messages of ours are not processed yet, once for each destination,
+    /// and how many are dead letters.
+    pub fn outbox_size(&self) -> (u64, u64) {
+        let Some(store) = &self.shared().store else { return (0, 0) };
+        let outbox = lock(&store.outbox);
+        (outbox.pending(), outbox.dead_letters())
     }
 
     /// Serves a name with a handler: what it returns is the reply, and its error reaches the

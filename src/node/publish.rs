@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::cell::LinkCell;
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
+use super::guaranteed::Guaranteed;
 use super::publisher::Route;
 use super::run::Run;
 use super::shared::Shared;
@@ -72,6 +73,14 @@ impl<'a> Publish<'a> {
     pub fn reply_to(mut self, node: NodeId) -> Self {
         self.draft.rare().reply_to = Some(node);
         self
+    }
+
+    /// Stores the message here until every durable subscription that this node's outbox has met
+    /// has processed it ([`Node::consume`](crate::Node::consume)): see [`Guaranteed`]. It goes to
+    /// those alone, and not to other subscriptions.
+    pub fn guaranteed(self) -> Guaranteed<'a> {
+        let destination = self.to.map(|to| Destination::Topic(to.topic().clone()));
+        Guaranteed { shared: self.shared, destination, draft: self.draft, not_before: None }
     }
 
     /// Publishes at once: it never waits for anybody.

@@ -16,8 +16,8 @@ use crate::link::{Acceptor, Link, Receiver};
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::{
-    Control, Decoded, Envelope, Failure, INLINE_BODY, Lane, PROTOCOL_VERSION, Payload, Record,
-    Totals, WireError, decode,
+    Control, Decoded, Envelope, Failure, INLINE_BODY, Lane, Outcome as DeliveryOutcome,
+    PROTOCOL_VERSION, Payload, Record, Totals, WireError, decode,
 };
 
 /// Makes a cell for each new connection. The transports hold it and the node holds the
@@ -150,6 +150,9 @@ impl LinkReceiver {
                     shared.count_drop(cell.peer, reason, count);
                 }
             }
+            Control::Answers(answers) => shared.handle_answers(cell.peer, answers),
+            Control::Epochs(epochs) => shared.handle_epochs(cell.peer, &epochs),
+            Control::Inbox(info) => shared.handle_inbox(cell.peer, *info),
             Control::Cancel(id) => {
                 shared
                     .services()
@@ -170,6 +173,11 @@ impl LinkReceiver {
         let (header, from) = (envelope.header, cell.peer);
         match envelope.payload {
             Payload::Event(_) => unreachable!("events are delivered in runs"),
+            Payload::Guaranteed(body, delivery) => {
+                let mut message = Message::new(from, header, body);
+                message.delivery = Some(delivery);
+                shared.handle_delivery(message, Some(credit));
+            }
             Payload::Call(body) => shared.admit(Message::new(from, header, body), Some(credit)),
             Payload::Request(body) => {
                 shared.admit(Message::request(from, header, body), Some(credit));
@@ -272,14 +280,17 @@ impl Shared {
     /// Gives a call to the service that it is for.
     pub(crate) fn admit(self: &Arc<Self>, mut message: Message, credit: Option<Credit>) {
         message.unpin();
-        let name = match &message.header.destination {
-            Destination::Service(name) => name.clone(),
-            Destination::Node(node) if *node == self.id => ServiceName::node_inbox(),
-            Destination::Node(_) | Destination::Topic(_) => {
-                return self.decline(&message, credit, DropReason::NoService);
+        let subscription =
+            message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
+        let service = match (&message.header.destination, subscription) {
+            (_, Some(subscription)) => self.consumer(subscription),
+            (Destination::Service(name), None) => self.service(name),
+            (Destination::Node(node), None) if *node == self.id => {
+                self.service(&ServiceName::node_inbox())
             }
+            (Destination::Node(_) | Destination::Topic(_), None) => None,
         };
-        match self.service(&name) {
+        match service {
             Some(service) => service.handle_call(self, message, credit),
             None => self.decline(&message, credit, DropReason::NoService),
         }
@@ -292,7 +303,16 @@ impl Shared {
         credit: Option<Credit>,
         reason: DropReason,
     ) {
-        if message.wants_reply && reason != DropReason::Cancelled {
+        if message.delivery.is_some() {
+            drop(credit);
+            self.end_delivery(
+                message,
+                match reason {
+                    DropReason::Expired => DeliveryOutcome::Expired,
+                    _ => DeliveryOutcome::Refused,
+                },
+            );
+        } else if message.wants_reply && reason != DropReason::Cancelled {
             let text = match reason {
                 DropReason::NoService => "the node no longer serves it",
                 DropReason::Expired => "its time ran out while it waited",

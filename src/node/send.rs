@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::draft::{BodyError, Draft, message_setters};
+use super::guaranteed::Guaranteed;
 use super::shared::Shared;
 use crate::address::{AddressError, Recipient};
 use crate::identity::NodeId;
@@ -72,6 +73,13 @@ impl<'a> Send<'a> {
     pub fn correlation_id(mut self, id: MessageId) -> Self {
         self.draft.rare().correlation_id = Some(id);
         self
+    }
+
+    /// Stores the message here until it is processed there: see [`Guaranteed`]. A service that
+    /// nobody offers now is fine; the message waits for it.
+    pub fn guaranteed(self) -> Guaranteed<'a> {
+        let destination = self.recipient.map(Into::into);
+        Guaranteed { shared: self.shared, destination, draft: self.draft, not_before: None }
     }
 
     async fn run(mut self) -> Result<Sent, SendError> {

@@ -15,13 +15,14 @@ use tokio::time::Instant;
 
 use super::cell::Credit;
 use super::counters::add;
+use super::lease::Lease;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Destination, ServiceName};
 use crate::engine::{Admission, LinkId, Service as Admissions};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::sync::lock;
-use crate::wire::{BASE_COST, Envelope, Failure, Payload};
+use crate::wire::{BASE_COST, Envelope, Failure, Outcome as DeliveryOutcome, Payload};
 
 /// Stands for the link of calls that this node makes to itself.
 pub(crate) const LOCAL: LinkId = LinkId(0);
@@ -38,12 +39,20 @@ pub struct HandlerError {
     pub code: String,
     /// A sentence for people.
     pub text: String,
+    /// Trying again is of no use.
+    rejects: bool,
 }
 
 impl HandlerError {
     /// An error with a code for programs and a text for people.
     pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { code: code.into(), text: text.into() }
+        Self { code: code.into(), text: text.into(), rejects: false }
+    }
+
+    /// An error that trying again won't mend: a guaranteed message becomes a dead letter at once.
+    /// To any other call it is like [`HandlerError::new`].
+    pub fn reject(code: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { rejects: true, ..Self::new(code, text) }
     }
 }
 
@@ -66,6 +75,7 @@ pub struct Call {
     pub message: Message,
     cancelled: Arc<Cancelled>,
     deadline: Option<Instant>,
+    lease: Option<Arc<Lease>>,
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +109,16 @@ impl Call {
         self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Whether the caller gave up, or is gone.
+    /// Gives the handler of a guaranteed message its whole lease again, from now: 30 s by default
+    /// ([`Config::lease`](crate::Config::lease)). When a lease ends, the handler is ended too, and
+    /// the message is delivered again. Other calls have none.
+    pub fn extend(&self) {
+        if let Some(lease) = &self.lease {
+            lease.extend();
+        }
+    }
+
+    /// Whether the caller gave up, or is gone. Who sent a guaranteed message never does.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.flag.load(Ordering::Acquire)
     }
@@ -112,7 +131,7 @@ impl Call {
 }
 
 type HandlerFuture = Pin<Box<dyn Future<Output = Result<Body, HandlerError>> + Send>>;
-type Handler = dyn Fn(Call) -> HandlerFuture + Send + Sync;
+pub(crate) type Handler = dyn Fn(Call) -> HandlerFuture + Send + Sync;
 
 /// Wraps a user's handler.
 pub(crate) fn boxed<F, R, B>(handler: F) -> Arc<Handler>
@@ -168,6 +187,7 @@ struct State {
 
 struct Running {
     cancelled: Arc<Cancelled>,
+    guaranteed: bool,
     task: Option<AbortHandle>,
 }
 
@@ -210,15 +230,23 @@ impl ServiceCell {
 
     fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
         let Held { message, credit, cancelled, deadline, share } = held;
-        let running = Running { cancelled: cancelled.clone(), task: None };
+        let lease = message.delivery.is_some().then(|| Arc::new(Lease::new(shared.config.lease)));
+        let guaranteed = lease.is_some();
+        let running = Running { cancelled: cancelled.clone(), guaranteed, task: None };
         lock(&self.state).running.insert(key, running);
         let (service, node) = (self.clone(), shared.clone());
         let task = shared.runtime.spawn(async move {
-            let call = Call { message: message.clone(), cancelled, deadline };
+            let call = Call { message: message.clone(), cancelled, deadline, lease: lease.clone() };
             let handler = service.handler.clone();
             // A handler's panic is its caller's error, and nobody else's.
             let run = AssertUnwindSafe(async move { handler(call).await });
-            let result = run.catch_unwind().await.unwrap_or_else(|panic| {
+            let run = run.catch_unwind();
+            let ended = match lease {
+                Some(lease) => lease.hold(run).await,
+                None => Some(run.await),
+            };
+            let timed_out = || Ok(Err(HandlerError::new("lease", "its lease ran out")));
+            let result = ended.unwrap_or_else(timed_out).unwrap_or_else(|panic| {
                 let text = panic_text(panic.as_ref());
                 tracing::warn!(service = %service.name, message_id = %message.header.id, text, "a handler panicked");
                 Err(HandlerError::new("panic", "the handler panicked"))
@@ -241,8 +269,22 @@ impl ServiceCell {
     ) {
         add(&shared.counters.handled, 1);
         match result {
+            result if message.delivery.is_some() => {
+                let outcome = match result {
+                    Ok(_unwanted) => DeliveryOutcome::Processed,
+                    Err(error) => {
+                        tracing::warn!(service = %self.name, message_id = %message.header.id, attempt = message.attempt(), %error, "a handler failed");
+                        match error.rejects {
+                            true => DeliveryOutcome::Rejected(error.to_string()),
+                            false => DeliveryOutcome::Failed(error.to_string()),
+                        }
+                    }
+                };
+                drop(credit);
+                shared.end_delivery(message, outcome);
+            }
             Ok(body) => shared.reply_with_body(message, credit, body),
-            Err(HandlerError { code, text }) if message.wants_reply => {
+            Err(HandlerError { code, text, .. }) if message.wants_reply => {
                 shared.reply(message, credit, Payload::Failed(Failure { code, text }));
             }
             Err(error) => {
@@ -281,15 +323,21 @@ impl ServiceCell {
     }
 
     /// What came over the link has nobody left to wait for it.
-    pub(crate) fn handle_link_lost(&self, shared: &Shared, link: LinkId) {
+    pub(crate) fn handle_link_lost(&self, shared: &Arc<Shared>, link: LinkId) {
         let mut state = lock(&self.state);
         let waiting = state.admissions.take_waiting(|key| key.0 == link);
         for (_, running) in state.running.iter().filter(|(key, _)| key.0 == link) {
-            running.cancelled.set();
+            if !running.guaranteed {
+                running.cancelled.set();
+            }
         }
         drop(state);
-        // Their sender counts them as in doubt.
-        for _lost in waiting {
+        for lost in waiting {
+            if lost.message.delivery.is_some() {
+                shared.unqueue_delivery(&lost.message);
+                continue;
+            }
+            // Their sender counts them as in doubt.
             shared.counters.dropped_for_others(DropReason::LinkLost, 1);
         }
         self.ended.notify_waiters();
@@ -405,7 +453,8 @@ impl Shared {
             Payload::Event(body)
             | Payload::Call(body)
             | Payload::Request(body)
-            | Payload::Reply(body) => Outcome::Reply(Message::new(self.id, header, body)),
+            | Payload::Reply(body)
+            | Payload::Guaranteed(body, _) => Outcome::Reply(Message::new(self.id, header, body)),
         };
         match self.end_request(id) {
             Some((waiter, _)) => {
@@ -426,6 +475,9 @@ pub enum ServeError {
     /// This node offers it already.
     #[error("this node serves {0} already")]
     AlreadyServed(ServiceName),
+    /// A durable subscription needs a store: [`Config::outbox`](crate::Config::outbox).
+    #[error("the node has no store: name a folder for its outbox")]
+    NoStore,
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,

@@ -14,6 +14,7 @@ use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
 use super::service::ServiceCell;
+use super::store::Store;
 use super::subscription::{Inboxes, Overflow};
 use super::transport::Transport;
 use crate::address::{Pattern, ServiceName};
@@ -23,7 +24,7 @@ use crate::engine::{
     Action, Affinity, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time,
     Timing,
 };
-use crate::identity::NodeId;
+use crate::identity::{NodeId, random_u64};
 use crate::message::{IdSource, Message, MessageId};
 use crate::peer::Address;
 use crate::report::DropReason;
@@ -53,6 +54,8 @@ pub(crate) struct Shared {
     pub(crate) ids: IdSource,
     pub(crate) started: Instant,
     pub(crate) runtime: Handle,
+    /// For guaranteed messages.
+    pub(crate) store: Option<Store>,
     mesh: Mutex<Mesh>,
     cells: Mutex<HashMap<LinkId, Arc<LinkCell>>>,
     next_link: AtomicU64,
@@ -64,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) inboxes: ArcSwap<Inboxes>,
     inboxes_change: Mutex<()>,
     services: Mutex<BTreeMap<ServiceName, Arc<ServiceCell>>>,
+    /// The durable subscriptions of this node.
+    pub(crate) consumers: Mutex<BTreeMap<ServiceName, (Pattern, Arc<ServiceCell>)>>,
     pub(crate) turn: AtomicUsize,
     /// What this node's calls to itself hold, in bytes.
     pub(crate) local_bytes: AtomicU64,
@@ -91,7 +96,8 @@ impl Shared {
         config: Config,
         limits: Limits,
         mesh: Mesh,
-        stem: u64,
+        started: Instant,
+        store: Option<Store>,
     ) -> Self {
         let timing = Timing {
             heartbeat: config.heartbeat,
@@ -105,9 +111,10 @@ impl Shared {
             config,
             limits,
             timing,
-            ids: IdSource::new(stem),
-            started: Instant::now(),
+            ids: IdSource::new(random_u64() >> 22),
+            started,
             runtime: Handle::current(),
+            store,
             mesh: Mutex::new(mesh),
             cells: Mutex::default(),
             next_link: AtomicU64::new(1),
@@ -118,6 +125,7 @@ impl Shared {
             inboxes: ArcSwap::default(),
             inboxes_change: Mutex::default(),
             services: Mutex::default(),
+            consumers: Mutex::default(),
             turn: AtomicUsize::new(0),
             local_bytes: AtomicU64::new(0),
             counters: LiveCounters::default(),
@@ -231,7 +239,7 @@ impl Shared {
         });
     }
 
-    fn close_link(&self, link: LinkId, reason: &DownReason) {
+    fn close_link(self: &Arc<Self>, link: LinkId, reason: &DownReason) {
         let Some(cell) = lock(&self.cells).remove(&link) else {
             return;
         };
@@ -243,20 +251,22 @@ impl Shared {
             let maybe_executed = !lost.unsent_calls.contains(&id);
             let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed });
         }
-        for service in self.services() {
+        for service in self.handling() {
             service.handle_link_lost(self, link);
         }
         cell.close();
     }
 
-    fn report(&self, event: MeshEvent) {
+    fn report(self: &Arc<Self>, event: MeshEvent) {
         let event = Event::from(event);
         match &event {
             Event::PeerUp(peer) => {
                 tracing::info!(peer = %peer.id.short(), name = %peer.name, by = %peer.source, "peer up");
+                self.handle_delivery_link_up(peer.id);
             }
             Event::PeerDown { id, name, reason } => {
                 tracing::info!(peer = %id.short(), %name, %reason, "peer down");
+                self.with_outbox(|outbox, now| outbox.handle_link_down(now, *id));
             }
             Event::Refused { address, reason } => {
                 tracing::warn!(address = address.as_ref().map(tracing::field::display), %reason, "connection refused");
@@ -267,7 +277,11 @@ impl Shared {
                     "another live node has this node's identity: give one of them another file"
                 );
             }
-            Event::Dropped { .. } | Event::KeysMoved { .. } => {}
+            Event::Dropped { .. }
+            | Event::KeysMoved { .. }
+            | Event::DeadLetter { .. }
+            | Event::InboxLost { .. }
+            | Event::PeerGone { .. } => {}
         }
         let _nobody_watches = self.events.send(event);
     }

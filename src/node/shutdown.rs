@@ -19,6 +19,9 @@ pub struct ShutdownReport {
     pub undelivered: u64,
     /// Messages that were sent, and of which nobody can say whether they were handled.
     pub in_doubt: u64,
+    /// Guaranteed messages that are not processed yet. They are kept, and go on their way when
+    /// the store is opened again.
+    pub pending: u64,
     /// Handlers that were still running and were ended.
     pub aborted: usize,
     /// All that was counted in the node's life.
@@ -35,10 +38,10 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
     shared.stopping.store(true, Ordering::Release);
     let deadline = Instant::now() + within;
     shared.with_mesh(|mesh, _| mesh.stop_linking());
-    let services = shared.services();
-    for service in &services {
+    for service in shared.services() {
         shared.withdraw(&service.name);
     }
+    let services = shared.handling();
     for service in &services {
         let _too_slow = timeout_at(deadline, service.drain()).await;
     }
@@ -56,8 +59,10 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
     if let Some(transport) = shared.transport.get() {
         transport.close().await;
     }
+    let pending = shared.close_store().await;
     let counters = shared.counters.snapshot();
     ShutdownReport {
+        pending,
         undelivered: counters.dropped_total() - before.dropped_total(),
         in_doubt: counters.in_doubt - before.in_doubt,
         aborted,
@@ -68,7 +73,7 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
 /// Until every peer has confirmed all that it was sent.
 async fn settled(shared: &Arc<Shared>) {
     loop {
-        if shared.cells().iter().all(|cell| cell.peek(Flow::is_settled)) {
+        if shared.cells().iter().all(|cell| cell.peek(Flow::is_settled)) && shared.inbox_is_idle() {
             return;
         }
         shared.with_mesh(|mesh, _| mesh.probe_all());

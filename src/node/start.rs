@@ -4,21 +4,26 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::delivery::unix_ms;
 use super::driver;
 use super::receive::NodeAcceptor;
 use super::shared::{DoorWatch, Shared};
+use super::store::{self, Store, StoreError};
 use super::transport::Transport;
 use super::{Inner, Node};
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
-use crate::engine::{Mesh, MeshConfig, Sighting};
-use crate::identity::{Identity, IdentityError, Incarnation, random_u64};
+use crate::engine::delivery::{Now, OutboxConfig};
+use crate::engine::{Mesh, MeshConfig, Sighting, Time};
+use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
+use crate::journal::Options;
 use crate::link::Acceptor;
 use crate::link::zmq::ZmqPort;
 use crate::peer::{Address, Source};
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits};
-use crate::wire::Limits;
+use crate::wire::{LANES, Limits};
 
 /// A node that can't start, and which setting has to change.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +35,9 @@ pub enum StartError {
     /// The identity file can't be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The store can't be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The address can't be listened on.
     #[error("can't listen on {addr}: {source}")]
     Listen {
@@ -54,14 +62,23 @@ pub enum StartError {
 impl Node {
     pub(crate) async fn start(config: Config) -> Result<Self, StartError> {
         config.check()?;
-        let identity = match &config.identity {
+        if let Some(dir) = &config.outbox {
+            store::prepare(dir)?;
+        }
+        let kept = config.outbox.as_ref().map(|dir| dir.join(store::IDENTITY));
+        let identity = match config.identity.as_ref().or(kept.as_ref()) {
             Some(path) => Identity::load_or_create(path)?,
             None => Identity::ephemeral(),
         };
         let id = identity.node_id();
+        let started = Instant::now();
+        let opened = match &config.outbox {
+            Some(dir) => Some(open_store(dir.clone(), id, &config, started).await?),
+            None => None,
+        };
         let incarnation = Incarnation(random_u64());
         let name = config.name.clone().unwrap_or_else(host_name);
-        let limits = Limits { max_body: config.max_body as u64, windows: [config.window; 3] };
+        let limits = Limits { max_body: config.max_body as u64, windows: [config.window; LANES] };
         let mesh_config = MeshConfig {
             id,
             incarnation,
@@ -72,8 +89,9 @@ impl Node {
             loopback_only: !config.trusts_network(),
         };
         let mesh = Mesh::new(mesh_config, random_u64());
-        let stem = random_u64() >> 22;
-        let shared = Arc::new(Shared::new(id, name, config, limits, mesh, stem));
+        let shared = Shared::new(id, name, config, limits, mesh, started, opened);
+        let shared = Arc::new(shared);
+        shared.begin_delivery();
         let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(Arc::downgrade(&shared)));
         keep_freed_memory(shared.config.window);
         // From here on the node's tasks end with it, whatever fails.
@@ -84,9 +102,42 @@ impl Node {
         }
         shared.spawn(driver::run(shared.clone()));
         shared.spawn(driver::tell_groups(shared.clone()));
+        if shared.store.is_some() {
+            shared.spawn(shared.clone().watch_routes());
+        }
         Ok(Self { inner: Arc::new(inner) })
     }
 }
+
+/// Reads the store on a thread of its own, since that may take a while.
+async fn open_store(
+    dir: PathBuf,
+    me: NodeId,
+    config: &Config,
+    started: Instant,
+) -> Result<Store, StartError> {
+    let outbox = OutboxConfig {
+        me,
+        epoch: random_u64(),
+        seed: random_u64(),
+        max_bytes: config.outbox_bytes,
+        max_messages: config.outbox_messages,
+        window_bytes: config.window.min(config.send_queue) / 2,
+        max_failures: MAX_FAILURES,
+        reassign_after: config.reassign_after,
+        gone_after: config.gone_after,
+    };
+    let options = Options { durability: config.durability, ..Options::default() };
+    let open = move || {
+        let now = Now { time: Time::after_start(started.elapsed()), unix_ms: unix_ms() };
+        Store::open(&dir, &options, outbox, now)
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    Ok(opened.map_err(|error| StartError::Config(error.to_string()))??)
+}
+
+/// So many failures of its handler make a guaranteed message a dead letter.
+const MAX_FAILURES: u32 = 10;
 
 fn start_memory(
     shared: &Arc<Shared>,

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::LANES;
 use super::pack::{ArrayWriter, Reader};
 use super::record::{
     Inheritance, OutgoingEvent, ReadContext, read_record, read_successor, write_message,
@@ -31,21 +32,23 @@ impl std::ops::AddAssign for Totals {
     }
 }
 
-/// `[version, messages, bytes, messages, bytes, messages, bytes]`: what the writer has consumed of
+/// `[version, messages, bytes, messages, bytes, …]`: what the writer has consumed of
 /// each lane since the link began. So credit travels with every batch, and an empty batch is
 /// both a heartbeat and a credit update.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Preamble {
-    pub(crate) consumed: [Totals; 3],
+    pub(crate) consumed: [Totals; LANES],
 }
 
 impl Preamble {
     fn write(&self, buf: &mut Vec<u8>) {
         let mut array = ArrayWriter::new(buf);
         array.uint(PROTOCOL_VERSION);
-        for totals in self.consumed {
-            array.uint(totals.messages);
-            array.uint(totals.bytes);
+        for (lane, totals) in self.consumed.into_iter().enumerate() {
+            if lane < LANES - 1 || totals != Totals::default() {
+                array.uint(totals.messages);
+                array.uint(totals.bytes);
+            }
         }
         array.finish();
     }
@@ -57,10 +60,15 @@ impl Preamble {
         if version != PROTOCOL_VERSION {
             return Err(WireError::Version(version));
         }
-        let mut consumed = [Totals::default(); 3];
-        for totals in &mut consumed {
-            totals.messages = fields.need(Reader::uint)?;
-            totals.bytes = fields.need(Reader::uint)?;
+        let mut consumed = [Totals::default(); LANES];
+        for (lane, totals) in consumed.iter_mut().enumerate() {
+            if lane < LANES - 1 {
+                totals.messages = fields.need(Reader::uint)?;
+                totals.bytes = fields.need(Reader::uint)?;
+            } else {
+                totals.messages = fields.opt(Reader::uint)?.unwrap_or_default();
+                totals.bytes = fields.opt(Reader::uint)?.unwrap_or_default();
+            }
         }
         fields.finish()?;
         Ok(Self { consumed })

@@ -1,6 +1,8 @@
 //! Control records: what nodes say about themselves rather than for their users.
 
+use super::LANES;
 use super::WireError;
+use super::delivery::{Answer, InboxInfo, push_numbers};
 use super::pack::{ArrayWriter, Fields, Reader, push_str};
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
@@ -28,7 +30,16 @@ pub(crate) enum Control {
     ProbeReply(u64),
     /// `[9, [[id, addresses], …]]`: where other nodes may be found.
     Peers(Vec<Hint>),
+    /// `[10, [answer, …]]`: what became of guaranteed messages.
+    Answers(Vec<Answer>),
+    /// `[11, [epoch, …]]`: the epochs of which this outbox has messages that are not settled.
+    Epochs(Vec<u64>),
+    /// `[12, epoch, [[name, pattern], …]]`: this node keeps an inbox.
+    Inbox(Box<InboxInfo>),
 }
+
+/// The most answers in one record.
+pub(crate) const MAX_ANSWERS: usize = 1024;
 
 /// The most hints in one record.
 pub(crate) const MAX_HINTS: usize = 16;
@@ -61,8 +72,8 @@ pub(crate) struct Hello {
 pub(crate) struct Limits {
     /// The longest body, in bytes.
     pub(crate) max_body: u64,
-    /// The credit window of events, calls and replies, in bytes.
-    pub(crate) windows: [u64; 3],
+    /// The credit window of each lane, in bytes.
+    pub(crate) windows: [u64; LANES],
 }
 
 /// What changed among a node's subscriptions and services.
@@ -220,6 +231,18 @@ impl Control {
                     pair.finish();
                 });
             }
+            Self::Answers(answers) => {
+                record.uint(10);
+                record.list(answers.iter(), |buf, answer| answer.write(buf));
+            }
+            Self::Epochs(epochs) => {
+                record.uint(11);
+                push_numbers(&mut record, epochs);
+            }
+            Self::Inbox(info) => {
+                record.uint(12);
+                info.write(&mut record);
+            }
         }
         record.finish();
     }
@@ -270,6 +293,9 @@ impl Control {
                 pair.finish()?;
                 Ok(Hint { id, addresses })
             })?),
+            10 => Self::Answers(fields.list(Answer::read)?),
+            11 => Self::Epochs(fields.list(Reader::uint)?),
+            12 => Self::Inbox(Box::new(InboxInfo::read(fields)?)),
             _ => return Ok(None),
         }))
     }
@@ -287,8 +313,14 @@ fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
         return Err(WireError::Unexpected("a node's name that is too long or not printable"));
     }
     let max_body = fields.need(Reader::uint)?;
-    let windows = fields.list(Reader::uint)?;
-    let windows = windows.try_into().map_err(|_| WireError::Unexpected("other than 3 windows"))?;
+    let told = fields.list(Reader::uint)?;
+    if told.len() < LANES - 1 {
+        return Err(WireError::Unexpected("too few windows"));
+    }
+    let mut windows = [0; LANES];
+    for (window, told) in windows.iter_mut().zip(told) {
+        *window = told;
+    }
     Ok(Hello {
         mesh,
         id,

@@ -55,7 +55,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         id: ALICE,
         incarnation: Incarnation(7),
         name: "alice".into(),
-        limits: Limits { max_body: 1 << 20, windows: [4 << 20; 3] },
+        limits: Limits { max_body: 1 << 20, windows: [4 << 20; 4] },
         seq: 2,
         patterns: vec!["orders.>".parse().unwrap()],
         services: vec![ServiceInfo { name: "stock".parse().unwrap(), concurrency: 64 }],
@@ -75,7 +75,23 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         Totals { messages: 3, bytes: 420 },
         Totals { messages: 0, bytes: 0 },
         Totals { messages: 1, bytes: 130 },
+        Totals::default(),
     ];
+    let delivery = DeliveryId { stream: Stream { epoch: 7, subscription: None }, seq: 12 };
+    let mut guaranteed = call(3, "stock", "sell one");
+    guaranteed.payload = Payload::Guaranteed(
+        "sell one".into(),
+        Box::new(Delivery { id: delivery.clone(), floor: 10, attempt: 1, redelivered: false }),
+    );
+    let processed = Answer { id: delivery, attempt: 1, outcome: Outcome::Processed };
+    let subscription = Some("billing".parse().unwrap());
+    let failed = Answer {
+        id: DeliveryId { stream: Stream { epoch: 7, subscription }, seq: 3 },
+        attempt: 2,
+        outcome: Outcome::Failed("busy".into()),
+    };
+    let subscriptions = vec![("billing".parse().unwrap(), "orders.>".parse().unwrap())];
+    let inbox = InboxInfo { epoch: 9, subscriptions };
     let mut request = call(3, "stock", "how many?");
     request.payload = Payload::Request("how many?".into());
     request.header.reply_to = Some(ALICE);
@@ -108,6 +124,10 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         ("request", fresh, message(request)),
         ("reply", fresh, message(answer(4, 3, Payload::Reply("17".into())))),
         ("failure", fresh, message(answer(5, 3, Payload::Failed(declined)))),
+        ("guaranteed", fresh, message(guaranteed)),
+        ("answers", fresh, control(Control::Answers(vec![processed, failed]))),
+        ("inbox", fresh, control(Control::Inbox(Box::new(inbox)))),
+        ("epochs", fresh, control(Control::Epochs(vec![7]))),
         ("cancel", fresh, control(Control::Cancel(id(3)))),
         ("probe", fresh, control(Control::Probe(1))),
         ("peers", fresh, control(Control::Peers(vec![hint]))),
@@ -209,7 +229,7 @@ fn a_body_over_4_kib_gets_a_frame_of_its_own() {
 
 #[test]
 fn what_a_later_version_adds_is_passed_over() {
-    let preamble = Bytes::from_static(&[0x98, 1, 0, 0, 0, 0, 0, 0, 0xa3, b'n', b'e', b'w']);
+    let preamble = Bytes::from_static(&[0x9a, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0xa3, b'n', b'e', b'w']);
     // A record of an unknown type, and an accept with a field more.
     let records = Bytes::from_static(&[0, 0, 0, 3, 0x92, 0x63, 0xc0, 0, 0, 0, 4, 0x92, 2, 0x91, 9]);
     let (_, records) = read(vec![preamble, records]).unwrap();
@@ -240,7 +260,7 @@ prop_compose! {
 
 prop_compose! {
     fn any_envelope()(
-        what in 0..5,
+        what in 0..7,
         id in any::<[u8; 16]>(),
         kind in prop::sample::select(vec![Kind::Event, Kind::Command, Kind::Document]),
         address in prop::sample::select(vec!["a", "a.b", "orders.eu.new"]),
@@ -252,8 +272,8 @@ prop_compose! {
         extra in any_extra(),
     ) -> Envelope {
         let destination = match (what, to_node) {
-            (0, _) => Destination::Topic(address.parse().unwrap()),
-            (1 | 4, false) => Destination::Service(address.parse().unwrap()),
+            (0 | 6, _) => Destination::Topic(address.parse().unwrap()),
+            (1 | 4 | 5, false) => Destination::Service(address.parse().unwrap()),
             _ => Destination::Node(BOB),
         };
         let mut header = Header::new(MessageId::from_bytes(id), kind, destination);
@@ -267,6 +287,13 @@ prop_compose! {
             1 => Payload::Call(body.into()),
             2 => Payload::Reply(body.into()),
             4 => Payload::Request(body.into()),
+            5 | 6 => {
+                let subscription = (what == 6).then(|| "billing".parse().unwrap());
+                let (epoch, seq) = (id[0].into(), u64::from(id[1]) + 3);
+                let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
+                let delivery = Delivery { id, floor: 2, attempt: 1, redelivered: to_node };
+                Payload::Guaranteed(body.into(), Box::new(delivery))
+            }
             _ => Payload::Failed(failure()),
         };
         Envelope { header, payload }
@@ -312,7 +339,7 @@ proptest! {
 
     #[test]
     fn a_batch_cut_or_changed_anywhere_is_read_or_refused_but_never_panics(
-        which in 0..14_usize,
+        which in 0..19_usize,
         at in any::<prop::sample::Index>(),
         byte in any::<u8>(),
         cut in any::<bool>(),
@@ -334,5 +361,15 @@ proptest! {
         frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..4),
     ) {
         let _read_or_refused = read(frames.into_iter().map(Bytes::from).collect());
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_message_survives_the_disk(envelope in any_envelope()) {
+        if let Payload::Event(body) | Payload::Call(body) = &envelope.payload {
+            let frozen: Bytes = freeze(&envelope.header, body, &ALICE).into();
+            prop_assert_eq!(thaw(&frozen, &ALICE).unwrap(), (envelope.header, body.clone()));
+        }
     }
 }

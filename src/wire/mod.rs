@@ -9,14 +9,18 @@
 
 mod batch;
 mod control;
+mod delivery;
 #[cfg(test)]
 mod examples;
 mod pack;
 mod record;
 
 pub(crate) use batch::{BatchEncoder, Decoded, EncodedBatch, EventPack, Preamble, Totals, decode};
-pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_HINTS};
-pub(crate) use record::{BASE_COST, Envelope, Failure, Lane, OutgoingEvent, Payload, Record};
+pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_ANSWERS, MAX_HINTS};
+pub(crate) use delivery::{Answer, Delivery, DeliveryId, InboxInfo, Outcome, Stream};
+pub(crate) use record::{
+    BASE_COST, Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, freeze, thaw,
+};
 
 /// The version of the protocol that this crate speaks.
 pub(crate) const PROTOCOL_VERSION: u64 = 1;

@@ -95,6 +95,19 @@ impl<'a> ArrayWriter<'a> {
         self.wrote();
     }
 
+    /// Leaves out fields up to the one of that number, from 0.
+    pub(crate) fn skip_to(&mut self, field: u8) {
+        while self.fields < field {
+            self.nil();
+        }
+    }
+
+    /// A value that `write_one` writes.
+    pub(crate) fn nested(&mut self, write_one: impl FnOnce(&mut Vec<u8>)) {
+        write_one(self.buf);
+        self.wrote();
+    }
+
     /// Ends the array; how many fields it has.
     pub(crate) fn finish(self) -> u8 {
         self.buf.truncate(self.end);
@@ -184,6 +197,14 @@ impl<'a> Reader<'a> {
             Marker::U32 => self.be::<4>(),
             Marker::U64 => self.be::<8>(),
             _ => Err(WireError::Unexpected("a value that is no unsigned integer")),
+        }
+    }
+
+    pub(crate) fn bool(&mut self) -> Result<bool, WireError> {
+        match self.marker()? {
+            Marker::True => Ok(true),
+            Marker::False => Ok(false),
+            _ => Err(WireError::Unexpected("a value that is no boolean")),
         }
     }
 

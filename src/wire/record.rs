@@ -1,19 +1,20 @@
 //! Records that carry messages: events, calls, requests, replies and failures.
 //!
 //! ```text
-//! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers]
+//! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers, delivery]
 //! ```
 
 use bytes::Bytes;
 use rmp::Marker;
 
+use super::delivery::Delivery;
 use super::pack::{ArrayWriter, Next, Reader, push_str, push_uint};
 use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::identity::NodeId;
 use crate::message::{Extra, Header, Kind, MessageId};
 
-/// One of the three flows on a link that have credit of their own. One credit for all would
+/// One of the four flows on a link that have credit of their own. One credit for all would
 /// deadlock: a subscriber that awaits a request in its event loop would block its own reply
 /// behind unread events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,7 +22,12 @@ pub(crate) enum Lane {
     Events,
     Calls,
     Replies,
+    /// What comes from outboxes, so that a backlog of it holds up no call.
+    Guaranteed,
 }
+
+/// How many lanes there are.
+pub(crate) const LANES: usize = 4;
 
 /// The code and text with which a handler, or the node on its behalf, declined a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,14 +53,18 @@ pub(crate) enum Payload {
     Request(Bytes),
     Reply(Bytes),
     Failed(Failure),
+    /// A message from an outbox, which is answered when it is processed.
+    Guaranteed(Bytes, Box<Delivery>),
 }
 
 impl Payload {
     fn body_len(&self) -> usize {
         match self {
-            Self::Event(body) | Self::Call(body) | Self::Request(body) | Self::Reply(body) => {
-                body.len()
-            }
+            Self::Event(body)
+            | Self::Call(body)
+            | Self::Request(body)
+            | Self::Reply(body)
+            | Self::Guaranteed(body, _) => body.len(),
             Self::Failed(failure) => failure.code.len() + failure.text.len(),
         }
     }
@@ -68,6 +78,7 @@ impl Envelope {
         match self.payload {
             Payload::Event(_) => Lane::Events,
             Payload::Call(_) | Payload::Request(_) => Lane::Calls,
+            Payload::Guaranteed(..) => Lane::Guaranteed,
             Payload::Reply(_) | Payload::Failed(_) => Lane::Replies,
         }
     }
@@ -88,6 +99,8 @@ const TYPE_CALL: u64 = 17;
 const TYPE_REPLY: u64 = 18;
 const TYPE_FAILURE: u64 = 19;
 const TYPE_REQUEST: u64 = 20;
+const TYPE_GUARANTEED_CALL: u64 = 21;
+const TYPE_GUARANTEED_EVENT: u64 = 22;
 
 /// What a record may leave unsaid because the message record before it in the batch said it.
 #[derive(Debug, Default)]
@@ -128,7 +141,8 @@ fn kind_from(number: u64) -> Result<Kind, WireError> {
 fn usual_kind(payload: &Payload) -> Kind {
     match payload {
         Payload::Event(_) => Kind::Event,
-        Payload::Call(_) | Payload::Request(_) => Kind::Command,
+        Payload::Guaranteed(_, delivery) if delivery.is_event() => Kind::Event,
+        Payload::Call(_) | Payload::Request(_) | Payload::Guaranteed(..) => Kind::Command,
         Payload::Reply(_) | Payload::Failed(_) => Kind::Document,
     }
 }
@@ -152,6 +166,8 @@ pub(super) fn write_message(
         Payload::Request(_) => TYPE_REQUEST,
         Payload::Reply(_) => TYPE_REPLY,
         Payload::Failed(_) => TYPE_FAILURE,
+        Payload::Guaranteed(_, delivery) if delivery.is_event() => TYPE_GUARANTEED_EVENT,
+        Payload::Guaranteed(..) => TYPE_GUARANTEED_CALL,
     });
     match inherited.id.and_then(|previous| header.id.follows(previous)) {
         Some(later) => record.uint(u64::from(later)),
@@ -164,7 +180,8 @@ pub(super) fn write_message(
         Payload::Event(body)
         | Payload::Call(body)
         | Payload::Request(body)
-        | Payload::Reply(body) => {
+        | Payload::Reply(body)
+        | Payload::Guaranteed(body, _) => {
             if body.len() > INLINE_BODY {
                 record.uint(body.len() as u64);
                 own_frame = Some(body.clone());
@@ -181,6 +198,10 @@ pub(super) fn write_message(
         }
     }
     write_rest(&mut record, header, usual_kind(payload), me);
+    if let Payload::Guaranteed(_, delivery) = payload {
+        record.skip_to(12);
+        record.nested(|buf| delivery.write(buf));
+    }
     record.finish();
     own_frame
 }
@@ -364,7 +385,7 @@ pub(super) fn read_record(
     let mut reader = Reader::new(bytes);
     let mut fields = reader.array()?;
     let record_type = fields.need(Reader::uint)?;
-    if !(TYPE_EVENT..=TYPE_REQUEST).contains(&record_type) {
+    if !(TYPE_EVENT..=TYPE_GUARANTEED_EVENT).contains(&record_type) {
         return match Control::read(record_type, &mut fields)? {
             Some(control) => {
                 fields.finish()?;
@@ -388,11 +409,14 @@ pub(super) fn read_record(
         }
         _ => Ok(frame.slice_ref(reader.bin()?)),
     })?;
-    let payload = match record_type {
+    let mut payload = match record_type {
         TYPE_EVENT => Payload::Event(body),
         TYPE_CALL => Payload::Call(body),
         TYPE_REQUEST => Payload::Request(body),
         TYPE_REPLY => Payload::Reply(body),
+        // What they say of their delivery comes last.
+        TYPE_GUARANTEED_CALL => Payload::Call(body),
+        TYPE_GUARANTEED_EVENT => Payload::Event(body),
         _ => Payload::Failed(read_failure(&body)?),
     };
     let body_len = payload.body_len();
@@ -415,6 +439,15 @@ pub(super) fn read_record(
     let content_type = fields.opt(owned)?;
     let traceparent = fields.opt(owned)?;
     let mut texts = fields.list(owned)?.into_iter();
+    if matches!(record_type, TYPE_GUARANTEED_CALL | TYPE_GUARANTEED_EVENT)
+        && let Payload::Call(body) | Payload::Event(body) = payload
+    {
+        let delivery = fields.need(Delivery::read)?;
+        if delivery.is_event() != (record_type == TYPE_GUARANTEED_EVENT) {
+            return Err(WireError::Unexpected("the subscription of a delivery"));
+        }
+        payload = Payload::Guaranteed(body, Box::new(delivery));
+    }
     fields.finish()?;
     let mut headers = Vec::with_capacity(texts.len() / 2);
     while let Some(key) = texts.next() {
@@ -452,7 +485,7 @@ fn read_destination(
     inherited: &mut Inheritance,
 ) -> Result<Destination, WireError> {
     match record_type {
-        TYPE_EVENT => {
+        TYPE_EVENT | TYPE_GUARANTEED_EVENT => {
             let text = reader.str()?;
             let topic = match &inherited.topic {
                 Some(topic) if topic.as_str() == text => topic.clone(),
@@ -461,7 +494,7 @@ fn read_destination(
             inherited.topic = Some(topic.clone());
             Ok(Destination::Topic(topic))
         }
-        TYPE_CALL | TYPE_REQUEST if reader.next_is() == Next::Str => {
+        TYPE_CALL | TYPE_REQUEST | TYPE_GUARANTEED_CALL if reader.next_is() == Next::Str => {
             let text = reader.str()?;
             let name = match &inherited.service {
                 Some(name) if name.as_str() == text => name.clone(),
@@ -480,8 +513,10 @@ fn inherited_destination(
     me: &NodeId,
 ) -> Result<Destination, WireError> {
     let destination = match record_type {
-        TYPE_EVENT => inherited.topic.clone().map(Destination::Topic),
-        TYPE_CALL | TYPE_REQUEST => inherited.service.clone().map(Destination::Service),
+        TYPE_EVENT | TYPE_GUARANTEED_EVENT => inherited.topic.clone().map(Destination::Topic),
+        TYPE_CALL | TYPE_REQUEST | TYPE_GUARANTEED_CALL => {
+            inherited.service.clone().map(Destination::Service)
+        }
         _ => Some(Destination::Node(*me)),
     };
     destination.ok_or(WireError::Inheritance)
@@ -494,4 +529,36 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
     let text = fields.need(|reader| reader.str().map(str::to_owned))?;
     fields.finish()?;
     Ok(Failure { code, text })
+}
+
+/// A message as it is kept on a disk: an event if it goes to a topic, else a call.
+pub(crate) fn freeze(header: &Header, body: &Bytes, me: &NodeId) -> Vec<u8> {
+    let payload = match header.destination {
+        Destination::Topic(_) => Payload::Event(body.clone()),
+        Destination::Service(_) | Destination::Node(_) => Payload::Call(body.clone()),
+    };
+    let envelope = Envelope { header: header.clone(), payload };
+    let mut bytes = vec![0; 4];
+    let own_frame = write_message(&mut bytes, &envelope, &mut Inheritance::default(), me);
+    let length = bytes.len() as u32 - 4;
+    bytes[..4].copy_from_slice(&length.to_be_bytes());
+    bytes.extend_from_slice(&own_frame.unwrap_or_default());
+    bytes
+}
+
+/// What [`freeze`] wrote.
+pub(crate) fn thaw(bytes: &Bytes, me: &NodeId) -> Result<(Header, Bytes), WireError> {
+    let mut reader = Reader::new(bytes);
+    let length = reader.length_prefix()?;
+    let record = reader.take(length)?;
+    let mut own_frame = Some(bytes.slice(4 + length..)).filter(|frame| !frame.is_empty());
+    let context = ReadContext { me, peer: me, max_body: usize::MAX };
+    let inherited = &mut Inheritance::default();
+    match read_record(bytes, record, context, inherited, &mut || own_frame.take())? {
+        Record::Message(Envelope {
+            header,
+            payload: Payload::Event(body) | Payload::Call(body),
+        }) => Ok((header, body)),
+        _ => Err(WireError::Unexpected("a record that is no message")),
+    }
 }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::wire::Hint;
 
-const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 3] };
+const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 4] };
 
 fn mesh(byte: u8, incarnation: u64) -> Mesh {
     let config = MeshConfig {

@@ -74,7 +74,7 @@ impl Crowd {
                 incarnation: Incarnation(1),
                 mesh: "crowd".parse().unwrap(),
                 name: format!("node {node}"),
-                limits: Limits { max_body: 1 << 20, windows: [1 << 22; 3] },
+                limits: Limits { max_body: 1 << 20, windows: [1 << 22; 4] },
                 gossip: true,
                 loopback_only: false,
             };

@@ -60,7 +60,7 @@ const TIMING: Timing = Timing {
 };
 const MAX_BODY: u64 = 1024;
 /// Small enough to run dry all the time.
-const LIMITS: Limits = Limits { max_body: MAX_BODY, windows: [4096, 4096, 4096] };
+const LIMITS: Limits = Limits { max_body: MAX_BODY, windows: [4096; 4] };
 const SEND_QUEUE: u64 = 2048;
 const SUBSCRIPTION_QUEUE: u64 = 3000;
 const PATTERNS: [&str; 4] = ["a.>", "*.x", "a.x", ">"];
@@ -386,6 +386,7 @@ impl SimNode {
                     }
                 }
             }
+            Payload::Guaranteed(..) => unreachable!("the outbox has a simulation of its own"),
             Payload::Reply(_) | Payload::Failed(_) => {
                 let id = envelope.header.correlation_id.expect("a reply names its request");
                 match self.requests.remove(id) {

@@ -1,0 +1,573 @@
+//! The inbox: which deliveries were processed here, pure.
+//!
+//! For each stream of each sender it keeps a watermark and what is processed above it. There is
+//! no window of time: a delivery is known until its sender says that it is settled.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::RecordError;
+use super::ranges::Ranges;
+use super::record::{InboxRecord, NodeBytes, StreamRecord};
+use crate::identity::NodeId;
+use crate::journal::Position;
+use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
+
+/// A redelivered message whose handler was begun so often, and never ended, kills its process.
+const MAX_BEGUN: u32 = 10;
+/// After so many bytes a snapshot takes the place of what is in the journal.
+const SNAPSHOT_AFTER: u64 = 16 * 1024 * 1024;
+
+/// What becomes of a delivery that arrives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Run its handler.
+    Run,
+    /// Run its handler when [`InboxAction::Begin`] says so.
+    RunLater,
+    /// Its handler runs, or its end is being stored: the answer comes when that is done.
+    Wait,
+    /// It needn't run.
+    Answer(Outcome),
+}
+
+/// What the owner of the inbox is to do, in this order.
+#[derive(Debug)]
+pub(crate) enum InboxAction {
+    /// Append an entry to the journal, and tell of its end by the number.
+    Append {
+        token: u64,
+        entry: Vec<u8>,
+        sync: bool,
+    },
+    Note(Vec<u8>),
+    /// The segments before that one are no longer wanted.
+    RemoveBefore(u64),
+    Answer(NodeId, Answer),
+    /// The handler may begin.
+    Begin(NodeId, DeliveryId),
+}
+
+#[derive(Debug)]
+struct Seen {
+    node: NodeId,
+    stream: Stream,
+    number: u64,
+    floor: u64,
+    /// Its handler returned Ok.
+    processed: Ranges,
+    /// How often the handlers of redelivered messages were begun.
+    begun: HashMap<u64, u32>,
+    /// What was not answered yet.
+    open: HashMap<u64, Open>,
+}
+
+/// A delivery that was let in.
+#[derive(Debug)]
+struct Open {
+    attempt: u32,
+    phase: Phase,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// That it is processed is being stored.
+    Storing,
+    /// That could not be stored. It is processed all the same, and tried again when it is
+    /// delivered again.
+    Unstored,
+}
+
+#[derive(Debug)]
+enum Pending {
+    Processed(usize, u64),
+    Begun(usize, u64),
+    Snapshot,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    epoch: u64,
+    /// `None` where one was forgotten.
+    streams: Vec<Option<Seen>>,
+    places: HashMap<(NodeId, Stream), usize>,
+    next_number: u64,
+    pending: HashMap<u64, Pending>,
+    /// What runs later, in the order in which it came from a node; and whether it may.
+    later: HashMap<NodeId, VecDeque<(DeliveryId, bool)>>,
+    next_token: u64,
+    since_snapshot: u64,
+    snapshot_pending: bool,
+    actions: VecDeque<InboxAction>,
+}
+
+impl Inbox {
+    /// An empty inbox; `epoch` is drawn for it, and stays for as long as its journal does.
+    pub(crate) fn new(epoch: u64) -> Self {
+        Self {
+            epoch,
+            streams: Vec::new(),
+            places: HashMap::new(),
+            next_number: 1,
+            pending: HashMap::new(),
+            later: HashMap::new(),
+            next_token: 1,
+            since_snapshot: 0,
+            snapshot_pending: false,
+            actions: VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Takes in an entry of the journal, in their order.
+    ///
+    /// # Errors
+    /// [`RecordError`] if this version can't read it.
+    pub(crate) fn recover(&mut self, entry: &[u8]) -> Result<(), RecordError> {
+        match InboxRecord::decode(entry)? {
+            InboxRecord::Snapshot(epoch, streams) => {
+                self.epoch = epoch;
+                self.streams.clear();
+                self.places.clear();
+                for stream in streams {
+                    self.recover_stream(&stream)?;
+                }
+            }
+            InboxRecord::Opened(stream) => self.recover_stream(&stream)?,
+            InboxRecord::Processed(number, seq) => {
+                if let Some(seen) = self.numbered(number) {
+                    seen.processed.insert(seq);
+                    seen.begun.remove(&seq);
+                }
+            }
+            InboxRecord::Begun(number, seq, times) => {
+                if let Some(seen) = self.numbered(number) {
+                    seen.begun.insert(seq, times);
+                }
+            }
+            InboxRecord::Forgotten(numbers) => {
+                for slot in &mut self.streams {
+                    if slot.as_ref().is_some_and(|seen| numbers.contains(&seen.number)) {
+                        let seen = slot.take().expect("it is there");
+                        self.places.remove(&(seen.node, seen.stream));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn recover_stream(&mut self, record: &StreamRecord) -> Result<(), RecordError> {
+        let place = self.open_stream(record.node.0, &record.stream()?, record.number);
+        self.next_number = self.next_number.max(record.number + 1);
+        if let Some(seen) = &mut self.streams[place] {
+            seen.floor = record.floor;
+            for (first, last) in &record.processed {
+                seen.processed.insert_range(*first, *last);
+            }
+        }
+        Ok(())
+    }
+
+    fn numbered(&mut self, number: u64) -> Option<&mut Seen> {
+        self.streams.iter_mut().flatten().find(|seen| seen.number == number)
+    }
+
+    /// The journal has been read. It begins with a snapshot, so that the epoch is in it.
+    pub(crate) fn handle_recovered(&mut self) {
+        self.take_snapshot();
+    }
+
+    fn open_stream(&mut self, node: NodeId, stream: &Stream, number: u64) -> usize {
+        let place = self.streams.len();
+        self.streams.push(Some(Seen {
+            node,
+            stream: stream.clone(),
+            number,
+            floor: 0,
+            processed: Ranges::default(),
+            begun: HashMap::new(),
+            open: HashMap::new(),
+        }));
+        self.places.insert((node, stream.clone()), place);
+        place
+    }
+
+    /// A delivery arrived.
+    pub(crate) fn handle_delivery(&mut self, from: NodeId, delivery: &mut Delivery) -> Verdict {
+        let DeliveryId { stream, seq } = &delivery.id;
+        let seq = *seq;
+        let place = match self.places.get(&(from, stream.clone())) {
+            Some(place) => *place,
+            None => {
+                let number = self.next_number;
+                self.next_number += 1;
+                let place = self.open_stream(from, stream, number);
+                let opened = self.streams[place].as_ref().map(Seen::record);
+                self.note(&InboxRecord::Opened(opened.expect("it was opened just now")));
+                place
+            }
+        };
+        let seen = self.streams[place].as_mut().expect("what is in `places` is there");
+        if let Some(open) = seen.open.get_mut(&seq) {
+            open.attempt = delivery.attempt;
+            if open.phase == Phase::Unstored {
+                self.store_processed(place, seq);
+            }
+            return Verdict::Wait;
+        }
+        if delivery.floor > seen.floor {
+            seen.floor = delivery.floor;
+            seen.processed.remove_below(delivery.floor);
+            seen.begun.retain(|seq, _| *seq >= delivery.floor);
+        }
+        if seen.processed.contains(seq) {
+            return Verdict::Answer(Outcome::Processed);
+        }
+        // Below the floor it was settled once, and nobody knows how: its sender's outbox is an
+        // older copy.
+        delivery.redelivered |= seq < seen.floor;
+        let (attempt, phase) = (delivery.attempt, Phase::Running);
+        if !delivery.redelivered {
+            seen.open.insert(seq, Open { attempt, phase });
+            let Some(later) = self.later.get_mut(&from) else { return Verdict::Run };
+            later.push_back((delivery.id.clone(), true));
+            return Verdict::RunLater;
+        }
+        let begun = seen.begun.entry(seq).or_default();
+        if *begun >= MAX_BEGUN {
+            let text = format!("its handler was begun {begun} times and never ended");
+            return Verdict::Answer(Outcome::Rejected(text));
+        }
+        *begun += 1;
+        let record = InboxRecord::Begun(seen.number, seq, *begun);
+        seen.open.insert(seq, Open { attempt, phase });
+        self.append(&record, Pending::Begun(place, seq), false);
+        self.later.entry(from).or_default().push_back((delivery.id.clone(), false));
+        Verdict::RunLater
+    }
+
+    /// A handler ended.
+    pub(crate) fn handle_ended(&mut self, from: NodeId, id: &DeliveryId, outcome: Outcome) {
+        let Some((place, seen)) = self.seen(from, &id.stream) else { return };
+        let Some(open) = seen.open.get_mut(&id.seq).filter(|open| open.phase == Phase::Running)
+        else {
+            return;
+        };
+        if outcome == Outcome::Processed {
+            return self.store_processed(place, id.seq);
+        }
+        let attempt = open.attempt;
+        seen.open.remove(&id.seq);
+        // It ended: it does not kill its process.
+        seen.begun.remove(&id.seq);
+        let answer = Answer { id: id.clone(), attempt, outcome };
+        self.actions.push_back(InboxAction::Answer(from, answer));
+    }
+
+    fn seen(&mut self, from: NodeId, stream: &Stream) -> Option<(usize, &mut Seen)> {
+        let place = *self.places.get(&(from, stream.clone()))?;
+        Some((place, self.streams[place].as_mut()?))
+    }
+
+    fn store_processed(&mut self, place: usize, seq: u64) {
+        let Some(seen) = self.streams[place].as_mut() else { return };
+        if let Some(open) = seen.open.get_mut(&seq) {
+            open.phase = Phase::Storing;
+        }
+        seen.begun.remove(&seq);
+        let record = InboxRecord::Processed(seen.number, seq);
+        self.append(&record, Pending::Processed(place, seq), true);
+    }
+
+    /// A delivery that was to run never will: its link ended while it waited.
+    pub(crate) fn handle_unqueued(&mut self, from: NodeId, id: &DeliveryId) {
+        if let Some((_, seen)) = self.seen(from, &id.stream)
+            && seen.open.get(&id.seq).is_some_and(|open| open.phase == Phase::Running)
+        {
+            seen.open.remove(&id.seq);
+        }
+    }
+
+    /// An entry was stored, or can't be.
+    pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, String>) {
+        match self.pending.remove(&token) {
+            None => {}
+            Some(Pending::Processed(place, seq)) => {
+                let Some(seen) = self.streams[place].as_mut() else { return };
+                let Some(open) = seen.open.get_mut(&seq) else { return };
+                if result.is_err() {
+                    open.phase = Phase::Unstored;
+                    return;
+                }
+                let attempt = open.attempt;
+                seen.open.remove(&seq);
+                seen.processed.insert(seq);
+                let id = DeliveryId { stream: seen.stream.clone(), seq };
+                let answer = Answer { id, attempt, outcome: Outcome::Processed };
+                self.actions.push_back(InboxAction::Answer(seen.node, answer));
+                self.snapshot_if_due();
+            }
+            // If it can't be written, it is not counted.
+            Some(Pending::Begun(place, seq)) => {
+                let Some(seen) = &self.streams[place] else { return };
+                let (node, stream) = (seen.node, seen.stream.clone());
+                self.begin(node, &DeliveryId { stream, seq });
+            }
+            Some(Pending::Snapshot) => {
+                self.snapshot_pending = false;
+                if let Ok(position) = result {
+                    self.actions.push_back(InboxAction::RemoveBefore(position.segment));
+                }
+            }
+        }
+    }
+
+    /// A handler may begin, and those behind it that only waited for that.
+    fn begin(&mut self, node: NodeId, id: &DeliveryId) {
+        let Some(later) = self.later.get_mut(&node) else { return };
+        if let Some(found) = later.iter_mut().find(|(waiting, _)| waiting == id) {
+            found.1 = true;
+        }
+        while let Some((_, true)) = later.front()
+            && let Some((id, _)) = later.pop_front()
+        {
+            self.actions.push_back(InboxAction::Begin(node, id));
+        }
+    }
+
+    /// What was to begin is with its handlers: from here on the order is theirs.
+    pub(crate) fn handle_begun(&mut self, node: NodeId) {
+        match self.later.get_mut(&node).map(VecDeque::front_mut) {
+            Some(None) => _ = self.later.remove(&node),
+            Some(Some((id, true))) => {
+                let id = id.clone();
+                self.begin(node, &id);
+            }
+            Some(Some((_, false))) | None => {}
+        }
+    }
+
+    /// A sender said which epochs it still has messages of.
+    pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64]) {
+        let mut numbers = Vec::new();
+        for slot in &mut self.streams {
+            let gone = slot.as_ref().is_some_and(|seen| {
+                seen.node == from && !epochs.contains(&seen.stream.epoch) && seen.open.is_empty()
+            });
+            if gone && let Some(seen) = slot.take() {
+                numbers.push(seen.number);
+                self.places.remove(&(seen.node, seen.stream));
+            }
+        }
+        if !numbers.is_empty() {
+            self.note(&InboxRecord::Forgotten(numbers));
+        }
+    }
+
+    /// Whether nothing waits for the journal.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    fn append(&mut self, record: &InboxRecord, pending: Pending, sync: bool) -> u64 {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.pending.insert(token, pending);
+        let entry = record.encode();
+        self.since_snapshot += entry.len() as u64;
+        self.actions.push_back(InboxAction::Append { token, entry, sync });
+        token
+    }
+
+    fn note(&mut self, record: &InboxRecord) {
+        let entry = record.encode();
+        self.since_snapshot += entry.len() as u64;
+        self.actions.push_back(InboxAction::Note(entry));
+    }
+
+    fn snapshot_if_due(&mut self) {
+        if self.since_snapshot >= SNAPSHOT_AFTER && !self.snapshot_pending {
+            self.take_snapshot();
+        }
+    }
+
+    /// Says all that is known again, so that what is before can go.
+    fn take_snapshot(&mut self) {
+        let streams = self.streams.iter().flatten().map(Seen::record).collect();
+        let snapshot = InboxRecord::Snapshot(self.epoch, streams);
+        self.append(&snapshot, Pending::Snapshot, true);
+        let counts = self.streams.iter().flatten().flat_map(|seen| {
+            seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
+        });
+        for count in counts.collect::<Vec<_>>() {
+            self.note(&count);
+        }
+        (self.since_snapshot, self.snapshot_pending) = (0, true);
+    }
+
+    pub(crate) fn poll_action(&mut self) -> Option<InboxAction> {
+        self.actions.pop_front()
+    }
+}
+
+impl Seen {
+    fn record(&self) -> StreamRecord {
+        let mut processed = self.processed.clone();
+        // Their handlers returned Ok: what says so is in the journal before this.
+        for (seq, open) in &self.open {
+            if open.phase != Phase::Running {
+                processed.insert(*seq);
+            }
+        }
+        StreamRecord {
+            number: self.number,
+            node: NodeBytes(self.node),
+            epoch: self.stream.epoch,
+            subscription: self.stream.subscription.as_ref().map(|name| name.as_str().to_owned()),
+            floor: self.floor,
+            processed: processed.iter().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SENDER: NodeId = NodeId::from_bytes([7; 32]);
+    const PLACE: Position = Position { segment: 1, offset: 0, length: 0 };
+
+    fn delivery(seq: u64, floor: u64, attempt: u32) -> Delivery {
+        let id = DeliveryId { stream: Stream { epoch: 5, subscription: None }, seq };
+        Delivery { id, floor, attempt, redelivered: attempt > 1 }
+    }
+
+    /// An inbox whose journal keeps what it is told at once.
+    struct Bench {
+        inbox: Inbox,
+        journal: Vec<Vec<u8>>,
+        answers: Vec<Answer>,
+        begun: u32,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let mut bench =
+                Self { inbox: Inbox::new(1), journal: Vec::new(), answers: Vec::new(), begun: 0 };
+            bench.inbox.handle_recovered();
+            bench.run();
+            bench
+        }
+
+        fn run(&mut self) {
+            while let Some(action) = self.inbox.poll_action() {
+                match action {
+                    InboxAction::Append { token, entry, .. } => {
+                        self.journal.push(entry);
+                        self.inbox.handle_appended(token, Ok(PLACE));
+                    }
+                    InboxAction::Note(entry) => self.journal.push(entry),
+                    InboxAction::RemoveBefore(_) => {}
+                    InboxAction::Answer(_, answer) => self.answers.push(answer),
+                    InboxAction::Begin(from, _) => {
+                        self.begun += 1;
+                        self.inbox.handle_begun(from);
+                    }
+                }
+            }
+        }
+
+        fn deliver(&mut self, mut delivery: Delivery) -> Verdict {
+            let verdict = self.inbox.handle_delivery(SENDER, &mut delivery);
+            self.run();
+            verdict
+        }
+
+        fn end(&mut self, seq: u64, outcome: Outcome) {
+            self.inbox.handle_ended(SENDER, &delivery(seq, 0, 1).id, outcome);
+            self.run();
+        }
+
+        fn restart(&mut self) {
+            self.inbox = Inbox::new(99);
+            for entry in &self.journal {
+                self.inbox.recover(entry).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_processed_is_answered_again_under_its_current_attempt_also_after_a_restart() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
+        assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "it runs");
+        bench.end(1, Outcome::Processed);
+        assert_eq!(bench.answers[0].attempt, 2);
+        assert_eq!(bench.deliver(delivery(1, 1, 3)), Verdict::Answer(Outcome::Processed));
+        bench.restart();
+        assert_eq!(bench.inbox.epoch(), 1);
+        assert_eq!(bench.deliver(delivery(1, 1, 4)), Verdict::Answer(Outcome::Processed));
+        assert_eq!(bench.deliver(delivery(2, 2, 1)), Verdict::Run);
+    }
+
+    #[test]
+    fn what_failed_runs_again() {
+        let mut bench = Bench::new();
+        bench.deliver(delivery(1, 1, 1));
+        bench.end(1, Outcome::Failed("no".into()));
+        assert!(matches!(bench.deliver(delivery(1, 1, 2)), Verdict::RunLater));
+        assert_eq!(bench.begun, 1);
+    }
+
+    #[test]
+    fn a_message_that_kills_its_process_is_found_out() {
+        let mut bench = Bench::new();
+        bench.deliver(delivery(1, 1, 1));
+        for attempt in 2..2 + MAX_BEGUN {
+            bench.restart();
+            assert!(matches!(bench.deliver(delivery(1, 1, attempt)), Verdict::RunLater));
+        }
+        bench.restart();
+        let verdict = bench.deliver(delivery(1, 1, 99));
+        assert!(matches!(verdict, Verdict::Answer(Outcome::Rejected(_))));
+    }
+
+    #[test]
+    fn an_outbox_that_is_an_older_copy_loses_nothing() {
+        let mut bench = Bench::new();
+        for seq in 1..=3 {
+            bench.deliver(delivery(seq, seq, 1));
+            bench.end(seq, Outcome::Processed);
+        }
+        // It had sent 1 to 3 and heard of their end; the copy has not.
+        let mut old = delivery(1, 1, 1);
+        let verdict = bench.inbox.handle_delivery(SENDER, &mut old);
+        assert!(matches!(verdict, Verdict::RunLater) && old.redelivered);
+        bench.run();
+        // What it stores from now on has an epoch of its own.
+        let mut fresh = delivery(1, 1, 1);
+        fresh.id.stream.epoch = 6;
+        assert_eq!(bench.deliver(fresh), Verdict::Run);
+        bench.inbox.handle_epochs(SENDER, &[6]);
+        assert_eq!(bench.inbox.places.len(), 2, "one of the old epoch still runs");
+        bench.end(1, Outcome::Processed);
+        bench.inbox.handle_epochs(SENDER, &[6]);
+        assert_eq!(bench.inbox.places.len(), 1);
+    }
+
+    #[test]
+    fn an_answer_waits_until_its_record_is_stored() {
+        let mut bench = Bench::new();
+        bench.deliver(delivery(1, 1, 1));
+        bench.inbox.handle_ended(SENDER, &delivery(1, 1, 1).id, Outcome::Processed);
+        let Some(InboxAction::Append { token, .. }) = bench.inbox.poll_action() else { panic!() };
+        bench.inbox.handle_appended(token, Err("the disk is full".into()));
+        assert!(bench.inbox.poll_action().is_none());
+        assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "it is stored once more");
+        assert_eq!(bench.answers.len(), 1);
+    }
+}

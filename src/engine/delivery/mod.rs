@@ -1,0 +1,89 @@
+//! Guaranteed delivery: the sender's outbox and the receiver's inbox.
+//!
+//! ```text
+//!   sender's outbox                                       receiver's inbox
+//!  submit ─▶ journal, synced ─▶ Stored                      (its own journal)
+//!            │ bound to a node, numbered in its stream
+//!            └──── message (stream, seq, attempt) ─────────▶ known? else handler
+//!  settled ◀──────── answer (stream, seq, attempt) ◀──────── Ok: journal, synced
+//!  tried again with backoff ◀─ failed                        error: nothing stored
+//!  dead letter ◀─ rejected, expired, failed too often
+//! ```
+//!
+//! A message is numbered anew for each node that it is bound to; the pair of stream and number
+//! names that delivery for good, however often it is sent.
+
+mod inbox;
+mod numbered;
+mod outbox;
+mod ranges;
+mod record;
+
+pub(crate) use inbox::{Inbox, InboxAction, Verdict};
+pub(crate) use outbox::{
+    Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
+};
+pub(crate) use record::RecordError;
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::ServiceName;
+use crate::engine::Time;
+use crate::identity::NodeId;
+use crate::wire::Stream;
+
+/// Now, by the clock that never jumps and by the one on the wall, which only expiry and schedules
+/// go by.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Now {
+    pub(crate) time: Time,
+    /// In ms since 1970.
+    pub(crate) unix_ms: u64,
+}
+
+/// Where a guaranteed message has to go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Target {
+    /// To one of the nodes that serve the name.
+    Service(ServiceName),
+    Node(NodeId),
+    /// To the durable subscription of that name, of that node.
+    Subscription(NodeId, ServiceName),
+}
+
+/// The node that a message was given to, and its number there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Binding {
+    pub(crate) node: NodeId,
+    pub(crate) stream: Stream,
+    pub(crate) seq: u64,
+}
+
+/// Why a message is a dead letter.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Fate {
+    /// It expired before it was processed.
+    #[error("it expired{}", if *.maybe_processed { "; a handler may have had it" } else { "" })]
+    Expired {
+        /// Whether it was sent, so that a handler may have had it.
+        maybe_processed: bool,
+    },
+    /// Its handler failed too often.
+    #[error("its handler failed {failures} times, the last time with: {text}")]
+    Failed {
+        /// How often.
+        failures: u32,
+        /// What the handler said the last time.
+        text: String,
+    },
+    /// Its handler rejected it for good.
+    #[error("its handler rejected it: {text}")]
+    Rejected {
+        /// What the handler said.
+        text: String,
+    },
+    /// It is longer than its receiver takes.
+    #[error("it is longer than its receiver takes")]
+    TooLarge,
+}

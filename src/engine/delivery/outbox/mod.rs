@@ -1,0 +1,720 @@
+//! The outbox: messages that are stored until they are processed, pure.
+//!
+//! ```text
+//!  Storing ─▶ Scheduled ─▶ Blocked ─▶ Waiting ─▶ Binding ─▶ Ready ─▶ InFlight ─▶ settled
+//!              not_before   behind    for an     the choice   │  ▲      │ failed, refused
+//!                           its key   instance   is stored    │  └── Paused
+//!                                                             └─▶ Dead: a dead letter
+//! ```
+
+mod dispatch;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::numbered::Numbered;
+use super::record::{BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw};
+use super::{Binding, Fate, Now, Target};
+use crate::address::{Pattern, ServiceName, Topic};
+use crate::engine::Time;
+use crate::engine::random::Random;
+use crate::identity::NodeId;
+use crate::journal::Position;
+use crate::message::Header;
+use crate::wire::{BASE_COST, Control, Delivery, Stream, freeze};
+
+/// How an outbox behaves.
+#[derive(Debug, Clone)]
+pub(crate) struct OutboxConfig {
+    pub(crate) me: NodeId,
+    /// Drawn each time that it is opened.
+    pub(crate) epoch: u64,
+    pub(crate) seed: u64,
+    /// What it holds at the most.
+    pub(crate) max_bytes: u64,
+    pub(crate) max_messages: u64,
+    /// What may be sent to a peer and not be answered.
+    pub(crate) window_bytes: u64,
+    pub(crate) max_failures: u32,
+    /// After how long without its node a message goes to another one.
+    pub(crate) reassign_after: Option<Duration>,
+    /// After how long a peer that messages wait for is reported.
+    pub(crate) gone_after: Duration,
+}
+
+/// A message to be stored.
+#[derive(Debug, Clone)]
+pub(crate) struct NewMessage {
+    pub(crate) header: Header,
+    pub(crate) body: Bytes,
+    pub(crate) targets: Vec<Target>,
+    /// In ms since 1970.
+    pub(crate) expires_at: Option<u64>,
+    pub(crate) not_before: Option<u64>,
+}
+
+/// Chooses the instance of a service: of those for which the last argument has a load.
+pub(crate) type Choose<'a> =
+    dyn FnMut(&ServiceName, Option<&str>, &dyn Fn(&NodeId) -> Option<u64>) -> Option<NodeId> + 'a;
+
+/// A message and one of its destinations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct PartKey {
+    pub(crate) number: u64,
+    pub(crate) part: u32,
+}
+
+/// Where a message's bytes are.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    Memory(Arc<(Header, Bytes)>),
+    /// In the journal's entry at that place, by its number.
+    Journal(Position, u64),
+}
+
+/// What the owner of the outbox is to do, in this order.
+#[derive(Debug)]
+pub(crate) enum OutboxAction {
+    /// Append an entry to the journal, and tell of its end by the number.
+    Append {
+        token: u64,
+        entry: Vec<u8>,
+    },
+    /// Append an entry that nobody waits for.
+    Note(Vec<u8>),
+    /// The entries before that segment are no longer wanted.
+    RemoveBefore(u64),
+    Transmit {
+        to: NodeId,
+        key: PartKey,
+        source: Source,
+        delivery: Box<Delivery>,
+        /// In ms since 1970.
+        expires_at: Option<u64>,
+    },
+    Send(NodeId, Control),
+    /// The message is stored, or can't be.
+    Stored(u64, Result<(), String>),
+    /// All destinations have processed it, or it is a dead letter for one.
+    Done(u64, Result<(), Fate>),
+    Report(OutboxEvent),
+}
+
+/// What a user may want to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum OutboxEvent {
+    DeadLetter {
+        number: u64,
+        fate: Fate,
+    },
+    /// A peer's inbox is not the one that it was: what it had processed it may process again.
+    InboxLost(NodeId),
+    /// Messages have waited for a peer for long.
+    PeerGone {
+        peer: NodeId,
+        messages: u64,
+    },
+}
+
+/// The outbox holds as much as it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
+pub(crate) struct Full {
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+}
+
+/// How much of what was stored just now is kept in memory until it is sent, in bytes.
+const MAX_CACHED: u64 = 16 * 1024 * 1024;
+
+#[derive(Debug)]
+struct Entry {
+    /// `None` while it is being stored.
+    position: Option<Position>,
+    cached: Option<Arc<(Header, Bytes)>>,
+    rare: Option<Box<Rare>>,
+    parts: SmallVec<[Part; 1]>,
+    size: u32,
+}
+
+/// What few messages have.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Rare {
+    expires_at: Option<u64>,
+    not_before: Option<u64>,
+    order: Option<Arc<str>>,
+}
+
+#[derive(Debug)]
+struct Part {
+    target: u32,
+    bound: Option<Bound>,
+    state: State,
+    failures: u32,
+    attempts: u32,
+    /// A handler may have had it.
+    redelivered: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Bound {
+    stream: u32,
+    seq: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Storing,
+    Scheduled,
+    /// Behind another with its key.
+    Blocked,
+    /// For an instance of its service.
+    Waiting,
+    /// The choice of its node is being stored.
+    Binding,
+    /// Taken out of what it was in; what is next is about to be decided.
+    Idle,
+    /// In its node's queue.
+    Ready,
+    InFlight,
+    Paused {
+        until: Time,
+        /// It was not run; any change may be a reason to try again.
+        refused: bool,
+    },
+    /// That it is a dead letter is being stored.
+    Dying,
+    Dead(Box<Fate>),
+    Settled,
+}
+
+/// The deliveries to a node that are numbered together.
+#[derive(Debug)]
+struct StreamState {
+    node: NodeId,
+    stream: Stream,
+    next: u64,
+    /// What is not settled, and what it was bound to before it went elsewhere.
+    outstanding: Numbered<PartKey>,
+}
+
+#[derive(Debug, Default)]
+struct Peer {
+    up: bool,
+    /// Its inbox's epoch, while it is up and has one.
+    inbox: Option<u64>,
+    /// The epoch that it had when it was last up.
+    known_inbox: Option<u64>,
+    /// Its durable subscriptions that take messages now.
+    active: Vec<ServiceName>,
+    ready: VecDeque<PartKey>,
+    paused: BTreeSet<PartKey>,
+    in_flight: u64,
+    in_flight_bytes: u64,
+    /// What is bound to it and not settled.
+    bound: u64,
+    down_since: Time,
+    told_gone: bool,
+}
+
+/// What waits for the journal.
+#[derive(Debug)]
+enum Pending {
+    Messages(Vec<u64>),
+    Bound(Vec<PartKey>),
+    Dead(PartKey, Box<Fate>),
+    /// What is remembered of peers; then the segments before that one can go.
+    Removal(u64),
+}
+
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    config: OutboxConfig,
+    random: Random,
+    entries: Numbered<Entry>,
+    next_number: u64,
+    bytes: u64,
+    cached_bytes: u64,
+    /// Destinations that are not settled: on their way, or dead letters.
+    open: u64,
+    dead: u64,
+    targets: Vec<Target>,
+    target_numbers: HashMap<Target, u32>,
+    streams: Vec<StreamState>,
+    stream_numbers: HashMap<(NodeId, Stream), u32>,
+    peers: HashMap<NodeId, Peer>,
+    /// Peers to which something may be sent now.
+    dirty: BTreeSet<NodeId>,
+    /// What waits for an instance, by target.
+    waiting: BTreeMap<u32, VecDeque<PartKey>>,
+    waiting_dirty: bool,
+    /// What was refused and is bound to no node.
+    paused: BTreeSet<PartKey>,
+    /// Those with one key, in order; only the first is on its way.
+    lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
+    /// Other nodes that a message was bound to.
+    former: HashMap<PartKey, Vec<Bound>>,
+    timers: BTreeSet<(Time, PartKey)>,
+    /// By the clock on the wall.
+    wall: BTreeSet<(u64, PartKey)>,
+    subscriptions: HashMap<(NodeId, ServiceName), Pattern>,
+    pending: HashMap<u64, Pending>,
+    next_token: u64,
+    settled: Vec<(u64, u32)>,
+    /// How many messages are in each segment.
+    live: BTreeMap<u64, u64>,
+    newest_segment: u64,
+    removed_before: u64,
+    removing: bool,
+    actions: VecDeque<OutboxAction>,
+}
+
+impl Outbox {
+    pub(crate) fn new(config: OutboxConfig) -> Self {
+        let me = Peer { up: true, inbox: Some(0), known_inbox: Some(0), ..Peer::default() };
+        Self {
+            random: Random::new(config.seed),
+            entries: Numbered::default(),
+            next_number: 1,
+            bytes: 0,
+            cached_bytes: 0,
+            open: 0,
+            dead: 0,
+            targets: Vec::new(),
+            target_numbers: HashMap::new(),
+            streams: Vec::new(),
+            stream_numbers: HashMap::new(),
+            peers: HashMap::from([(config.me, me)]),
+            dirty: BTreeSet::new(),
+            waiting: BTreeMap::new(),
+            waiting_dirty: false,
+            paused: BTreeSet::new(),
+            lanes: HashMap::new(),
+            former: HashMap::new(),
+            timers: BTreeSet::new(),
+            wall: BTreeSet::new(),
+            subscriptions: HashMap::new(),
+            pending: HashMap::new(),
+            next_token: 1,
+            settled: Vec::new(),
+            live: BTreeMap::new(),
+            newest_segment: 0,
+            removed_before: 0,
+            removing: false,
+            actions: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// The durable subscriptions that a topic's messages go to.
+    pub(crate) fn subscribers(&self, topic: &Topic) -> Vec<Target> {
+        let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
+        let targets = all.map(|((node, name), _)| Target::Subscription(*node, name.clone()));
+        targets.collect()
+    }
+
+    /// Messages that are on their way, once for each destination.
+    pub(crate) fn pending(&self) -> u64 {
+        self.open
+    }
+
+    pub(crate) fn dead_letters(&self) -> u64 {
+        self.dead
+    }
+
+    /// Takes messages: all of them are stored, or none. Returns their numbers.
+    ///
+    /// # Errors
+    /// [`Full`] if there is no room for them.
+    pub(crate) fn submit(
+        &mut self,
+        now: Now,
+        messages: Vec<NewMessage>,
+        choose: &mut Choose<'_>,
+    ) -> Result<Vec<u64>, Full> {
+        let size = |message: &NewMessage| {
+            BASE_COST + message.body.len() as u64 + message.header.extra_len() as u64
+        };
+        let bytes: u64 = messages.iter().map(size).sum();
+        let count = self.entries.len() as u64 + messages.len() as u64;
+        if count > self.config.max_messages || self.bytes + bytes > self.config.max_bytes {
+            return Err(Full { messages: self.entries.len() as u64, bytes: self.bytes });
+        }
+        let (mut numbers, mut records) = (Vec::new(), Vec::new());
+        for message in messages {
+            let number = self.next_number;
+            self.next_number += 1;
+            let frozen = freeze(&message.header, &message.body, &self.config.me);
+            let size = size(&message);
+            let NewMessage { header, body, targets, expires_at, not_before } = message;
+            let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
+            let later = not_before.is_some_and(|at| at > now.unix_ms);
+            let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
+            let mut part_records = Vec::new();
+            for (part, target) in targets.into_iter().enumerate() {
+                let key = PartKey { number, part: part as u32 };
+                let node = match &target {
+                    Target::Node(node) | Target::Subscription(node, _) => Some(*node),
+                    Target::Service(_) if later => None,
+                    Target::Service(name) => self.choose(name, order.as_deref(), choose),
+                };
+                let bound = node.map(|node| self.bind(key, node, &target));
+                let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
+                part_records.push(PartRecord { target: (&target).into(), binding });
+                let target = self.target_number(target);
+                if let Some(order) = &order {
+                    self.lanes.entry((target, order.clone())).or_default().push_back(key);
+                }
+                let state = State::Storing;
+                self.open += 1;
+                parts.push(Part {
+                    target,
+                    bound,
+                    state,
+                    failures: 0,
+                    attempts: 0,
+                    redelivered: false,
+                });
+            }
+            records.push(MessageRecord {
+                number,
+                parts: part_records,
+                expires_at,
+                not_before,
+                order: order.as_deref().map(str::to_owned),
+                frozen: Raw(frozen.into()),
+            });
+            let rare = Rare { expires_at, not_before, order };
+            let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
+                self.cached_bytes += size;
+                Arc::new((header, body))
+            });
+            let rare = (rare != Rare::default()).then(|| Box::new(rare));
+            self.bytes += size;
+            let entry = Entry { position: None, cached, rare, parts, size: size as u32 };
+            self.entries.insert(number, entry);
+            numbers.push(number);
+        }
+        self.append(&OutboxRecord::Messages(records), Pending::Messages(numbers.clone()));
+        Ok(numbers)
+    }
+
+    fn append(&mut self, record: &OutboxRecord, pending: Pending) {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.pending.insert(token, pending);
+        self.actions.push_back(OutboxAction::Append { token, entry: record.encode() });
+    }
+
+    fn note(&mut self, record: &OutboxRecord) {
+        self.actions.push_back(OutboxAction::Note(record.encode()));
+    }
+
+    /// An entry was stored, or can't be.
+    pub(crate) fn handle_appended(
+        &mut self,
+        now: Now,
+        token: u64,
+        result: Result<Position, String>,
+    ) {
+        if let Ok(position) = &result {
+            self.newest_segment = self.newest_segment.max(position.segment);
+        }
+        match (self.pending.remove(&token), result) {
+            (None, _) => {}
+            (Some(Pending::Messages(numbers)), Ok(position)) => {
+                for number in numbers {
+                    self.handle_stored(now, number, position);
+                }
+            }
+            (Some(Pending::Messages(numbers)), Err(error)) => {
+                for number in numbers {
+                    self.discard(number);
+                    self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
+                }
+            }
+            (Some(Pending::Bound(keys)), Ok(_)) => {
+                for key in keys {
+                    if self.part(key).is_some_and(|part| part.state == State::Binding) {
+                        self.make_ready(key);
+                    }
+                }
+            }
+            (Some(Pending::Bound(keys)), Err(_)) => {
+                for key in keys {
+                    if self.part(key).is_some_and(|part| part.state == State::Binding) {
+                        self.unbind(key);
+                        self.pause(now, key, 0, true);
+                    }
+                }
+            }
+            // It is one in memory; if nothing else is stored, it is tried once more.
+            (Some(Pending::Dead(key, fate)), _) => self.bury(key, *fate),
+            (Some(Pending::Removal(before)), Ok(_)) => {
+                self.removing = false;
+                self.removed_before = before;
+                self.actions.push_back(OutboxAction::RemoveBefore(before));
+            }
+            (Some(Pending::Removal(_)), Err(_)) => self.removing = false,
+        }
+    }
+
+    fn handle_stored(&mut self, now: Now, number: u64, position: Position) {
+        self.actions.push_back(OutboxAction::Stored(number, Ok(())));
+        *self.live.entry(position.segment).or_default() += 1;
+        let Some(entry) = self.entries.get_mut(number) else { return };
+        entry.position = Some(position);
+        let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
+        for part in 0..entry.parts.len() as u32 {
+            let key = PartKey { number, part };
+            self.wall.extend(expires_at.map(|at| (at, key)));
+            self.activate(now, key);
+        }
+    }
+
+    /// Sets a stored message on its way, as far as it may go.
+    fn activate(&mut self, now: Now, key: PartKey) {
+        let Some(entry) = self.entries.get(key.number) else { return };
+        let not_before = entry.rare.as_ref().and_then(|rare| rare.not_before);
+        match not_before.filter(|at| *at > now.unix_ms) {
+            Some(at) => {
+                self.wall.insert((at, key));
+                self.set_state(key, State::Scheduled);
+            }
+            None if self.is_behind(key) => self.set_state(key, State::Blocked),
+            None => self.release(key),
+        }
+    }
+
+    /// Storing failed: it is as if it had never been there.
+    fn discard(&mut self, number: u64) {
+        let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
+        for part in 0..parts {
+            let key = PartKey { number, part };
+            self.unbind(key);
+            self.leave_lane(key);
+            self.open -= 1;
+        }
+        self.forget(number);
+    }
+
+    fn forget(&mut self, number: u64) {
+        let Some(entry) = self.entries.remove(number) else { return };
+        self.bytes -= u64::from(entry.size);
+        if entry.cached.is_some() {
+            self.cached_bytes -= u64::from(entry.size);
+        }
+        if let Some(position) = entry.position
+            && let Some(live) = self.live.get_mut(&position.segment)
+        {
+            *live -= 1;
+            if *live == 0 {
+                self.live.remove(&position.segment);
+            }
+        }
+    }
+
+    // Parts and what they are bound to.
+
+    fn part(&self, key: PartKey) -> Option<&Part> {
+        self.entries.get(key.number)?.parts.get(key.part as usize)
+    }
+
+    fn part_mut(&mut self, key: PartKey) -> Option<&mut Part> {
+        self.entries.get_mut(key.number)?.parts.get_mut(key.part as usize)
+    }
+
+    fn set_state(&mut self, key: PartKey, state: State) {
+        if let Some(part) = self.part_mut(key) {
+            part.state = state;
+        }
+    }
+
+    fn order(&self, number: u64) -> Option<&Arc<str>> {
+        self.entries.get(number)?.rare.as_ref()?.order.as_ref()
+    }
+
+    fn target_number(&mut self, target: Target) -> u32 {
+        if let Some(number) = self.target_numbers.get(&target) {
+            return *number;
+        }
+        let number = self.targets.len() as u32;
+        self.targets.push(target.clone());
+        self.target_numbers.insert(target, number);
+        number
+    }
+
+    fn stream_number(&mut self, node: NodeId, stream: Stream) -> u32 {
+        if let Some(number) = self.stream_numbers.get(&(node, stream.clone())) {
+            return *number;
+        }
+        let number = self.streams.len() as u32;
+        let outstanding = Numbered::default();
+        self.streams.push(StreamState { node, stream: stream.clone(), next: 1, outstanding });
+        self.stream_numbers.insert((node, stream), number);
+        number
+    }
+
+    fn binding(&self, bound: Bound) -> Binding {
+        let StreamState { node, stream, .. } = &self.streams[bound.stream as usize];
+        Binding { node: *node, stream: stream.clone(), seq: bound.seq }
+    }
+
+    /// Gives a message the next number of its node.
+    fn bind(&mut self, key: PartKey, node: NodeId, target: &Target) -> Bound {
+        let subscription = match target {
+            Target::Subscription(_, name) => Some(name.clone()),
+            Target::Service(_) | Target::Node(_) => None,
+        };
+        let stream = Stream { epoch: self.config.epoch, subscription };
+        let number = self.stream_number(node, stream);
+        let stream = &mut self.streams[number as usize];
+        let bound = Bound { stream: number, seq: stream.next };
+        stream.next += 1;
+        stream.outstanding.insert(bound.seq, key);
+        self.peers.entry(node).or_default().bound += 1;
+        bound
+    }
+
+    /// Takes a message from its node: its number there is settled.
+    fn unbind(&mut self, key: PartKey) {
+        if let Some(bound) = self.part_mut(key).and_then(|part| part.bound.take()) {
+            self.release_number(bound);
+        }
+    }
+
+    fn release_number(&mut self, bound: Bound) {
+        let stream = &mut self.streams[bound.stream as usize];
+        if stream.outstanding.remove(bound.seq).is_some()
+            && let Some(peer) = self.peers.get_mut(&stream.node)
+        {
+            peer.bound -= 1;
+        }
+    }
+
+    fn node_of(&self, key: PartKey) -> Option<NodeId> {
+        let bound = self.part(key)?.bound?;
+        Some(self.streams[bound.stream as usize].node)
+    }
+
+    // Order.
+
+    fn lane(&self, key: PartKey) -> Option<(u32, Arc<str>)> {
+        Some((self.part(key)?.target, self.order(key.number)?.clone()))
+    }
+
+    /// Whether another with its key is before it.
+    fn is_behind(&self, key: PartKey) -> bool {
+        let first = self.lane(key).and_then(|lane| self.lanes.get(&lane)?.front());
+        first.is_some_and(|first| *first != key)
+    }
+
+    /// Leaves its lane; the next there goes on.
+    fn leave_lane(&mut self, key: PartKey) {
+        let Some(lane) = self.lane(key) else { return };
+        let Some(queue) = self.lanes.get_mut(&lane) else { return };
+        let was_first = queue.front() == Some(&key);
+        match was_first {
+            true => _ = queue.pop_front(),
+            false => queue.retain(|other| *other != key),
+        }
+        let next = queue.front().copied();
+        if next.is_none() {
+            self.lanes.remove(&lane);
+        }
+        if was_first
+            && let Some(next) = next
+            && self.part(next).is_some_and(|part| part.state == State::Blocked)
+        {
+            self.release(next);
+        }
+    }
+
+    // Ends.
+
+    /// One destination has processed it.
+    fn settle(&mut self, key: PartKey) {
+        self.end_part(key, State::Settled);
+        self.settled.push((key.number, key.part));
+    }
+
+    /// Stores that it is a dead letter; it is one then.
+    fn kill(&mut self, key: PartKey, fate: Fate) {
+        self.stop(key);
+        self.set_state(key, State::Dying);
+        let record = OutboxRecord::Dead(key.number, key.part, Some(fate.clone()));
+        self.append(&record, Pending::Dead(key, Box::new(fate)));
+    }
+
+    fn bury(&mut self, key: PartKey, fate: Fate) {
+        if self.part(key).is_none_or(|part| part.state != State::Dying) {
+            return;
+        }
+        let event = OutboxEvent::DeadLetter { number: key.number, fate: fate.clone() };
+        self.actions.push_back(OutboxAction::Report(event));
+        self.end_part(key, State::Dead(Box::new(fate)));
+    }
+
+    fn end_part(&mut self, key: PartKey, state: State) {
+        self.stop(key);
+        self.unbind(key);
+        for bound in self.former.remove(&key).into_iter().flatten() {
+            self.release_number(bound);
+        }
+        self.leave_lane(key);
+        if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
+            for at in [rare.expires_at, rare.not_before].into_iter().flatten() {
+                self.wall.remove(&(at, key));
+            }
+        }
+        self.open -= 1;
+        self.dead += u64::from(matches!(state, State::Dead(_)));
+        self.set_state(key, state);
+        let Some(entry) = self.entries.get(key.number) else { return };
+        let ended = |part: &Part| matches!(part.state, State::Settled | State::Dead(_));
+        if !entry.parts.iter().all(ended) {
+            return;
+        }
+        let dead = entry.parts.iter().find_map(|part| match &part.state {
+            State::Dead(fate) => Some(Fate::clone(fate)),
+            _ => None,
+        });
+        match dead {
+            Some(fate) => {
+                self.actions.push_back(OutboxAction::Done(key.number, Err(fate)));
+                self.uncache(key.number);
+            }
+            None => {
+                self.actions.push_back(OutboxAction::Done(key.number, Ok(())));
+                self.forget(key.number);
+            }
+        }
+    }
+
+    fn uncache(&mut self, number: u64) {
+        if let Some(entry) = self.entries.get_mut(number)
+            && entry.position.is_some()
+            && entry.cached.take().is_some()
+        {
+            self.cached_bytes -= u64::from(entry.size);
+        }
+    }
+
+    pub(crate) fn poll_action(&mut self) -> Option<OutboxAction> {
+        self.actions.pop_front()
+    }
+
+    /// When it has to look at the clock, and at the one on the wall (ms since 1970).
+    pub(crate) fn poll_timeout(&self) -> (Option<Time>, Option<u64>) {
+        let timer = self.timers.first().map(|(at, _)| *at);
+        let timers = timer.into_iter().chain(self.peer_timeout());
+        (timers.min(), self.wall.first().map(|(at, _)| *at))
+    }
+}

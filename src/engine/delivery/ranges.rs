@@ -1,0 +1,93 @@
+//! A set of numbers that are mostly neighbours.
+
+use std::collections::BTreeMap;
+
+/// A set of numbers, kept as ranges: a watermark if there are no holes.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct Ranges {
+    /// By the first of each; the last of each.
+    ranges: BTreeMap<u64, u64>,
+}
+
+impl Ranges {
+    pub(crate) fn contains(&self, number: u64) -> bool {
+        self.ranges.range(..=number).next_back().is_some_and(|(_, last)| number <= *last)
+    }
+
+    /// Adds a number; whether it is new.
+    pub(crate) fn insert(&mut self, number: u64) -> bool {
+        if self.contains(number) {
+            return false;
+        }
+        self.insert_range(number, number);
+        true
+    }
+
+    /// Adds a range of which nothing is in the set.
+    pub(crate) fn insert_range(&mut self, mut first: u64, mut last: u64) {
+        if let Some(after) = last.checked_add(1).and_then(|next| self.ranges.remove(&next)) {
+            last = after;
+        }
+        if let Some((before, end)) = self.ranges.range(..first).next_back()
+            && *end + 1 == first
+        {
+            first = *before;
+        }
+        self.ranges.insert(first, last);
+    }
+
+    /// Removes all below `floor`.
+    pub(crate) fn remove_below(&mut self, floor: u64) {
+        while let Some(entry) = self.ranges.first_entry()
+            && *entry.key() < floor
+        {
+            let last = entry.remove();
+            if last >= floor {
+                self.ranges.insert(floor, last);
+            }
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (u64, u64)> {
+        self.ranges.iter().map(|(first, last)| (*first, *last))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn what_has_no_holes_is_one_range() {
+        let mut ranges = Ranges::default();
+        for number in [3, 1, 5, 2, 4] {
+            assert!(ranges.insert(number));
+        }
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(1, 5)]);
+        assert!(!ranges.insert(3));
+        ranges.remove_below(4);
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(4, 5)]);
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_a_set(steps in proptest::collection::vec((0u64..40, any::<bool>()), 0..200)) {
+            let (mut ranges, mut set) = (Ranges::default(), BTreeSet::new());
+            for (number, insert) in steps {
+                if insert {
+                    prop_assert_eq!(ranges.insert(number), set.insert(number));
+                } else {
+                    ranges.remove_below(number / 2);
+                    set = set.split_off(&(number / 2));
+                }
+            }
+            for number in 0..41 {
+                prop_assert_eq!(ranges.contains(number), set.contains(&number));
+            }
+            let spans: Vec<_> = ranges.iter().collect();
+            prop_assert!(spans.windows(2).all(|pair| pair[0].1 + 1 < pair[1].0));
+        }
+    }
+}

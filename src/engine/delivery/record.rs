@@ -1,0 +1,272 @@
+//! What the journals of outbox and inbox hold: a byte that names the kind, then MessagePack.
+
+use bytes::Bytes;
+use serde::de::{self, DeserializeOwned, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::{Binding, Fate, Target};
+use crate::address::{Pattern, ServiceName};
+use crate::identity::NodeId;
+use crate::wire::Stream;
+
+/// An entry of a journal that this version can't read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("it is empty")]
+    Empty,
+    #[error("it is of a kind that this version doesn't know ({0})")]
+    Kind(u8),
+    #[error("it can't be decoded: {0}")]
+    Decode(#[from] rmp_serde::decode::Error),
+    #[error("it holds what is no name: {0}")]
+    Name(#[from] crate::address::AddressError),
+}
+
+/// Bytes as such, not as a list of numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Raw(pub(super) Bytes);
+
+impl Serialize for Raw {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Raw {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Taken;
+        impl Visitor<'_> for Taken {
+            type Value = Raw;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("bytes")
+            }
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Raw, E> {
+                Ok(Raw(Bytes::copy_from_slice(bytes)))
+            }
+            fn visit_byte_buf<E: de::Error>(self, bytes: Vec<u8>) -> Result<Raw, E> {
+                Ok(Raw(bytes.into()))
+            }
+        }
+        deserializer.deserialize_byte_buf(Taken)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NodeBytes(#[serde(with = "node_bytes")] pub(super) NodeId);
+
+mod node_bytes {
+    use super::*;
+
+    pub(super) fn serialize<S: Serializer>(id: &NodeId, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(id.as_bytes())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<NodeId, D::Error> {
+        let Raw(bytes) = Raw::deserialize(from)?;
+        let bytes = bytes[..].try_into().map_err(|_| de::Error::custom("an id has 32 bytes"))?;
+        Ok(NodeId::from_bytes(bytes))
+    }
+}
+
+/// A message and where it has to go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MessageRecord {
+    pub(super) number: u64,
+    pub(super) parts: Vec<PartRecord>,
+    /// In ms since 1970.
+    pub(super) expires_at: Option<u64>,
+    pub(super) not_before: Option<u64>,
+    pub(super) order: Option<String>,
+    pub(super) frozen: Raw,
+}
+
+/// One destination of a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PartRecord {
+    pub(super) target: TargetRecord,
+    pub(super) binding: Option<BindingRecord>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct TargetRecord(Option<NodeBytes>, Option<String>);
+
+impl From<&Target> for TargetRecord {
+    fn from(target: &Target) -> Self {
+        match target {
+            Target::Service(name) => Self(None, Some(name.as_str().into())),
+            Target::Node(node) => Self(Some(NodeBytes(*node)), None),
+            Target::Subscription(node, name) => {
+                Self(Some(NodeBytes(*node)), Some(name.as_str().into()))
+            }
+        }
+    }
+}
+
+impl TargetRecord {
+    pub(super) fn target(&self) -> Result<Target, RecordError> {
+        Ok(match self {
+            Self(None, name) => Target::Service(name.as_deref().unwrap_or_default().parse()?),
+            Self(Some(NodeBytes(node)), None) => Target::Node(*node),
+            Self(Some(NodeBytes(node)), Some(name)) => Target::Subscription(*node, name.parse()?),
+        })
+    }
+}
+
+/// The node that was chosen, and the delivery's id there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BindingRecord(NodeBytes, u64, Option<String>, u64);
+
+impl From<&Binding> for BindingRecord {
+    fn from(Binding { node, stream, seq }: &Binding) -> Self {
+        let name = stream.subscription.as_ref().map(|name| name.as_str().to_owned());
+        Self(NodeBytes(*node), stream.epoch, name, *seq)
+    }
+}
+
+impl BindingRecord {
+    pub(super) fn binding(&self) -> Result<Binding, RecordError> {
+        let Self(NodeBytes(node), epoch, name, seq) = self;
+        let subscription = name.as_deref().map(str::parse).transpose()?;
+        Ok(Binding { node: *node, stream: Stream { epoch: *epoch, subscription }, seq: *seq })
+    }
+}
+
+/// What is remembered of a peer: its inbox epoch, and its durable subscriptions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PeerRecord {
+    pub(super) node: NodeBytes,
+    pub(super) inbox: u64,
+    pub(super) subscriptions: Vec<(String, String)>,
+}
+
+impl PeerRecord {
+    pub(super) fn subscriptions(&self) -> Result<Vec<(ServiceName, Pattern)>, RecordError> {
+        let parse = |(name, pattern): &(String, String)| Ok((name.parse()?, pattern.parse()?));
+        self.subscriptions.iter().map(parse).collect()
+    }
+}
+
+/// An entry of an outbox's journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum OutboxRecord {
+    /// Messages that are stored together or not at all.
+    Messages(Vec<MessageRecord>),
+    /// Message, part and node: where it is bound to from now on, or that it is free again.
+    Bound(Vec<(u64, u32, Option<BindingRecord>)>),
+    /// Message and part: processed, or purged.
+    Settled(Vec<(u64, u32)>),
+    /// Message, part, and how often its handler failed.
+    Failed(u64, u32, u32),
+    /// Message, part, and what it is a dead letter for; `None` if it is tried again.
+    Dead(u64, u32, Option<Fate>),
+    /// All that is remembered of peers.
+    Peers(Vec<PeerRecord>),
+}
+
+impl OutboxRecord {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        match self {
+            Self::Messages(messages) => with_kind(0, messages),
+            Self::Bound(bound) => with_kind(1, bound),
+            Self::Settled(settled) => with_kind(2, settled),
+            Self::Failed(number, part, failures) => with_kind(3, &(number, part, failures)),
+            Self::Dead(number, part, fate) => with_kind(4, &(number, part, fate)),
+            Self::Peers(peers) => with_kind(5, peers),
+        }
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        let (kind, rest) = bytes.split_first().ok_or(RecordError::Empty)?;
+        Ok(match kind {
+            0 => Self::Messages(decode(rest)?),
+            1 => Self::Bound(decode(rest)?),
+            2 => Self::Settled(decode(rest)?),
+            3 => {
+                let (number, part, failures) = decode(rest)?;
+                Self::Failed(number, part, failures)
+            }
+            4 => {
+                let (number, part, fate) = decode(rest)?;
+                Self::Dead(number, part, fate)
+            }
+            5 => Self::Peers(decode(rest)?),
+            kind => return Err(RecordError::Kind(*kind)),
+        })
+    }
+}
+
+/// A stream of deliveries that an inbox knows, by a short number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StreamRecord {
+    pub(super) number: u64,
+    pub(super) node: NodeBytes,
+    pub(super) epoch: u64,
+    pub(super) subscription: Option<String>,
+    pub(super) floor: u64,
+    pub(super) processed: Vec<(u64, u64)>,
+}
+
+impl StreamRecord {
+    pub(super) fn stream(&self) -> Result<Stream, RecordError> {
+        let subscription = self.subscription.as_deref().map(str::parse).transpose()?;
+        Ok(Stream { epoch: self.epoch, subscription })
+    }
+}
+
+/// An entry of an inbox's journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum InboxRecord {
+    /// All that is known, in place of what was: the epoch, and the streams.
+    Snapshot(u64, Vec<StreamRecord>),
+    /// A stream that is new.
+    Opened(StreamRecord),
+    /// Stream and place: its handler returned Ok.
+    Processed(u64, u64),
+    /// Stream, place, and how often the handler of a redelivered message was begun.
+    Begun(u64, u64, u32),
+    /// Streams whose sender has settled all of them.
+    Forgotten(Vec<u64>),
+}
+
+impl InboxRecord {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        match self {
+            Self::Snapshot(epoch, streams) => with_kind(0, &(epoch, streams)),
+            Self::Opened(stream) => with_kind(1, stream),
+            Self::Processed(stream, seq) => with_kind(2, &(stream, seq)),
+            Self::Begun(stream, seq, times) => with_kind(3, &(stream, seq, times)),
+            Self::Forgotten(streams) => with_kind(4, streams),
+        }
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        let (kind, rest) = bytes.split_first().ok_or(RecordError::Empty)?;
+        Ok(match kind {
+            0 => {
+                let (epoch, streams) = decode(rest)?;
+                Self::Snapshot(epoch, streams)
+            }
+            1 => Self::Opened(decode(rest)?),
+            2 => {
+                let (stream, seq) = decode(rest)?;
+                Self::Processed(stream, seq)
+            }
+            3 => {
+                let (stream, seq, times) = decode(rest)?;
+                Self::Begun(stream, seq, times)
+            }
+            4 => Self::Forgotten(decode(rest)?),
+            kind => return Err(RecordError::Kind(*kind)),
+        })
+    }
+}
+
+fn with_kind<T: Serialize + ?Sized>(kind: u8, value: &T) -> Vec<u8> {
+    let mut bytes = vec![kind];
+    rmp_serde::encode::write(&mut bytes, value).expect("writing to memory doesn't fail");
+    bytes
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
+    Ok(rmp_serde::from_slice(bytes)?)
+}

@@ -1,0 +1,24 @@
+//! Numbers that need not be hard to guess.
+
+/// A source of random numbers (xorshift64, Marsaglia 2003).
+#[derive(Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    /// A number from 0 to 1, without 1.
+    pub(crate) fn unit(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// A factor from 0.5 to 1.
+    pub(crate) fn jitter(&mut self) -> f64 {
+        0.5 + 0.5 * self.unit()
+    }
+}

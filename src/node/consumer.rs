@@ -1,0 +1,118 @@
+//! Durable subscriptions: events that are delivered until they are processed.
+
+use std::sync::Arc;
+
+use super::service::{Handler, ServeError, ServiceCell};
+use super::shared::Shared;
+use crate::address::{AddressError, Pattern, ServiceName};
+use crate::sync::lock;
+
+/// A durable subscription that is about to begin. [`Consume::start`] does it.
+#[must_use = "a durable subscription begins when it is started"]
+pub struct Consume {
+    pub(super) shared: Arc<Shared>,
+    pub(super) name: Result<ServiceName, AddressError>,
+    pub(super) pattern: Result<Pattern, AddressError>,
+    pub(super) handler: Arc<Handler>,
+    pub(super) concurrency: u32,
+}
+
+impl Consume {
+    /// How many handlers run at once: 64 by default, 1 at the least. 1 keeps the order in which
+    /// a publisher first sent; messages with a key come in their order anyway.
+    pub fn concurrency(mut self, handlers: u32) -> Self {
+        self.concurrency = handlers.max(1);
+        self
+    }
+
+    /// Begins to take messages.
+    ///
+    /// # Errors
+    /// [`ServeError`] if the name or the pattern can't be parsed, the name is used here already,
+    /// or the node has no store.
+    pub fn start(self) -> Result<Consumer, ServeError> {
+        let (name, pattern) = (self.name?, self.pattern?);
+        if self.shared.store.is_none() {
+            return Err(ServeError::NoStore);
+        }
+        if self.shared.is_stopping() {
+            return Err(ServeError::ShutDown);
+        }
+        let cell = Arc::new(ServiceCell::new(name.clone(), self.concurrency, self.handler));
+        if !self.shared.add_consumer(&cell, pattern.clone()) {
+            return Err(ServeError::AlreadyServed(name));
+        }
+        Ok(Consumer { cell, pattern, shared: self.shared })
+    }
+}
+
+/// A durable subscription that takes messages. Dropping it only stops that: its publishers keep
+/// what is for it, and what is published meanwhile, until it is started again.
+#[must_use = "dropping it stops the durable subscription"]
+pub struct Consumer {
+    cell: Arc<ServiceCell>,
+    pattern: Pattern,
+    shared: Arc<Shared>,
+}
+
+impl Consumer {
+    /// Its name.
+    pub fn name(&self) -> &ServiceName {
+        &self.cell.name
+    }
+
+    /// The pattern of its topics.
+    pub fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
+    /// Stops taking messages, and waits until those that run are done.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the subscription stopped.
+    pub async fn drain(self) {
+        self.shared.remove_consumer(&self.cell.name);
+        self.cell.drain().await;
+    }
+}
+
+impl Drop for Consumer {
+    fn drop(&mut self) {
+        self.shared.remove_consumer(&self.cell.name);
+    }
+}
+
+impl Shared {
+    fn add_consumer(self: &Arc<Self>, cell: &Arc<ServiceCell>, pattern: Pattern) -> bool {
+        let mut consumers = lock(&self.consumers);
+        if consumers.contains_key(&cell.name) {
+            return false;
+        }
+        consumers.insert(cell.name.clone(), (pattern, cell.clone()));
+        drop(consumers);
+        self.tell_consumers();
+        true
+    }
+
+    fn remove_consumer(self: &Arc<Self>, name: &ServiceName) {
+        if lock(&self.consumers).remove(name).is_some() {
+            self.tell_consumers();
+        }
+    }
+
+    pub(super) fn consumer(&self, name: &ServiceName) -> Option<Arc<ServiceCell>> {
+        lock(&self.consumers).get(name).map(|(_, cell)| cell.clone())
+    }
+
+    pub(super) fn consumed(&self) -> Vec<(ServiceName, Pattern)> {
+        let consumers = lock(&self.consumers);
+        consumers.iter().map(|(name, (pattern, _))| (name.clone(), pattern.clone())).collect()
+    }
+
+    /// All that handles calls here: services and durable subscriptions.
+    pub(super) fn handling(&self) -> Vec<Arc<ServiceCell>> {
+        let mut cells = self.services();
+        cells.extend(lock(&self.consumers).values().map(|(_, cell)| cell.clone()));
+        cells
+    }
+}

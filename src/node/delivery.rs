@@ -1,0 +1,446 @@
+//! Guaranteed delivery: performs what outbox and inbox decide.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use smallvec::SmallVec;
+
+use super::cell::Credit;
+use super::counters::add;
+use super::events::Event;
+use super::shared::Shared;
+use super::store::Store;
+use crate::engine::delivery::{
+    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, PartKey, Source, Verdict,
+};
+use crate::engine::{Time, least_loaded, preferred};
+use crate::identity::NodeId;
+use crate::journal::{Ended, Position};
+use crate::message::Message;
+use crate::report::DropReason;
+use crate::sync::lock;
+use crate::wire::{
+    Answer, Control, Delivery, DeliveryId, Envelope, InboxInfo, MAX_ANSWERS, Outcome, Payload, thaw,
+};
+
+/// An instance that could take a message: its load, and how many it runs at once.
+struct Candidate {
+    node: NodeId,
+    load: u64,
+    concurrency: u32,
+}
+
+/// Milliseconds since 1970, by the clock on the wall.
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+impl Shared {
+    pub(crate) fn delivery_now(&self) -> Now {
+        Now { time: self.now(), unix_ms: unix_ms() }
+    }
+
+    // The outbox.
+
+    /// Tells the outbox something, then performs what it decided before anyone else can.
+    pub(crate) fn with_outbox<R>(
+        self: &Arc<Self>,
+        tell: impl FnOnce(&mut Outbox, Now) -> R,
+    ) -> Option<R> {
+        let store = self.store.as_ref()?;
+        let mut outbox = lock(&store.outbox);
+        let now = self.delivery_now();
+        let result = tell(&mut outbox, now);
+        loop {
+            outbox.pump(&mut |name, order, load| self.choose_instance(name, order, load));
+            let Some(action) = outbox.poll_action() else { break };
+            self.perform_outbox(store, &mut outbox, now, action);
+        }
+        let (timer, wall) = outbox.poll_timeout();
+        drop(outbox);
+        for at in [timer, wall.map(|at| after_wall(now, at))].into_iter().flatten() {
+            self.wake_by(at);
+        }
+        Some(result)
+    }
+
+    fn perform_outbox(
+        self: &Arc<Self>,
+        store: &Store,
+        outbox: &mut Outbox,
+        now: Now,
+        action: OutboxAction,
+    ) {
+        match action {
+            OutboxAction::Append { token, entry } => {
+                store.with_journals(|it| it.outbox.append_for_sink(token, entry, true));
+            }
+            OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
+            OutboxAction::RemoveBefore(segment) => {
+                store.with_journals(|it| it.outbox.remove_before(segment));
+            }
+            OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
+                let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
+                let sent = self.transmit(store, to, key, source, delivery, left);
+                if let Err(reason) = sent {
+                    match reason {
+                        DropReason::LinkLost => outbox.handle_link_down(now, to),
+                        reason => outbox.handle_not_transmitted(now, key, reason),
+                    }
+                }
+            }
+            OutboxAction::Send(to, control) => self.send_control_to(&to, control),
+            OutboxAction::Stored(number, result) => {
+                if result.is_ok() {
+                    add(&self.counters.stored, 1);
+                }
+                let mut waiters = lock(&store.waiters);
+                let failed = result.is_err();
+                let waiter = waiters.get_mut(&number).and_then(|waiter| waiter.stored.take());
+                if failed {
+                    waiters.remove(&number);
+                }
+                drop(waiters);
+                let _nobody_waits = waiter.map(|waiter| waiter.send(result));
+            }
+            OutboxAction::Done(number, result) => {
+                if result.is_ok() {
+                    add(&self.counters.settled, 1);
+                }
+                let waiter = lock(&store.waiters).remove(&number);
+                let _nobody_waits = waiter.map(|waiter| waiter.done.send(result));
+            }
+            OutboxAction::Report(event) => self.report_outbox(event),
+        }
+    }
+
+    fn transmit(
+        self: &Arc<Self>,
+        store: &Store,
+        to: NodeId,
+        key: PartKey,
+        source: Source,
+        delivery: Box<Delivery>,
+        left_ms: Option<u64>,
+    ) -> Result<(), DropReason> {
+        let (mut header, body) = match source {
+            Source::Memory(message) => Arc::unwrap_or_clone(message),
+            Source::Journal(position, number) => {
+                self.read_stored(store, position, number).ok_or_else(|| {
+                    tracing::error!(number = key.number, "a stored message can't be read");
+                    DropReason::Other
+                })?
+            }
+        };
+        header.time_to_live = left_ms.map(Duration::from_millis);
+        if to == self.id {
+            let mut message = Message::new(to, header, body);
+            message.delivery = Some(delivery);
+            let shared = self.clone();
+            // Not here: the outbox is locked.
+            self.runtime.spawn(async move { shared.handle_delivery(message, None) });
+            return Ok(());
+        }
+        let routing = self.routing.load();
+        let cell = routing.link(&to).ok_or(DropReason::LinkLost)?;
+        cell.send_message(Envelope { header, payload: Payload::Guaranteed(body, delivery) })?;
+        add(&self.counters.queued, 1);
+        Ok(())
+    }
+
+    fn read_stored(
+        &self,
+        store: &Store,
+        position: Position,
+        number: u64,
+    ) -> Option<(crate::message::Header, bytes::Bytes)> {
+        let mut entry = None;
+        store.with_journals(|it| entry = it.outbox.read(position).ok());
+        let frozen = Outbox::frozen(&entry?, number).ok()??;
+        thaw(&frozen, &self.id).ok()
+    }
+
+    pub(super) fn choose_instance(
+        &self,
+        name: &crate::address::ServiceName,
+        order: Option<&str>,
+        load: &dyn Fn(&NodeId) -> Option<u64>,
+    ) -> Option<NodeId> {
+        let routing = self.routing.load();
+        let there = routing.instances(name).filter_map(|instance| {
+            let (node, concurrency) = (instance.peer, instance.concurrency);
+            Some(Candidate { node, load: load(&node)?, concurrency })
+        });
+        let here = self.service(name).filter(|service| service.load().is_some());
+        let here = here.and_then(|service| {
+            let (node, concurrency) = (self.id, service.concurrency);
+            Some(Candidate { node, load: load(&node)?, concurrency })
+        });
+        let all: SmallVec<[_; 4]> = there.chain(here).collect();
+        let chosen = match order {
+            Some(key) => preferred(&all, key, |candidate| candidate.node)?,
+            None => {
+                let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+                least_loaded(&all, turn, |candidate| (candidate.load, candidate.concurrency))?
+            }
+        };
+        Some(chosen.node)
+    }
+
+    fn report_outbox(&self, event: OutboxEvent) {
+        let event = match event {
+            OutboxEvent::DeadLetter { number, fate } => {
+                tracing::warn!(number, %fate, "a message is a dead letter");
+                add(&self.counters.dead_lettered, 1);
+                Event::DeadLetter { number, fate }
+            }
+            OutboxEvent::InboxLost(peer) => {
+                tracing::warn!(peer = %peer.short(), "a peer has lost its inbox: it may process again what it had processed");
+                Event::InboxLost { peer }
+            }
+            OutboxEvent::PeerGone { peer, messages } => {
+                tracing::warn!(peer = %peer.short(), messages, "messages have waited long for a peer");
+                Event::PeerGone { peer, messages }
+            }
+        };
+        let _nobody_watches = self.events.send(event);
+    }
+
+    pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended) {
+        self.with_outbox(|outbox, now| {
+            for (token, result) in stored {
+                outbox.handle_appended(now, token, result.map_err(|error| error.to_string()));
+            }
+        });
+    }
+
+    pub(crate) fn handle_answers(self: &Arc<Self>, from: NodeId, answers: Vec<Answer>) {
+        self.with_outbox(|outbox, now| {
+            for answer in answers {
+                if !outbox.handle_answer(now, from, answer) {
+                    tracing::debug!(peer = %from.short(), "an answer to no message of ours");
+                }
+            }
+        });
+    }
+
+    pub(crate) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
+        self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
+    }
+
+    /// A link can be used: each side says what it has stored.
+    pub(crate) fn handle_delivery_link_up(self: &Arc<Self>, peer: NodeId) {
+        if let Some(store) = &self.store {
+            self.with_outbox(|outbox, _| outbox.handle_link_up(peer));
+            self.send_control_to(&peer, Control::Inbox(Box::new(self.inbox_info(store))));
+        }
+    }
+
+    fn inbox_info(&self, store: &Store) -> InboxInfo {
+        let epoch = lock(&store.inbox).epoch();
+        InboxInfo { epoch, subscriptions: self.consumed() }
+    }
+
+    /// The durable subscriptions here are not what they were.
+    pub(crate) fn tell_consumers(self: &Arc<Self>) {
+        let Some(store) = &self.store else { return };
+        let subscriptions = self.consumed();
+        self.with_outbox(|outbox, _| outbox.handle_own_subscriptions(subscriptions));
+        let info = self.inbox_info(store);
+        for cell in self.cells().iter().filter(|cell| cell.is_open()) {
+            cell.send_control(Control::Inbox(Box::new(info.clone())));
+        }
+    }
+
+    fn send_control_to(&self, peer: &NodeId, control: Control) {
+        if let Some(cell) = self.routing.load().link(peer) {
+            cell.send_control(control);
+        }
+    }
+
+    // The inbox.
+
+    fn with_inbox<R>(self: &Arc<Self>, tell: impl FnOnce(&mut Inbox) -> R) -> Option<R> {
+        let store = self.store.as_ref()?;
+        let mut inbox = lock(&store.inbox);
+        let result = tell(&mut inbox);
+        let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
+        while let Some(action) = inbox.poll_action() {
+            match action {
+                InboxAction::Append { token, entry, sync } => {
+                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync));
+                }
+                InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
+                InboxAction::RemoveBefore(segment) => {
+                    store.with_journals(|it| it.inbox.remove_before(segment));
+                }
+                InboxAction::Answer(to, answer) => answers.entry(to).or_default().push(answer),
+                InboxAction::Begin(from, id) => begin.push((from, id)),
+            }
+        }
+        drop(inbox);
+        for (to, answers) in answers {
+            self.send_answers(to, answers);
+        }
+        let mut nodes: Vec<NodeId> = Vec::new();
+        for key in begin {
+            let parked = lock(&store.parked).remove(&key);
+            if let Some((message, credit)) = parked {
+                self.admit(message, credit);
+            }
+            if nodes.last() != Some(&key.0) {
+                nodes.push(key.0);
+            }
+        }
+        for node in nodes {
+            self.handle_begun(node);
+        }
+        Some(result)
+    }
+
+    fn handle_begun(self: &Arc<Self>, node: NodeId) {
+        self.with_inbox(|inbox| inbox.handle_begun(node));
+    }
+
+    fn send_answers(self: &Arc<Self>, to: NodeId, answers: Vec<Answer>) {
+        if to == self.id {
+            return self.handle_answers(to, answers);
+        }
+        for answers in answers.chunks(MAX_ANSWERS) {
+            self.send_control_to(&to, Control::Answers(answers.to_vec()));
+        }
+    }
+
+    pub(crate) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended) {
+        self.with_inbox(|inbox| {
+            for (token, result) in stored {
+                inbox.handle_appended(token, result.map_err(|error| error.to_string()));
+            }
+        });
+    }
+
+    pub(crate) fn handle_epochs(self: &Arc<Self>, from: NodeId, epochs: &[u64]) {
+        self.with_inbox(|inbox| inbox.handle_epochs(from, epochs));
+    }
+
+    /// A guaranteed message arrived.
+    pub(crate) fn handle_delivery(self: &Arc<Self>, mut message: Message, credit: Option<Credit>) {
+        let from = message.from;
+        let Some(mut delivery) = message.delivery.take() else { return };
+        let (id, attempt) = (delivery.id.clone(), delivery.attempt);
+        let mut held = Some((message, credit));
+        let verdict = self.with_inbox(|inbox| {
+            let verdict = inbox.handle_delivery(from, &mut delivery);
+            if let Some((message, _)) = &mut held {
+                message.delivery = Some(delivery);
+            }
+            if let (Verdict::RunLater, Some(store), Some(held)) =
+                (&verdict, &self.store, held.take_if(|_| matches!(verdict, Verdict::RunLater)))
+            {
+                lock(&store.parked).insert((from, id.clone()), held);
+            }
+            verdict
+        });
+        let outcome = match verdict {
+            Some(Verdict::Run) => {
+                if let Some((message, credit)) = held {
+                    self.admit(message, credit);
+                }
+                return;
+            }
+            Some(Verdict::RunLater | Verdict::Wait) => return,
+            Some(Verdict::Answer(outcome)) => outcome,
+            None => Outcome::NoInbox,
+        };
+        drop(held);
+        add(&self.counters.duplicates, u64::from(outcome == Outcome::Processed));
+        self.send_answers(from, vec![Answer { id, attempt, outcome }]);
+    }
+
+    /// The handler of a guaranteed message ended, or it has none.
+    pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: Outcome) {
+        if let Some(id) = delivery_id(message) {
+            self.with_inbox(|inbox| inbox.handle_ended(message.from, id, outcome));
+        }
+    }
+
+    /// A guaranteed message is no longer in the queue of its handler.
+    pub(crate) fn unqueue_delivery(self: &Arc<Self>, message: &Message) {
+        if let Some(id) = delivery_id(message) {
+            self.with_inbox(|inbox| inbox.handle_unqueued(message.from, id));
+        }
+    }
+
+    // The store.
+
+    /// From here on the journals tell this node what they have stored.
+    pub(crate) fn begin_delivery(self: &Arc<Self>) {
+        if let Some(store) = &self.store {
+            store.belongs_to(self);
+            self.with_inbox(|_| ());
+            self.with_outbox(|_, _| ());
+        }
+    }
+
+    /// Whether all that was processed here is stored, and answered.
+    pub(crate) fn inbox_is_idle(&self) -> bool {
+        self.store.as_ref().is_none_or(|store| lock(&store.inbox).is_idle())
+    }
+
+    /// Closes the files; how many messages are left in the outbox.
+    pub(crate) async fn close_store(self: &Arc<Self>) -> u64 {
+        let Some(store) = &self.store else { return 0 };
+        let shared = self.clone();
+        let closing = tokio::task::spawn_blocking(move || {
+            shared.store.iter().for_each(Store::close);
+        });
+        let _panicked = closing.await;
+        lock(&store.outbox).pending()
+    }
+
+    // Clocks and changes.
+
+    /// When the outbox has to look at a clock.
+    pub(crate) fn outbox_timeout(&self, now: Time) -> Option<Time> {
+        let store = self.store.as_ref()?;
+        let (timer, wall) = lock(&store.outbox).poll_timeout();
+        let now = Now { time: now, unix_ms: unix_ms() };
+        timer.into_iter().chain(wall.map(|at| after_wall(now, at))).min()
+    }
+
+    pub(crate) fn check_outbox(self: &Arc<Self>) {
+        self.with_outbox(|outbox, now| outbox.handle_timeout(now));
+    }
+
+    /// Tells the outbox whenever somebody serves or subscribes who did not.
+    pub(crate) async fn watch_routes(self: Arc<Self>) {
+        let mut changes = self.routes_changed.subscribe();
+        while changes.changed().await.is_ok() {
+            self.with_outbox(|outbox, _| outbox.handle_routes_changed());
+        }
+    }
+}
+
+fn delivery_id(message: &Message) -> Option<&DeliveryId> {
+    message.delivery.as_ref().map(|delivery| &delivery.id)
+}
+
+/// When the clock on the wall will show that, if nobody sets it.
+fn after_wall(now: Now, unix_ms: u64) -> Time {
+    now.time + Duration::from_millis(unix_ms.saturating_sub(now.unix_ms))
+}
+
+/// Why a stored message was not processed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeliveryError {
+    /// It is a dead letter: it stays in the outbox, and is not sent again by itself.
+    #[error("the message is a dead letter: {0}")]
+    DeadLetter(Fate),
+    /// The node has shut down. The message is kept, and goes on its way when the store is opened
+    /// again.
+    #[error("the node is shutting down; the message is kept")]
+    ShutDown,
+}

@@ -1,0 +1,224 @@
+//! Guaranteed messages: stored here until they are processed there.
+
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::oneshot;
+
+use super::delivery::{DeliveryError, unix_ms};
+use super::draft::{BodyError, Draft};
+use super::shared::Shared;
+use super::store::Waiter;
+use crate::address::{AddressError, Destination};
+use crate::engine::delivery::{Fate, NewMessage, Target};
+use crate::message::{Kind, MessageId};
+use crate::sync::lock;
+
+/// A guaranteed message that was not stored.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OutboxError {
+    /// The name or topic can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// It is too large.
+    #[error(transparent)]
+    TooLarge(#[from] BodyError),
+    /// The node has no store: [`Config::outbox`](crate::Config::outbox).
+    #[error("the node has no store: name a folder for its outbox")]
+    NoOutbox,
+    /// The outbox holds as much as it may. Try again when some of it is processed.
+    #[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
+    OutboxFull {
+        /// How many messages it holds.
+        messages: u64,
+        /// How many bytes they take.
+        bytes: u64,
+    },
+    /// The disk refused it.
+    #[error("the message can't be stored: {0}")]
+    NotStored(String),
+    /// The node is shutting down.
+    #[error("the node is shutting down")]
+    ShutDown,
+}
+
+/// A message for the outbox. Awaiting it stores the message and returns a [`Receipt`].
+#[must_use = "a message is stored when this is awaited"]
+pub struct Guaranteed<'a> {
+    pub(super) shared: &'a Arc<Shared>,
+    pub(super) destination: Result<Destination, AddressError>,
+    pub(super) draft: Draft,
+    pub(super) not_before: Option<SystemTime>,
+}
+
+impl<'a> Guaranteed<'a> {
+    /// Makes it a dead letter if it is not processed by then; without it, it is tried for ever.
+    /// It goes by the clock on the wall, since it outlasts this process.
+    pub fn expires_in(mut self, time: Duration) -> Self {
+        self.draft.rare().ttl = Some(time);
+        self
+    }
+
+    /// Holds it back until then, by the clock on the wall.
+    pub fn not_before(mut self, time: SystemTime) -> Self {
+        self.not_before = Some(time);
+        self
+    }
+
+    /// Checks it, and finds out where it goes.
+    pub(super) fn into_message(mut self) -> Result<(MessageId, NewMessage), OutboxError> {
+        let destination = self.destination?;
+        self.draft.check(self.shared)?;
+        let shared = self.shared;
+        let store = shared.store.as_ref().ok_or(OutboxError::NoOutbox)?;
+        let (usual, targets) = match &destination {
+            Destination::Topic(topic) => (Kind::Event, lock(&store.outbox).subscribers(topic)),
+            Destination::Service(name) => (Kind::Command, vec![Target::Service(name.clone())]),
+            Destination::Node(node) => (Kind::Command, vec![Target::Node(*node)]),
+        };
+        let id = shared.ids.next_now();
+        let mut header = self.draft.header(id, usual, destination);
+        let expires_at = header.time_to_live.take();
+        let expires_at = expires_at.map(|time| unix_ms().saturating_add(time.as_millis() as u64));
+        let not_before = self
+            .not_before
+            .map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64);
+        let body = self.draft.body.bytes;
+        Ok((id, NewMessage { header, body, targets, expires_at, not_before }))
+    }
+}
+
+impl<'a> IntoFuture for Guaranteed<'a> {
+    type Output = Result<Receipt, OutboxError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send + 'a>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let shared = self.shared;
+            let mut receipts = store(shared, vec![self.into_message()?]).await?;
+            Ok(receipts.remove(0))
+        })
+    }
+}
+
+/// Proof that a message is stored: it survives a crash of this process, and of the machine
+/// ([`Durability`](crate::Durability)), and is sent until it is processed.
+#[derive(Debug)]
+pub struct Receipt {
+    id: MessageId,
+    destinations: usize,
+    done: Option<oneshot::Receiver<Result<(), Fate>>>,
+}
+
+impl Receipt {
+    /// The message's id.
+    pub fn id(&self) -> MessageId {
+        self.id
+    }
+
+    /// To how many it goes: 1 for what is sent; for what is published, how many durable
+    /// subscriptions this outbox has met that match.
+    pub fn destinations(&self) -> usize {
+        self.destinations
+    }
+
+    /// Waits until the handlers of all destinations have returned Ok, and their nodes have
+    /// stored that.
+    ///
+    /// # Errors
+    /// [`DeliveryError`] if it became a dead letter, or the node shuts down before.
+    pub async fn processed(self) -> Result<(), DeliveryError> {
+        let Some(done) = self.done else { return Ok(()) };
+        match done.await {
+            Ok(result) => result.map_err(DeliveryError::DeadLetter),
+            Err(_) => Err(DeliveryError::ShutDown),
+        }
+    }
+}
+
+/// Several messages that are stored together or not at all.
+///
+/// ```no_run
+/// # async fn example(node: peerbus::Node) -> Result<(), peerbus::OutboxError> {
+/// let mut transaction = node.transaction();
+/// transaction.add(node.send("billing", "charge 17").guaranteed());
+/// transaction.add(node.publish("orders.placed", "17 apples").guaranteed());
+/// let receipts = transaction.commit().await?;
+/// # Ok(()) }
+/// ```
+#[must_use = "a transaction does nothing until it is committed"]
+pub struct Transaction<'a> {
+    pub(super) shared: &'a Arc<Shared>,
+    pub(super) messages: Vec<Guaranteed<'a>>,
+}
+
+impl<'a> Transaction<'a> {
+    /// Adds a message.
+    pub fn add(&mut self, message: Guaranteed<'a>) {
+        self.messages.push(message);
+    }
+
+    /// Stores all messages, in one atomic record; the receipts are in their order. They are sent
+    /// and processed each on its own.
+    ///
+    /// # Errors
+    /// [`OutboxError`]; none of them is stored then, and none is sent.
+    pub async fn commit(self) -> Result<Vec<Receipt>, OutboxError> {
+        let messages = self.messages.into_iter().map(Guaranteed::into_message);
+        store(self.shared, messages.collect::<Result<_, _>>()?).await
+    }
+}
+
+/// Stores messages together. Dropping the future leaves them on their way to the disk.
+async fn store(
+    shared: &Arc<Shared>,
+    messages: Vec<(MessageId, NewMessage)>,
+) -> Result<Vec<Receipt>, OutboxError> {
+    if shared.is_stopping() {
+        return Err(OutboxError::ShutDown);
+    }
+    let Some(store) = &shared.store else { return Err(OutboxError::NoOutbox) };
+    let receipt = |(id, message): &(MessageId, NewMessage)| Receipt {
+        id: *id,
+        destinations: message.targets.len(),
+        done: None,
+    };
+    let mut receipts: Vec<Receipt> = messages.iter().map(receipt).collect();
+    // What nobody subscribes to is processed by all.
+    let wanted = messages.into_iter().map(|(_, message)| message);
+    let wanted: Vec<_> = wanted.filter(|message| !message.targets.is_empty()).collect();
+    if wanted.is_empty() {
+        return Ok(receipts);
+    }
+    let (stored, wait) = oneshot::channel();
+    let mut stored = Some(stored);
+    let submitted = shared.with_outbox(|outbox, now| {
+        let choose = &mut |name: &_, order: Option<&str>, load: &dyn Fn(&_) -> _| {
+            shared.choose_instance(name, order, load)
+        };
+        let numbers = outbox.submit(now, wanted, choose)?;
+        let mut waiters = lock(&store.waiters);
+        let sent = receipts.iter_mut().filter(|receipt| receipt.destinations > 0);
+        for (number, receipt) in numbers.into_iter().zip(sent) {
+            let (done, outcome) = oneshot::channel();
+            receipt.done = Some(outcome);
+            waiters.insert(number, Waiter { stored: stored.take(), done });
+        }
+        Ok(())
+    });
+    match submitted {
+        Some(Ok(())) => {}
+        Some(Err(crate::engine::delivery::Full { messages, bytes })) => {
+            return Err(OutboxError::OutboxFull { messages, bytes });
+        }
+        None => return Err(OutboxError::NoOutbox),
+    }
+    match wait.await {
+        Ok(Ok(())) => Ok(receipts),
+        Ok(Err(error)) => Err(OutboxError::NotStored(error)),
+        Err(_) => Err(OutboxError::ShutDown),
+    }
+}

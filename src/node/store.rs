@@ -1,0 +1,230 @@
+//! A node's store: its outbox and inbox, each with a journal, and who waits for what is in them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+
+use tokio::sync::oneshot;
+
+use super::cell::Credit;
+use super::shared::Shared;
+use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
+use crate::identity::{NodeId, random_u64};
+use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
+use crate::message::Message;
+use crate::sync::lock;
+use crate::wire::DeliveryId;
+
+/// The folder of a store holds these.
+pub(crate) const OUTBOX: &str = "outbox";
+pub(crate) const INBOX: &str = "inbox";
+pub(crate) const IDENTITY: &str = "identity";
+
+/// A folder that can't be a node's store.
+#[derive(Debug, thiserror::Error)]
+#[error("the store {path} can't be used: {problem}", path = path.display())]
+pub struct StoreError {
+    /// The folder.
+    pub path: PathBuf,
+    /// Why not.
+    #[source]
+    pub problem: StoreProblem,
+}
+
+/// Why a folder can't be a node's store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreProblem {
+    /// Another process has it open.
+    #[error("another process uses it")]
+    InUse,
+    /// It is somebody else's.
+    #[error("it holds other files ({0}): name an empty or a new folder")]
+    Foreign(String),
+    /// It was written by a newer version of this software.
+    #[error("a newer version wrote it ({0})")]
+    Newer(String),
+    /// What the system said.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+impl From<JournalError> for StoreProblem {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::Directory(DirectoryError::InUse) => Self::InUse,
+            JournalError::Directory(DirectoryError::Foreign(file)) => Self::Foreign(file),
+            JournalError::Directory(DirectoryError::Io(error)) | JournalError::Io(error) => {
+                Self::Io(error)
+            }
+            JournalError::Version(version) => Self::Newer(format!("format {version}")),
+            JournalError::Damaged => Self::Io(io::Error::other("an entry is damaged")),
+        }
+    }
+}
+
+/// What reading a store back found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreReport {
+    /// Messages that wait to be processed, once for each destination.
+    pub pending: u64,
+    /// Dead letters.
+    pub dead_letters: u64,
+    /// Parts of files that can't be read though they were stored: file number, first byte, and
+    /// the one after the last. What they held is lost; the files are left as they are.
+    pub damaged: Vec<(u64, u64, u64)>,
+}
+
+/// Who waits for what becomes of a message.
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    pub(crate) stored: Option<oneshot::Sender<Result<(), String>>>,
+    pub(crate) done: oneshot::Sender<Result<(), Fate>>,
+}
+
+/// A message, and the credit that it holds.
+pub(super) type Parked = (Message, Option<Credit>);
+
+pub(crate) struct Store {
+    pub(super) outbox: Mutex<Outbox>,
+    pub(super) inbox: Mutex<Inbox>,
+    /// `None` when the node has shut down.
+    journals: RwLock<Option<Journals>>,
+    pub(super) waiters: Mutex<HashMap<u64, Waiter>>,
+    /// Redelivered messages, until it is written that their handlers begin.
+    pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
+    node: Arc<OnceLock<Weak<Shared>>>,
+    pub(super) report: StoreReport,
+}
+
+pub(super) struct Journals {
+    pub(super) outbox: Journal,
+    pub(super) inbox: Journal,
+}
+
+impl Store {
+    /// Opens a store, or makes a new one. This reads files, and takes its time.
+    pub(crate) fn open(
+        path: &Path,
+        options: &Options,
+        config: OutboxConfig,
+        now: Now,
+    ) -> Result<Self, StoreError> {
+        let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+        let node = Arc::new(OnceLock::new());
+        let mut outbox = Outbox::new(config);
+        let mut unreadable = None;
+        let take = |entry: crate::journal::Entry<'_>| {
+            keep_first(&mut unreadable, outbox.recover(entry.position, entry.payload));
+        };
+        let sink = sink(&node, Shared::handle_outbox_stored);
+        let (outbox_journal, recovery) =
+            Journal::open_with(&path.join(OUTBOX), options, sink, take)
+                .map_err(|error| failed(error.into()))?;
+        let mut inbox = Inbox::new(random_u64());
+        let take = |entry: crate::journal::Entry<'_>| {
+            keep_first(&mut unreadable, inbox.recover(entry.payload));
+        };
+        let sink = self::sink(&node, Shared::handle_inbox_stored);
+        let (inbox_journal, inbox_recovery) =
+            Journal::open_with(&path.join(INBOX), options, sink, take)
+                .map_err(|error| failed(error.into()))?;
+        if let Some(error) = unreadable {
+            return Err(failed(StoreProblem::Newer(error.to_string())));
+        }
+        outbox.handle_recovered(now);
+        inbox.handle_recovered();
+        let damaged = recovery.damaged.iter().chain(&inbox_recovery.damaged);
+        let report = StoreReport {
+            pending: outbox.pending(),
+            dead_letters: outbox.dead_letters(),
+            damaged: damaged.map(|it| (it.segment, it.from, it.to)).collect(),
+        };
+        for (file, from, to) in &report.damaged {
+            tracing::error!(path = %path.display(), file, from, to, "a part of the store can't be read: what it held is lost");
+        }
+        Ok(Self {
+            outbox: Mutex::new(outbox),
+            inbox: Mutex::new(inbox),
+            journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
+            waiters: Mutex::default(),
+            parked: Mutex::default(),
+            node,
+            report,
+        })
+    }
+
+    /// Says whose store it is; what is stored from now on is told to that node.
+    pub(super) fn belongs_to(&self, node: &Arc<Shared>) {
+        let _first = self.node.set(Arc::downgrade(node));
+    }
+
+    pub(super) fn with_journals(&self, act: impl FnOnce(&Journals)) {
+        let journals = self.journals.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(journals) = &*journals {
+            act(journals);
+        }
+    }
+
+    /// Writes what is to be written and closes the files.
+    pub(super) fn close(&self) {
+        let mut journals = self.journals.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let taken = journals.take();
+        // Its sinks may want to append.
+        drop(journals);
+        drop(taken);
+        lock(&self.waiters).clear();
+    }
+}
+
+fn keep_first(kept: &mut Option<RecordError>, result: Result<(), RecordError>) {
+    if let Err(error) = result {
+        kept.get_or_insert(error);
+    }
+}
+
+/// Tells a node of what its journals have stored.
+fn sink(node: &Arc<OnceLock<Weak<Shared>>>, tell: fn(&Arc<Shared>, Ended)) -> Sink {
+    let node = node.clone();
+    Box::new(move |stored| {
+        if let Some(shared) = node.get().and_then(Weak::upgrade) {
+            let _runtime = shared.runtime.enter();
+            tell(&shared, stored);
+        }
+    })
+}
+
+/// Refuses a folder that is somebody else's.
+pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
+    let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return create_private(path).map_err(|error| failed(error.into()));
+        }
+        Err(error) => return Err(failed(error.into())),
+    };
+    let names = entries.map(|entry| Ok(entry?.file_name()));
+    let names: Vec<_> = names.collect::<io::Result<_>>().map_err(|error| failed(error.into()))?;
+    let ours = names.iter().any(|name| name == OUTBOX || name == IDENTITY);
+    match names.first() {
+        Some(other) if !ours => {
+            Err(failed(StoreProblem::Foreign(other.to_string_lossy().into_owned())))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(unix)]
+fn create_private(path: &Path) -> io::Result<()> {
+    std::os::unix::fs::DirBuilderExt::mode(fs::DirBuilder::new().recursive(true), 0o700)
+        .create(path)
+}
+
+#[cfg(not(unix))]
+fn create_private(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path)
+}

@@ -1,0 +1,205 @@
+//! Guaranteed delivery on the wire: what a guaranteed message says of itself, and its answer.
+
+use super::WireError;
+use super::pack::{ArrayWriter, Fields, Reader, push_uint};
+use crate::address::ServiceName;
+
+/// Names a delivery between two nodes for good: a message may be sent again and again, and is
+/// known by this.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct DeliveryId {
+    pub(crate) stream: Stream,
+    /// Its place in the stream, from 1.
+    pub(crate) seq: u64,
+}
+
+/// What numbers deliveries from one node to another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Stream {
+    /// Of the sender's outbox: drawn each time that it is opened.
+    pub(crate) epoch: u64,
+    /// The durable subscription; `None` for what is sent point to point.
+    pub(crate) subscription: Option<ServiceName>,
+}
+
+/// What a guaranteed message says besides its header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Delivery {
+    pub(crate) id: DeliveryId,
+    /// All before it in the stream is settled: the receiver may forget it.
+    pub(crate) floor: u64,
+    /// From 1. The answer names it.
+    pub(crate) attempt: u32,
+    /// It may have been handled before, here or elsewhere.
+    pub(crate) redelivered: bool,
+}
+
+/// What became of a delivery at its receiver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) id: DeliveryId,
+    pub(crate) attempt: u32,
+    pub(crate) outcome: Outcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Its handler returned Ok, now or in an earlier attempt, and that is on the disk.
+    Processed,
+    /// Its handler failed: try again later.
+    Failed(String),
+    /// Its handler will never take it.
+    Rejected(String),
+    /// It was not run, and is not served here now.
+    Refused,
+    /// It was not run: the node has no store to remember it in.
+    NoInbox,
+    /// It was not run: its time ran out before.
+    Expired,
+}
+
+/// A node's inbox, as it tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct InboxInfo {
+    /// Drawn when the inbox was made: another one tells that the old is lost.
+    pub(crate) epoch: u64,
+    /// The durable subscriptions, by name.
+    pub(crate) subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
+}
+
+/// The longest text that an answer carries, in bytes.
+const MAX_TEXT: usize = 1024;
+
+fn shorten(text: &str) -> &str {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+impl Outcome {
+    fn code(&self) -> u64 {
+        match self {
+            Self::Processed => 0,
+            Self::Failed(_) => 1,
+            Self::Rejected(_) => 2,
+            Self::Refused => 3,
+            Self::NoInbox => 4,
+            Self::Expired => 5,
+        }
+    }
+
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Failed(text) | Self::Rejected(text) => Some(shorten(text)),
+            Self::Processed | Self::Refused | Self::NoInbox | Self::Expired => None,
+        }
+    }
+}
+
+impl Delivery {
+    /// Whether it was published, for a durable subscription.
+    pub(crate) fn is_event(&self) -> bool {
+        self.id.stream.subscription.is_some()
+    }
+
+    /// `[epoch, seq, floor, attempt, redelivered, subscription]`
+    pub(super) fn write(&self, buf: &mut Vec<u8>) {
+        let mut fields = ArrayWriter::new(buf);
+        fields.uint(self.id.stream.epoch);
+        fields.uint(self.id.seq);
+        fields.uint(self.floor);
+        fields.uint(u64::from(self.attempt));
+        fields.bool(self.redelivered);
+        fields.opt_str(self.id.stream.subscription.as_ref().map(ServiceName::as_str));
+        fields.finish();
+    }
+
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        let mut fields = reader.array()?;
+        let epoch = fields.need(Reader::uint)?;
+        let seq = fields.need(Reader::uint)?;
+        let floor = fields.need(Reader::uint)?;
+        let attempt = fields.need(Reader::uint)?;
+        let redelivered = fields.need(Reader::bool)?;
+        let subscription = read_subscription(&mut fields)?;
+        fields.finish()?;
+        if floor > seq {
+            return Err(WireError::Unexpected("a delivery below its floor"));
+        }
+        let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
+        let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
+        Ok(Self { id, floor, attempt, redelivered })
+    }
+}
+
+fn read_subscription(fields: &mut Fields<'_, '_>) -> Result<Option<ServiceName>, WireError> {
+    fields.opt(|reader| Ok(ServiceName::from_wire(reader.str()?)?))
+}
+
+impl Answer {
+    /// `[epoch, seq, attempt, outcome, subscription, text]`
+    pub(super) fn write(&self, buf: &mut Vec<u8>) {
+        let mut fields = ArrayWriter::new(buf);
+        fields.uint(self.id.stream.epoch);
+        fields.uint(self.id.seq);
+        fields.uint(u64::from(self.attempt));
+        fields.uint(self.outcome.code());
+        fields.opt_str(self.id.stream.subscription.as_ref().map(ServiceName::as_str));
+        fields.opt_str(self.outcome.text());
+        fields.finish();
+    }
+
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        let mut fields = reader.array()?;
+        let epoch = fields.need(Reader::uint)?;
+        let seq = fields.need(Reader::uint)?;
+        let attempt = u32::try_from(fields.need(Reader::uint)?).unwrap_or(u32::MAX);
+        let code = fields.need(Reader::uint)?;
+        let subscription = read_subscription(&mut fields)?;
+        let text = fields.opt(|reader| Ok(shorten(reader.str()?).to_owned()))?.unwrap_or_default();
+        fields.finish()?;
+        let outcome = match code {
+            0 => Outcome::Processed,
+            1 => Outcome::Failed(text),
+            2 => Outcome::Rejected(text),
+            3 => Outcome::Refused,
+            4 => Outcome::NoInbox,
+            5 => Outcome::Expired,
+            code => Outcome::Failed(format!("outcome {code}: {text}")),
+        };
+        let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
+        Ok(Self { id, attempt, outcome })
+    }
+}
+
+impl InboxInfo {
+    /// The fields `epoch, [[name, pattern], …]`
+    pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
+        record.uint(self.epoch);
+        record.list(self.subscriptions.iter(), |buf, (name, pattern)| {
+            let mut pair = ArrayWriter::new(buf);
+            pair.str(name.as_str());
+            pair.str(pattern.as_str());
+            pair.finish();
+        });
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_, '_>) -> Result<Self, WireError> {
+        let epoch = fields.need(Reader::uint)?;
+        let subscriptions = fields.list(|reader| {
+            let mut pair = reader.array()?;
+            let name = pair.need(|reader| Ok(ServiceName::from_wire(reader.str()?)?))?;
+            let pattern = pair.need(|reader| Ok(reader.str()?.parse()?))?;
+            pair.finish()?;
+            Ok((name, pattern))
+        })?;
+        Ok(Self { epoch, subscriptions })
+    }
+}
+
+/// Writes numbers as a list.
+pub(super) fn push_numbers(record: &mut ArrayWriter<'_>, numbers: &[u64]) {
+    record.list(numbers.iter(), |buf, number| push_uint(buf, *number));
+}

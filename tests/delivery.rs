@@ -1,0 +1,391 @@
+//! Guaranteed messages between real nodes, with their stores on a disk.
+#![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+#![cfg(unix)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
+
+use common::{Host, SOON, private_dir, soon, wait_for};
+use peerbus::{
+    Call, DeliveryError, Event, Fate, HandlerError, MemoryNetwork, Node, OutboxError, ServeError,
+    StartError, StoreProblem,
+};
+use tempfile::TempDir;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// A host whose nodes keep stores.
+struct Place {
+    host: Host,
+    stores: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { host: Host::new(), stores: private_dir() }
+    }
+
+    async fn node(&self, name: &str) -> Node {
+        let config = self.host.config(name).outbox(self.stores.path().join(name));
+        config.start().await.unwrap()
+    }
+}
+
+/// What a handler was given: the text, the attempt, and whether it was redelivered.
+type Seen = (String, u32, bool);
+
+fn seen(call: &Call) -> Seen {
+    (call.message.text().into_owned(), call.message.attempt(), call.message.is_redelivered())
+}
+
+fn fresh(text: &str) -> Seen {
+    (text.into(), 1, false)
+}
+
+/// A handler that tells what it is given, and returns Ok.
+fn teller(
+    told: &UnboundedSender<Seen>,
+) -> impl Fn(Call) -> std::future::Ready<Result<(), HandlerError>> + Send + Sync + 'static {
+    let told = told.clone();
+    move |call| {
+        let _test_ended = told.send(seen(&call));
+        std::future::ready(Ok(()))
+    }
+}
+
+async fn next(seen: &mut UnboundedReceiver<Seen>) -> Seen {
+    soon(seen.recv()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_message_waits_for_its_service_and_is_processed_once() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let receipt = alice.send("work", "one").guaranteed().await.unwrap();
+    assert_eq!(alice.outbox_size(), (1, 0));
+
+    let bob = place.node("bob").await;
+    let (told, mut seen) = unbounded_channel();
+    let _service = bob.serve("work", teller(&told)).start().unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert_eq!(next(&mut seen).await, fresh("one"));
+    assert_eq!(alice.outbox_size(), (0, 0));
+
+    // With the instance there, and to a node by its id, and to itself.
+    let receipt = alice.send("work", "two").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    let _inbox = bob.serve_node(teller(&told)).start().unwrap();
+    let receipt = alice.send(bob.id(), "three").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    let receipt = bob.send("work", "four").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    for text in ["two", "three", "four"] {
+        assert_eq!(next(&mut seen).await.0, text);
+    }
+    assert!(seen.try_recv().is_err());
+    let counters = alice.counters();
+    assert_eq!((counters.stored, counters.settled, counters.dropped_total()), (3, 3, 0));
+}
+
+#[tokio::test]
+async fn what_is_stored_outlives_its_sender() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let id = alice.id();
+    for n in 0..100 {
+        alice.send("work", format!("{n}")).guaranteed().await.unwrap();
+    }
+    let large = "x".repeat(100_000);
+    let receipt = alice.send("work", large.clone()).guaranteed().await.unwrap();
+    let report = alice.shutdown().await;
+    assert_eq!(report.pending, 101);
+    assert_eq!(soon(receipt.processed()).await, Err(DeliveryError::ShutDown));
+
+    let alice = place.node("alice").await;
+    assert_eq!(alice.id(), id, "the store keeps the identity");
+    assert_eq!(alice.store_report().unwrap().pending, 101);
+    let mut events = alice.events();
+    let bob = place.node("bob").await;
+    let (told, mut seen) = unbounded_channel();
+    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let mut texts = Vec::new();
+    for _ in 0..101 {
+        texts.push(next(&mut seen).await.0);
+    }
+    let mut wanted: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    wanted.push(large);
+    assert!(texts == wanted, "in the order in which they were stored");
+    wait_for(&mut events, |event| matches!(event, Event::PeerUp(_)).then_some(())).await;
+    soon(async {
+        while alice.outbox_size() != (0, 0) {
+            tokio::task::yield_now().await
+        }
+    })
+    .await;
+    alice.shutdown().await;
+    let alice = place.node("alice").await;
+    assert_eq!(alice.store_report().unwrap().pending, 0);
+}
+
+#[tokio::test]
+async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
+    let place = Place::new();
+    let (alice, bob) = (place.node("alice").await, place.node("bob").await);
+    let (told, mut seen_by_handler) = unbounded_channel();
+    let handler = move |call: Call| {
+        let _test_ended = told.send(seen(&call));
+        let result = match (call.message.text().as_ref(), call.message.attempt()) {
+            ("flaky", 1 | 2) => Err(HandlerError::new("busy", "try again")),
+            ("bad", _) => Err(HandlerError::reject("bad", "never")),
+            ("panics", 1) => panic!("as the test wants it"),
+            _ => Ok(()),
+        };
+        std::future::ready(result)
+    };
+    let _service = bob.serve("work", handler).start().unwrap();
+    let receipt = alice.send("work", "flaky").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    let flaky = |attempt, redelivered| ("flaky".to_owned(), attempt, redelivered);
+    for wanted in [flaky(1, false), flaky(2, true), flaky(3, true)] {
+        assert_eq!(next(&mut seen_by_handler).await, wanted);
+    }
+    let receipt = alice.send("work", "panics").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    let receipt = alice.send("work", "bad").guaranteed().await.unwrap();
+    let Err(DeliveryError::DeadLetter(Fate::Rejected { text })) = soon(receipt.processed()).await
+    else {
+        panic!("it was rejected");
+    };
+    assert_eq!(text, "bad: never");
+    assert_eq!(alice.outbox_size(), (0, 1));
+    alice.shutdown().await;
+    let alice = place.node("alice").await;
+    assert_eq!(alice.store_report().unwrap().dead_letters, 1);
+}
+
+#[tokio::test]
+async fn messages_of_one_key_keep_their_order_though_one_fails() {
+    let place = Place::new();
+    let (alice, bob) = (place.node("alice").await, place.node("bob").await);
+    let (told, mut seen_by_handler) = unbounded_channel();
+    let handler = move |call: Call| {
+        let _test_ended = told.send(seen(&call));
+        let fails = call.message.text() == "0" && call.message.attempt() < 3;
+        std::future::ready(match fails {
+            true => Err(HandlerError::new("busy", "try again")),
+            false => Ok(()),
+        })
+    };
+    let _service = bob.serve("work", handler).start().unwrap();
+    let mut receipts = Vec::new();
+    for n in 0..5 {
+        let message = alice.send("work", n.to_string()).key("customer-7").guaranteed();
+        receipts.push(message.await.unwrap());
+    }
+    for receipt in receipts {
+        soon(receipt.processed()).await.unwrap();
+    }
+    for wanted in ["0", "0", "0", "1", "2", "3", "4"] {
+        assert_eq!(next(&mut seen_by_handler).await.0, wanted);
+    }
+}
+
+#[tokio::test]
+async fn a_durable_subscription_gets_what_was_published_while_it_was_away() {
+    let place = Place::new();
+    let (alice, bob) = (place.node("alice").await, place.node("bob").await);
+    let receipt = alice.publish("orders.new", "nobody").guaranteed().await.unwrap();
+    assert_eq!(receipt.destinations(), 0, "nobody is known who wants it");
+    soon(receipt.processed()).await.unwrap();
+
+    let (told, mut seen) = unbounded_channel();
+    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
+    let again = bob.consume("billing", "other", teller(&told)).start();
+    assert!(matches!(again, Err(ServeError::AlreadyServed(_))));
+    let met = async {
+        loop {
+            let receipt = alice.publish("orders.new", "one").guaranteed().await.unwrap();
+            if receipt.destinations() == 1 {
+                return receipt;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(soon(met).await.processed()).await.unwrap();
+    assert_eq!(next(&mut seen).await, fresh("one"));
+
+    soon(consumer.drain()).await;
+    let two = alice.publish("orders.new", "two").guaranteed().await.unwrap();
+    bob.shutdown().await;
+    let three = alice.publish("orders.new", "three").guaranteed().await.unwrap();
+    let other = alice.publish("news.today", "no").guaranteed().await.unwrap();
+    let counts = [&two, &three, &other].map(peerbus::Receipt::destinations);
+    assert_eq!(counts, [1, 1, 0]);
+    // The publisher remembers the subscription too.
+    alice.shutdown().await;
+    let alice = place.node("alice").await;
+    alice.publish("orders.new", "four").guaranteed().await.unwrap();
+
+    let bob = place.node("bob").await;
+    let _consumer =
+        bob.consume("billing", "orders.*", teller(&told)).concurrency(1).start().unwrap();
+    for text in ["two", "three", "four"] {
+        assert_eq!(next(&mut seen).await.0, text);
+    }
+    assert!(seen.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_transaction_is_stored_as_a_whole() {
+    let place = Place::new();
+    let config = place.host.config("alice").outbox(place.stores.path().join("alice"));
+    let alice = config.outbox_messages(3).start().await.unwrap();
+    let mut transaction = alice.transaction();
+    for n in 0..4 {
+        transaction.add(alice.send("work", n.to_string()).guaranteed());
+    }
+    let full = transaction.commit().await.unwrap_err();
+    assert!(matches!(full, OutboxError::OutboxFull { messages: 0, .. }), "{full}");
+    let mut transaction = alice.transaction();
+    for n in 0..3 {
+        transaction.add(alice.send("work", n.to_string()).guaranteed());
+    }
+    assert_eq!(transaction.commit().await.unwrap().len(), 3);
+    let full = alice.send("work", "one more").guaranteed().await.unwrap_err();
+    assert_eq!(alice.outbox_size(), (3, 0));
+    assert!(matches!(full, OutboxError::OutboxFull { messages: 3, .. }));
+    let bob = place.node("bob").await;
+    let (told, mut seen) = unbounded_channel();
+    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    for n in 0..3 {
+        assert_eq!(next(&mut seen).await.0, n.to_string());
+    }
+}
+
+#[tokio::test]
+async fn stores_that_cant_be_used_are_refused() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let problem = |started: Result<Node, StartError>| match started {
+        Err(StartError::Store(error)) => error.problem,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it started"),
+    };
+    let second = place.host.config("second").outbox(place.stores.path().join("alice"));
+    assert!(matches!(problem(second.start().await), StoreProblem::InUse));
+    let foreign = private_dir();
+    std::fs::write(foreign.path().join("thesis.txt"), "precious").unwrap();
+    let node = place.host.config("foreign").outbox(foreign.path());
+    assert!(matches!(problem(node.start().await), StoreProblem::Foreign(_)));
+    let file = foreign.path().join("thesis.txt");
+    let node = place.host.config("file").outbox(file);
+    assert!(matches!(problem(node.start().await), StoreProblem::Io(_)));
+    alice.shutdown().await;
+    place.node("alice").await;
+}
+
+#[tokio::test]
+async fn a_node_without_a_store_takes_and_sends_nothing_guaranteed() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let bare = place.host.node("bare").await;
+    let refused = bare.send("work", "x").guaranteed().await.unwrap_err();
+    assert_eq!(refused, OutboxError::NoOutbox);
+    let (told, mut seen) = unbounded_channel();
+    let refused = bare.consume("billing", "orders.*", teller(&told)).start();
+    assert!(matches!(refused, Err(ServeError::NoStore)));
+    let _service = bare.serve("work", teller(&told)).start().unwrap();
+    alice.wait_for_service("work", SOON).await.unwrap();
+    let receipt = alice.send("work", "waits").guaranteed().await.unwrap();
+    // Who has a store gets it, though the other was there first.
+    let bob = place.node("bob").await;
+    let _service = bob.serve("work", |_| async { Ok("") }).start().unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert!(seen.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn what_expires_is_a_dead_letter_and_what_is_for_later_waits() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let message = alice.send("work", "old").guaranteed().expires_in(Duration::from_millis(50));
+    let receipt = message.await.unwrap();
+    let fate = soon(receipt.processed()).await;
+    let expired = Fate::Expired { maybe_processed: false };
+    assert_eq!(fate, Err(DeliveryError::DeadLetter(expired)));
+
+    let (told, mut seen) = unbounded_channel();
+    let _service = alice.serve("work", teller(&told)).start().unwrap();
+    let due = SystemTime::now() + Duration::from_millis(300);
+    let later = alice.send("work", "later").guaranteed().not_before(due).await.unwrap();
+    let now = alice.send("work", "now").guaranteed().await.unwrap();
+    soon(now.processed()).await.unwrap();
+    soon(later.processed()).await.unwrap();
+    assert!(SystemTime::now() >= due);
+    assert_eq!([next(&mut seen).await.0, next(&mut seen).await.0], ["now", "later"]);
+}
+
+async fn pair(network: &MemoryNetwork, stores: &TempDir) -> (Node, Node) {
+    let node = |name: &str| {
+        Node::builder().name(name).memory(network).outbox(stores.path().join(name)).start()
+    };
+    (node("alice").await.unwrap(), node("bob").await.unwrap())
+}
+
+#[tokio::test]
+async fn a_link_that_breaks_under_a_handler_has_it_run_once() {
+    let (network, stores) = (MemoryNetwork::default(), private_dir());
+    let (alice, bob) = pair(&network, &stores).await;
+    let (begun, mut begins) = unbounded_channel();
+    let go_on = Arc::new(tokio::sync::Notify::new());
+    let gate = go_on.clone();
+    let handler = move |call: Call| {
+        let (begun, gate) = (begun.clone(), gate.clone());
+        async move {
+            begun.send(seen(&call)).unwrap();
+            gate.notified().await;
+            Ok(())
+        }
+    };
+    let _service = bob.serve("work", handler).start().unwrap();
+    let mut events = alice.events();
+    let receipt = alice.send("work", "once").guaranteed().await.unwrap();
+    assert_eq!(next(&mut begins).await, fresh("once"));
+    network.cut(&bob.id());
+    wait_for(&mut events, |event| matches!(event, Event::PeerDown { .. }).then_some(())).await;
+    wait_for(&mut events, |event| matches!(event, Event::PeerUp(_)).then_some(())).await;
+    go_on.notify_one();
+    soon(receipt.processed()).await.unwrap();
+    assert!(begins.try_recv().is_err(), "it ran once");
+    assert_eq!((alice.counters().in_doubt, alice.counters().dropped_total()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_handler_that_hangs_loses_its_lease() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let config = place.host.config("bob").outbox(place.stores.path().join("bob"));
+    let bob = config.lease(Duration::from_millis(50)).start().await.unwrap();
+    let times = Arc::new(AtomicU32::new(0));
+    let count = times.clone();
+    let handler = move |call: Call| {
+        let count = count.clone();
+        async move {
+            if count.fetch_add(1, Ordering::SeqCst) == 0 {
+                std::future::pending::<()>().await;
+            }
+            // Longer than its lease, which it extends.
+            for _ in 0..4 {
+                tokio::time::sleep(Duration::from_millis(25)).await;
+                call.extend();
+            }
+            Ok(())
+        }
+    };
+    let _service = bob.serve("work", handler).start().unwrap();
+    let receipt = alice.send("work", "hangs").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert_eq!(times.load(Ordering::SeqCst), 2);
+}
