@@ -83,6 +83,7 @@ pub mod journal;
 mod link;
 mod message;
 mod node;
+mod outbox;
 mod peer;
 mod report;
 mod sync;
@@ -102,7 +103,7 @@ pub use address::{
     ServiceName, Topic,
 };
 pub use config::Config;
-pub use engine::delivery::Fate;
+pub use engine::delivery::{Fate, Target};
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
@@ -115,5 +116,6 @@ pub use node::{
     RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
     StoreError, StoreProblem, StoreReport, Subscription, Transaction, WaitError,
 };
+pub use outbox::{ClosedOutbox, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};

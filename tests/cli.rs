@@ -166,3 +166,73 @@ fn each_benchmark_runs_and_names_its_reference() {
     let error = String::from_utf8_lossy(&nobody_reads.stderr).into_owned();
     assert!(!nobody_reads.status.success() && error.contains("has to read"), "{error}");
 }
+
+#[test]
+fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
+    let shell = Shell::new();
+    let folder = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();
+    let (sender, receiver) = (folder("sender"), folder("receiver"));
+    let send = |body: &str, more: &[&str]| {
+        let args = ["send", "billing", body, "--no-mdns", "--outbox", &sender];
+        stdout(&shell.run(&[&args, more].concat()))
+    };
+    assert!(send("one", &["--wait", "0s"]).contains("0 processed; 1 kept"));
+    assert!(send("two", &["--wait", "0s", "--key", "k"]).contains("0 processed; 2 kept"));
+    let listed = stdout(&shell.run(&["outbox", "list", &sender]));
+    assert!(listed.contains("billing") && listed.contains("#2"), "{listed}");
+    let shown = stdout(&shell.run(&["outbox", "show", &sender, "2"]));
+    assert!(shown.contains("key         k") && shown.ends_with("two\n"), "{shown}");
+    fails(&shell.run(&["outbox", "show", &sender, "9"]), "there is no message 9");
+    fails(&shell.run(&["outbox", "replay", &sender, "1"]), "is no dead letter");
+    fails(&shell.run(&["outbox", "list", &folder("nothing")]), "there is no outbox");
+    assert!(stdout(&shell.run(&["outbox", "verify", &sender])).contains("2 messages"));
+    assert_eq!(
+        stdout(&shell.run(&["outbox", "purge", &sender, "2"])),
+        "purged 2\n".replace('2', "1")
+    );
+
+    let args = ["serve", "billing", "--echo", "--no-mdns", "--outbox", &receiver];
+    let mut service = shell.start(&args);
+    assert!(send("three", &["--wait", "30s"]).contains("1 processed"));
+    let mut calls = [service.line(), service.line()];
+    calls.sort();
+    assert_eq!(calls, ["call to billing: one\n", "call to billing: three\n"]);
+    fails(&shell.run(&["outbox", "list", &receiver]), "another process uses it");
+    assert!(stdout(&shell.run(&["outbox", "list", &sender])).contains("nothing waits"));
+
+    // What expires is a dead letter, which can be tried again.
+    let args = ["send", "nobody", "late", "--no-mdns", "--outbox", &sender];
+    let expired = shell.run(&[&args[..], &["--expires", "1ms", "--wait", "30s"]].concat());
+    fails(&expired, "it expired");
+    let listed = stdout(&shell.run(&["outbox", "list", &sender, "--dead", "--json"]));
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["destinations"][0]["dead"], 1);
+    assert_eq!(listed["messages"][0]["body"], "late");
+    assert_eq!(stdout(&shell.run(&["outbox", "replay", &sender, "--all"])), "replayed 1\n");
+    assert_eq!(stdout(&shell.run(&["outbox", "reassign", &sender, "4"])), "reassigned 1\n");
+    fails(&shell.run(&["outbox", "reassign", &sender, "5"]), "there is no message 5");
+}
+
+#[test]
+fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
+    let shell = Shell::new();
+    let folder = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();
+    let (publisher, subscriber) = (folder("publisher"), folder("subscriber"));
+    let sub = |count| {
+        let durable = ["--durable", "billing", "--outbox", &subscriber, "--no-mdns"];
+        shell.start(&[&["sub", "orders.>", "--count", count], &durable[..]].concat())
+    };
+    let publish = |body: &str, wait: &str| {
+        let args = ["pub", "orders.new", body, "--no-mdns", "--outbox", &publisher];
+        shell.run(&[&args[..], &["--wait", wait]].concat())
+    };
+    fails(&publish("early", "0s"), "no durable subscription is known");
+    let mut first = sub("1");
+    assert!(stdout(&publish("one", "30s")).contains("1 processed"));
+    assert_eq!(first.line(), "orders.new one\n");
+    first.child.wait().unwrap();
+    assert!(stdout(&publish("two", "0s")).contains("1 kept"));
+    let mut second = sub("2");
+    assert!(stdout(&publish("three", "30s")).contains("1 processed"));
+    assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
+}

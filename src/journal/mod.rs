@@ -159,6 +159,10 @@ impl Journal {
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
         let (recovery, resume) = recover(&*storage, take)?;
+        if let Some(last) = resume.last {
+            // What is handed out now must not be gone after the next crash.
+            storage.sync(last)?;
+        }
         let salt = resume.salt.unwrap_or_else(random_u64);
         let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
         let (commands, received) = mpsc::channel();
@@ -179,6 +183,14 @@ impl Journal {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
             wait.await.unwrap_or_else(|_| Err(gone()))
         }
+    }
+
+    /// Appends an entry and waits until it is stored, on a thread that may wait.
+    pub(crate) fn append_blocking(&self, payload: Vec<u8>) -> Result<Position, NotStored> {
+        let (waiter, wait) = oneshot::channel();
+        self.send(Append { payload, sync: true, done: Done::Waiter(waiter) });
+        let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
+        wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 
     /// Appends an entry; the sink is told its number when it is stored, or once the system has

@@ -16,6 +16,8 @@ pub(super) trait Storage: Send + Sync {
     /// Reads at `at` as much as there is, up to the length of `buf`.
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize>;
     fn length(&self, number: u64) -> io::Result<u64>;
+    /// Makes all of a segment last that an earlier life wrote.
+    fn sync(&self, number: u64) -> io::Result<()>;
     fn remove(&self, number: u64) -> io::Result<()>;
     /// Makes what was created and removed last.
     fn sync_directory(&self) -> io::Result<()>;
@@ -128,6 +130,10 @@ impl Storage for Directory {
 
     fn length(&self, number: u64) -> io::Result<u64> {
         Ok(fs::metadata(self.segment(number))?.len())
+    }
+
+    fn sync(&self, number: u64) -> io::Result<()> {
+        File::open(self.segment(number))?.sync_data()
     }
 
     fn remove(&self, number: u64) -> io::Result<()> {

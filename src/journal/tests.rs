@@ -124,6 +124,13 @@ impl Storage for Mount {
         Ok(files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.len() as u64)
     }
 
+    fn sync(&self, number: u64) -> io::Result<()> {
+        let mut files = lock(&self.0.files);
+        let file = files.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
+        file.synced = file.bytes.len();
+        Ok(())
+    }
+
     fn remove(&self, number: u64) -> io::Result<()> {
         let file = lock(&self.0.files).remove(&number).ok_or(io::ErrorKind::NotFound)?;
         lock(&self.0.removed).insert(number, file);

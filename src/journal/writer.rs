@@ -160,7 +160,9 @@ impl Writer {
             end += record_size(u64::from(length));
         }
         if let Err(error) = file.append(&self.buf) {
-            // Some of it may be there. What the file holds beyond `end` doesn't count.
+            // Some of it may be there. What the file holds beyond `end` doesn't count; what was
+            // written before and needn't be synced at once had better last all the same.
+            let _best_effort = file.sync();
             self.file = None;
             return Err(error);
         }

@@ -74,8 +74,8 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, entry, true));
+            OutboxAction::Append { token, entry, sync } => {
+                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
             OutboxAction::RemoveBefore(segment) => {
@@ -228,6 +228,7 @@ impl Shared {
 
     pub(crate) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
         self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
+        self.tell_routes_changed();
     }
 
     /// A link can be used: each side says what it has stored.
@@ -248,6 +249,7 @@ impl Shared {
         let Some(store) = &self.store else { return };
         let subscriptions = self.consumed();
         self.with_outbox(|outbox, _| outbox.handle_own_subscriptions(subscriptions));
+        self.tell_routes_changed();
         let info = self.inbox_info(store);
         for cell in self.cells().iter().filter(|cell| cell.is_open()) {
             cell.send_control(Control::Inbox(Box::new(info.clone())));
@@ -408,6 +410,15 @@ impl Shared {
         let (timer, wall) = lock(&store.outbox).poll_timeout();
         let now = Now { time: now, unix_ms: unix_ms() };
         timer.into_iter().chain(wall.map(|at| after_wall(now, at))).min()
+    }
+
+    /// Tries again what the disk refused.
+    pub(crate) fn check_inbox(self: &Arc<Self>) {
+        if let Some(store) = &self.store
+            && lock(&store.inbox).has_unstored()
+        {
+            self.with_inbox(Inbox::handle_timeout);
+        }
     }
 
     pub(crate) fn check_outbox(self: &Arc<Self>) {

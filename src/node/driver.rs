@@ -18,6 +18,7 @@ const SHORTEST_SLEEP: Duration = Duration::from_millis(1);
 /// Looks at timeouts when they are due.
 pub(crate) async fn run(shared: Arc<Shared>) {
     let base = Instant::from_std(shared.started);
+    let mut retry_at = Time::default();
     loop {
         let now = shared.now();
         // What becomes due while this looks leaves its notice.
@@ -32,6 +33,10 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         check_links(&shared);
         if shared.outbox_timeout(shared.now()).is_some_and(|at| at <= shared.now()) {
             shared.check_outbox();
+        }
+        if retry_at <= shared.now() {
+            shared.check_inbox();
+            retry_at = shared.now() + LONGEST_SLEEP;
         }
         shared.with_mesh(|mesh, now| mesh.handle_timeout(now));
     }

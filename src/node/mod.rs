@@ -20,7 +20,7 @@ mod service;
 mod shared;
 mod shutdown;
 mod start;
-mod store;
+pub(crate) mod store;
 mod subscription;
 mod transport;
 
@@ -387,6 +387,28 @@ impl Node {
             self.shared().routing.load().subscribers(&topic).len() + usize::from(here) >= count
         };
         self.wait_until(enough, within).await
+    }
+
+    /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic.
+    ///
+    /// # Errors
+    /// [`WaitError`] if the topic can't be parsed or the time runs out.
+    pub async fn wait_for_consumers<T>(
+        &self,
+        topic: T,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        let known = || match &self.shared().store {
+            Some(store) => lock(&store.outbox).subscribers(&topic).len(),
+            None => 0,
+        };
+        self.wait_until(|| known() >= count, within).await
     }
 
     /// Waits until a node offers a service, this one included.

@@ -220,7 +220,7 @@ impl Shared {
     }
 
     /// Who subscribes or serves, here or elsewhere, is not what it was.
-    fn tell_routes_changed(&self) {
+    pub(super) fn tell_routes_changed(&self) {
         self.routes_version.fetch_add(1, Ordering::Release);
         self.routes_changed.send_replace(());
     }

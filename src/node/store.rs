@@ -24,7 +24,7 @@ pub(crate) const IDENTITY: &str = "identity";
 
 /// A folder that can't be a node's store.
 #[derive(Debug, thiserror::Error)]
-#[error("the store {path} can't be used: {problem}", path = path.display())]
+#[error("the store {path} can't be used", path = path.display())]
 pub struct StoreError {
     /// The folder.
     pub path: PathBuf,
@@ -37,6 +37,9 @@ pub struct StoreError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreProblem {
+    /// It isn't there.
+    #[error("there is no outbox in it")]
+    Missing,
     /// Another process has it open.
     #[error("another process uses it")]
     InUse,

@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod node;
 mod options;
+mod outbox;
 mod output;
 mod peers;
 mod publish;
@@ -44,6 +45,9 @@ enum Command {
     Request(request::Request),
     /// List the peers that can be reached
     Peers(peers::Peers),
+    /// Look into the outbox of a node that doesn't run
+    #[command(subcommand)]
+    Outbox(outbox::Outbox),
     /// Measure this machine
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -83,6 +87,8 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(serve) => serve.run().await,
         Command::Request(request) => request.run().await,
         Command::Peers(peers) => peers.run().await,
+        // It waits for the disk.
+        Command::Outbox(outbox) => tokio::task::spawn_blocking(|| outbox.run()).await?,
         Command::Bench(bench) => bench.run().await,
     }
 }

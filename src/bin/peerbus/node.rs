@@ -78,10 +78,17 @@ impl NodeCommand {
         let report = node.shutdown().await;
         let value = json!({
             "event": "stopped", "undelivered": report.undelivered, "in_doubt": report.in_doubt,
-            "aborted": report.aborted, "counters": report.counters,
+            "aborted": report.aborted, "pending": report.pending, "counters": report.counters,
         });
         output::line(self.json, &value, || {
-            format!("stopped; {} not delivered, {} in doubt", report.undelivered, report.in_doubt)
+            let kept = match report.pending {
+                0 => String::new(),
+                kept => format!(", {kept} kept in the outbox"),
+            };
+            format!(
+                "stopped; {} not delivered, {} in doubt{kept}",
+                report.undelivered, report.in_doubt
+            )
         })?;
         Ok(())
     }

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use peerbus::{Address, MeshName, Node, NodeId, Recipient};
+use peerbus::{Address, MeshName, Node, NodeId, Receipt, Recipient};
+use serde_json::json;
 
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Node")]
@@ -20,6 +21,9 @@ pub(crate) struct NodeOptions {
     /// File that keeps this node's identity; created if missing [default: a new identity]
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Option<PathBuf>,
+    /// Folder that keeps guaranteed messages and this node's identity; created if missing
+    #[arg(long, value_name = "DIR")]
+    pub(crate) outbox: Option<PathBuf>,
     /// TCP address to listen on, port 0 for a free one; repeatable. One that is not loopback
     /// declares its network trusted: nothing there is encrypted or authenticated
     #[arg(long, value_name = "IP:PORT")]
@@ -60,6 +64,9 @@ impl NodeOptions {
         if let Some(path) = &self.identity {
             config = config.identity(path);
         }
+        if let Some(dir) = &self.outbox {
+            config = config.outbox(dir);
+        }
         config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
         config = self.peer.iter().cloned().fold(config, peerbus::Config::peer);
         config = self.advertise.iter().cloned().fold(config, peerbus::Config::advertise);
@@ -81,10 +88,18 @@ pub(crate) struct To {
     node: bool,
     /// How long to wait for somebody to be there
     #[arg(long, value_name = "TIME", default_value = "3s")]
-    wait: humantime::Duration,
+    pub(crate) wait: humantime::Duration,
 }
 
 impl To {
+    /// The recipient, whether it is there or not.
+    pub(crate) fn parse(&self) -> anyhow::Result<Recipient> {
+        Ok(match self.node {
+            true => Recipient::Node(self.to.parse()?),
+            false => Recipient::Service(self.to.parse()?),
+        })
+    }
+
     /// The recipient, once a node serves it.
     pub(crate) async fn find(&self, node: &Node) -> anyhow::Result<Recipient> {
         if self.node {
@@ -148,6 +163,38 @@ pub(crate) async fn interrupted() {
 
 /// How long one-shot commands let their messages arrive before they end.
 pub(crate) const DRAIN: Duration = Duration::from_secs(5);
+
+/// Waits until stored messages are processed, as far as that happens within `wait`, and says what
+/// becomes of the rest.
+pub(crate) async fn settle(
+    node: &Node,
+    receipts: Vec<Receipt>,
+    wait: Duration,
+    json: bool,
+) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + wait;
+    let (mut processed, mut dead) = (0u64, Vec::new());
+    for receipt in receipts {
+        let id = receipt.id();
+        match tokio::time::timeout_at(deadline, receipt.processed()).await {
+            Ok(Ok(())) => processed += 1,
+            Ok(Err(error)) => dead.push(format!("{id}: {error}")),
+            Err(_) => {}
+        }
+    }
+    // What earlier runs have left.
+    while node.outbox_size().0 > 0 && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let kept = node.shutdown_within(DRAIN).await.pending;
+    let value = json!({ "processed": processed, "dead_letters": dead, "kept": kept });
+    crate::output::line(json, &value, || match kept {
+        0 => format!("{processed} processed"),
+        _ => format!("{processed} processed; {kept} kept in the outbox for the next run"),
+    })?;
+    anyhow::ensure!(dead.is_empty(), "{} became dead letters: {}", dead.len(), dead.join("; "));
+    Ok(())
+}
 
 /// Shuts down a node; an error if something that it was given did not arrive.
 pub(crate) async fn finish(node: &Node) -> anyhow::Result<()> {

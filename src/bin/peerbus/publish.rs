@@ -5,10 +5,12 @@ use clap::Args;
 use peerbus::{Body, Topic};
 use serde_json::json;
 
-use crate::options::{BodyArg, NodeOptions, finish};
+use crate::options::{BodyArg, NodeOptions, finish, settle};
 use crate::output;
 
-/// Waits for a subscriber, publishes, and ends when the message is taken.
+/// Waits for a subscriber, publishes, and ends when the message is taken. With --outbox it is
+/// stored for the durable subscriptions that this outbox has met, and kept there until they have
+/// processed it.
 #[derive(Args)]
 pub(crate) struct Publish {
     /// Topic, such as orders.eu.placed
@@ -18,7 +20,7 @@ pub(crate) struct Publish {
     /// How many times
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// How many subscribing nodes to wait for
+    /// How many subscribing nodes to wait for; with --outbox, durable subscriptions
     #[arg(long, value_name = "N", default_value_t = 1)]
     subscribers: usize,
     /// How long to wait for them
@@ -46,17 +48,22 @@ impl Publish {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body: Body = self.body.read()?.into();
         let node = self.node.start().await?;
-        let waited = node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await;
+        let durable = self.node.outbox.is_some();
+        let waited = match durable {
+            true => node.wait_for_consumers(&self.topic, self.subscribers, *self.wait).await,
+            false => node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await,
+        };
         if waited.is_err() {
             let met = node.peers().len();
             node.shutdown().await;
             let who = match self.subscribers {
+                1 if durable => "no durable subscription is known".to_owned(),
                 1 => "nobody subscribes".to_owned(),
                 wanted => format!("fewer than {wanted} nodes subscribe"),
             };
             bail!("{who} to {} (waited {}, met {met} nodes)", self.topic, self.wait);
         }
-        let (mut queued, mut dropped) = (0, 0);
+        let (mut queued, mut dropped, mut receipts) = (0, 0, Vec::new());
         for _ in 0..self.count {
             let mut publish = node.publish(&self.topic, body.clone());
             if let Some(key) = &self.key {
@@ -65,9 +72,21 @@ impl Publish {
             for (name, value) in &self.headers {
                 publish = publish.header(name, value);
             }
+            if durable {
+                let receipt = publish.guaranteed().await?;
+                let value = json!({ "stored": receipt.id(), "for": receipt.destinations() });
+                output::line(self.json, &value, || {
+                    format!("stored {} for {}", receipt.id(), receipt.destinations())
+                })?;
+                receipts.push(receipt);
+                continue;
+            }
             let report = publish.await?;
             queued += report.queued;
             dropped += report.dropped.len();
+        }
+        if durable {
+            return settle(&node, receipts, *self.wait, self.json).await;
         }
         let value = json!({ "queued": queued, "dropped": dropped });
         output::line(self.json, &value, || {

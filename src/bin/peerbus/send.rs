@@ -1,12 +1,14 @@
 //! `peerbus send`
 
 use clap::Args;
+use peerbus::Node;
 use serde_json::json;
 
-use crate::options::{BodyArg, NodeOptions, To, finish};
+use crate::options::{BodyArg, NodeOptions, To, finish, settle};
 use crate::output;
 
-/// Sends one way, and ends when the far handler is done.
+/// Sends one way, and ends when the far handler is done. With --outbox the messages are stored
+/// first; what is not processed by the end is kept there, and sent by the next run.
 #[derive(Args)]
 pub(crate) struct Send {
     #[command(flatten)]
@@ -22,6 +24,9 @@ pub(crate) struct Send {
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = crate::publish::header)]
     headers: Vec<(String, String)>,
+    /// With --outbox: until when it is tried [default: for ever]
+    #[arg(long, value_name = "TIME", requires = "outbox")]
+    expires: Option<humantime::Duration>,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
@@ -33,6 +38,9 @@ impl Send {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body = self.body.read()?;
         let node = self.node.start().await?;
+        if self.node.outbox.is_some() {
+            return self.store(&node, &body).await;
+        }
         let to = self.to.find(&node).await?;
         for _ in 0..self.count {
             let mut send = node.send(to.clone(), &body);
@@ -50,5 +58,28 @@ impl Send {
         let failed = node.counters().dropped_total();
         anyhow::ensure!(failed == 0, "{failed} of {} messages were not handled", self.count);
         Ok(())
+    }
+
+    async fn store(&self, node: &Node, body: &[u8]) -> anyhow::Result<()> {
+        let to = self.to.parse()?;
+        let mut receipts = Vec::new();
+        for _ in 0..self.count {
+            let mut send = node.send(to.clone(), body);
+            if let Some(key) = &self.key {
+                send = send.key(key);
+            }
+            for (name, value) in &self.headers {
+                send = send.header(name, value);
+            }
+            let mut message = send.guaranteed();
+            if let Some(time) = self.expires {
+                message = message.expires_in(*time);
+            }
+            let receipt = message.await?;
+            let value = json!({ "stored": receipt.id() });
+            output::line(self.json, &value, || format!("stored {}", receipt.id()))?;
+            receipts.push(receipt);
+        }
+        settle(node, receipts, *self.to.wait, self.json).await
     }
 }

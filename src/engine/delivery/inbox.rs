@@ -3,7 +3,7 @@
 //! For each stream of each sender it keeps a watermark and what is processed above it. There is
 //! no window of time: a delivery is known until its sender says that it is settled.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::RecordError;
 use super::ranges::Ranges;
@@ -14,6 +14,9 @@ use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
 
 /// A redelivered message whose handler was begun so often, and never ended, kills its process.
 const MAX_BEGUN: u32 = 10;
+/// From so often on it runs alone among its like, so that the one that kills is told from those
+/// that only die with it.
+const SUSPECT: u32 = 3;
 /// After so many bytes a snapshot takes the place of what is in the journal.
 const SNAPSHOT_AFTER: u64 = 16 * 1024 * 1024;
 
@@ -52,11 +55,13 @@ struct Seen {
     node: NodeId,
     stream: Stream,
     number: u64,
+    /// That it was opened has been written; what is said of it later comes behind that.
+    opened: bool,
     floor: u64,
     /// Its handler returned Ok.
     processed: Ranges,
     /// How often the handlers of redelivered messages were begun.
-    begun: HashMap<u64, u32>,
+    begun: BTreeMap<u64, u32>,
     /// What was not answered yet.
     open: HashMap<u64, Open>,
 }
@@ -73,13 +78,13 @@ enum Phase {
     Running,
     /// That it is processed is being stored.
     Storing,
-    /// That could not be stored. It is processed all the same, and tried again when it is
-    /// delivered again.
+    /// That could not be stored. It is processed all the same; storing is tried again.
     Unstored,
 }
 
 #[derive(Debug)]
 enum Pending {
+    Opened(usize),
     Processed(usize, u64),
     Begun(usize, u64),
     Snapshot,
@@ -95,6 +100,11 @@ pub(crate) struct Inbox {
     pending: HashMap<u64, Pending>,
     /// What runs later, in the order in which it came from a node; and whether it may.
     later: HashMap<NodeId, VecDeque<(DeliveryId, bool)>>,
+    /// Suspects that wait for the one that runs.
+    suspects: VecDeque<(usize, u64)>,
+    suspect: Option<(usize, u64)>,
+    /// What is in that phase.
+    unstored: BTreeSet<(usize, u64)>,
     next_token: u64,
     since_snapshot: u64,
     snapshot_pending: bool,
@@ -108,9 +118,13 @@ impl Inbox {
             epoch,
             streams: Vec::new(),
             places: HashMap::new(),
-            next_number: 1,
+            // Never one of an earlier life, whose records may be behind ours if the disk failed.
+            next_number: epoch & 0xffff_ffff,
             pending: HashMap::new(),
             later: HashMap::new(),
+            suspects: VecDeque::new(),
+            suspect: None,
+            unstored: BTreeSet::new(),
             next_token: 1,
             since_snapshot: 0,
             snapshot_pending: false,
@@ -161,10 +175,14 @@ impl Inbox {
     }
 
     fn recover_stream(&mut self, record: &StreamRecord) -> Result<(), RecordError> {
-        let place = self.open_stream(record.node.0, &record.stream()?, record.number);
-        self.next_number = self.next_number.max(record.number + 1);
+        let (node, stream) = (record.node.0, record.stream()?);
+        let place = match self.places.get(&(node, stream.clone())) {
+            Some(place) => *place,
+            None => self.open_stream(node, &stream, record.number),
+        };
         if let Some(seen) = &mut self.streams[place] {
-            seen.floor = record.floor;
+            (seen.number, seen.opened) = (record.number, true);
+            seen.floor = seen.floor.max(record.floor);
             for (first, last) in &record.processed {
                 seen.processed.insert_range(*first, *last);
             }
@@ -187,9 +205,10 @@ impl Inbox {
             node,
             stream: stream.clone(),
             number,
+            opened: false,
             floor: 0,
             processed: Ranges::default(),
-            begun: HashMap::new(),
+            begun: BTreeMap::new(),
             open: HashMap::new(),
         }));
         self.places.insert((node, stream.clone()), place);
@@ -207,16 +226,14 @@ impl Inbox {
                 self.next_number += 1;
                 let place = self.open_stream(from, stream, number);
                 let opened = self.streams[place].as_ref().map(Seen::record);
-                self.note(&InboxRecord::Opened(opened.expect("it was opened just now")));
+                let opened = InboxRecord::Opened(opened.expect("it was opened just now"));
+                self.append(&opened, Pending::Opened(place), false);
                 place
             }
         };
         let seen = self.streams[place].as_mut().expect("what is in `places` is there");
         if let Some(open) = seen.open.get_mut(&seq) {
             open.attempt = delivery.attempt;
-            if open.phase == Phase::Unstored {
-                self.store_processed(place, seq);
-            }
             return Verdict::Wait;
         }
         if delivery.floor > seen.floor {
@@ -237,17 +254,45 @@ impl Inbox {
             later.push_back((delivery.id.clone(), true));
             return Verdict::RunLater;
         }
-        let begun = seen.begun.entry(seq).or_default();
-        if *begun >= MAX_BEGUN {
+        let begun = seen.begun.get(&seq).copied().unwrap_or_default();
+        if begun >= MAX_BEGUN {
             let text = format!("its handler was begun {begun} times and never ended");
             return Verdict::Answer(Outcome::Rejected(text));
         }
+        seen.open.insert(seq, Open { attempt, phase });
+        if begun >= SUSPECT {
+            self.suspects.push_back((place, seq));
+            self.next_suspect();
+        } else {
+            self.later.entry(from).or_default().push_back((delivery.id.clone(), false));
+            self.count_begun(place, seq);
+        }
+        Verdict::RunLater
+    }
+
+    /// Writes that a handler begins; it does when that is done.
+    fn count_begun(&mut self, place: usize, seq: u64) {
+        let Some(seen) = self.streams[place].as_mut() else { return };
+        let begun = seen.begun.entry(seq).or_default();
         *begun += 1;
         let record = InboxRecord::Begun(seen.number, seq, *begun);
-        seen.open.insert(seq, Open { attempt, phase });
         self.append(&record, Pending::Begun(place, seq), false);
-        self.later.entry(from).or_default().push_back((delivery.id.clone(), false));
-        Verdict::RunLater
+    }
+
+    fn next_suspect(&mut self) {
+        if self.suspect.is_none()
+            && let Some((place, seq)) = self.suspects.pop_front()
+        {
+            self.suspect = Some((place, seq));
+            self.count_begun(place, seq);
+        }
+    }
+
+    fn end_suspect(&mut self, place: usize, seq: u64) {
+        if self.suspect == Some((place, seq)) {
+            self.suspect = None;
+            self.next_suspect();
+        }
     }
 
     /// A handler ended.
@@ -258,12 +303,17 @@ impl Inbox {
             return;
         };
         if outcome == Outcome::Processed {
-            return self.store_processed(place, id.seq);
+            self.store_processed(place, id.seq);
+            return self.end_suspect(place, id.seq);
         }
         let attempt = open.attempt;
         seen.open.remove(&id.seq);
         // It ended: it does not kill its process.
-        seen.begun.remove(&id.seq);
+        if seen.begun.remove(&id.seq).is_some() {
+            let record = InboxRecord::Begun(seen.number, id.seq, 0);
+            self.note(&record);
+        }
+        self.end_suspect(place, id.seq);
         let answer = Answer { id: id.clone(), attempt, outcome };
         self.actions.push_back(InboxAction::Answer(from, answer));
     }
@@ -279,16 +329,21 @@ impl Inbox {
             open.phase = Phase::Storing;
         }
         seen.begun.remove(&seq);
-        let record = InboxRecord::Processed(seen.number, seq);
+        let record = match seen.opened {
+            true => InboxRecord::Processed(seen.number, seq),
+            // It may have failed to be written.
+            false => InboxRecord::Opened(seen.record()),
+        };
         self.append(&record, Pending::Processed(place, seq), true);
     }
 
     /// A delivery that was to run never will: its link ended while it waited.
     pub(crate) fn handle_unqueued(&mut self, from: NodeId, id: &DeliveryId) {
-        if let Some((_, seen)) = self.seen(from, &id.stream)
+        if let Some((place, seen)) = self.seen(from, &id.stream)
             && seen.open.get(&id.seq).is_some_and(|open| open.phase == Phase::Running)
         {
             seen.open.remove(&id.seq);
+            self.end_suspect(place, id.seq);
         }
     }
 
@@ -296,11 +351,17 @@ impl Inbox {
     pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, String>) {
         match self.pending.remove(&token) {
             None => {}
+            Some(Pending::Opened(place)) => {
+                if let Some(seen) = &mut self.streams[place] {
+                    seen.opened = result.is_ok();
+                }
+            }
             Some(Pending::Processed(place, seq)) => {
                 let Some(seen) = self.streams[place].as_mut() else { return };
                 let Some(open) = seen.open.get_mut(&seq) else { return };
                 if result.is_err() {
                     open.phase = Phase::Unstored;
+                    self.unstored.insert((place, seq));
                     return;
                 }
                 let attempt = open.attempt;
@@ -315,7 +376,11 @@ impl Inbox {
             Some(Pending::Begun(place, seq)) => {
                 let Some(seen) = &self.streams[place] else { return };
                 let (node, stream) = (seen.node, seen.stream.clone());
-                self.begin(node, &DeliveryId { stream, seq });
+                let id = DeliveryId { stream, seq };
+                match self.suspect == Some((place, seq)) {
+                    true => self.actions.push_back(InboxAction::Begin(node, id)),
+                    false => self.begin(node, &id),
+                }
             }
             Some(Pending::Snapshot) => {
                 self.snapshot_pending = false;
@@ -348,6 +413,18 @@ impl Inbox {
                 self.begin(node, &id);
             }
             Some(Some((_, false))) | None => {}
+        }
+    }
+
+    /// Whether the disk refused something that is to be tried again.
+    pub(crate) fn has_unstored(&self) -> bool {
+        !self.unstored.is_empty()
+    }
+
+    /// Tries again what the disk refused. To be called a second later.
+    pub(crate) fn handle_timeout(&mut self) {
+        for (place, seq) in std::mem::take(&mut self.unstored) {
+            self.store_processed(place, seq);
         }
     }
 
@@ -567,7 +644,10 @@ mod tests {
         let Some(InboxAction::Append { token, .. }) = bench.inbox.poll_action() else { panic!() };
         bench.inbox.handle_appended(token, Err("the disk is full".into()));
         assert!(bench.inbox.poll_action().is_none());
-        assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "it is stored once more");
+        assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait);
+        assert!(bench.answers.is_empty() && bench.inbox.has_unstored());
+        bench.inbox.handle_timeout();
+        bench.run();
         assert_eq!(bench.answers.len(), 1);
     }
 }

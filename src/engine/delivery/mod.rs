@@ -21,7 +21,7 @@ mod record;
 
 pub(crate) use inbox::{Inbox, InboxAction, Verdict};
 pub(crate) use outbox::{
-    Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
+    Contents, Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
 };
 pub(crate) use record::RecordError;
 
@@ -42,13 +42,25 @@ pub(crate) struct Now {
 }
 
 /// Where a guaranteed message has to go.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Target {
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Target {
     /// To one of the nodes that serve the name.
     Service(ServiceName),
+    /// To one node.
     Node(NodeId),
     /// To the durable subscription of that name, of that node.
     Subscription(NodeId, ServiceName),
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Service(name) => name.fmt(f),
+            Self::Node(node) => write!(f, "node {}", node.short()),
+            Self::Subscription(node, name) => write!(f, "{name} of {}", node.short()),
+        }
+    }
 }
 
 /// The node that a message was given to, and its number there.

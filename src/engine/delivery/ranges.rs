@@ -23,15 +23,15 @@ impl Ranges {
         true
     }
 
-    /// Adds a range of which nothing is in the set.
+    /// Adds all from `first` to `last`.
     pub(crate) fn insert_range(&mut self, mut first: u64, mut last: u64) {
-        if let Some(after) = last.checked_add(1).and_then(|next| self.ranges.remove(&next)) {
-            last = after;
-        }
-        if let Some((before, end)) = self.ranges.range(..first).next_back()
-            && *end + 1 == first
+        // What overlaps it or touches it becomes a part of it.
+        while let Some((start, end)) = self.ranges.range(..=last.saturating_add(1)).next_back()
+            && end.saturating_add(1) >= first
         {
-            first = *before;
+            (first, last) = (first.min(*start), last.max(*end));
+            let start = *start;
+            self.ranges.remove(&start);
         }
         self.ranges.insert(first, last);
     }
@@ -69,6 +69,15 @@ mod tests {
         assert!(!ranges.insert(3));
         ranges.remove_below(4);
         assert_eq!(ranges.iter().collect::<Vec<_>>(), [(4, 5)]);
+    }
+
+    #[test]
+    fn a_range_swallows_what_it_overlaps() {
+        let mut ranges = Ranges::default();
+        for (first, last) in [(1, 3), (10, 12), (5, 5), (20, 30), (4, 11)] {
+            ranges.insert_range(first, last);
+        }
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(1, 12), (20, 30)]);
     }
 
     proptest! {

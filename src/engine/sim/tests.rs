@@ -11,23 +11,31 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
-fn run_seeds(faults: bool, default: u64) -> Seen {
+/// Runs the seeds that are asked for, and names the one that fails.
+pub(super) fn each_seed(default: u64, mut run: impl FnMut(u64)) {
     let seeds = match number("PEERBUS_SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("PEERBUS_SIM_SEEDS").unwrap_or(default),
     };
-    let mut seen = Seen::default();
     for seed in seeds {
-        let nodes = 3 + (seed % 3) as usize;
-        let run = || World::new(seed, nodes, faults).run(Duration::from_secs(4));
-        match catch_unwind(AssertUnwindSafe(run)) {
-            Ok(ledger) => seen.add(&ledger.seen),
-            Err(panic) => {
-                eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
-                resume_unwind(panic);
-            }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(seed))) {
+            eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
+            resume_unwind(panic);
         }
     }
+}
+
+/// Whether only one seed is asked for.
+pub(super) fn is_alone() -> bool {
+    number("PEERBUS_SIM_SEED").is_some()
+}
+
+fn run_seeds(faults: bool, default: u64) -> Seen {
+    let mut seen = Seen::default();
+    each_seed(default, |seed| {
+        let nodes = 3 + (seed % 3) as usize;
+        seen.add(&World::new(seed, nodes, faults).run(Duration::from_secs(4)).seen);
+    });
     println!("{seen:#?}");
     seen
 }
@@ -35,7 +43,7 @@ fn run_seeds(faults: bool, default: u64) -> Seen {
 #[test]
 fn a_thousand_faulty_runs_lose_nothing_silently_and_hang_nowhere() {
     let seen = run_seeds(true, 1000);
-    if number("PEERBUS_SIM_SEED").is_some() {
+    if is_alone() {
         return;
     }
     let fired = [

@@ -83,10 +83,8 @@ impl Outbox {
             let known = self.subscriptions.insert((node, name), pattern.clone());
             changed |= known != Some(pattern);
         }
-        if changed && node != self.config.me {
-            // Not worth a sync: what is published meanwhile is bound by its own record.
-            let peers = self.peer_records();
-            self.note(&OutboxRecord::Peers(peers));
+        if changed {
+            self.store_peers();
         }
         self.dirty.insert(node);
         self.waiting_dirty = true;
@@ -100,6 +98,11 @@ impl Outbox {
     ) {
         let me = self.config.me;
         self.handle_inbox(me, InboxInfo { epoch: 0, subscriptions });
+    }
+
+    fn store_peers(&mut self) {
+        let peers = self.peer_records();
+        self.append(&OutboxRecord::Peers(peers), Pending::Peers);
     }
 
     pub(super) fn peer_records(&self) -> Vec<PeerRecord> {
@@ -144,8 +147,25 @@ impl Outbox {
 
     // On the way.
 
+    /// The node that takes a message to `target` now, if there is one.
+    pub(super) fn taker(
+        &self,
+        target: &Target,
+        order: Option<&str>,
+        choose: &mut Choose<'_>,
+    ) -> Option<NodeId> {
+        match target {
+            Target::Service(name) => self.choose(name, order, choose),
+            Target::Node(node) => Some(*node).filter(|node| self.is_reachable(node)),
+            Target::Subscription(node, name) => {
+                let active = self.peers.get(node).is_some_and(|peer| peer.active.contains(name));
+                Some(*node).filter(|node| active && self.is_reachable(node))
+            }
+        }
+    }
+
     /// Chooses the instance of a service.
-    pub(super) fn choose(
+    fn choose(
         &self,
         name: &ServiceName,
         order: Option<&str>,
@@ -165,13 +185,18 @@ impl Outbox {
         }
         let Some(part) = self.part(key) else { return };
         let (target, never_sent) = (part.target, part.attempts == 0 && !part.redelivered);
-        let any_instance = matches!(self.targets[target as usize], Target::Service(_));
         match self.node_of(key) {
-            Some(node) if !any_instance || !never_sent || self.is_reachable(&node) => {
+            Some(node) if !never_sent || self.is_reachable(&node) => {
                 self.make_ready(key);
             }
             _ => {
                 self.unbind(key);
+                if let Target::Node(node) | Target::Subscription(node, _) =
+                    self.targets[target as usize]
+                {
+                    // It is missed from now on, though it was never met.
+                    self.peers.entry(node).or_default();
+                }
                 self.set_state(key, State::Waiting);
                 self.waiting.entry(target).or_default().push_back(key);
                 self.waiting_dirty = true;
@@ -250,10 +275,7 @@ impl Outbox {
                 self.transmit(node, key);
             }
         }
-        if !self.settled.is_empty() {
-            let settled = std::mem::take(&mut self.settled);
-            self.note(&OutboxRecord::Settled(settled));
-        }
+        self.store_settled();
         self.remove_segments();
     }
 
@@ -266,9 +288,9 @@ impl Outbox {
                     queue.pop_front();
                     continue;
                 }
-                let Target::Service(name) = self.targets[target as usize].clone() else { break };
                 let order = self.order(key.number).cloned();
-                let Some(node) = self.choose(&name, order.as_deref(), choose) else { break };
+                let to = self.targets[target as usize].clone();
+                let Some(node) = self.taker(&to, order.as_deref(), choose) else { break };
                 let busy = |peer: &super::Peer| {
                     peer.in_flight + peer.ready.len() as u64 >= WINDOW_MESSAGES
                 };
@@ -276,7 +298,7 @@ impl Outbox {
                     break;
                 }
                 queue.pop_front();
-                let bound = self.bind(key, node, &Target::Service(name));
+                let bound = self.bind(key, node, &to);
                 if let Some(part) = self.part_mut(key) {
                     (part.bound, part.state) = (Some(bound), State::Binding);
                 }
@@ -384,7 +406,7 @@ impl Outbox {
         let Some(part) = self.part(key) else { return false };
         if answer.outcome == Outcome::Processed {
             // Of whichever attempt, also of one before it went to another node.
-            if !matches!(part.state, State::Dying | State::Dead(_) | State::Storing) {
+            if !matches!(part.state, State::Dying | State::Dead(_) | State::Settled) {
                 self.settle(key);
             }
             return true;
@@ -446,8 +468,7 @@ impl Outbox {
     // The clocks.
 
     pub(super) fn peer_timeout(&self) -> Option<Time> {
-        let waiting = self.peers.values().filter(|peer| !peer.up && peer.bound > 0);
-        let due = waiting.flat_map(|peer| {
+        let due = self.missed().flat_map(|(_, peer)| {
             let gone = (!peer.told_gone).then(|| peer.down_since + self.config.gone_after);
             let reassign = self.config.reassign_after.map(|after| peer.down_since + after);
             [gone, reassign]
@@ -460,11 +481,17 @@ impl Outbox {
             && at <= now.time
         {
             self.timers.pop_first();
+            if let Some(fate) = self.dying.remove(&key) {
+                self.store_fate(key, fate);
+            }
             if matches!(self.part(key).map(|part| &part.state), Some(State::Paused { until, .. }) if *until == at)
             {
                 self.stop(key);
                 self.release(key);
             }
+        }
+        if self.peers_retry.take_if(|at| *at <= now.time).is_some() {
+            self.store_peers();
         }
         while let Some((at, key)) = self.wall.first().copied()
             && at <= now.unix_ms
@@ -472,9 +499,23 @@ impl Outbox {
             self.wall.pop_first();
             self.handle_wall(now, key);
         }
-        let down = self.peers.iter().filter(|(_, peer)| !peer.up && peer.bound > 0);
-        let down: Vec<NodeId> = down.map(|(node, _)| *node).collect();
-        down.into_iter().for_each(|node| self.handle_absence(now, node));
+        let missed: Vec<NodeId> = self.missed().map(|(node, _)| *node).collect();
+        missed.into_iter().for_each(|node| self.handle_absence(now, node));
+    }
+
+    /// The peers that are away and that messages wait for.
+    fn missed(&self) -> impl Iterator<Item = (&NodeId, &super::Peer)> {
+        let away = self.peers.iter().filter(|(_, peer)| !peer.up);
+        away.filter(|(node, peer)| peer.bound > 0 || self.waiting_for(node) > 0)
+    }
+
+    /// How many messages wait for a node to be there that never had them.
+    fn waiting_for(&self, node: &NodeId) -> u64 {
+        let of_node = self.waiting.iter().filter(|(target, _)| {
+            matches!(&self.targets[**target as usize],
+                Target::Node(wanted) | Target::Subscription(wanted, _) if wanted == node)
+        });
+        of_node.map(|(_, queue)| queue.len() as u64).sum()
     }
 
     fn handle_wall(&mut self, now: Now, key: PartKey) {
@@ -490,11 +531,12 @@ impl Outbox {
     }
 
     fn handle_absence(&mut self, now: Now, node: NodeId) {
+        let waiting = self.waiting_for(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let absent = now.time.since(peer.down_since);
         if absent >= self.config.gone_after && !peer.told_gone {
             peer.told_gone = true;
-            let messages = peer.bound;
+            let messages = peer.bound + waiting;
             let gone = OutboxEvent::PeerGone { peer: node, messages };
             self.actions.push_back(OutboxAction::Report(gone));
         }

@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!  Storing ─▶ Scheduled ─▶ Blocked ─▶ Waiting ─▶ Binding ─▶ Ready ─▶ InFlight ─▶ settled
-//!              not_before   behind    for an     the choice   │  ▲      │ failed, refused
-//!                           its key   instance   is stored    │  └── Paused
+//!              not_before   behind    for its    the choice   │  ▲      │ failed, refused
+//!                           its key   node       is stored    │  └── Paused
 //!                                                             └─▶ Dead: a dead letter
 //! ```
 
+mod admin;
 mod dispatch;
 mod recover;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use recover::Contents;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -86,6 +89,7 @@ pub(crate) enum OutboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
+        sync: bool,
     },
     /// Append an entry that nobody waits for.
     Note(Vec<u8>),
@@ -131,6 +135,9 @@ pub(crate) struct Full {
     pub(crate) bytes: u64,
 }
 
+/// After the disk refused a dead letter.
+const DISK_RETRY: Duration = Duration::from_secs(1);
+
 /// How much of what was stored just now is kept in memory until it is sent, in bytes.
 const MAX_CACHED: u64 = 16 * 1024 * 1024;
 
@@ -175,7 +182,7 @@ enum State {
     Scheduled,
     /// Behind another with its key.
     Blocked,
-    /// For an instance of its service.
+    /// For somebody to be there who takes it.
     Waiting,
     /// The choice of its node is being stored.
     Binding,
@@ -230,7 +237,11 @@ enum Pending {
     Messages(Vec<u64>),
     Bound(Vec<PartKey>),
     Dead(PartKey, Box<Fate>),
-    /// What is remembered of peers; then the segments before that one can go.
+    /// What is settled, and the numbers that it had.
+    Settled(Vec<(u64, u32)>, Vec<Bound>),
+    /// What is remembered of peers.
+    Peers,
+    /// The same; then the segments before that one can go.
     Removal(u64),
 }
 
@@ -249,10 +260,10 @@ pub(crate) struct Outbox {
     target_numbers: HashMap<Target, u32>,
     streams: Vec<StreamState>,
     stream_numbers: HashMap<(NodeId, Stream), u32>,
-    peers: HashMap<NodeId, Peer>,
+    peers: BTreeMap<NodeId, Peer>,
     /// Peers to which something may be sent now.
     dirty: BTreeSet<NodeId>,
-    /// What waits for an instance, by target.
+    /// What waits for somebody to take it, by target.
     waiting: BTreeMap<u32, VecDeque<PartKey>>,
     waiting_dirty: bool,
     /// What was refused and is bound to no node.
@@ -261,13 +272,21 @@ pub(crate) struct Outbox {
     lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
     /// Other nodes that a message was bound to.
     former: HashMap<PartKey, Vec<Bound>>,
+    /// What could not be stored as dead letters yet.
+    dying: HashMap<PartKey, Fate>,
+    /// When what is remembered of peers is stored again.
+    peers_retry: Option<Time>,
     timers: BTreeSet<(Time, PartKey)>,
     /// By the clock on the wall.
     wall: BTreeSet<(u64, PartKey)>,
-    subscriptions: HashMap<(NodeId, ServiceName), Pattern>,
+    subscriptions: BTreeMap<(NodeId, ServiceName), Pattern>,
     pending: HashMap<u64, Pending>,
     next_token: u64,
     settled: Vec<(u64, u32)>,
+    /// Their numbers, which their receivers have to remember until that is on the disk.
+    unreleased: Vec<Bound>,
+    /// The same, by the entries that say so, which have been written but perhaps not synced.
+    written: VecDeque<(u64, Vec<Bound>)>,
     /// How many messages are in each segment.
     live: BTreeMap<u64, u64>,
     newest_segment: u64,
@@ -291,19 +310,23 @@ impl Outbox {
             target_numbers: HashMap::new(),
             streams: Vec::new(),
             stream_numbers: HashMap::new(),
-            peers: HashMap::from([(config.me, me)]),
+            peers: BTreeMap::from([(config.me, me)]),
             dirty: BTreeSet::new(),
             waiting: BTreeMap::new(),
             waiting_dirty: false,
             paused: BTreeSet::new(),
             lanes: HashMap::new(),
             former: HashMap::new(),
+            dying: HashMap::new(),
+            peers_retry: None,
             timers: BTreeSet::new(),
             wall: BTreeSet::new(),
-            subscriptions: HashMap::new(),
+            subscriptions: BTreeMap::new(),
             pending: HashMap::new(),
             next_token: 1,
             settled: Vec::new(),
+            unreleased: Vec::new(),
+            written: VecDeque::new(),
             live: BTreeMap::new(),
             newest_segment: 0,
             removed_before: 0,
@@ -360,10 +383,10 @@ impl Outbox {
             let mut part_records = Vec::new();
             for (part, target) in targets.into_iter().enumerate() {
                 let key = PartKey { number, part: part as u32 };
-                let node = match &target {
-                    Target::Node(node) | Target::Subscription(node, _) => Some(*node),
-                    Target::Service(_) if later => None,
-                    Target::Service(name) => self.choose(name, order.as_deref(), choose),
+                // What is bound may have been sent, as far as the next life knows.
+                let node = match later || self.is_queued_for(&target) {
+                    true => None,
+                    false => self.taker(&target, order.as_deref(), choose),
                 };
                 let bound = node.map(|node| self.bind(key, node, &target));
                 let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
@@ -406,11 +429,28 @@ impl Outbox {
         Ok(numbers)
     }
 
+    /// Whether others wait for that already: what comes later doesn't overtake them.
+    fn is_queued_for(&self, target: &Target) -> bool {
+        self.target_numbers.get(target).is_some_and(|number| self.waiting.contains_key(number))
+    }
+
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {
+        let sync = !matches!(pending, Pending::Settled(..));
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        self.actions.push_back(OutboxAction::Append { token, entry: record.encode() });
+        self.actions.push_back(OutboxAction::Append { token, entry: record.encode(), sync });
+    }
+
+    /// Stores, without a sync, what was settled since the last time.
+    fn store_settled(&mut self) {
+        if self.settled.is_empty() {
+            return;
+        }
+        let settled = std::mem::take(&mut self.settled);
+        let numbers = std::mem::take(&mut self.unreleased);
+        let record = OutboxRecord::Settled(settled.clone());
+        self.append(&record, Pending::Settled(settled, numbers));
     }
 
     fn note(&mut self, record: &OutboxRecord) {
@@ -426,6 +466,16 @@ impl Outbox {
     ) {
         if let Ok(position) = &result {
             self.newest_segment = self.newest_segment.max(position.segment);
+        }
+        let synced = result.is_ok()
+            && self.pending.get(&token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
+        while synced
+            && self.written.front().is_some_and(|(before, _)| *before < token)
+            && let Some((_, numbers)) = self.written.pop_front()
+        {
+            for Bound { stream, seq } in numbers {
+                self.streams[stream as usize].outstanding.remove(seq);
+            }
         }
         match (self.pending.remove(&token), result) {
             (None, _) => {}
@@ -455,8 +505,21 @@ impl Outbox {
                     }
                 }
             }
-            // It is one in memory; if nothing else is stored, it is tried once more.
-            (Some(Pending::Dead(key, fate)), _) => self.bury(key, *fate),
+            (Some(Pending::Dead(key, fate)), Ok(_)) => self.bury(key, *fate),
+            (Some(Pending::Dead(key, fate)), Err(_)) => {
+                self.dying.insert(key, *fate);
+                self.timers.insert((now.time + DISK_RETRY, key));
+            }
+            (Some(Pending::Settled(_, numbers)), Ok(_)) => {
+                self.written.push_back((token, numbers));
+            }
+            (Some(Pending::Settled(settled, numbers)), Err(_)) => {
+                // With what is settled next.
+                self.settled.extend(settled);
+                self.unreleased.extend(numbers);
+            }
+            (Some(Pending::Peers), Ok(_)) => {}
+            (Some(Pending::Peers), Err(_)) => self.peers_retry = Some(now.time + DISK_RETRY),
             (Some(Pending::Removal(before)), Ok(_)) => {
                 self.removing = false;
                 self.removed_before = before;
@@ -591,10 +654,12 @@ impl Outbox {
     }
 
     fn release_number(&mut self, bound: Bound) {
-        let stream = &mut self.streams[bound.stream as usize];
-        if stream.outstanding.remove(bound.seq).is_some()
-            && let Some(peer) = self.peers.get_mut(&stream.node)
-        {
+        self.leave_node(bound);
+        self.streams[bound.stream as usize].outstanding.remove(bound.seq);
+    }
+
+    fn leave_node(&mut self, bound: Bound) {
+        if let Some(peer) = self.peers.get_mut(&self.streams[bound.stream as usize].node) {
             peer.bound -= 1;
         }
     }
@@ -649,6 +714,10 @@ impl Outbox {
     fn kill(&mut self, key: PartKey, fate: Fate) {
         self.stop(key);
         self.set_state(key, State::Dying);
+        self.store_fate(key, fate);
+    }
+
+    fn store_fate(&mut self, key: PartKey, fate: Fate) {
         let record = OutboxRecord::Dead(key.number, key.part, Some(fate.clone()));
         self.append(&record, Pending::Dead(key, Box::new(fate)));
     }
@@ -664,9 +733,17 @@ impl Outbox {
 
     fn end_part(&mut self, key: PartKey, state: State) {
         self.stop(key);
-        self.unbind(key);
-        for bound in self.former.remove(&key).into_iter().flatten() {
-            self.release_number(bound);
+        let bound = self.part_mut(key).and_then(|part| part.bound.take());
+        let former = self.former.remove(&key).into_iter().flatten();
+        for bound in bound.into_iter().chain(former) {
+            match state {
+                // Its receiver may forget it when it can't come again.
+                State::Settled => {
+                    self.leave_node(bound);
+                    self.unreleased.push(bound);
+                }
+                _ => self.release_number(bound),
+            }
         }
         self.leave_lane(key);
         if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
@@ -714,7 +791,7 @@ impl Outbox {
     /// When it has to look at the clock, and at the one on the wall (ms since 1970).
     pub(crate) fn poll_timeout(&self) -> (Option<Time>, Option<u64>) {
         let timer = self.timers.first().map(|(at, _)| *at);
-        let timers = timer.into_iter().chain(self.peer_timeout());
+        let timers = timer.into_iter().chain(self.peer_timeout()).chain(self.peers_retry);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }
 }

@@ -7,9 +7,25 @@ use smallvec::SmallVec;
 
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
 use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PeerRecord};
-use crate::engine::delivery::{Binding, Now, RecordError};
+use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
+use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::wire::BASE_COST;
+
+/// A message of an outbox, for those who look into it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Contents {
+    pub(crate) number: u64,
+    pub(crate) part: u32,
+    pub(crate) target: Target,
+    pub(crate) node: Option<NodeId>,
+    pub(crate) failures: u32,
+    pub(crate) expires_at: Option<u64>,
+    pub(crate) not_before: Option<u64>,
+    pub(crate) size: u32,
+    pub(crate) position: Option<Position>,
+    pub(crate) dead: Option<Fate>,
+}
 
 impl Outbox {
     /// Takes in an entry of the journal, in their order.
@@ -36,13 +52,7 @@ impl Outbox {
             }
             OutboxRecord::Settled(settled) => {
                 for (number, part) in settled {
-                    let key = PartKey { number, part };
-                    if matches!(self.part(key).map(|part| &part.state), Some(State::Dead(_))) {
-                        self.revive(key);
-                    }
-                    if self.part(key).is_some_and(|part| part.state != State::Settled) {
-                        self.end_part(key, State::Settled);
-                    }
+                    self.recover_settled(PartKey { number, part });
                 }
             }
             OutboxRecord::Failed(number, part, failures) => {
@@ -63,6 +73,11 @@ impl Outbox {
                 }
             }
         }
+        // What says that they are settled is on the disk.
+        for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
+            self.streams[stream as usize].outstanding.remove(seq);
+        }
+        self.settled.clear();
         self.actions.clear();
         Ok(())
     }
@@ -124,7 +139,14 @@ impl Outbox {
         }
     }
 
-    fn revive(&mut self, key: PartKey) {
+    pub(super) fn recover_settled(&mut self, key: PartKey) {
+        self.revive(key);
+        if self.part(key).is_some_and(|part| part.state != State::Settled) {
+            self.end_part(key, State::Settled);
+        }
+    }
+
+    pub(super) fn revive(&mut self, key: PartKey) {
         if let Some(part) = self.part_mut(key)
             && matches!(part.state, State::Dead(_))
         {
@@ -161,6 +183,29 @@ impl Outbox {
             self.activate(now, key);
         }
         self.peers.values_mut().for_each(|peer| peer.down_since = now.time);
+    }
+
+    /// What the outbox holds, in the order in which it was stored.
+    pub(crate) fn contents(&self) -> impl Iterator<Item = Contents> {
+        self.entries.iter().flat_map(move |(number, entry)| {
+            let parts = entry.parts.iter().enumerate();
+            let parts = parts.filter(|(_, part)| part.state != State::Settled);
+            parts.map(move |(at, part)| Contents {
+                number,
+                part: at as u32,
+                target: self.targets[part.target as usize].clone(),
+                node: part.bound.map(|bound| self.streams[bound.stream as usize].node),
+                failures: part.failures,
+                expires_at: entry.rare.as_ref().and_then(|rare| rare.expires_at),
+                not_before: entry.rare.as_ref().and_then(|rare| rare.not_before),
+                size: entry.size,
+                position: entry.position,
+                dead: match &part.state {
+                    State::Dead(fate) => Some(Fate::clone(fate)),
+                    _ => None,
+                },
+            })
+        })
     }
 
     /// The bytes of a message, from the journal's entry that it is in; `frozen` as it was stored.

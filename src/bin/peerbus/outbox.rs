@@ -1,0 +1,335 @@
+//! `peerbus outbox`
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, Subcommand};
+use peerbus::{ClosedOutbox, NodeId, StoredMessage, Target};
+use serde_json::{Value, json};
+
+use crate::output;
+
+/// What a node's outbox holds, and what becomes of it. The node must not run meanwhile.
+#[derive(Subcommand)]
+pub(crate) enum Outbox {
+    /// Count what waits by destination, and list the messages
+    List(List),
+    /// Print one message
+    Show(Show),
+    /// Have dead letters tried again when the node runs next
+    Replay(Chosen<false>),
+    /// Remove messages for good
+    Purge(Chosen<true>),
+    /// Take messages to a service from the node that they were given to, which may have processed
+    /// them
+    Reassign(Reassign),
+    /// Read all of it, and say what is damaged
+    Verify(Folder),
+}
+
+#[derive(Args)]
+pub(crate) struct Folder {
+    /// The folder that the node was given with --outbox
+    dir: PathBuf,
+    /// JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Folder {
+    fn open(&self) -> anyhow::Result<ClosedOutbox> {
+        Ok(ClosedOutbox::open(&self.dir)?)
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct List {
+    #[command(flatten)]
+    folder: Folder,
+    /// Only dead letters
+    #[arg(long)]
+    dead: bool,
+    /// How many messages to list, the oldest first
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    limit: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct Show {
+    #[command(flatten)]
+    folder: Folder,
+    /// The message's number, as `list` shows it
+    number: u64,
+}
+
+/// Messages that are named, or all.
+#[derive(Args)]
+#[group(skip)]
+pub(crate) struct Chosen<const ANY: bool> {
+    #[command(flatten)]
+    folder: Folder,
+    /// The numbers of messages, as `list` shows them
+    #[arg(value_name = "NUMBER", required_unless_present = "all")]
+    numbers: Vec<u64>,
+    /// All dead letters
+    #[arg(long, conflicts_with = "numbers")]
+    all: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Reassign {
+    #[command(flatten)]
+    folder: Folder,
+    /// The numbers of messages, as `list` shows them
+    #[arg(value_name = "NUMBER", required_unless_present = "from")]
+    numbers: Vec<u64>,
+    /// All that were given to this node
+    #[arg(long, value_name = "NODE", conflicts_with = "numbers")]
+    from: Option<NodeId>,
+    /// The node that is to have them [default: any that serves the name]
+    #[arg(long, value_name = "NODE")]
+    to: Option<NodeId>,
+}
+
+impl Outbox {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::List(list) => list.run(),
+            Self::Show(show) => show.run(),
+            Self::Replay(some) => some.each("replayed", ClosedOutbox::replay),
+            Self::Purge(some) => some.each("purged", ClosedOutbox::purge),
+            Self::Reassign(reassign) => reassign.run(),
+            Self::Verify(folder) => verify(&folder),
+        }
+    }
+}
+
+/// What waits for one destination.
+#[derive(Default)]
+struct Line {
+    pending: u64,
+    dead: u64,
+    bytes: u64,
+    oldest: Option<SystemTime>,
+}
+
+impl List {
+    fn run(self) -> anyhow::Result<()> {
+        let outbox = self.folder.open()?;
+        let mut lines = BTreeMap::<Target, Line>::new();
+        let (mut listed, mut more) = (Vec::new(), 0u64);
+        for message in outbox.messages() {
+            let line = lines.entry(message.target.clone()).or_default();
+            match message.dead {
+                Some(_) => line.dead += 1,
+                None => line.pending += 1,
+            }
+            line.bytes += u64::from(message.size);
+            if line.oldest.is_none() {
+                // They come in the order in which they were stored.
+                line.oldest = outbox.read(&message).ok().map(|(header, _)| header.sent_at());
+            }
+            if self.dead && message.dead.is_none() {
+                continue;
+            }
+            match listed.len() < self.limit {
+                true => listed.push(message),
+                false => more += 1,
+            }
+        }
+        if self.folder.json {
+            return self.print_json(&outbox, &lines, &listed);
+        }
+        if lines.is_empty() {
+            println!("nothing waits in {}", self.folder.dir.display());
+            return Ok(());
+        }
+        println!("{:<32} {:>9} {:>9} {:>12} {:>10}", "TO", "PENDING", "DEAD", "BYTES", "OLDEST");
+        for (target, line) in &lines {
+            let oldest = line.oldest.map_or("?".into(), age);
+            println!(
+                "{:<32} {:>9} {:>9} {:>12} {oldest:>10}",
+                target.to_string(),
+                line.pending,
+                line.dead,
+                line.bytes
+            );
+        }
+        println!();
+        for message in &listed {
+            let at = outbox.read(message).ok().map(|(header, _)| header.sent_at());
+            println!("{}", describe(message, at));
+        }
+        if more > 0 {
+            println!("… and {more} more (--limit)");
+        }
+        Ok(())
+    }
+
+    fn print_json(
+        &self,
+        outbox: &ClosedOutbox,
+        lines: &BTreeMap<Target, Line>,
+        listed: &[StoredMessage],
+    ) -> anyhow::Result<()> {
+        let lines: Vec<Value> = lines
+            .iter()
+            .map(|(target, line)| {
+                let oldest = line.oldest.and_then(|at| at.elapsed().ok());
+                json!({
+                    "to": target.to_string(), "pending": line.pending, "dead": line.dead,
+                    "bytes": line.bytes, "oldest_s": oldest.map(|age| age.as_secs_f64()),
+                })
+            })
+            .collect();
+        let listed: Vec<Value> = listed.iter().map(|message| as_json(outbox, message)).collect();
+        let value = json!({ "destinations": lines, "messages": listed });
+        Ok(output::line(true, &value, String::new)?)
+    }
+}
+
+fn as_json(outbox: &ClosedOutbox, message: &StoredMessage) -> Value {
+    let read = outbox.read(message).ok();
+    json!({
+        "number": message.number, "part": message.part, "to": message.target.to_string(),
+        "given_to": message.node, "failures": message.failures, "size": message.size,
+        "id": read.as_ref().map(|(header, _)| header.id),
+        "dead": message.dead.as_ref().map(ToString::to_string),
+        "body": read.and_then(|(_, body)| String::from_utf8(body.into()).ok()),
+    })
+}
+
+fn age(at: SystemTime) -> String {
+    let age = at.elapsed().unwrap_or_default();
+    humantime::format_duration(Duration::from_secs(age.as_secs())).to_string()
+}
+
+fn describe(message: &StoredMessage, at: Option<SystemTime>) -> String {
+    let mut text = format!("#{:<8} {}", message.number, message.target);
+    if let Some(at) = at {
+        text += &format!(", {} old", age(at));
+    }
+    if let (Target::Service(_), Some(node)) = (&message.target, message.node) {
+        text += &format!(", given to {}", node.short());
+    }
+    if message.failures > 0 {
+        text += &format!(", failed {} times", message.failures);
+    }
+    if let Some(fate) = &message.dead {
+        text += &format!(", dead: {fate}");
+    }
+    text
+}
+
+impl Show {
+    fn run(self) -> anyhow::Result<()> {
+        let outbox = self.folder.open()?;
+        let found: Vec<StoredMessage> =
+            outbox.messages().filter(|message| message.number == self.number).collect();
+        let first =
+            found.first().with_context(|| format!("there is no message {}", self.number))?;
+        let (header, body) = outbox.read(first)?;
+        if self.folder.json {
+            let parts: Vec<Value> = found.iter().map(|part| as_json(&outbox, part)).collect();
+            return Ok(output::line(true, &json!(parts), String::new)?);
+        }
+        for part in &found {
+            println!("{}", describe(part, Some(header.sent_at())));
+        }
+        println!("id          {}", header.id);
+        println!("destination {}", header.destination);
+        if let Some(key) = header.ordering_key() {
+            println!("key         {key}");
+        }
+        for (name, value) in header.extra.iter().flat_map(|extra| &extra.headers) {
+            println!("header      {name}={value}");
+        }
+        match first.expires_at.map(|at| at.duration_since(SystemTime::now())) {
+            Some(Ok(left)) => println!("expires in  {}", humantime::format_duration(left)),
+            Some(Err(_)) => println!("expires     it has expired"),
+            None => {}
+        }
+        println!("body        {} bytes", body.len());
+        println!("{}", String::from_utf8_lossy(&body));
+        Ok(())
+    }
+}
+
+impl<const ANY: bool> Chosen<ANY> {
+    fn each(
+        self,
+        done: &str,
+        act: impl Fn(&mut ClosedOutbox, &StoredMessage) -> Result<bool, peerbus::StoreError>,
+    ) -> anyhow::Result<()> {
+        let mut outbox = self.folder.open()?;
+        let wanted = |message: &StoredMessage| match self.all {
+            true => message.dead.is_some(),
+            false => self.numbers.contains(&message.number),
+        };
+        let found: Vec<StoredMessage> = outbox.messages().filter(wanted).collect();
+        for number in &self.numbers {
+            let there = found.iter().any(|message| message.number == *number);
+            ensure!(there, "there is no message {number}");
+        }
+        let mut count = 0;
+        for message in &found {
+            if !ANY && message.dead.is_none() {
+                bail!("message {} is no dead letter", message.number);
+            }
+            count += u64::from(act(&mut outbox, message)?);
+        }
+        let value = json!({ done: count });
+        Ok(output::line(self.folder.json, &value, || format!("{done} {count}"))?)
+    }
+}
+
+impl Reassign {
+    fn run(self) -> anyhow::Result<()> {
+        let mut outbox = self.folder.open()?;
+        let wanted = |message: &StoredMessage| match self.from {
+            Some(node) => {
+                message.node == Some(node) && matches!(message.target, Target::Service(_))
+            }
+            None => self.numbers.contains(&message.number),
+        };
+        let found: Vec<StoredMessage> = outbox.messages().filter(wanted).collect();
+        for number in &self.numbers {
+            let there = found.iter().any(|message| message.number == *number);
+            ensure!(there, "there is no message {number}");
+        }
+        for message in &found {
+            let moved = outbox.reassign(message, self.to)?;
+            ensure!(
+                moved,
+                "message {} goes to {} and nowhere else",
+                message.number,
+                message.target
+            );
+        }
+        let value = json!({ "reassigned": found.len() });
+        Ok(output::line(self.folder.json, &value, || format!("reassigned {}", found.len()))?)
+    }
+}
+
+fn verify(folder: &Folder) -> anyhow::Result<()> {
+    let outbox = folder.open()?;
+    let (mut messages, mut unreadable) = (0u64, Vec::new());
+    for message in outbox.messages() {
+        messages += 1;
+        if outbox.read(&message).is_err() {
+            unreadable.push(message.number);
+        }
+    }
+    let damaged = outbox.damaged();
+    let value = json!({ "messages": messages, "unreadable": unreadable, "damaged": damaged });
+    output::line(folder.json, &value, || match (damaged.len(), unreadable.len()) {
+        (0, 0) => format!("{messages} messages, all can be read"),
+        (parts, gone) => {
+            format!("{messages} messages, {gone} can't be read; {parts} damaged parts: {damaged:?}")
+        }
+    })?;
+    ensure!(damaged.is_empty() && unreadable.is_empty(), "the outbox is damaged");
+    Ok(())
+}

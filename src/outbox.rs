@@ -1,0 +1,190 @@
+//! An outbox whose node doesn't run: to look into it, and to decide about dead letters.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+
+use crate::engine::delivery::{Contents, Fate, Outbox, OutboxConfig, PartKey, Target};
+use crate::identity::{Identity, NodeId, random_u64};
+use crate::journal::{Journal, Options, Position};
+use crate::message::Header;
+use crate::node::{StoreError, StoreProblem, store};
+use crate::wire::thaw;
+
+/// A message in an outbox, for one of its destinations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoredMessage {
+    /// Its number in this outbox.
+    pub number: u64,
+    /// Which of its destinations, from 0.
+    pub part: u32,
+    /// Where it has to go.
+    pub target: Target,
+    /// The node that it was given to, if any.
+    pub node: Option<NodeId>,
+    /// How often its handler failed.
+    pub failures: u32,
+    /// Until when it is tried.
+    pub expires_at: Option<SystemTime>,
+    /// Until when it is held back.
+    pub not_before: Option<SystemTime>,
+    /// What it takes, in bytes.
+    pub size: u32,
+    /// Why it is a dead letter, if it is one.
+    pub dead: Option<Fate>,
+    position: Option<Position>,
+}
+
+impl From<Contents> for StoredMessage {
+    fn from(contents: Contents) -> Self {
+        let time = |unix_ms: u64| UNIX_EPOCH + Duration::from_millis(unix_ms);
+        Self {
+            number: contents.number,
+            part: contents.part,
+            target: contents.target,
+            node: contents.node,
+            failures: contents.failures,
+            expires_at: contents.expires_at.map(time),
+            not_before: contents.not_before.map(time),
+            size: contents.size,
+            dead: contents.dead,
+            position: contents.position,
+        }
+    }
+}
+
+/// An outbox that is opened while its node doesn't run.
+///
+/// ```no_run
+/// let mut outbox = peerbus::ClosedOutbox::open("shop.store")?;
+/// let dead: Vec<_> = outbox.messages().filter(|message| message.dead.is_some()).collect();
+/// for message in dead {
+///     outbox.replay(&message)?;
+/// }
+/// # Ok::<(), peerbus::StoreError>(())
+/// ```
+pub struct ClosedOutbox {
+    path: PathBuf,
+    me: NodeId,
+    outbox: Outbox,
+    journal: Journal,
+    damaged: Vec<(u64, u64, u64)>,
+}
+
+impl ClosedOutbox {
+    /// Opens the outbox of a store's folder ([`Config::outbox`](crate::Config::outbox)), which
+    /// has to exist.
+    ///
+    /// # Errors
+    /// [`StoreError`] if a process uses it, or there is none.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
+        let path = dir.as_ref().to_owned();
+        let failed = |problem| StoreError { path: path.clone(), problem };
+        let folder = path.join(store::OUTBOX);
+        if !folder.is_dir() {
+            return Err(failed(StoreProblem::Missing));
+        }
+        let identity = path.join(store::IDENTITY);
+        let me = match identity.exists() {
+            true => Identity::load_or_create(&identity).ok().map(|identity| identity.node_id()),
+            false => None,
+        };
+        let me = me.unwrap_or(NodeId::from_bytes([0; 32]));
+        let mut outbox = Outbox::new(OutboxConfig {
+            me,
+            epoch: random_u64(),
+            seed: 1,
+            max_bytes: u64::MAX,
+            max_messages: u64::MAX,
+            window_bytes: 0,
+            max_failures: u32::MAX,
+            reassign_after: None,
+            gone_after: Duration::MAX,
+        });
+        let mut unreadable = None;
+        let take = |entry: crate::journal::Entry<'_>| {
+            if let Err(error) = outbox.recover(entry.position, entry.payload) {
+                unreadable.get_or_insert(error);
+            }
+        };
+        let (journal, recovery) = Journal::open(&folder, &Options::default(), take)
+            .map_err(|error| failed(error.into()))?;
+        if let Some(error) = unreadable {
+            return Err(failed(StoreProblem::Newer(error.to_string())));
+        }
+        let damaged = recovery.damaged.iter().map(|it| (it.segment, it.from, it.to)).collect();
+        Ok(Self { path, me, outbox, journal, damaged })
+    }
+
+    /// What of it can't be read: file number, first byte, and the one after the last.
+    pub fn damaged(&self) -> &[(u64, u64, u64)] {
+        &self.damaged
+    }
+
+    /// What it holds, in the order in which it was stored.
+    pub fn messages(&self) -> impl Iterator<Item = StoredMessage> {
+        self.outbox.contents().map(Into::into)
+    }
+
+    /// Reads a message: its header and its body.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be read.
+    pub fn read(&self, message: &StoredMessage) -> Result<(Header, Bytes), StoreError> {
+        let unreadable = || self.failed("the message can't be read");
+        let position = message.position.ok_or_else(unreadable)?;
+        let entry = self.journal.read(position).map_err(|_| unreadable())?;
+        let frozen = Outbox::frozen(&entry, message.number).ok().flatten();
+        thaw(&frozen.ok_or_else(unreadable)?, &self.me).map_err(|_| unreadable())
+    }
+
+    /// Has a dead letter tried again, from the node's next start on; whether it was one.
+    ///
+    /// # Errors
+    /// [`StoreError`] if that can't be stored.
+    pub fn replay(&mut self, message: &StoredMessage) -> Result<bool, StoreError> {
+        let entry = self.outbox.replay(key(message));
+        self.store(entry)
+    }
+
+    /// Removes a message for good; whether it was there.
+    ///
+    /// # Errors
+    /// [`StoreError`] if that can't be stored.
+    pub fn purge(&mut self, message: &StoredMessage) -> Result<bool, StoreError> {
+        let entry = self.outbox.purge(key(message));
+        self.store(entry)
+    }
+
+    /// Takes a message from the node that it was given to, which may have processed it, and
+    /// gives it to another instance of its service, or to whichever comes. Whether it could: a
+    /// message to a node or a durable subscription goes nowhere else.
+    ///
+    /// # Errors
+    /// [`StoreError`] if that can't be stored.
+    pub fn reassign(
+        &mut self,
+        message: &StoredMessage,
+        to: Option<NodeId>,
+    ) -> Result<bool, StoreError> {
+        let entry = self.outbox.reassign_to(key(message), to);
+        self.store(entry)
+    }
+
+    fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
+        let Some(entry) = entry else { return Ok(false) };
+        self.journal.append_blocking(entry).map_err(|error| self.failed(&error.to_string()))?;
+        Ok(true)
+    }
+
+    fn failed(&self, text: &str) -> StoreError {
+        let problem = StoreProblem::Io(std::io::Error::other(text.to_owned()));
+        StoreError { path: self.path.clone(), problem }
+    }
+}
+
+fn key(message: &StoredMessage) -> PartKey {
+    PartKey { number: message.number, part: message.part }
+}
