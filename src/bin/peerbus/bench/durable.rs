@@ -2,25 +2,28 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use peerbus::journal::{Journal, Options};
+use peerbus::{Call, HandlerError, Node};
 use serde_json::json;
+use tokio::task::unconstrained;
 
+use super::process::{BenchDir, Far, Placement, affinity, name};
 use super::stats::{Samples, median};
 use crate::output;
 
 const SIZES: [usize; 2] = [100, 1024];
 const WINDOWS: [usize; 4] = [1, 16, 256, 4096];
 
-/// What it takes to store messages in a journal, synced to the disk, beside the machine's own
-/// `fdatasync` of as many bytes in the same run: how long one takes, and how many go in a second
-/// when so many wait at a time.
+/// What guaranteed delivery costs, beside the machine's own `fdatasync` and a request without
+/// guarantees in the same run: how long a message takes until it is stored here, and until it is
+/// processed there, with both stores synced; and how many go in a second when so many wait at a
+/// time.
 #[derive(Args)]
 pub(crate) struct Durable {
     /// Folder on the disk to be measured, which is given a folder of its own for this run
@@ -32,9 +35,46 @@ pub(crate) struct Durable {
     /// How long each is measured in a round, in milliseconds
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(10..))]
     millis: u64,
+    /// Where the two nodes run
+    #[arg(long, value_enum, default_value_t = Placement::Apart)]
+    placement: Placement,
     /// One JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// What is measured of a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The reference: as many bytes, written and synced by hand.
+    Sync,
+    /// A request without guarantees, from a node without a store.
+    Bare,
+    /// The same from a node with one.
+    Request,
+    /// Until it is stored here. Nobody takes it.
+    Stored(usize),
+    /// Until it is processed there.
+    Processed(usize),
+}
+
+impl What {
+    fn all() -> Vec<Self> {
+        let mut all = vec![Self::Sync, Self::Bare, Self::Request];
+        all.extend(WINDOWS.map(Self::Stored));
+        all.extend(WINDOWS.map(Self::Processed));
+        all
+    }
+
+    fn title(self) -> String {
+        match self {
+            Self::Sync => "write and fdatasync (reference)".into(),
+            Self::Bare => "request, node without a store".into(),
+            Self::Request => "request, node with a store".into(),
+            Self::Stored(window) => format!("stored, {window} at a time"),
+            Self::Processed(window) => format!("processed, {window} at a time"),
+        }
+    }
 }
 
 /// One line of the report, round by round.
@@ -53,33 +93,57 @@ impl Line {
     }
 }
 
+/// The sides of this benchmark.
+struct Bench {
+    bare: Node,
+    durable: Node,
+    /// Where stores lie.
+    stores: Removed,
+    runtime: BenchDir,
+    millis: u64,
+    _far: Far,
+}
+
 impl Durable {
+    /// Pins this process, before it has other threads.
+    pub(crate) fn prepare(&self) {
+        self.placement.pin_near();
+    }
+
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         // Where an embedding service's own tasks run: on a worker, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let dir = self.dir.join(format!("peerbus-bench-durable-{}", std::process::id()));
-        std::fs::create_dir(&dir).with_context(|| format!("{} can't be made", dir.display()))?;
-        let dir = Removed(dir);
-        let mut journals = Vec::new();
-        for size in SIZES {
-            let path = dir.0.join(size.to_string());
-            journals.push(Journal::open(&path, &Options::default(), |_| {})?.0);
+        let stores = self.dir.join(format!("peerbus-bench-durable-{}", std::process::id()));
+        std::fs::create_dir(&stores)
+            .with_context(|| format!("{} can't be made", stores.display()))?;
+        let (stores, runtime) = (Removed(stores), BenchDir::new()?);
+        let mut args = vec![
+            "--runtime-dir".to_owned(),
+            runtime.path().display().to_string(),
+            "--store".to_owned(),
+            stores.0.join("far").display().to_string(),
+        ];
+        if let Some((_, far)) = self.placement.cores() {
+            args.extend(["--cpu".to_owned(), far.to_string()]);
         }
-        let mut raw: [Line; 2] = Default::default();
-        let mut lines: [[Line; 4]; 2] = Default::default();
+        let far = Far::start("keeper", args).await?;
+        let bare = node(runtime.path(), None).await?;
+        let durable = node(runtime.path(), Some(&stores.0.join("near"))).await?;
+        let bench = Bench { bare, durable, stores, runtime, millis: self.millis, _far: far };
+        for node in [&bench.bare, &bench.durable] {
+            node.wait_for_service("work", Duration::from_secs(10)).await?;
+        }
+        let all = What::all();
+        let mut lines: Vec<[Line; 2]> = all.iter().map(|_| Default::default()).collect();
         for round in 0..=self.rounds {
             output::progress(Some(&format!("round {round} of {}", self.rounds)));
-            for (place, size) in SIZES.into_iter().enumerate() {
-                let (samples, took) = self.sync_raw(&dir.0.join(format!("raw-{size}")), size)?;
-                // The first round is for warming up.
-                if round > 0 {
-                    raw[place].add(&samples, took);
-                }
-                for (window, line) in WINDOWS.into_iter().zip(&mut lines[place]) {
-                    let (samples, took) = self.store(&journals[place], size, window).await?;
+            for (what, lines) in all.iter().zip(&mut lines) {
+                for (size, line) in SIZES.into_iter().zip(lines) {
+                    let (samples, took) = bench.round(*what, size).await?;
+                    // The first round is for warming up.
                     if round > 0 {
                         line.add(&samples, took);
                     }
@@ -87,70 +151,149 @@ impl Durable {
             }
         }
         output::progress(None);
-        self.report(&raw, &lines)
+        bench.durable.shutdown().await;
+        self.report(&all, &lines)
     }
 
-    /// The reference: the same bytes, written and synced by hand.
-    fn sync_raw(&self, path: &std::path::Path, size: usize) -> anyhow::Result<(Samples, Duration)> {
-        let mut file = File::options().create(true).append(true).open(path)?;
-        let (body, mut samples, begun) = (vec![7; size], Samples::default(), Instant::now());
-        while begun.elapsed() < Duration::from_millis(self.millis) {
-            let sent = Instant::now();
-            file.write_all(&body)?;
-            file.sync_data()?;
-            samples.add(sent.elapsed());
-        }
-        Ok((samples, begun.elapsed()))
-    }
-
-    /// Stores messages, `window` at a time.
-    async fn store(
-        &self,
-        journal: &Journal,
-        size: usize,
-        window: usize,
-    ) -> anyhow::Result<(Samples, Duration)> {
-        let (mut samples, begun) = (Samples::default(), Instant::now());
-        let append = || {
-            let (sent, stored) = (Instant::now(), journal.append(vec![7; size]));
-            async move { stored.await.map(|_| sent.elapsed()) }
-        };
-        let mut waiting: FuturesUnordered<_> = (0..window).map(|_| append()).collect();
-        while let Some(took) = waiting.next().await {
-            samples.add(took?);
-            if begun.elapsed() < Duration::from_millis(self.millis) {
-                waiting.push(append());
-            }
-        }
-        Ok((samples, begun.elapsed()))
-    }
-
-    fn report(&self, raw: &[Line; 2], lines: &[[Line; 4]; 2]) -> anyhow::Result<()> {
+    fn report(&self, all: &[What], lines: &[[Line; 2]]) -> anyhow::Result<()> {
         let mut text = format!(
-            "Messages stored and synced, in turn, {} rounds of {} ms\n\n{:<40}{:>12}{:>12}{:>12}{:>10}\n",
-            self.rounds, self.millis, "", "messages/s", "p50 µs", "p99 µs", "p50 ratio"
+            "Messages with both stores synced, in turn, {} rounds of {} ms\n\n{:<46}{:>12}{:>10}{:>10}{:>8}\n",
+            self.rounds, self.millis, "", "messages/s", "p50 µs", "p99 µs", "ratio"
         );
         let mut results = Vec::new();
-        for ((size, raw), lines) in SIZES.into_iter().zip(raw).zip(lines) {
-            let reference = (format!("{size} B, write and fdatasync (reference)"), raw);
-            let journal = WINDOWS.into_iter().zip(lines);
-            let journal =
-                journal.map(|(window, line)| (format!("{size} B, {window} at a time"), line));
-            for (title, line) in std::iter::once(reference).chain(journal) {
-                let ratios = line.p50s.iter().zip(&raw.p50s).map(|(own, raw)| own / raw).collect();
+        for (place, size) in SIZES.into_iter().enumerate() {
+            let (raw, request) = (&lines[0][place].p50s, &lines[2][place].p50s);
+            for (what, line) in all.iter().zip(lines).map(|(what, lines)| (what, &lines[place])) {
+                let sums = raw.iter().zip(request);
+                let reference: Vec<f64> = match what {
+                    What::Processed(_) => sums.map(|(raw, request)| 2.0 * raw + request).collect(),
+                    What::Request => lines[1][place].p50s.clone(),
+                    What::Sync | What::Bare | What::Stored(_) => raw.clone(),
+                };
+                let ratios = line.p50s.iter().zip(reference).map(|(own, other)| own / other);
                 let (rate, p50) = (median(line.rates.clone()), median(line.p50s.clone()));
-                let (p99, ratio) = (median(line.p99s.clone()), median(ratios));
-                text += &format!("{title:<40}{rate:>12.0}{p50:>12.0}{p99:>12.0}{ratio:>10.2}\n");
+                let (p99, ratio) = (median(line.p99s.clone()), median(ratios.collect()));
+                let title = format!("{size} B, {}", what.title());
+                text += &format!("{title:<46}{rate:>12.0}{p50:>10.0}{p99:>10.0}{ratio:>8.2}\n");
                 results.push(json!({
-                    "what": title, "size": size, "per_second": rate, "p50_us": p50,
+                    "what": what.title(), "size": size, "per_second": rate, "p50_us": p50,
                     "p99_us": p99, "p50_ratio": ratio,
                 }));
             }
+            text += "\n";
         }
-        text +=
-            "\nMedians over the rounds; the ratio is against the reference's p50 in that round.";
-        let value = json!({ "rounds": self.rounds, "millis": self.millis, "results": results });
+        text += "Medians over the rounds. The ratio is that of the p50s in a round: against the reference; for\n\
+                 what is processed, against two fdatasync and a request; for the node with a store, against\n\
+                 the one without.";
+        let value = json!({
+            "rounds": self.rounds, "millis": self.millis, "placement": name(self.placement),
+            "results": results,
+        });
         output::line(self.json, &value, || text)?;
+        Ok(())
+    }
+}
+
+async fn node(runtime_dir: &Path, store: Option<&Path>) -> anyhow::Result<Node> {
+    let config = Node::builder().runtime_dir(runtime_dir).mdns(false).outbox_messages(10_000_000);
+    Ok(store.into_iter().fold(config, |config, dir| config.outbox(dir)).start().await?)
+}
+
+impl Bench {
+    async fn round(&self, what: What, size: usize) -> anyhow::Result<(Samples, Duration)> {
+        let body = vec![7; size];
+        match what {
+            What::Sync => {
+                sync_by_hand(&self.stores.0.join(format!("raw-{size}")), &body, self.millis)
+            }
+            What::Bare => self.ask(&self.bare, &body).await,
+            What::Request => self.ask(&self.durable, &body).await,
+            What::Stored(window) => {
+                let dir = self.stores.0.join("nobody");
+                let node = node(self.runtime.path(), Some(&dir)).await?;
+                let measured = self.keep_busy(window, || async {
+                    Ok(drop(node.send("nobody", &body[..]).guaranteed().await?))
+                });
+                let measured = measured.await;
+                node.shutdown_within(Duration::ZERO).await;
+                std::fs::remove_dir_all(&dir)?;
+                measured
+            }
+            What::Processed(window) => {
+                let send = || async {
+                    Ok(self.durable.send("work", &body[..]).guaranteed().await?.processed().await?)
+                };
+                self.keep_busy(window, send).await
+            }
+        }
+    }
+
+    async fn ask(&self, node: &Node, body: &[u8]) -> anyhow::Result<(Samples, Duration)> {
+        self.keep_busy(1, || async { Ok(drop(node.request("work", body).await?)) }).await
+    }
+
+    /// Does something again and again, `window` at a time.
+    async fn keep_busy<F: Future<Output = anyhow::Result<()>>>(
+        &self,
+        window: usize,
+        act: impl Fn() -> F,
+    ) -> anyhow::Result<(Samples, Duration)> {
+        let timed = || {
+            let (begun, acting) = (Instant::now(), act());
+            async move { acting.await.map(|()| begun.elapsed()) }
+        };
+        let (mut samples, begun) = (Samples::default(), Instant::now());
+        let mut waiting: FuturesUnordered<_> = (0..window).map(|_| timed()).collect();
+        // Tokio has a task wait its turn after 128 steps, and thousands of futures in one task
+        // would then all be polled for nothing.
+        while let Some(took) = unconstrained(waiting.next()).await {
+            samples.add(took?);
+            if begun.elapsed() < Duration::from_millis(self.millis) {
+                waiting.push(timed());
+            }
+        }
+        Ok((samples, begun.elapsed()))
+    }
+}
+
+fn sync_by_hand(path: &Path, body: &[u8], millis: u64) -> anyhow::Result<(Samples, Duration)> {
+    let mut file = File::options().create(true).append(true).open(path)?;
+    let (mut samples, begun) = (Samples::default(), Instant::now());
+    while begun.elapsed() < Duration::from_millis(millis) {
+        let sent = Instant::now();
+        file.write_all(body)?;
+        file.sync_data()?;
+        samples.add(sent.elapsed());
+    }
+    Ok((samples, begun.elapsed()))
+}
+
+/// The far side.
+#[derive(Args)]
+pub(crate) struct Keeper {
+    #[arg(long)]
+    runtime_dir: PathBuf,
+    #[arg(long)]
+    store: PathBuf,
+    #[arg(long)]
+    cpu: Option<usize>,
+}
+
+impl Keeper {
+    pub(crate) fn prepare(&self) {
+        if let Some(cpu) = self.cpu {
+            affinity::pin(cpu);
+        }
+    }
+
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
+        let node = node(&self.runtime_dir, Some(&self.store)).await?;
+        let handler = |_: Call| std::future::ready(Ok::<_, HandlerError>(""));
+        let _service = node.serve("work", handler).start()?;
+        println!("{}", node.id());
+        // Until the near side closes its end.
+        let mut line = String::new();
+        tokio::task::spawn_blocking(move || std::io::stdin().read_line(&mut line)).await??;
         Ok(())
     }
 }

@@ -22,7 +22,7 @@ pub(crate) enum Bench {
     Throughput(throughput::Throughput),
     /// Requests a second with many in flight, beside plain TCP in the same run
     Requests(requests::Requests),
-    /// How long it takes to store messages on the disk, beside its own fdatasync in the same run
+    /// What guaranteed delivery costs, beside the disk's own fdatasync in the same run
     Durable(durable::Durable),
     /// Many node processes: how long until all are linked, what they take at rest
     Scale(scale::Scale),
@@ -32,6 +32,9 @@ pub(crate) enum Bench {
     /// The far side of `throughput` and `load`
     #[command(hide = true)]
     Sink(stream::Sink),
+    /// The far side of `durable`
+    #[command(hide = true)]
+    Keeper(durable::Keeper),
     /// One of the nodes of `scale`
     #[command(hide = true)]
     Member(scale::Member),
@@ -47,7 +50,9 @@ impl Bench {
             Self::Requests(requests) => requests.prepare(),
             Self::Sink(sink) => sink.prepare(),
             Self::Echo(echo) => echo.prepare(),
-            Self::Durable(_) | Self::Scale(_) | Self::Member(_) => {}
+            Self::Durable(durable) => durable.prepare(),
+            Self::Keeper(keeper) => keeper.prepare(),
+            Self::Scale(_) | Self::Member(_) => {}
         }
     }
 
@@ -60,6 +65,7 @@ impl Bench {
             Self::Sink(sink) => sink.run().await,
             Self::Echo(echo) => echo.run().await,
             Self::Durable(durable) => durable.run().await,
+            Self::Keeper(keeper) => keeper.run().await,
             Self::Scale(scale) => scale.run().await,
             Self::Member(member) => member.run().await,
         }
