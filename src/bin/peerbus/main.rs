@@ -9,6 +9,7 @@ mod output;
 mod peers;
 mod publish;
 mod request;
+mod scratch;
 mod send;
 mod serve;
 mod subscribe;

@@ -5,7 +5,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use clap::Args;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -13,9 +12,10 @@ use peerbus::{Call, HandlerError, Node};
 use serde_json::json;
 use tokio::task::unconstrained;
 
-use super::process::{BenchDir, Far, Placement, affinity, name};
+use super::process::{Far, Placement, affinity, name};
 use super::stats::{Samples, median};
 use crate::output;
+use crate::scratch::Scratch;
 
 const SIZES: [usize; 2] = [100, 1024];
 const WINDOWS: [usize; 4] = [1, 16, 256, 4096];
@@ -98,8 +98,8 @@ struct Bench {
     bare: Node,
     durable: Node,
     /// Where stores lie.
-    stores: Removed,
-    runtime: BenchDir,
+    stores: Scratch,
+    runtime: Scratch,
     millis: u64,
     _far: Far,
 }
@@ -116,22 +116,19 @@ impl Durable {
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let stores = self.dir.join(format!("peerbus-bench-durable-{}", std::process::id()));
-        std::fs::create_dir(&stores)
-            .with_context(|| format!("{} can't be made", stores.display()))?;
-        let (stores, runtime) = (Removed(stores), BenchDir::new()?);
+        let (stores, runtime) = (Scratch::inside(&self.dir)?, Scratch::new()?);
         let mut args = vec![
             "--runtime-dir".to_owned(),
             runtime.path().display().to_string(),
             "--store".to_owned(),
-            stores.0.join("far").display().to_string(),
+            stores.path().join("far").display().to_string(),
         ];
         if let Some((_, far)) = self.placement.cores() {
             args.extend(["--cpu".to_owned(), far.to_string()]);
         }
         let far = Far::start("keeper", args).await?;
         let bare = node(runtime.path(), None).await?;
-        let durable = node(runtime.path(), Some(&stores.0.join("near"))).await?;
+        let durable = node(runtime.path(), Some(&stores.path().join("near"))).await?;
         let bench = Bench { bare, durable, stores, runtime, millis: self.millis, _far: far };
         for node in [&bench.bare, &bench.durable] {
             node.wait_for_service("work", Duration::from_secs(10)).await?;
@@ -204,12 +201,12 @@ impl Bench {
         let body = vec![7; size];
         match what {
             What::Sync => {
-                sync_by_hand(&self.stores.0.join(format!("raw-{size}")), &body, self.millis)
+                sync_by_hand(&self.stores.path().join(format!("raw-{size}")), &body, self.millis)
             }
             What::Bare => self.ask(&self.bare, &body).await,
             What::Request => self.ask(&self.durable, &body).await,
             What::Stored(window) => {
-                let dir = self.stores.0.join("nobody");
+                let dir = self.stores.path().join("nobody");
                 let node = node(self.runtime.path(), Some(&dir)).await?;
                 let measured = self.keep_busy(window, || async {
                     Ok(drop(node.send("nobody", &body[..]).guaranteed().await?))
@@ -295,14 +292,5 @@ impl Keeper {
         let mut line = String::new();
         tokio::task::spawn_blocking(move || std::io::stdin().read_line(&mut line)).await??;
         Ok(())
-    }
-}
-
-/// A folder that goes with this.
-struct Removed(PathBuf);
-
-impl Drop for Removed {
-    fn drop(&mut self) {
-        let _left_behind = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -8,10 +8,11 @@ use clap::{Args, ValueEnum};
 use peerbus::{Address, Call, Config, MeshName, Node};
 use serde_json::json;
 
-use super::process::{BenchDir, Far, Placement, affinity, name};
+use super::process::{Far, Placement, affinity, name};
 use super::reference::{TcpClient, ZeromqClient, serve_tcp, serve_zeromq};
 use super::stats::{Samples, median};
 use crate::output;
+use crate::scratch::Scratch;
 
 /// Who takes part. The first is the reference.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -92,7 +93,7 @@ impl Latency {
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let dir = BenchDir::new()?;
+        let dir = Scratch::new()?;
         let mut sides = Vec::new();
         for contender in Contender::all() {
             sides.push(Side::start(contender, self.size as usize, self.placement, &dir).await?);
@@ -159,7 +160,7 @@ impl Side {
         contender: Contender,
         size: usize,
         placement: Placement,
-        dir: &BenchDir,
+        dir: &Scratch,
     ) -> anyhow::Result<Self> {
         let mut args = vec![
             format!("--contender={}", name(contender)),

@@ -5,6 +5,7 @@ mod load;
 mod process;
 mod reference;
 mod requests;
+mod restart;
 mod scale;
 mod stats;
 mod stream;
@@ -24,6 +25,8 @@ pub(crate) enum Bench {
     Requests(requests::Requests),
     /// What guaranteed delivery costs, beside the disk's own fdatasync in the same run
     Durable(durable::Durable),
+    /// How long a node takes to come back with many messages in its outbox
+    Restart(restart::Restart),
     /// Many node processes: how long until all are linked, what they take at rest
     Scale(scale::Scale),
     /// The far side of `latency` and `requests`
@@ -35,6 +38,9 @@ pub(crate) enum Bench {
     /// The far side of `durable`
     #[command(hide = true)]
     Keeper(durable::Keeper),
+    /// The process that `restart` starts
+    #[command(hide = true)]
+    Restarted(restart::Restarted),
     /// One of the nodes of `scale`
     #[command(hide = true)]
     Member(scale::Member),
@@ -52,7 +58,7 @@ impl Bench {
             Self::Echo(echo) => echo.prepare(),
             Self::Durable(durable) => durable.prepare(),
             Self::Keeper(keeper) => keeper.prepare(),
-            Self::Scale(_) | Self::Member(_) => {}
+            Self::Restart(_) | Self::Restarted(_) | Self::Scale(_) | Self::Member(_) => {}
         }
     }
 
@@ -66,6 +72,8 @@ impl Bench {
             Self::Echo(echo) => echo.run().await,
             Self::Durable(durable) => durable.run().await,
             Self::Keeper(keeper) => keeper.run().await,
+            Self::Restart(restart) => restart.run().await,
+            Self::Restarted(restarted) => restarted.run().await,
             Self::Scale(scale) => scale.run().await,
             Self::Member(member) => member.run().await,
         }

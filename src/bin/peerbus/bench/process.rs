@@ -1,10 +1,8 @@
 //! The processes of a benchmark: where they run, where their sockets lie, how they are started.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -90,33 +88,6 @@ pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
     bail!("what a process takes is only measured on Linux")
-}
-
-/// A folder for the sockets of this run, removed at its end.
-pub(crate) struct BenchDir(PathBuf);
-
-impl BenchDir {
-    pub(crate) fn new() -> anyhow::Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("peerbus-bench-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
-        Ok(Self(path))
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for BenchDir {
-    fn drop(&mut self) {
-        let _left_behind = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// The name of a value as the command line has it.

@@ -7,9 +7,10 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::latency::{Client, Contender, Side};
-use super::process::{BenchDir, Placement, name};
+use super::process::{Placement, name};
 use super::stats::median;
 use crate::output;
+use crate::scratch::Scratch;
 
 /// Requests a second with many in flight, beside a plain TCP echo with one in flight. The
 /// contenders run in turn, round after round.
@@ -47,7 +48,7 @@ impl Requests {
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let dir = BenchDir::new()?;
+        let dir = Scratch::new()?;
         let unix = cfg!(unix).then_some(Contender::PeerbusUnix);
         let contenders = [Some(Contender::TcpEcho), unix, Some(Contender::PeerbusTcp)];
         let mut sides = Vec::new();

@@ -10,9 +10,10 @@ use serde_json::json;
 use tokio::task::JoinSet;
 use zeromq::{DealerSocket, RouterSocket, Socket};
 
-use super::process::{BenchDir, Far, name, usage};
+use super::process::{Far, name, usage};
 use super::stats::median;
 use crate::output;
+use crate::scratch::Scratch;
 
 /// How the nodes find each other.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -138,7 +139,7 @@ impl Scale {
 
     async fn round(&self, by: Option<By>, title: &str) -> anyhow::Result<Outcome> {
         output::progress(Some(&format!("{title}: one alone")));
-        let (alone_dir, dir) = (BenchDir::new()?, BenchDir::new()?);
+        let (alone_dir, dir) = (Scratch::new()?, Scratch::new()?);
         let mut alone = self.start(by, 0, 1, &alone_dir, None).await?;
         alone.line().await?;
         let (_, alone_resident) = alone.usage().await?;
@@ -180,7 +181,7 @@ impl Scale {
         by: Option<By>,
         number: u32,
         nodes: u32,
-        dir: &BenchDir,
+        dir: &Scratch,
         seed: Option<&str>,
     ) -> anyhow::Result<Far> {
         let mut args = vec![

@@ -9,8 +9,9 @@ use clap::{Args, ValueEnum};
 use peerbus::{Address, Config, MeshName, Node, Overflow, Publisher, Subscription, Topic};
 use zeromq::{PullSocket, PushSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
-use super::process::{BenchDir, Far, Placement, affinity, name};
+use super::process::{Far, Placement, affinity, name};
 use super::stats::Samples;
+use crate::scratch::Scratch;
 
 /// What carries the messages.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,7 +64,7 @@ pub(crate) struct Stream {
     /// Those that read.
     pub(crate) sinks: Vec<Far>,
     _stalled: Vec<Far>,
-    _dir: BenchDir,
+    _dir: Scratch,
 }
 
 impl Stream {
@@ -75,7 +76,7 @@ impl Stream {
         stalled: u32,
         placement: Placement,
     ) -> anyhow::Result<Self> {
-        let dir = BenchDir::new()?;
+        let dir = Scratch::new()?;
         let mesh = format!("bench-{}", std::process::id());
         let mut sinks = Vec::new();
         for number in 0..subscribers {

@@ -1,5 +1,7 @@
 //! `peerbus demo`: the main job in one command.
 
+mod crash;
+
 use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::time::Duration;
@@ -40,9 +42,11 @@ impl Demo {
         }
         let result = show(&mesh, &mut processes, &mut lines).await;
         for process in &mut processes {
-            stop(process).await;
+            terminate(&mut process.child, process.name).await;
         }
         result?;
+        crash::show().await?;
+        say("");
         say("That was the mesh. `peerbus --help` lists what else there is.");
         Ok(())
     }
@@ -180,17 +184,16 @@ fn start(
 }
 
 /// Asks a process to end, and sees to it.
-async fn stop(process: &mut Process) {
+async fn terminate(child: &mut Child, name: &str) {
     #[cfg(unix)]
-    if let Some(pid) = process.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
-    {
+    if let Some(pid) = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
         let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        if timeout(Duration::from_secs(5), process.child.wait()).await.is_ok() {
+        if timeout(Duration::from_secs(5), child.wait()).await.is_ok() {
             return;
         }
-        eprintln!("{} had to be killed", process.name);
+        eprintln!("{name} had to be killed");
     }
-    let _gone_already = process.child.kill().await;
+    let _gone_already = child.kill().await;
 }
 
 fn title(text: &str) {
