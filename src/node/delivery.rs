@@ -78,6 +78,12 @@ impl Shared {
                 store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
+            OutboxAction::Read(number, position) => {
+                let mut entry = None;
+                store.with_journals(|it| entry = it.outbox.read(position).ok());
+                let frozen = entry.and_then(|entry| Outbox::frozen(&entry, number).ok().flatten());
+                outbox.handle_read(number, frozen);
+            }
             OutboxAction::RemoveBefore(segment) => {
                 store.with_journals(|it| it.outbox.remove_before(segment));
             }

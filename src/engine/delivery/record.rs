@@ -85,6 +85,12 @@ pub(super) struct MessageRecord {
 pub(super) struct PartRecord {
     pub(super) target: TargetRecord,
     pub(super) binding: Option<BindingRecord>,
+    pub(super) failures: u32,
+    /// A handler may have had it.
+    pub(super) redelivered: bool,
+    pub(super) settled: bool,
+    /// Why it is a dead letter, if it is one.
+    pub(super) dead: Option<Fate>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

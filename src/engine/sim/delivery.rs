@@ -42,6 +42,7 @@ pub(super) struct Seen {
     pub(super) power_cuts: u64,
     pub(super) torn: u64,
     pub(super) failed_writes: u64,
+    pub(super) moved: u64,
     pub(super) cuts: u64,
     pub(super) clock_jumps: u64,
 }
@@ -280,6 +281,7 @@ impl World {
             max_messages: 1000,
             window_bytes: 600,
             max_failures: 10,
+            segment_size: 1000,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),
         };
@@ -728,6 +730,12 @@ impl World {
             }
             OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, false),
             OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
+            OutboxAction::Read(number, position) => {
+                self.seen.moved += 1;
+                let bytes = entry.outbox_disk.at(position).expect("it is kept");
+                let frozen = Outbox::frozen(bytes, number).unwrap();
+                entry.life.as_mut().expect("it acts").outbox.handle_read(number, frozen);
+            }
             OutboxAction::Transmit { to, source, delivery, .. } => {
                 let message = match source {
                     Source::Memory(message) => message.0.id,
@@ -814,7 +822,7 @@ fn a_thousand_faulty_runs_process_what_was_stored_once_and_in_order() {
 }
 
 impl Seen {
-    fn all(&self) -> [(&'static str, u64); 17] {
+    fn all(&self) -> [(&'static str, u64); 18] {
         [
             ("messages stored", self.stored),
             ("messages that could not be stored", self.not_stored),
@@ -831,6 +839,7 @@ impl Seen {
             ("power cuts", self.power_cuts),
             ("entries lost with the power", self.torn),
             ("failed writes", self.failed_writes),
+            ("messages moved to a newer segment", self.moved),
             ("cuts", self.cuts),
             ("clock jumps", self.clock_jumps),
         ]
@@ -852,6 +861,7 @@ impl Seen {
         self.power_cuts += other.power_cuts;
         self.torn += other.torn;
         self.failed_writes += other.failed_writes;
+        self.moved += other.moved;
         self.cuts += other.cuts;
         self.clock_jumps += other.clock_jumps;
     }

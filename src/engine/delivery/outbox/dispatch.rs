@@ -277,6 +277,7 @@ impl Outbox {
         }
         self.store_settled();
         self.remove_segments();
+        self.compact();
     }
 
     fn bind_waiting(&mut self, choose: &mut Choose<'_>) {
@@ -571,20 +572,5 @@ impl Outbox {
             self.former.entry(key).or_default().push(bound);
             self.note(&OutboxRecord::Bound(vec![(key.number, key.part, None)]));
         }
-    }
-
-    // Segments.
-
-    /// Has the segments removed that hold nothing more that counts.
-    fn remove_segments(&mut self) {
-        let first = self.live.first_key_value().map(|(segment, _)| *segment);
-        let before = first.unwrap_or(self.newest_segment).min(self.newest_segment);
-        if self.removing || before <= self.removed_before || self.newest_segment == 0 {
-            return;
-        }
-        self.removing = true;
-        // It is said again in a segment that stays.
-        let peers = self.peer_records();
-        self.append(&OutboxRecord::Peers(peers), Pending::Removal(before));
     }
 }

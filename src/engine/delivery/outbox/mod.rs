@@ -10,6 +10,7 @@
 mod admin;
 mod dispatch;
 mod recover;
+mod segments;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +49,8 @@ pub(crate) struct OutboxConfig {
     pub(crate) max_failures: u32,
     /// After how long without its node a message goes to another one.
     pub(crate) reassign_after: Option<Duration>,
+    /// About how large a segment of the journal is, in bytes.
+    pub(crate) segment_size: u64,
     /// After how long a peer that messages wait for is reported.
     pub(crate) gone_after: Duration,
 }
@@ -93,6 +96,8 @@ pub(crate) enum OutboxAction {
     },
     /// Append an entry that nobody waits for.
     Note(Vec<u8>),
+    /// Read a message, and tell of it: it is to be stored once more.
+    Read(u64, Position),
     /// The entries before that segment are no longer wanted.
     RemoveBefore(u64),
     Transmit {
@@ -237,6 +242,8 @@ enum Pending {
     Messages(Vec<u64>),
     Bound(Vec<PartKey>),
     Dead(PartKey, Box<Fate>),
+    /// A message that was in an old segment.
+    Moved(u64),
     /// What is settled, and the numbers that it had.
     Settled(Vec<(u64, u32)>, Vec<Bound>),
     /// What is remembered of peers.
@@ -292,6 +299,9 @@ pub(crate) struct Outbox {
     newest_segment: u64,
     removed_before: u64,
     removing: bool,
+    /// How many messages are being moved out of the oldest segment.
+    moving: u64,
+    compacts: bool,
     actions: VecDeque<OutboxAction>,
 }
 
@@ -331,6 +341,8 @@ impl Outbox {
             newest_segment: 0,
             removed_before: 0,
             removing: false,
+            moving: 0,
+            compacts: true,
             actions: VecDeque::new(),
             config,
         }
@@ -390,7 +402,15 @@ impl Outbox {
                 };
                 let bound = node.map(|node| self.bind(key, node, &target));
                 let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
-                part_records.push(PartRecord { target: (&target).into(), binding });
+                let target_record = (&target).into();
+                part_records.push(PartRecord {
+                    target: target_record,
+                    binding,
+                    failures: 0,
+                    redelivered: false,
+                    settled: false,
+                    dead: None,
+                });
                 let target = self.target_number(target);
                 if let Some(order) = &order {
                     self.lanes.entry((target, order.clone())).or_default().push_back(key);
@@ -518,6 +538,7 @@ impl Outbox {
                 self.settled.extend(settled);
                 self.unreleased.extend(numbers);
             }
+            (Some(Pending::Moved(number)), result) => self.handle_moved(number, result.ok()),
             (Some(Pending::Peers), Ok(_)) => {}
             (Some(Pending::Peers), Err(_)) => self.peers_retry = Some(now.time + DISK_RETRY),
             (Some(Pending::Removal(before)), Ok(_)) => {
@@ -556,14 +577,18 @@ impl Outbox {
         }
     }
 
-    /// Storing failed: it is as if it had never been there.
+    /// It is as if it had never been there.
     fn discard(&mut self, number: u64) {
         let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
         for part in 0..parts {
             let key = PartKey { number, part };
             self.unbind(key);
             self.leave_lane(key);
-            self.open -= 1;
+            match self.part(key).map(|part| &part.state) {
+                Some(State::Settled) | None => {}
+                Some(State::Dead(_)) => self.dead -= 1,
+                Some(_) => self.open -= 1,
+            }
         }
         self.forget(number);
     }
@@ -574,13 +599,8 @@ impl Outbox {
         if entry.cached.is_some() {
             self.cached_bytes -= u64::from(entry.size);
         }
-        if let Some(position) = entry.position
-            && let Some(live) = self.live.get_mut(&position.segment)
-        {
-            *live -= 1;
-            if *live == 0 {
-                self.live.remove(&position.segment);
-            }
+        if let Some(position) = entry.position {
+            self.leave_segment(position.segment);
         }
     }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
-use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PeerRecord};
+use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PartRecord, PeerRecord};
 use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
@@ -89,6 +89,10 @@ impl Outbox {
     ) -> Result<(), RecordError> {
         let number = record.number;
         self.next_number = self.next_number.max(number + 1);
+        if self.entries.get(number).is_some() {
+            // It was moved to here; what is said is how it stood then.
+            self.discard(number);
+        }
         let order: Option<Arc<str>> = record.order.as_deref().map(Arc::from);
         let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
         let mut bindings = Vec::new();
@@ -97,7 +101,8 @@ impl Outbox {
             bindings.push(part.binding.as_ref().map(|binding| binding.binding()).transpose()?);
             let target = self.target_number(target);
             let state = State::Storing;
-            let (bound, failures, attempts, redelivered) = (None, 0, 0, false);
+            let (bound, failures, attempts) = (None, part.failures, 0);
+            let redelivered = part.redelivered;
             self.open += 1;
             parts.push(Part { target, bound, state, failures, attempts, redelivered });
         }
@@ -116,7 +121,16 @@ impl Outbox {
                 self.rebind(key, &binding);
             }
             if let Some(order) = &order {
-                self.lanes.entry((target, order.clone())).or_default().push_back(key);
+                // What was moved comes later than it was stored.
+                let lane = self.lanes.entry((target, order.clone())).or_default();
+                lane.insert(lane.partition_point(|other| *other < key), key);
+            }
+            match &record.parts[part] {
+                PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
+                PartRecord { dead: Some(fate), .. } => {
+                    self.end_part(key, State::Dead(Box::new(fate.clone())));
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -1,0 +1,99 @@
+//! Which segments of the journal can go, and what has to move before they can.
+
+use bytes::Bytes;
+
+use super::{Outbox, OutboxAction, Pending, State};
+use crate::engine::delivery::Fate;
+use crate::engine::delivery::record::{
+    BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
+};
+use crate::journal::Position;
+
+impl Outbox {
+    /// Has the segments removed that hold nothing more that counts.
+    pub(super) fn remove_segments(&mut self) {
+        let first = self.live.first_key_value().map(|(segment, _)| *segment);
+        let before = first.unwrap_or(self.newest_segment).min(self.newest_segment);
+        if self.removing || before <= self.removed_before || self.newest_segment == 0 {
+            return;
+        }
+        self.removing = true;
+        // It is said again in a segment that stays.
+        let peers = self.peer_records();
+        self.append(&OutboxRecord::Peers(peers), Pending::Removal(before));
+    }
+
+    pub(super) fn leave_segment(&mut self, segment: u64) {
+        if let Some(live) = self.live.get_mut(&segment) {
+            *live -= 1;
+            if *live == 0 {
+                self.live.remove(&segment);
+            }
+        }
+    }
+
+    /// Moves what is left in the oldest segment to the newest, when the journal takes more than
+    /// twice of what is in it: one message that waits for long would keep all that came after it.
+    pub(super) fn compact(&mut self) {
+        let Some((oldest, count)) = self.live.first_key_value().map(|(at, count)| (*at, *count))
+        else {
+            return;
+        };
+        let needed = self.bytes / self.config.segment_size.max(1);
+        if self.moving > 0 || !self.compacts || self.newest_segment - oldest <= 2 + 2 * needed {
+            return;
+        }
+        let here = self.entries.iter().filter_map(|(number, entry)| {
+            let position = entry.position?;
+            // What says that it is dying is on its way to the journal, and this would undo it.
+            let dying = entry.parts.iter().any(|part| part.state == State::Dying);
+            (position.segment == oldest && !dying).then_some((number, position))
+        });
+        let here: Vec<_> = here.take(count as usize).collect();
+        self.moving = here.len() as u64;
+        let reads = here.into_iter().map(|(number, position)| OutboxAction::Read(number, position));
+        self.actions.extend(reads);
+    }
+
+    /// A message that was to be read is this; `None` if it can't be read.
+    pub(crate) fn handle_read(&mut self, number: u64, frozen: Option<Bytes>) {
+        let (Some(frozen), Some(entry)) = (frozen, self.entries.get(number)) else {
+            self.moving -= 1;
+            // One that is damaged stays where it is, and all that is after it.
+            self.compacts &= self.entries.get(number).is_none();
+            return;
+        };
+        let parts = entry.parts.iter().map(|part| {
+            let binding = part.bound.map(|bound| BindingRecord::from(&self.binding(bound)));
+            let dead = match &part.state {
+                State::Dead(fate) => Some(Fate::clone(fate)),
+                _ => None,
+            };
+            let settled = part.state == State::Settled;
+            let target = (&self.targets[part.target as usize]).into();
+            let redelivered = part.redelivered || part.attempts > 0;
+            PartRecord { target, binding, failures: part.failures, redelivered, settled, dead }
+        });
+        let rare = entry.rare.as_deref();
+        let record = MessageRecord {
+            number,
+            parts: parts.collect(),
+            expires_at: rare.and_then(|rare| rare.expires_at),
+            not_before: rare.and_then(|rare| rare.not_before),
+            order: self.order(number).map(|order| order.to_string()),
+            frozen: Raw(frozen),
+        };
+        self.append(&OutboxRecord::Messages(vec![record]), Pending::Moved(number));
+    }
+
+    pub(super) fn handle_moved(&mut self, number: u64, position: Option<Position>) {
+        self.moving -= 1;
+        let (Some(position), Some(entry)) = (position, self.entries.get_mut(number)) else {
+            return;
+        };
+        if let Some(before) = entry.position.replace(position) {
+            self.leave_segment(before.segment);
+        }
+        *self.live.entry(position.segment).or_default() += 1;
+    }
+}
