@@ -209,7 +209,7 @@ impl Bench {
                 let dir = self.stores.path().join("nobody");
                 let node = node(self.runtime.path(), Some(&dir)).await?;
                 let measured = self.keep_busy(window, || async {
-                    Ok(drop(node.send("nobody", &body[..]).guaranteed().await?))
+                    Ok(node.send("nobody", &body[..]).guaranteed().await?)
                 });
                 let measured = measured.await;
                 node.shutdown_within(Duration::ZERO).await;
@@ -226,18 +226,18 @@ impl Bench {
     }
 
     async fn ask(&self, node: &Node, body: &[u8]) -> anyhow::Result<(Samples, Duration)> {
-        self.keep_busy(1, || async { Ok(drop(node.request("work", body).await?)) }).await
+        self.keep_busy(1, || async { Ok(node.request("work", body).await?) }).await
     }
 
     /// Does something again and again, `window` at a time.
-    async fn keep_busy<F: Future<Output = anyhow::Result<()>>>(
+    async fn keep_busy<T, F: Future<Output = anyhow::Result<T>>>(
         &self,
         window: usize,
         act: impl Fn() -> F,
     ) -> anyhow::Result<(Samples, Duration)> {
         let timed = || {
             let (begun, acting) = (Instant::now(), act());
-            async move { acting.await.map(|()| begun.elapsed()) }
+            async move { acting.await.map(|_| begun.elapsed()) }
         };
         let (mut samples, begun) = (Samples::default(), Instant::now());
         let mut waiting: FuturesUnordered<_> = (0..window).map(|_| timed()).collect();
