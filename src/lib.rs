@@ -75,6 +75,8 @@
 
 mod address;
 mod config;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub mod database;
 mod discovery;
 mod engine;
 mod identity;

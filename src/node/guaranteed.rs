@@ -52,6 +52,8 @@ pub struct Guaranteed<'a> {
     pub(super) destination: Result<Destination, AddressError>,
     pub(super) draft: Draft,
     pub(super) not_before: Option<SystemTime>,
+    /// Its id, if it has one already.
+    pub(super) id: Option<MessageId>,
 }
 
 impl<'a> Guaranteed<'a> {
@@ -68,6 +70,25 @@ impl<'a> Guaranteed<'a> {
         self
     }
 
+    /// A message that was stored in a database, with its id.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn stored_elsewhere(
+        node: &'a super::Node,
+        id: MessageId,
+        destination: Destination,
+        body: Vec<u8>,
+        key: Option<String>,
+        content_type: &Option<String>,
+    ) -> Self {
+        let mut draft = Draft::new(body.into());
+        if key.is_some() || content_type.is_some() {
+            let extra = draft.extra();
+            (extra.ordering_key, extra.content_type) = (key, content_type.clone());
+        }
+        let (shared, destination) = (node.shared(), Ok(destination));
+        Self { shared, destination, draft, not_before: None, id: Some(id) }
+    }
+
     /// Checks it, and finds out where it goes.
     pub(super) fn into_message(mut self) -> Result<(MessageId, NewMessage), OutboxError> {
         let destination = self.destination?;
@@ -79,7 +100,7 @@ impl<'a> Guaranteed<'a> {
             Destination::Service(name) => (Kind::Command, vec![Target::Service(name.clone())]),
             Destination::Node(node) => (Kind::Command, vec![Target::Node(*node)]),
         };
-        let id = shared.ids.next_now();
+        let id = self.id.unwrap_or_else(|| shared.ids.next_now());
         let mut header = self.draft.header(id, usual, destination);
         let expires_at = header.time_to_live.take();
         let expires_at = expires_at.map(|time| unix_ms().saturating_add(time.as_millis() as u64));

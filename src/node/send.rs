@@ -79,7 +79,13 @@ impl<'a> Send<'a> {
     /// nobody offers now is fine; the message waits for it.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.recipient.map(Into::into);
-        Guaranteed { shared: self.shared, destination, draft: self.draft, not_before: None }
+        Guaranteed {
+            shared: self.shared,
+            destination,
+            draft: self.draft,
+            not_before: None,
+            id: None,
+        }
     }
 
     async fn run(mut self) -> Result<Sent, SendError> {

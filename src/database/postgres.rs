@@ -1,0 +1,157 @@
+//! In PostgreSQL.
+//!
+//! ```no_run
+//! use peerbus::database::{NewMessage, postgres};
+//!
+//! # async fn example(mut client: tokio_postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+//! postgres::create_tables(&client).await?;
+//! let transaction = client.transaction().await?;
+//! transaction.execute("INSERT INTO orders VALUES (17)", &[]).await?;
+//! postgres::insert(&transaction, &NewMessage::to_service("billing", "charge 17")?).await?;
+//! transaction.commit().await?;
+//! # Ok(()) }
+//! ```
+
+use std::time::Duration;
+
+use tokio_postgres::{Client, GenericClient};
+
+use super::{BATCH, NewMessage, RelayError, Row, hand_over};
+use crate::message::MessageId;
+use crate::node::{Node, OutboxError};
+
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they are there.
+///
+/// # Errors
+/// What PostgreSQL says.
+pub async fn create_tables(client: &impl GenericClient) -> Result<(), tokio_postgres::Error> {
+    client
+        .batch_execute(
+            "CREATE TABLE IF NOT EXISTS peerbus_outbox (
+                 id BIGSERIAL PRIMARY KEY,
+                 message_id BYTEA NOT NULL,
+                 kind TEXT NOT NULL,
+                 name TEXT NOT NULL,
+                 ordering_key TEXT,
+                 content_type TEXT,
+                 body BYTEA NOT NULL
+             );
+             CREATE TABLE IF NOT EXISTS peerbus_inbox (
+                 message_id BYTEA PRIMARY KEY,
+                 seen_at TIMESTAMPTZ NOT NULL DEFAULT now()
+             );",
+        )
+        .await
+}
+
+/// Inserts a message in the user's own transaction; its id.
+///
+/// Messages of transactions that run at the same time come in no order.
+///
+/// # Errors
+/// What PostgreSQL says.
+pub async fn insert(
+    transaction: &impl GenericClient,
+    message: &NewMessage,
+) -> Result<MessageId, tokio_postgres::Error> {
+    let row = message.row();
+    transaction
+        .execute(
+            "INSERT INTO peerbus_outbox (message_id, kind, name, ordering_key, content_type, body)
+             VALUES ($1, $2, $3, $4, $5, $6)",
+            &[&row.message_id, &row.kind, &row.name, &row.key, &row.content_type, &row.body],
+        )
+        .await?;
+    Ok(row.id().expect("it was drawn with 16 bytes"))
+}
+
+/// Whether a message was seen before; from this transaction's commit on it was.
+///
+/// A handler that makes its changes in the same transaction makes them once, however often the
+/// message comes. While another transaction that has just seen it is open, this waits for its end.
+///
+/// # Errors
+/// What PostgreSQL says.
+pub async fn inbox_seen(
+    transaction: &impl GenericClient,
+    id: MessageId,
+) -> Result<bool, tokio_postgres::Error> {
+    let new = transaction
+        .execute(
+            "INSERT INTO peerbus_inbox (message_id) VALUES ($1) ON CONFLICT DO NOTHING",
+            &[&&id.to_bytes()[..]],
+        )
+        .await?;
+    Ok(new == 0)
+}
+
+/// Forgets the messages that were seen longer ago than that; how many they were. One that comes
+/// again after that is not recognised.
+///
+/// # Errors
+/// What PostgreSQL says.
+pub async fn forget_seen(
+    client: &impl GenericClient,
+    longer_ago: Duration,
+) -> Result<u64, tokio_postgres::Error> {
+    let seconds = longer_ago.as_secs_f64();
+    client
+        .execute(
+            "DELETE FROM peerbus_inbox WHERE seen_at < now() - make_interval(secs => $1)",
+            &[&seconds],
+        )
+        .await
+}
+
+/// Hands what is committed to the node's outbox, and looks for more every `poll`, until it fails
+/// or the node shuts down. Several relays may work on one table.
+///
+/// # Errors
+/// [`RelayError`]. A full outbox is waited for; a lost connection is an error, after which a new
+/// relay goes on where this one was.
+///
+/// # Cancel safety
+/// Dropping the future loses nothing; a batch that it was at may be handed over again.
+pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(), RelayError> {
+    loop {
+        match relay_batch(&node, &mut client).await {
+            Ok(0) => {}
+            Ok(_more) => continue,
+            Err(error) if error.is_full() => {}
+            Err(RelayError::Outbox(OutboxError::ShutDown)) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(poll).await;
+    }
+}
+
+/// How many messages were handed over.
+async fn relay_batch(node: &Node, client: &mut Client) -> Result<usize, RelayError> {
+    let transaction = client.transaction().await?;
+    let found = transaction
+        .query(
+            "SELECT id, message_id, kind, name, ordering_key, content_type, body
+             FROM peerbus_outbox ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED",
+            &[&BATCH],
+        )
+        .await?;
+    let mut rows = Vec::new();
+    for row in &found {
+        let message = Row {
+            message_id: row.try_get(1)?,
+            kind: row.try_get(2)?,
+            name: row.try_get(3)?,
+            key: row.try_get(4)?,
+            content_type: row.try_get(5)?,
+            body: row.try_get(6)?,
+        };
+        rows.push((row.try_get::<_, i64>(0)?, message));
+    }
+    if !rows.is_empty() {
+        hand_over(node, &rows).await?;
+        let ids: Vec<i64> = rows.iter().map(|(id, _)| *id).collect();
+        transaction.execute("DELETE FROM peerbus_outbox WHERE id = ANY($1)", &[&ids]).await?;
+    }
+    transaction.commit().await?;
+    Ok(rows.len())
+}

@@ -1,0 +1,172 @@
+//! In SQLite.
+//!
+//! ```no_run
+//! use peerbus::database::{NewMessage, sqlite};
+//!
+//! # fn example(mut connection: rusqlite::Connection) -> Result<(), Box<dyn std::error::Error>> {
+//! sqlite::create_tables(&connection)?;
+//! let transaction = connection.transaction()?;
+//! transaction.execute("INSERT INTO orders VALUES (17)", [])?;
+//! sqlite::insert(&transaction, &NewMessage::to_service("billing", "charge 17")?)?;
+//! transaction.commit()?;
+//! # Ok(()) }
+//! ```
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rusqlite::{Connection, params};
+
+use super::{BATCH, NewMessage, RelayError, Row, hand_over};
+use crate::message::MessageId;
+use crate::node::Node;
+
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they are there.
+///
+/// # Errors
+/// What SQLite says.
+pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "CREATE TABLE IF NOT EXISTS peerbus_outbox (
+             id INTEGER PRIMARY KEY AUTOINCREMENT,
+             message_id BLOB NOT NULL,
+             kind TEXT NOT NULL,
+             name TEXT NOT NULL,
+             ordering_key TEXT,
+             content_type TEXT,
+             body BLOB NOT NULL
+         );
+         CREATE TABLE IF NOT EXISTS peerbus_inbox (
+             message_id BLOB PRIMARY KEY,
+             seen_at INTEGER NOT NULL
+         ) WITHOUT ROWID;",
+    )
+}
+
+/// Inserts a message in the user's own transaction; its id.
+///
+/// # Errors
+/// What SQLite says.
+pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Result<MessageId> {
+    let row = message.row();
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO peerbus_outbox (message_id, kind, name, ordering_key, content_type, body)
+         VALUES (?, ?, ?, ?, ?, ?)",
+    )?;
+    insert.execute(params![
+        row.message_id,
+        row.kind,
+        row.name,
+        row.key,
+        row.content_type,
+        row.body
+    ])?;
+    Ok(row.id().expect("it was drawn with 16 bytes"))
+}
+
+/// Whether a message was seen before; from this transaction's commit on it was.
+///
+/// A handler that makes its changes in the same transaction makes them once, however often the
+/// message comes.
+///
+/// # Errors
+/// What SQLite says.
+pub fn inbox_seen(transaction: &Connection, id: MessageId) -> rusqlite::Result<bool> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO peerbus_inbox (message_id, seen_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
+    )?;
+    Ok(insert.execute(params![&id.to_bytes()[..], now as i64])? == 0)
+}
+
+/// Forgets the messages that were seen longer ago than that; how many they were. One that comes
+/// again after that is not recognised.
+///
+/// # Errors
+/// What SQLite says.
+pub fn forget_seen(connection: &Connection, longer_ago: Duration) -> rusqlite::Result<usize> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let before = now.saturating_sub(longer_ago).as_secs();
+    connection.execute("DELETE FROM peerbus_inbox WHERE seen_at < ?", [before as i64])
+}
+
+/// Hands what is committed to the node's outbox, and looks for more every `poll`, until it fails
+/// or the node shuts down. It has a connection of its own, and a thread of its own while it uses
+/// it.
+///
+/// # Errors
+/// [`RelayError`]. A full outbox is waited for.
+///
+/// # Cancel safety
+/// Dropping the future ends it after what it is at; nothing is lost.
+pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result<(), RelayError> {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let runtime = tokio::runtime::Handle::current();
+    let working = tokio::task::spawn_blocking(move || {
+        loop {
+            let rows = match pending(&connection) {
+                Ok(rows) => rows,
+                Err(error) if is_busy(&error) => Vec::new(),
+                Err(error) => return Err(error.into()),
+            };
+            if !rows.is_empty() {
+                match runtime.block_on(hand_over(&node, &rows)) {
+                    Ok(()) => {
+                        delete(&connection, &rows)?;
+                        continue;
+                    }
+                    Err(error) if error.is_full() => {}
+                    Err(RelayError::Outbox(crate::node::OutboxError::ShutDown)) => return Ok(()),
+                    Err(error) => return Err(error),
+                }
+            }
+            // Dropping the other end ends the pause, and the relay.
+            if stopped.recv_timeout(poll) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                return Ok(());
+            }
+        }
+    });
+    let result = working.await;
+    drop(stop);
+    result.unwrap_or(Ok(()))
+}
+
+fn is_busy(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy)
+}
+
+fn pending(connection: &Connection) -> rusqlite::Result<Vec<(i64, Row)>> {
+    let mut select = connection.prepare_cached(
+        "SELECT id, message_id, kind, name, ordering_key, content_type, body
+         FROM peerbus_outbox ORDER BY id LIMIT ?",
+    )?;
+    let rows = select.query_map([BATCH], |row| {
+        let message = Row {
+            message_id: row.get(1)?,
+            kind: row.get(2)?,
+            name: row.get(3)?,
+            key: row.get(4)?,
+            content_type: row.get(5)?,
+            body: row.get(6)?,
+        };
+        Ok((row.get(0)?, message))
+    })?;
+    rows.collect()
+}
+
+/// They are in the node's outbox: until this succeeds they must not be handed over again.
+fn delete(connection: &Connection, rows: &[(i64, Row)]) -> rusqlite::Result<()> {
+    loop {
+        let deleted = connection.unchecked_transaction().and_then(|transaction| {
+            for (id, _) in rows {
+                transaction
+                    .prepare_cached("DELETE FROM peerbus_outbox WHERE id = ?")?
+                    .execute([id])?;
+            }
+            transaction.commit()
+        });
+        match deleted {
+            Err(error) if is_busy(&error) => std::thread::sleep(Duration::from_millis(5)),
+            other => return other,
+        }
+    }
+}
