@@ -389,3 +389,82 @@ async fn a_handler_that_hangs_loses_its_lease() {
     soon(receipt.processed()).await.unwrap();
     assert_eq!(times.load(Ordering::SeqCst), 2);
 }
+
+/// Copies a store, as a backup does.
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => _ = std::fs::copy(entry.path(), target).unwrap(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_outbox_that_is_restored_from_an_old_copy_has_nothing_new_dropped_as_a_duplicate() {
+    let place = Place::new();
+    let store = |name: &str| place.stores.path().join(name);
+    let bob = place.node("bob").await;
+    let (told, mut seen) = unbounded_channel();
+    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let alice = place.node("alice").await;
+    let receipt = alice.send("work", "one").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    alice.shutdown().await;
+    copy(&store("alice"), &store("backup"));
+
+    let alice = place.node("alice").await;
+    for text in ["two", "three"] {
+        let receipt = alice.send("work", text).guaranteed().await.unwrap();
+        soon(receipt.processed()).await.unwrap();
+    }
+    alice.shutdown().await;
+    std::fs::remove_dir_all(store("alice")).unwrap();
+    copy(&store("backup"), &store("alice"));
+    let alice = place.node("alice").await;
+    for text in ["four", "five", "six"] {
+        let receipt = alice.send("work", text).guaranteed().await.unwrap();
+        soon(receipt.processed()).await.unwrap();
+    }
+    for text in ["one", "two", "three", "four", "five", "six"] {
+        assert_eq!(next(&mut seen).await, fresh(text));
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_whose_store_is_lost_is_reported_and_gets_what_is_not_settled() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let mut events = alice.events();
+    let identity = place.stores.path().join("identity-of-bob");
+    let bob = |store: &str| {
+        let config = place.host.config("bob").identity(&identity);
+        config.outbox(place.stores.path().join(store)).start()
+    };
+    let first = bob("first").await.unwrap();
+    let (begun, mut begins) = unbounded_channel();
+    let hangs = move |call: Call| {
+        begun.send(seen(&call)).unwrap();
+        std::future::pending::<Result<(), HandlerError>>()
+    };
+    let service = first.serve("work", hangs).start().unwrap();
+    let receipt = alice.send("work", "again").guaranteed().await.unwrap();
+    assert_eq!(next(&mut begins).await, fresh("again"));
+    drop(service);
+    first.shutdown_within(Duration::ZERO).await;
+
+    let second = bob("second").await.unwrap();
+    let (told, mut seen) = unbounded_channel();
+    let _service = second.serve("work", teller(&told)).start().unwrap();
+    let lost = |event| match event {
+        Event::InboxLost { peer } => Some(peer),
+        _ => None,
+    };
+    assert_eq!(wait_for(&mut events, lost).await, second.id());
+    soon(receipt.processed()).await.unwrap();
+    let (text, _, redelivered) = next(&mut seen).await;
+    assert!(text == "again" && redelivered);
+}

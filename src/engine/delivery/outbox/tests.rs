@@ -1,1 +1,222 @@
+//! What the simulator doesn't ask: wrong answers, absences, limits.
 
+use super::*;
+use crate::address::Destination;
+use crate::message::{IdSource, Kind};
+use crate::wire::{Answer, DeliveryId, InboxInfo, Outcome};
+
+const ME: NodeId = NodeId::from_bytes([1; 32]);
+const BOB: NodeId = NodeId::from_bytes([2; 32]);
+const CAROL: NodeId = NodeId::from_bytes([3; 32]);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// An outbox whose journal keeps what it is told at once.
+struct Bench {
+    outbox: Outbox,
+    now: Duration,
+    serving: Vec<NodeId>,
+    sent: Vec<(NodeId, Delivery)>,
+    done: Vec<(u64, Result<(), Fate>)>,
+    events: Vec<OutboxEvent>,
+}
+
+impl Bench {
+    fn new(reassign_after: Option<Duration>) -> Self {
+        let config = OutboxConfig {
+            me: ME,
+            epoch: 7,
+            seed: 1,
+            max_bytes: 1000,
+            max_messages: 3,
+            window_bytes: 1 << 20,
+            max_failures: 10,
+            reassign_after,
+            segment_size: 1 << 20,
+            gone_after: HOUR,
+        };
+        Self {
+            outbox: Outbox::new(config),
+            now: Duration::ZERO,
+            serving: Vec::new(),
+            sent: Vec::new(),
+            done: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now { time: Time::after_start(self.now), unix_ms: self.now.as_millis() as u64 }
+    }
+
+    fn run(&mut self) {
+        let (now, serving) = (self.now(), self.serving.clone());
+        let choose = &mut |_: &_, _: Option<&str>, load: &dyn Fn(&NodeId) -> Option<u64>| {
+            serving.iter().copied().find(|node| load(node).is_some())
+        };
+        loop {
+            self.outbox.pump(choose);
+            let Some(action) = self.outbox.poll_action() else { return };
+            match action {
+                OutboxAction::Append { token, .. } => {
+                    let position = Position { segment: 1, offset: token, length: 0 };
+                    self.outbox.handle_appended(now, token, Ok(position));
+                }
+                OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
+                OutboxAction::Done(number, result) => self.done.push((number, result)),
+                OutboxAction::Report(event) => self.events.push(event),
+                _ => {}
+            }
+        }
+    }
+
+    fn submit(&mut self, target: Target) -> Result<u64, Full> {
+        let id = IdSource::new(1).next(1);
+        let header = Header::new(id, Kind::Command, Destination::Node(BOB));
+        let body = Bytes::from_static(b"a body");
+        let (targets, expires_at, not_before) = (vec![target], None, None);
+        let message = NewMessage { header, body, targets, expires_at, not_before };
+        let numbers = self.outbox.submit(self.now(), vec![message], &mut |_, _, _| None)?;
+        self.run();
+        Ok(numbers[0])
+    }
+
+    fn meet(&mut self, node: NodeId) {
+        self.outbox.handle_link_up(node);
+        let info = InboxInfo { epoch: 1, subscriptions: Vec::new() };
+        self.outbox.handle_inbox(node, info);
+        self.run();
+    }
+
+    fn lose(&mut self, node: NodeId) {
+        self.outbox.handle_link_down(self.now(), node);
+        self.run();
+    }
+
+    fn answer(&mut self, from: NodeId, id: &DeliveryId, attempt: u32, outcome: Outcome) -> bool {
+        let answer = Answer { id: id.clone(), attempt, outcome };
+        let known = self.outbox.handle_answer(self.now(), from, answer);
+        self.run();
+        known
+    }
+
+    fn sleep(&mut self, time: Duration) {
+        self.now += time;
+        self.outbox.handle_timeout(self.now());
+        self.run();
+    }
+}
+
+#[test]
+fn an_answer_to_no_message_or_from_another_peer_changes_nothing() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.meet(CAROL);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let id = bench.sent[0].1.id.clone();
+    let mut other = id.clone();
+    other.seq += 1;
+    assert!(!bench.answer(BOB, &other, 1, Outcome::Processed));
+    other = id.clone();
+    other.stream.epoch += 1;
+    assert!(!bench.answer(BOB, &other, 1, Outcome::Processed));
+    assert!(!bench.answer(CAROL, &id, 1, Outcome::Processed));
+    // An attempt that never was can't fail.
+    bench.answer(BOB, &id, 2, Outcome::Rejected("no".into()));
+    assert!(bench.done.is_empty() && bench.outbox.pending() == 1);
+    assert!(bench.answer(BOB, &id, 9, Outcome::Processed), "an Ok settles whatever it names");
+    assert_eq!(bench.done, [(1, Ok(()))]);
+    bench.answer(BOB, &id, 1, Outcome::Processed);
+    assert_eq!((bench.done.len(), bench.outbox.pending()), (1, 0));
+}
+
+#[test]
+fn a_message_stays_with_its_node_unless_reassigning_is_wanted() {
+    let work = || Target::Service("work".parse().unwrap());
+    for wanted in [None, Some(HOUR / 2)] {
+        let mut bench = Bench::new(wanted);
+        bench.serving = vec![BOB, CAROL];
+        bench.meet(BOB);
+        bench.submit(work()).unwrap();
+        let first = bench.sent[0].1.id.clone();
+        bench.lose(BOB);
+        bench.meet(CAROL);
+        bench.sleep(HOUR / 4);
+        assert_eq!(bench.sent.len(), 1);
+        bench.sleep(HOUR / 2);
+        let Some((to, delivery)) = bench.sent.get(1).cloned() else {
+            assert_eq!(wanted, None);
+            continue;
+        };
+        assert_eq!((to, wanted), (CAROL, Some(HOUR / 2)));
+        assert!(delivery.redelivered);
+        // Whoever says first that it is processed settles it.
+        bench.meet(BOB);
+        assert!(bench.answer(BOB, &first, 1, Outcome::Processed));
+        assert_eq!(bench.done, [(1, Ok(()))]);
+        bench.answer(CAROL, &delivery.id, 1, Outcome::Processed);
+        assert_eq!(bench.done.len(), 1);
+    }
+}
+
+#[test]
+fn a_message_that_was_never_sent_goes_to_whoever_is_there() {
+    let mut bench = Bench::new(None);
+    bench.serving = vec![BOB, CAROL];
+    bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    bench.sleep(HOUR);
+    bench.meet(CAROL);
+    assert_eq!(bench.sent.len(), 1);
+    assert!(bench.sent[0].0 == CAROL && !bench.sent[0].1.redelivered);
+}
+
+#[test]
+fn a_peer_that_messages_wait_for_is_reported_once() {
+    let mut bench = Bench::new(None);
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.sleep(HOUR / 2);
+    assert_eq!(bench.events, []);
+    bench.sleep(HOUR);
+    bench.sleep(HOUR);
+    assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+}
+
+#[test]
+fn a_full_outbox_refuses_and_takes_again_when_there_is_room() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    for _ in 0..3 {
+        bench.submit(Target::Node(BOB)).unwrap();
+    }
+    assert_eq!(bench.submit(Target::Node(BOB)).unwrap_err().messages, 3);
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.submit(Target::Node(BOB)).unwrap();
+}
+
+#[test]
+fn a_failing_message_is_retried_ever_more_rarely_and_becomes_a_dead_letter() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let id = bench.sent[0].1.id.clone();
+    for attempt in 1..=10 {
+        assert_eq!(bench.sent.len() as u32, attempt);
+        bench.answer(BOB, &id, attempt, Outcome::Failed("no".into()));
+        bench.sleep(Duration::from_secs(60));
+    }
+    assert_eq!(bench.sent.len(), 10);
+    assert!(matches!(bench.done[..], [(1, Err(Fate::Failed { failures: 10, .. }))]));
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+}
+
+#[test]
+fn a_peer_that_comes_back_is_tried_at_once() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, Outcome::Failed("no".into()));
+    bench.lose(BOB);
+    bench.meet(BOB);
+    assert_eq!(bench.sent.len(), 2);
+}
