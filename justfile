@@ -14,9 +14,9 @@ ci:
 # Formatting, lints and docs, as CI wants them
 check:
     cargo fmt --check
-    cargo clippy --all-targets -- -D warnings
+    cargo clippy --all-targets --all-features -- -D warnings
     cargo clippy --no-default-features --lib -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 
 # Three real nodes show what the mesh does
 demo:
@@ -28,7 +28,17 @@ bench:
     cargo run --release -- bench throughput
     cargo run --release -- bench load
     cargo run --release -- bench requests
+    cargo run --release -- bench durable
+    cargo run --release -- bench restart
     cargo run --release -- bench scale
+
+# The databases' tests, with a PostgreSQL of their own
+databases:
+    .ci/with-postgres cargo test --features sqlite,postgres --test database
+
+# Processes that are killed more often than in CI: just kill 5000
+kill rounds="2000":
+    PEERBUS_KILL_ROUNDS={{rounds}} cargo test --release --test kill -- --nocapture
 
 # Many more simulated runs than CI does: just simulate 100000
 simulate seeds="20000":

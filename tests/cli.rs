@@ -147,10 +147,12 @@ fn each_benchmark_runs_and_names_its_reference() {
         &["bench", "load", "--rounds=1", "--millis=10", "--rate=1000"],
         &["bench", "requests", "--rounds=1", "--count=10", "--in-flight=4"],
         &["bench", "durable", "--rounds=1", "--millis=10", "--dir", dir],
+        &["bench", "restart", "--pending=100", "--dir", dir],
         &["bench", "scale", "--rounds=1", "--rest=1", "--nodes=3", "--by=gossip"],
     ];
     // What a process takes can only be measured on Linux.
-    let here = |args: &&&[&str]| cfg!(target_os = "linux") || args[1] != "scale";
+    let here =
+        |args: &&&[&str]| cfg!(target_os = "linux") || !matches!(args[1], "scale" | "restart");
     for args in quick.iter().filter(here) {
         let output = shell.run(&[*args, &["--json"]].concat());
         assert!(output.status.success(), "{args:?}: {output:?}");

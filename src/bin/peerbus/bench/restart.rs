@@ -78,8 +78,11 @@ impl Restart {
         let (_, at_last) = sender.usage().await?;
         let mib = |bytes: u64| bytes as f64 / (1024.0 * 1024.0);
         let value = json!({
-            "pending": self.pending, "size": self.size, "first_s": to_first.as_secs_f64(),
-            "all_s": to_all.as_secs_f64(), "resident_at_first": at_first, "resident_at_last": at_last,
+            "pending": self.pending, "size": self.size,
+            "results": [
+                { "what": "first", "s": to_first.as_secs_f64(), "resident": at_first },
+                { "what": "all", "s": to_all.as_secs_f64(), "resident": at_last },
+            ],
         });
         output::line(self.json, &value, || {
             format!(
