@@ -276,3 +276,8 @@ fn with_kind<T: Serialize + ?Sized>(kind: u8, value: &T) -> Vec<u8> {
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
     Ok(rmp_serde::from_slice(bytes)?)
 }
+
+/// Reads bytes as an entry of either journal: for the fuzzer.
+pub(crate) fn check(bytes: &[u8]) {
+    let (_, _) = (OutboxRecord::decode(bytes).is_ok(), InboxRecord::decode(bytes).is_ok());
+}
