@@ -72,6 +72,14 @@ async fn sqlite_sends_what_is_committed_and_nothing_else() {
         }
     })
     .await;
+    // The node's end is the relay's.
+    let path = stores.path().join("empty.db");
+    let empty = Connection::open(&path).unwrap();
+    sqlite::create_tables(&empty).unwrap();
+    let idle = host.config("idle").outbox(stores.path().join("idle")).start().await.unwrap();
+    let ending = tokio::spawn(sqlite::relay(idle.clone(), empty, POLL));
+    idle.shutdown().await;
+    soon(ending).await.unwrap().unwrap();
     // What is no message stops the relay, and stays.
     let bad = "INSERT INTO peerbus_outbox (message_id, kind, name, body) VALUES (x'00', 'service', 'a', x'')";
     connection.execute(bad, []).unwrap();

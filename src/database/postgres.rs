@@ -113,7 +113,7 @@ pub async fn forget_seen(
 /// # Cancel safety
 /// Dropping the future loses nothing; a batch that it was at may be handed over again.
 pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(), RelayError> {
-    loop {
+    while !node.is_stopping() {
         match relay_batch(&node, &mut client).await {
             Ok(0) => {}
             Ok(_more) => continue,
@@ -123,6 +123,7 @@ pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(),
         }
         tokio::time::sleep(poll).await;
     }
+    Ok(())
 }
 
 /// How many messages were handed over.

@@ -102,7 +102,7 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
     let runtime = tokio::runtime::Handle::current();
     let working = tokio::task::spawn_blocking(move || {
-        loop {
+        while !node.is_stopping() {
             let rows = match pending(&connection) {
                 Ok(rows) => rows,
                 Err(error) if is_busy(&error) => Vec::new(),
@@ -124,6 +124,7 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
                 return Ok(());
             }
         }
+        Ok(())
     });
     let result = working.await;
     drop(stop);

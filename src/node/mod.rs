@@ -111,6 +111,12 @@ impl Node {
         &self.inner.shared
     }
 
+    /// Whether it shuts down, or has.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.shared().is_stopping()
+    }
+
     /// This node's id.
     pub fn id(&self) -> NodeId {
         self.shared().id
