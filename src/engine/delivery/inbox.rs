@@ -17,6 +17,9 @@ const MAX_BEGUN: u32 = 10;
 /// From so often on it runs alone among its like, so that the one that kills is told from those
 /// that only die with it.
 const SUSPECT: u32 = 3;
+/// So many streams of one sender are remembered: one for each life of its outbox that is not settled,
+/// and each durable subscription.
+const MAX_STREAMS: usize = 4096;
 /// After so many bytes a snapshot takes the place of what is in the journal.
 const SNAPSHOT_AFTER: u64 = 16 * 1024 * 1024;
 
@@ -221,6 +224,9 @@ impl Inbox {
         let seq = *seq;
         let place = match self.places.get(&(from, stream.clone())) {
             Some(place) => *place,
+            None if self.places.keys().filter(|(node, _)| *node == from).count() >= MAX_STREAMS => {
+                return Verdict::Answer(Outcome::Refused);
+            }
             None => {
                 let number = self.next_number;
                 self.next_number += 1;
@@ -634,6 +640,20 @@ mod tests {
         bench.end(1, Outcome::Processed);
         bench.inbox.handle_epochs(SENDER, &[6]);
         assert_eq!(bench.inbox.places.len(), 1);
+    }
+
+    #[test]
+    fn a_sender_with_ever_new_streams_is_refused() {
+        let mut bench = Bench::new();
+        let mut odd = delivery(1, 1, 1);
+        for epoch in 0..MAX_STREAMS as u64 {
+            odd.id.stream.epoch = epoch;
+            assert_eq!(bench.deliver(odd.clone()), Verdict::Run);
+        }
+        odd.id.stream.epoch = u64::MAX;
+        assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
+        let other = NodeId::from_bytes([8; 32]);
+        assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
     }
 
     #[test]

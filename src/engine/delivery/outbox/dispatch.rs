@@ -17,6 +17,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
+/// So many durable subscriptions of one peer are remembered.
+const MAX_SUBSCRIPTIONS: usize = 1024;
 /// What may be sent to a peer and not be answered, in messages.
 const WINDOW_MESSAGES: u64 = 8192;
 
@@ -79,7 +81,16 @@ impl Outbox {
             self.actions.push_back(OutboxAction::Report(OutboxEvent::InboxLost(node)));
         }
         let mut changed = before != Some(info.epoch);
+        let known = self.subscriptions.keys().filter(|(owner, _)| *owner == node).count();
+        let room = MAX_SUBSCRIPTIONS.saturating_sub(known);
+        let mut new = 0;
         for (name, pattern) in info.subscriptions {
+            if !self.subscriptions.contains_key(&(node, name.clone())) {
+                new += 1;
+                if new > room {
+                    continue;
+                }
+            }
             let known = self.subscriptions.insert((node, name), pattern.clone());
             changed |= known != Some(pattern);
         }

@@ -220,3 +220,16 @@ fn a_peer_that_comes_back_is_tried_at_once() {
     bench.meet(BOB);
     assert_eq!(bench.sent.len(), 2);
 }
+
+#[test]
+fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    for round in 0..3 {
+        let names = (0..600).map(|n| format!("s{round}-{n}").parse().unwrap());
+        let subscriptions = names.map(|name| (name, "orders.>".parse().unwrap())).collect();
+        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions });
+        bench.run();
+    }
+    assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), 1024);
+}
