@@ -49,6 +49,7 @@ pub struct Config {
     pub(crate) outbox_bytes: u64,
     pub(crate) outbox_messages: u64,
     pub(crate) lease: Duration,
+    pub(crate) hold_keys: bool,
     pub(crate) reassign_after: Option<Duration>,
     pub(crate) gone_after: Duration,
 }
@@ -88,6 +89,7 @@ impl Default for Config {
             outbox_bytes: 1024 * 1024 * 1024,
             outbox_messages: 1_000_000,
             lease: Duration::from_secs(30),
+            hold_keys: false,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),
         }
@@ -213,6 +215,9 @@ impl Config {
         /// How long the handler of a guaranteed message may take, unless it extends that
         /// ([`Call::extend`](crate::Call::extend)): 30 s by default.
         lease: Duration;
+        /// Whether a dead letter holds up the guaranteed messages with its key, until it is
+        /// replayed or purged (`peerbus outbox`); false by default: they go on without it.
+        hold_keys: bool;
         /// After how long without its node a guaranteed message to a service, which that node
         /// may have had, goes to another instance; never by default, since both may process it.
         reassign_after: Option<Duration>;

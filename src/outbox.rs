@@ -100,6 +100,7 @@ impl ClosedOutbox {
             max_messages: u64::MAX,
             window_bytes: 0,
             max_failures: u32::MAX,
+            hold_keys: true,
             segment_size: u64::MAX,
             reassign_after: None,
             gone_after: Duration::MAX,

@@ -124,6 +124,7 @@ async fn open_store(
         max_messages: config.outbox_messages,
         window_bytes: config.window.min(config.send_queue) / 2,
         max_failures: MAX_FAILURES,
+        hold_keys: config.hold_keys,
         segment_size: Options::default().segment_size,
         reassign_after: config.reassign_after,
         gone_after: config.gone_after,

@@ -281,6 +281,7 @@ impl World {
             max_messages: 1000,
             window_bytes: 600,
             max_failures: 10,
+            hold_keys: false,
             segment_size: 1000,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),

@@ -47,6 +47,8 @@ pub(crate) struct OutboxConfig {
     /// What may be sent to a peer and not be answered.
     pub(crate) window_bytes: u64,
     pub(crate) max_failures: u32,
+    /// A dead letter holds up those with its key.
+    pub(crate) hold_keys: bool,
     /// After how long without its node a message goes to another one.
     pub(crate) reassign_after: Option<Duration>,
     /// About how large a segment of the journal is, in bytes.
@@ -701,6 +703,15 @@ impl Outbox {
         first.is_some_and(|first| *first != key)
     }
 
+    /// Takes its place among those with its key, which is that of its number.
+    fn enter_lane(&mut self, key: PartKey) {
+        let Some(lane) = self.lane(key) else { return };
+        let lane = self.lanes.entry(lane).or_default();
+        if let Err(place) = lane.binary_search(&key) {
+            lane.insert(place, key);
+        }
+    }
+
     /// Leaves its lane; the next there goes on.
     fn leave_lane(&mut self, key: PartKey) {
         let Some(lane) = self.lane(key) else { return };
@@ -765,7 +776,9 @@ impl Outbox {
                 _ => self.release_number(bound),
             }
         }
-        self.leave_lane(key);
+        if !(self.config.hold_keys && matches!(state, State::Dead(_))) {
+            self.leave_lane(key);
+        }
         if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
             for at in [rare.expires_at, rare.not_before].into_iter().flatten() {
                 self.wall.remove(&(at, key));

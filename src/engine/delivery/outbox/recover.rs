@@ -107,24 +107,20 @@ impl Outbox {
             parts.push(Part { target, bound, state, failures, attempts, redelivered });
         }
         let (expires_at, not_before) = (record.expires_at, record.not_before);
-        let rare = Rare { expires_at, not_before, order: order.clone() };
+        let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));
         let size = BASE_COST as u32 + record.frozen.0.len() as u32;
-        let lanes: Vec<u32> = parts.iter().map(|part| part.target).collect();
         let entry = Entry { position: Some(position), cached: None, rare, parts, size };
         self.bytes += u64::from(size);
         *self.live.entry(position.segment).or_default() += 1;
         self.entries.insert(number, entry);
-        for (part, (binding, target)) in bindings.into_iter().zip(lanes).enumerate() {
+        for (part, binding) in bindings.into_iter().enumerate() {
             let key = PartKey { number, part: part as u32 };
             if let Some(binding) = binding {
                 self.rebind(key, &binding);
             }
-            if let Some(order) = &order {
-                // What was moved comes later than it was stored.
-                let lane = self.lanes.entry((target, order.clone())).or_default();
-                lane.insert(lane.partition_point(|other| *other < key), key);
-            }
+            // What was moved comes later than it was stored.
+            self.enter_lane(key);
             match &record.parts[part] {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
                 PartRecord { dead: Some(fate), .. } => {
@@ -167,6 +163,7 @@ impl Outbox {
             (part.state, part.failures) = (State::Storing, 0);
             self.dead -= 1;
             self.open += 1;
+            self.enter_lane(key);
         }
     }
 

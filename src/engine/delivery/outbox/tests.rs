@@ -15,6 +15,8 @@ struct Bench {
     outbox: Outbox,
     now: Duration,
     serving: Vec<NodeId>,
+    key: Option<&'static str>,
+    journal: Vec<(Position, Vec<u8>)>,
     sent: Vec<(NodeId, Delivery)>,
     done: Vec<(u64, Result<(), Fate>)>,
     events: Vec<OutboxEvent>,
@@ -30,6 +32,7 @@ impl Bench {
             max_messages: 3,
             window_bytes: 1 << 20,
             max_failures: 10,
+            hold_keys: false,
             reassign_after,
             segment_size: 1 << 20,
             gone_after: HOUR,
@@ -38,6 +41,8 @@ impl Bench {
             outbox: Outbox::new(config),
             now: Duration::ZERO,
             serving: Vec::new(),
+            key: None,
+            journal: Vec::new(),
             sent: Vec::new(),
             done: Vec::new(),
             events: Vec::new(),
@@ -57,8 +62,9 @@ impl Bench {
             self.outbox.pump(choose);
             let Some(action) = self.outbox.poll_action() else { return };
             match action {
-                OutboxAction::Append { token, .. } => {
+                OutboxAction::Append { token, entry, .. } => {
                     let position = Position { segment: 1, offset: token, length: 0 };
+                    self.journal.push((position, entry));
                     self.outbox.handle_appended(now, token, Ok(position));
                 }
                 OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
@@ -71,7 +77,8 @@ impl Bench {
 
     fn submit(&mut self, target: Target) -> Result<u64, Full> {
         let id = IdSource::new(1).next(1);
-        let header = Header::new(id, Kind::Command, Destination::Node(BOB));
+        let mut header = Header::new(id, Kind::Command, Destination::Node(BOB));
+        header.extra_mut().ordering_key = self.key.map(str::to_owned);
         let body = Bytes::from_static(b"a body");
         let (targets, expires_at, not_before) = (vec![target], None, None);
         let message = NewMessage { header, body, targets, expires_at, not_before };
@@ -232,4 +239,49 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), 1024);
+}
+
+#[test]
+fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
+    for hold in [false, true] {
+        let mut bench = Bench::new(None);
+        bench.outbox.config.hold_keys = hold;
+        bench.key = Some("in order");
+        bench.meet(BOB);
+        for _ in 0..2 {
+            bench.submit(Target::Node(BOB)).unwrap();
+        }
+        let id = bench.sent[0].1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Rejected("no".into()));
+        assert_eq!(bench.sent.len(), if hold { 1 } else { 2 });
+
+        // After a restart, and after that once more with the dead letter replayed.
+        let first = PartKey { number: 1, part: 0 };
+        for replayed in [false, true] {
+            if replayed {
+                let entry = bench.outbox.replay(first).unwrap();
+                bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry));
+            }
+            let config = bench.outbox.config.clone();
+            let journal = std::mem::take(&mut bench.journal);
+            bench = Bench { journal, ..Bench::new(None) };
+            bench.outbox = Outbox::new(config);
+            for (position, entry) in &bench.journal {
+                bench.outbox.recover(*position, entry).unwrap();
+            }
+            bench.outbox.handle_recovered(bench.now());
+            bench.meet(BOB);
+            let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
+            match (hold, replayed) {
+                (true, false) => assert!(numbers.is_empty(), "{numbers:?}"),
+                (false, false) | (_, true) => assert_eq!(numbers.len(), 1, "{numbers:?}"),
+            }
+            assert_eq!(bench.outbox.dead_letters(), u64::from(!replayed));
+        }
+        // The replayed one is before the other again.
+        let id = bench.sent[0].1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Processed);
+        assert_eq!(bench.done, [(1, Ok(()))]);
+        assert_eq!(bench.sent.len(), 2);
+    }
 }
