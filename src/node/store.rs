@@ -12,7 +12,7 @@ use super::cell::Credit;
 use super::shared::Shared;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
-use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
+use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink, create_private};
 use crate::message::Message;
 use crate::sync::lock;
 use crate::wire::DeliveryId;
@@ -219,15 +219,4 @@ pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
         }
         _ => Ok(()),
     }
-}
-
-#[cfg(unix)]
-fn create_private(path: &Path) -> io::Result<()> {
-    std::os::unix::fs::DirBuilderExt::mode(fs::DirBuilder::new().recursive(true), 0o700)
-        .create(path)
-}
-
-#[cfg(not(unix))]
-fn create_private(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path)
 }
