@@ -160,9 +160,9 @@ impl Journal {
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
         let (recovery, resume) = recover(&*storage, take)?;
-        if let Some(last) = resume.last {
-            // What is handed out now must not be gone after the next crash.
-            storage.sync(last)?;
+        // What is handed out now must not be gone after the next crash.
+        for segment in storage.segments()? {
+            storage.sync(segment)?;
         }
         let salt = resume.salt.unwrap_or_else(random_u64);
         let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;

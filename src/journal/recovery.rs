@@ -139,6 +139,10 @@ impl Segment<'_> {
         {
             recovery.damaged.push(Damage { segment: self.header.number, from, to: promised });
             end = promised;
+        } else if end < promised {
+            // It was cut short.
+            recovery.damaged.push(Damage { segment: self.header.number, from: end, to: promised });
+            end = promised;
         }
         Ok(end)
     }

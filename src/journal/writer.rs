@@ -234,8 +234,12 @@ impl Writer {
 
 fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn SegmentFile>> {
     let mut file = storage.create(header.number)?;
-    file.append(&header.encode())?;
-    file.sync()?;
-    storage.sync_directory()?;
+    let begun = file.append(&header.encode()).and_then(|()| file.sync());
+    if let Err(error) = begun.and_then(|()| storage.sync_directory()) {
+        // A full disk would gather empty ones.
+        drop(file);
+        let _best_effort = storage.remove(header.number);
+        return Err(error);
+    }
     Ok(file)
 }
