@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Bound, Choose, Outbox, OutboxAction, OutboxEvent, PartKey, Pending, Source, State};
+use super::{
+    Bound, Choose, Outbox, OutboxAction, OutboxEvent, Part, PartKey, Pending, Source, State,
+};
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::engine::delivery::record::{BindingRecord, NodeBytes};
@@ -18,7 +20,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
 /// So many durable subscriptions of one peer are remembered.
-const MAX_SUBSCRIPTIONS: usize = 1024;
+pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
 /// What may be sent to a peer and not be answered, in messages.
 const WINDOW_MESSAGES: u64 = 8192;
 
@@ -44,6 +46,7 @@ impl Outbox {
     pub(crate) fn handle_link_down(&mut self, now: Now, node: NodeId) {
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
+        peer.told_inbox = None;
         peer.active.clear();
         let ready = std::mem::take(&mut peer.ready);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
@@ -74,13 +77,17 @@ impl Outbox {
     /// A peer told of its inbox.
     pub(crate) fn handle_inbox(&mut self, node: NodeId, info: InboxInfo) {
         let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) else { return };
+        // It stays for as long as a process does.
+        if *peer.told_inbox.get_or_insert(info.epoch) != info.epoch {
+            return;
+        }
         let before = peer.known_inbox.replace(info.epoch);
         peer.inbox = Some(info.epoch);
         peer.active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
         if before.is_some_and(|before| before != info.epoch) {
             self.actions.push_back(OutboxAction::Report(OutboxEvent::InboxLost(node)));
         }
-        let mut changed = before != Some(info.epoch);
+        let (mut changed, mut met) = (before != Some(info.epoch), before.is_none());
         let known = self.subscriptions.keys().filter(|(owner, _)| *owner == node).count();
         let room = MAX_SUBSCRIPTIONS.saturating_sub(known);
         let mut new = 0;
@@ -90,12 +97,13 @@ impl Outbox {
                 if new > room {
                     continue;
                 }
+                met = true;
             }
             let known = self.subscriptions.insert((node, name), pattern.clone());
             changed |= known != Some(pattern);
         }
         if changed {
-            self.store_peers();
+            self.store_peers(met);
         }
         self.dirty.insert(node);
         self.waiting_dirty = true;
@@ -111,7 +119,14 @@ impl Outbox {
         self.handle_inbox(me, InboxInfo { epoch: 0, subscriptions });
     }
 
-    fn store_peers(&mut self) {
+    /// Stores what is remembered of peers: whom it has met at once, what changes once a second.
+    pub(super) fn store_peers(&mut self, met: bool) {
+        self.peers_dirty = true;
+        self.peers_met |= met;
+        if self.peers_pending || self.peers_retry.is_some() && !self.peers_met {
+            return;
+        }
+        (self.peers_pending, self.peers_dirty, self.peers_met) = (true, false, false);
         let peers = self.peer_records();
         self.append(&OutboxRecord::Peers(peers), Pending::Peers);
     }
@@ -339,9 +354,12 @@ impl Outbox {
                 break None;
             }
             let Some(key) = peer.ready.pop_front() else { break None };
-            let Some(part) = self.part(key).filter(|part| part.state == State::Ready) else {
+            // It may have gone to another node meanwhile, whose queue it is in too.
+            let ready = |part: &&Part| part.state == State::Ready;
+            let Some(part) = self.part(key).filter(ready) else { continue };
+            if self.node_of(key) != Some(node) {
                 continue;
-            };
+            }
             if let Target::Subscription(_, name) = &self.targets[part.target as usize]
                 && !self.peers[&node].active.contains(name)
             {
@@ -416,6 +434,10 @@ impl Outbox {
             return false;
         };
         let Some(part) = self.part(key) else { return false };
+        if part.attempts == 0 && !part.redelivered {
+            // An answer to what was never sent.
+            return true;
+        }
         if answer.outcome == Outcome::Processed {
             // Of whichever attempt, also of one before it went to another node.
             if !matches!(part.state, State::Dying | State::Dead(_) | State::Settled) {
@@ -502,8 +524,9 @@ impl Outbox {
                 self.release(key);
             }
         }
-        if self.peers_retry.take_if(|at| *at <= now.time).is_some() {
-            self.store_peers();
+        self.disk_retry.take_if(|at| *at <= now.time);
+        if self.peers_retry.take_if(|at| *at <= now.time).is_some() && self.peers_dirty {
+            self.store_peers(false);
         }
         while let Some((at, key)) = self.wall.first().copied()
             && at <= now.unix_ms

@@ -142,7 +142,7 @@ pub(crate) struct Full {
     pub(crate) bytes: u64,
 }
 
-/// After the disk refused a dead letter.
+/// After the disk refused something.
 const DISK_RETRY: Duration = Duration::from_secs(1);
 
 /// How much of what was stored just now is kept in memory until it is sent, in bytes.
@@ -226,6 +226,8 @@ struct Peer {
     inbox: Option<u64>,
     /// The epoch that it had when it was last up.
     known_inbox: Option<u64>,
+    /// What it told first over its present link.
+    told_inbox: Option<u64>,
     /// Its durable subscriptions that take messages now.
     active: Vec<ServiceName>,
     ready: VecDeque<PartKey>,
@@ -252,6 +254,14 @@ enum Pending {
     Peers,
     /// The same; then the segments before that one can go.
     Removal(u64),
+}
+
+/// An entry of what is settled.
+#[derive(Debug)]
+struct Written {
+    token: u64,
+    settled: Vec<(u64, u32)>,
+    numbers: Vec<Bound>,
 }
 
 #[derive(Debug)]
@@ -283,8 +293,16 @@ pub(crate) struct Outbox {
     former: HashMap<PartKey, Vec<Bound>>,
     /// What could not be stored as dead letters yet.
     dying: HashMap<PartKey, Fate>,
-    /// When what is remembered of peers is stored again.
+    /// What is remembered of peers is being stored.
+    peers_pending: bool,
+    /// It has changed since.
+    peers_dirty: bool,
+    /// There is somebody new in it.
+    peers_met: bool,
+    /// When it may be stored again, unless there is somebody new in it.
     peers_retry: Option<Time>,
+    /// When the disk, which refused something that can wait, is tried again.
+    disk_retry: Option<Time>,
     timers: BTreeSet<(Time, PartKey)>,
     /// By the clock on the wall.
     wall: BTreeSet<(u64, PartKey)>,
@@ -295,7 +313,7 @@ pub(crate) struct Outbox {
     /// Their numbers, which their receivers have to remember until that is on the disk.
     unreleased: Vec<Bound>,
     /// The same, by the entries that say so, which have been written but perhaps not synced.
-    written: VecDeque<(u64, Vec<Bound>)>,
+    written: VecDeque<Written>,
     /// How many messages are in each segment.
     live: BTreeMap<u64, u64>,
     newest_segment: u64,
@@ -330,7 +348,11 @@ impl Outbox {
             lanes: HashMap::new(),
             former: HashMap::new(),
             dying: HashMap::new(),
+            peers_pending: false,
+            peers_dirty: false,
+            peers_met: false,
             peers_retry: None,
+            disk_retry: None,
             timers: BTreeSet::new(),
             wall: BTreeSet::new(),
             subscriptions: BTreeMap::new(),
@@ -377,7 +399,8 @@ impl Outbox {
         choose: &mut Choose<'_>,
     ) -> Result<Vec<u64>, Full> {
         let size = |message: &NewMessage| {
-            BASE_COST + message.body.len() as u64 + message.header.extra_len() as u64
+            let destinations = BASE_COST * message.targets.len().max(1) as u64;
+            destinations + message.body.len() as u64 + message.header.extra_len() as u64
         };
         let bytes: u64 = messages.iter().map(size).sum();
         let count = self.entries.len() as u64 + messages.len() as u64;
@@ -466,7 +489,7 @@ impl Outbox {
 
     /// Stores, without a sync, what was settled since the last time.
     fn store_settled(&mut self) {
-        if self.settled.is_empty() {
+        if self.settled.is_empty() || self.disk_retry.is_some() {
             return;
         }
         let settled = std::mem::take(&mut self.settled);
@@ -492,11 +515,18 @@ impl Outbox {
         let synced = result.is_ok()
             && self.pending.get(&token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
         while synced
-            && self.written.front().is_some_and(|(before, _)| *before < token)
-            && let Some((_, numbers)) = self.written.pop_front()
+            && self.written.front().is_some_and(|before| before.token < token)
+            && let Some(Written { numbers, .. }) = self.written.pop_front()
         {
             for Bound { stream, seq } in numbers {
                 self.streams[stream as usize].outstanding.remove(seq);
+            }
+        }
+        if result.is_err() {
+            // What was written before may be gone as well, whatever a later sync says.
+            for Written { settled, numbers, .. } in std::mem::take(&mut self.written) {
+                self.settled.extend(settled);
+                self.unreleased.extend(numbers);
             }
         }
         match (self.pending.remove(&token), result) {
@@ -532,30 +562,44 @@ impl Outbox {
                 self.dying.insert(key, *fate);
                 self.timers.insert((now.time + DISK_RETRY, key));
             }
-            (Some(Pending::Settled(_, numbers)), Ok(_)) => {
-                self.written.push_back((token, numbers));
+            (Some(Pending::Settled(settled, numbers)), Ok(_)) => {
+                self.written.push_back(Written { token, settled, numbers });
             }
             (Some(Pending::Settled(settled, numbers)), Err(_)) => {
                 // With what is settled next.
                 self.settled.extend(settled);
                 self.unreleased.extend(numbers);
+                self.disk_retry = Some(now.time + DISK_RETRY);
             }
-            (Some(Pending::Moved(number)), result) => self.handle_moved(number, result.ok()),
-            (Some(Pending::Peers), Ok(_)) => {}
-            (Some(Pending::Peers), Err(_)) => self.peers_retry = Some(now.time + DISK_RETRY),
+            (Some(Pending::Moved(number)), result) => {
+                if result.is_err() {
+                    self.disk_retry = Some(now.time + DISK_RETRY);
+                }
+                self.handle_moved(number, result.ok());
+            }
+            (Some(Pending::Peers), result) => {
+                (self.peers_pending, self.peers_retry) = (false, Some(now.time + DISK_RETRY));
+                self.peers_dirty |= result.is_err();
+                if self.peers_dirty {
+                    self.store_peers(false);
+                }
+            }
             (Some(Pending::Removal(before)), Ok(_)) => {
                 self.removing = false;
                 self.removed_before = before;
                 self.actions.push_back(OutboxAction::RemoveBefore(before));
             }
-            (Some(Pending::Removal(_)), Err(_)) => self.removing = false,
+            (Some(Pending::Removal(_)), Err(_)) => {
+                self.removing = false;
+                self.disk_retry = Some(now.time + DISK_RETRY);
+            }
         }
     }
 
     fn handle_stored(&mut self, now: Now, number: u64, position: Position) {
         self.actions.push_back(OutboxAction::Stored(number, Ok(())));
-        *self.live.entry(position.segment).or_default() += 1;
         let Some(entry) = self.entries.get_mut(number) else { return };
+        *self.live.entry(position.segment).or_default() += 1;
         entry.position = Some(position);
         let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
         for part in 0..entry.parts.len() as u32 {
@@ -824,7 +868,9 @@ impl Outbox {
     /// When it has to look at the clock, and at the one on the wall (ms since 1970).
     pub(crate) fn poll_timeout(&self) -> (Option<Time>, Option<u64>) {
         let timer = self.timers.first().map(|(at, _)| *at);
-        let timers = timer.into_iter().chain(self.peer_timeout()).chain(self.peers_retry);
+        let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);
+        let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
+        let timers = timers.chain(self.disk_retry);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }
 }

@@ -109,7 +109,8 @@ impl Outbox {
         let (expires_at, not_before) = (record.expires_at, record.not_before);
         let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));
-        let size = BASE_COST as u32 + record.frozen.0.len() as u32;
+        let destinations = BASE_COST as u32 * record.parts.len().max(1) as u32;
+        let size = destinations + record.frozen.0.len() as u32;
         let entry = Entry { position: Some(position), cached: None, rare, parts, size };
         self.bytes += u64::from(size);
         *self.live.entry(position.segment).or_default() += 1;

@@ -14,7 +14,11 @@ impl Outbox {
     pub(super) fn remove_segments(&mut self) {
         let first = self.live.first_key_value().map(|(segment, _)| *segment);
         let before = first.unwrap_or(self.newest_segment).min(self.newest_segment);
-        if self.removing || before <= self.removed_before || self.newest_segment == 0 {
+        if self.disk_retry.is_some()
+            || self.removing
+            || before <= self.removed_before
+            || self.newest_segment == 0
+        {
             return;
         }
         self.removing = true;
@@ -40,7 +44,8 @@ impl Outbox {
             return;
         };
         let needed = self.bytes / self.config.segment_size.max(1);
-        if self.moving > 0 || !self.compacts || self.newest_segment - oldest <= 2 + 2 * needed {
+        let waits = self.moving > 0 || self.disk_retry.is_some();
+        if waits || !self.compacts || self.newest_segment - oldest <= 2 + 2 * needed {
             return;
         }
         let here = self.entries.iter().filter_map(|(number, entry)| {
@@ -63,6 +68,11 @@ impl Outbox {
             self.compacts &= self.entries.get(number).is_none();
             return;
         };
+        if entry.parts.iter().any(|part| part.state == State::Dying) {
+            // What says so is in the journal by now, and this would undo it.
+            self.moving -= 1;
+            return;
+        }
         let parts = entry.parts.iter().map(|part| {
             let binding = part.bound.map(|bound| BindingRecord::from(&self.binding(bound)));
             let dead = match &part.state {

@@ -1,5 +1,6 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
+use super::dispatch::MAX_SUBSCRIPTIONS;
 use super::*;
 use crate::address::Destination;
 use crate::message::{IdSource, Kind};
@@ -20,6 +21,9 @@ struct Bench {
     sent: Vec<(NodeId, Delivery)>,
     done: Vec<(u64, Result<(), Fate>)>,
     events: Vec<OutboxEvent>,
+    /// The disk refuses everything.
+    full: bool,
+    refused: usize,
 }
 
 impl Bench {
@@ -46,6 +50,8 @@ impl Bench {
             sent: Vec::new(),
             done: Vec::new(),
             events: Vec::new(),
+            full: false,
+            refused: 0,
         }
     }
 
@@ -62,6 +68,10 @@ impl Bench {
             self.outbox.pump(choose);
             let Some(action) = self.outbox.poll_action() else { return };
             match action {
+                OutboxAction::Append { token, .. } if self.full => {
+                    self.refused += 1;
+                    self.outbox.handle_appended(now, token, Err("the disk is full".into()));
+                }
                 OutboxAction::Append { token, entry, .. } => {
                     let position = Position { segment: 1, offset: token, length: 0 };
                     self.journal.push((position, entry));
@@ -238,7 +248,7 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
         bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions });
         bench.run();
     }
-    assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), 1024);
+    assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
 }
 
 #[test]
@@ -284,4 +294,93 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
         assert_eq!(bench.done, [(1, Ok(()))]);
         assert_eq!(bench.sent.len(), 2);
     }
+}
+
+#[test]
+fn what_was_reassigned_is_not_sent_to_its_old_node_under_its_new_number() {
+    let minute = Duration::from_secs(60);
+    let mut bench = Bench::new(Some(minute));
+    bench.outbox.config.window_bytes = 1;
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    let service = || Target::Service("work".parse().unwrap());
+    bench.submit(service()).unwrap();
+    bench.lose(BOB);
+    bench.serving = vec![CAROL];
+    bench.meet(CAROL);
+    // Her window is full of another.
+    bench.submit(service()).unwrap();
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    bench.sleep(2 * minute);
+    bench.serving = vec![BOB, CAROL];
+    let before = bench.sent.len();
+    bench.meet(BOB);
+    let to_bob = &bench.sent[before..];
+    assert!(to_bob.iter().all(|(to, _)| *to != BOB), "it is hers now: {to_bob:?}");
+    let (_, first) = bench.sent[before - 1].clone();
+    bench.answer(CAROL, &first.id, first.attempt, Outcome::Processed);
+    let (to, second) = bench.sent.last().unwrap().clone();
+    assert_eq!((to, second.redelivered), (CAROL, true));
+    bench.answer(CAROL, &second.id, second.attempt, Outcome::Processed);
+    assert_eq!((bench.done.len(), bench.outbox.pending()), (2, 0));
+}
+
+#[test]
+fn an_answer_to_what_is_still_being_stored_settles_nothing() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let (_, first) = bench.sent[0].clone();
+    bench.answer(BOB, &first.id, 1, Outcome::Processed);
+    bench.full = true;
+    let mut next = first.id.clone();
+    next.seq += 1;
+    // As `submit` does, but for the journal's word.
+    let header = Header::new(IdSource::new(2).next(1), Kind::Command, Destination::Node(BOB));
+    let (body, targets) = (Bytes::from_static(b"a body"), vec![Target::Node(BOB)]);
+    let message = NewMessage { header, body, targets, expires_at: None, not_before: None };
+    bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None).unwrap();
+    let answer = Answer { id: next, attempt: 1, outcome: Outcome::Processed };
+    bench.outbox.handle_answer(bench.now(), BOB, answer);
+    assert_eq!((bench.outbox.pending(), bench.done.len()), (1, 1));
+}
+
+#[test]
+fn a_disk_that_refuses_is_left_alone_for_a_while() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let (_, delivery) = bench.sent[0].clone();
+    bench.full = true;
+    bench.answer(BOB, &delivery.id, 1, Outcome::Processed);
+    assert_eq!(bench.refused, 1, "tried once");
+    bench.sleep(DISK_RETRY / 2);
+    assert_eq!(bench.refused, 1);
+    bench.full = false;
+    let before = bench.journal.len();
+    bench.sleep(DISK_RETRY);
+    assert!(bench.journal.len() > before, "tried again");
+}
+
+#[test]
+fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    let stored = bench.journal.len();
+    for epoch in 2..1000 {
+        let subscription = ("billing".parse().unwrap(), "orders.>".parse().unwrap());
+        let info = InboxInfo { epoch, subscriptions: vec![subscription] };
+        bench.outbox.handle_inbox(BOB, info);
+        bench.run();
+    }
+    assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "it has one for each life");
+    for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
+        let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
+        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription] };
+        bench.outbox.handle_inbox(BOB, info);
+        bench.run();
+    }
+    assert_eq!(bench.journal.len(), stored + 1, "whom it meets is stored, and no more for now");
+    bench.sleep(2 * DISK_RETRY);
+    assert_eq!(bench.journal.len(), stored + 2, "what it is now");
 }
