@@ -29,6 +29,8 @@ pub(crate) struct LinkCell {
     open: AtomicBool,
     /// The link has ended for this side; what still arrives is ignored.
     ended: AtomicBool,
+    /// Whether the peer has told its epochs.
+    epochs_told: AtomicBool,
     /// Batches that the transport has encoded since the flow was last told.
     released: AtomicU32,
     /// The flow has more than the transport may hold.
@@ -58,6 +60,7 @@ impl LinkCell {
             started,
             open: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            epochs_told: AtomicBool::new(false),
             released: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             room: Notify::new(),
@@ -69,6 +72,11 @@ impl LinkCell {
 
     pub(crate) fn now(&self) -> Time {
         Time::after_start(self.started.elapsed())
+    }
+
+    /// Whether the peer tells its epochs for the first time.
+    pub(crate) fn is_first_epochs(&self) -> bool {
+        !self.epochs_told.swap(true, Ordering::Relaxed)
     }
 
     pub(crate) fn is_open(&self) -> bool {

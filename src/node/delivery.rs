@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use smallvec::SmallVec;
 
-use super::cell::Credit;
+use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
 use super::shared::Shared;
@@ -329,8 +329,12 @@ impl Shared {
         });
     }
 
-    pub(crate) fn handle_epochs(self: &Arc<Self>, from: NodeId, epochs: &[u64]) {
-        self.with_inbox(|inbox| inbox.handle_epochs(from, epochs));
+    pub(crate) fn handle_epochs(self: &Arc<Self>, over: &LinkCell, epochs: &[u64]) {
+        self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
+        // What it was told before may have come before it knew that the link is up.
+        if let (Some(store), true) = (&self.store, over.is_first_epochs()) {
+            self.send_control_to(&over.peer, Control::Inbox(Box::new(self.inbox_info(store))));
+        }
     }
 
     /// A guaranteed message arrived.

@@ -150,14 +150,18 @@ impl LinkReceiver {
                     shared.count_drop(cell.peer, reason, count);
                 }
             }
+            Control::Answers(_) | Control::Epochs(_) | Control::Inbox(_) if !cell.is_open() => {
+                return Err(Fault::OutOfTurn);
+            }
             Control::Answers(answers) => shared.handle_answers(cell.peer, answers),
-            Control::Epochs(epochs) => shared.handle_epochs(cell.peer, &epochs),
+            Control::Epochs(epochs) => shared.handle_epochs(cell, &epochs),
             Control::Inbox(info) => shared.handle_inbox(cell.peer, *info),
             Control::Cancel(id) => {
-                shared
-                    .services()
-                    .iter()
-                    .for_each(|service| service.handle_cancel(shared, cell.id, id));
+                for service in shared.handling() {
+                    if let Some(guaranteed) = service.handle_cancel(shared, cell.id, id) {
+                        shared.unqueue_delivery(&guaranteed);
+                    }
+                }
             }
             control => shared.with_mesh(|mesh, now| mesh.handle_control(now, cell.id, control)),
         }

@@ -310,16 +310,22 @@ impl ServiceCell {
         self.ended.notify_waiters();
     }
 
-    pub(crate) fn handle_cancel(&self, shared: &Shared, link: LinkId, id: MessageId) {
+    /// The caller no longer wants it; returns it if it is guaranteed, for its inbox to forget.
+    pub(crate) fn handle_cancel(
+        &self,
+        shared: &Shared,
+        link: LinkId,
+        id: MessageId,
+    ) -> Option<Message> {
         let mut state = lock(&self.state);
         let waiting = state.admissions.handle_cancel((link, id));
         if let Some(running) = state.running.get(&(link, id)) {
             running.cancelled.set();
         }
         drop(state);
-        if let Some(held) = waiting {
-            shared.drop_received(held.credit.as_ref(), DropReason::Cancelled, 1);
-        }
+        let held = waiting?;
+        shared.drop_received(held.credit.as_ref(), DropReason::Cancelled, 1);
+        Some(held.message).filter(|message| message.delivery.is_some())
     }
 
     /// What came over the link has nobody left to wait for it.

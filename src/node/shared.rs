@@ -365,7 +365,7 @@ impl Shared {
             None => self
                 .services()
                 .iter()
-                .for_each(|service| service.handle_cancel(self, super::service::LOCAL, id)),
+                .for_each(|service| _ = service.handle_cancel(self, super::service::LOCAL, id)),
         }
     }
 

@@ -20,6 +20,8 @@ const SUSPECT: u32 = 3;
 /// So many streams of one sender are remembered: one for each life of its outbox that is not settled,
 /// and each durable subscription.
 const MAX_STREAMS: usize = 4096;
+/// The most gaps in what is processed of one; a sender has far fewer messages on their way.
+const MAX_RANGES: usize = 65_536;
 /// After so many bytes a snapshot takes the place of what is in the journal.
 const SNAPSHOT_AFTER: u64 = 16 * 1024 * 1024;
 
@@ -74,6 +76,8 @@ struct Seen {
 struct Open {
     attempt: u32,
     phase: Phase,
+    /// That its handler begins was counted.
+    counted: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -96,8 +100,8 @@ enum Pending {
 #[derive(Debug)]
 pub(crate) struct Inbox {
     epoch: u64,
-    /// `None` where one was forgotten.
-    streams: Vec<Option<Seen>>,
+    streams: BTreeMap<usize, Seen>,
+    next_place: usize,
     places: HashMap<(NodeId, Stream), usize>,
     next_number: u64,
     pending: HashMap<u64, Pending>,
@@ -119,7 +123,8 @@ impl Inbox {
     pub(crate) fn new(epoch: u64) -> Self {
         Self {
             epoch,
-            streams: Vec::new(),
+            streams: BTreeMap::new(),
+            next_place: 0,
             places: HashMap::new(),
             // Never one of an earlier life, whose records may be behind ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
@@ -162,16 +167,14 @@ impl Inbox {
             }
             InboxRecord::Begun(number, seq, times) => {
                 if let Some(seen) = self.numbered(number) {
-                    seen.begun.insert(seq, times);
+                    match times {
+                        0 => _ = seen.begun.remove(&seq),
+                        _ => _ = seen.begun.insert(seq, times),
+                    }
                 }
             }
             InboxRecord::Forgotten(numbers) => {
-                for slot in &mut self.streams {
-                    if slot.as_ref().is_some_and(|seen| numbers.contains(&seen.number)) {
-                        let seen = slot.take().expect("it is there");
-                        self.places.remove(&(seen.node, seen.stream));
-                    }
-                }
+                self.forget(|seen| numbers.contains(&seen.number));
             }
         }
         Ok(())
@@ -183,7 +186,7 @@ impl Inbox {
             Some(place) => *place,
             None => self.open_stream(node, &stream, record.number),
         };
-        if let Some(seen) = &mut self.streams[place] {
+        if let Some(seen) = self.streams.get_mut(&place) {
             (seen.number, seen.opened) = (record.number, true);
             seen.floor = seen.floor.max(record.floor);
             for (first, last) in &record.processed {
@@ -194,7 +197,7 @@ impl Inbox {
     }
 
     fn numbered(&mut self, number: u64) -> Option<&mut Seen> {
-        self.streams.iter_mut().flatten().find(|seen| seen.number == number)
+        self.streams.values_mut().find(|seen| seen.number == number)
     }
 
     /// The journal has been read. It begins with a snapshot, so that the epoch is in it.
@@ -203,8 +206,9 @@ impl Inbox {
     }
 
     fn open_stream(&mut self, node: NodeId, stream: &Stream, number: u64) -> usize {
-        let place = self.streams.len();
-        self.streams.push(Some(Seen {
+        let place = self.next_place;
+        self.next_place += 1;
+        let seen = Seen {
             node,
             stream: stream.clone(),
             number,
@@ -213,7 +217,8 @@ impl Inbox {
             processed: Ranges::default(),
             begun: BTreeMap::new(),
             open: HashMap::new(),
-        }));
+        };
+        self.streams.insert(place, seen);
         self.places.insert((node, stream.clone()), place);
         place
     }
@@ -231,13 +236,13 @@ impl Inbox {
                 let number = self.next_number;
                 self.next_number += 1;
                 let place = self.open_stream(from, stream, number);
-                let opened = self.streams[place].as_ref().map(Seen::record);
+                let opened = self.streams.get(&place).map(Seen::record);
                 let opened = InboxRecord::Opened(opened.expect("it was opened just now"));
                 self.append(&opened, Pending::Opened(place), false);
                 place
             }
         };
-        let seen = self.streams[place].as_mut().expect("what is in `places` is there");
+        let seen = self.streams.get_mut(&place).expect("what is in `places` is there");
         if let Some(open) = seen.open.get_mut(&seq) {
             open.attempt = delivery.attempt;
             return Verdict::Wait;
@@ -250,12 +255,15 @@ impl Inbox {
         if seen.processed.contains(seq) {
             return Verdict::Answer(Outcome::Processed);
         }
+        if seen.processed.iter().len() >= MAX_RANGES {
+            return Verdict::Answer(Outcome::Refused);
+        }
         // Below the floor it was settled once, and nobody knows how: its sender's outbox is an
         // older copy.
         delivery.redelivered |= seq < seen.floor;
         let (attempt, phase) = (delivery.attempt, Phase::Running);
         if !delivery.redelivered {
-            seen.open.insert(seq, Open { attempt, phase });
+            seen.open.insert(seq, Open { attempt, phase, counted: false });
             let Some(later) = self.later.get_mut(&from) else { return Verdict::Run };
             later.push_back((delivery.id.clone(), true));
             return Verdict::RunLater;
@@ -265,7 +273,7 @@ impl Inbox {
             let text = format!("its handler was begun {begun} times and never ended");
             return Verdict::Answer(Outcome::Rejected(text));
         }
-        seen.open.insert(seq, Open { attempt, phase });
+        seen.open.insert(seq, Open { attempt, phase, counted: false });
         if begun >= SUSPECT {
             self.suspects.push_back((place, seq));
             self.next_suspect();
@@ -278,9 +286,12 @@ impl Inbox {
 
     /// Writes that a handler begins; it does when that is done.
     fn count_begun(&mut self, place: usize, seq: u64) {
-        let Some(seen) = self.streams[place].as_mut() else { return };
+        let Some(seen) = self.streams.get_mut(&place) else { return };
         let begun = seen.begun.entry(seq).or_default();
         *begun += 1;
+        if let Some(open) = seen.open.get_mut(&seq) {
+            open.counted = true;
+        }
         let record = InboxRecord::Begun(seen.number, seq, *begun);
         self.append(&record, Pending::Begun(place, seq), false);
     }
@@ -326,11 +337,11 @@ impl Inbox {
 
     fn seen(&mut self, from: NodeId, stream: &Stream) -> Option<(usize, &mut Seen)> {
         let place = *self.places.get(&(from, stream.clone()))?;
-        Some((place, self.streams[place].as_mut()?))
+        Some((place, self.streams.get_mut(&place)?))
     }
 
     fn store_processed(&mut self, place: usize, seq: u64) {
-        let Some(seen) = self.streams[place].as_mut() else { return };
+        let Some(seen) = self.streams.get_mut(&place) else { return };
         if let Some(open) = seen.open.get_mut(&seq) {
             open.phase = Phase::Storing;
         }
@@ -348,22 +359,37 @@ impl Inbox {
         if let Some((place, seen)) = self.seen(from, &id.stream)
             && seen.open.get(&id.seq).is_some_and(|open| open.phase == Phase::Running)
         {
-            seen.open.remove(&id.seq);
+            // Its handler never began, so it did not kill its process either.
+            if seen.open.remove(&id.seq).is_some_and(|open| open.counted) {
+                let begun = seen.begun.get(&id.seq).copied().unwrap_or_default();
+                let before = begun.saturating_sub(1);
+                match before {
+                    0 => _ = seen.begun.remove(&id.seq),
+                    _ => _ = seen.begun.insert(id.seq, before),
+                }
+                let record = InboxRecord::Begun(seen.number, id.seq, before);
+                self.note(&record);
+            }
             self.end_suspect(place, id.seq);
         }
     }
 
     /// An entry was stored, or can't be.
     pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, String>) {
+        if result.is_err() {
+            // What was written before may be gone as well, whatever a later sync says.
+            self.streams.values_mut().for_each(|seen| seen.opened = false);
+        }
+        self.snapshot_if_due();
         match self.pending.remove(&token) {
             None => {}
             Some(Pending::Opened(place)) => {
-                if let Some(seen) = &mut self.streams[place] {
+                if let Some(seen) = self.streams.get_mut(&place) {
                     seen.opened = result.is_ok();
                 }
             }
             Some(Pending::Processed(place, seq)) => {
-                let Some(seen) = self.streams[place].as_mut() else { return };
+                let Some(seen) = self.streams.get_mut(&place) else { return };
                 let Some(open) = seen.open.get_mut(&seq) else { return };
                 if result.is_err() {
                     open.phase = Phase::Unstored;
@@ -376,11 +402,10 @@ impl Inbox {
                 let id = DeliveryId { stream: seen.stream.clone(), seq };
                 let answer = Answer { id, attempt, outcome: Outcome::Processed };
                 self.actions.push_back(InboxAction::Answer(seen.node, answer));
-                self.snapshot_if_due();
             }
             // If it can't be written, it is not counted.
             Some(Pending::Begun(place, seq)) => {
-                let Some(seen) = &self.streams[place] else { return };
+                let Some(seen) = self.streams.get(&place) else { return };
                 let (node, stream) = (seen.node, seen.stream.clone());
                 let id = DeliveryId { stream, seq };
                 match self.suspect == Some((place, seq)) {
@@ -436,19 +461,27 @@ impl Inbox {
 
     /// A sender said which epochs it still has messages of.
     pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64]) {
-        let mut numbers = Vec::new();
-        for slot in &mut self.streams {
-            let gone = slot.as_ref().is_some_and(|seen| {
-                seen.node == from && !epochs.contains(&seen.stream.epoch) && seen.open.is_empty()
-            });
-            if gone && let Some(seen) = slot.take() {
-                numbers.push(seen.number);
-                self.places.remove(&(seen.node, seen.stream));
-            }
-        }
+        let numbers = self.forget(|seen| {
+            seen.node == from && !epochs.contains(&seen.stream.epoch) && seen.open.is_empty()
+        });
         if !numbers.is_empty() {
             self.note(&InboxRecord::Forgotten(numbers));
+            self.snapshot_if_due();
         }
+    }
+
+    /// Forgets streams; returns their numbers.
+    fn forget(&mut self, gone: impl Fn(&Seen) -> bool) -> Vec<u64> {
+        let gone = self.streams.iter().filter(|(_, seen)| gone(seen));
+        let places: Vec<usize> = gone.map(|(place, _)| *place).collect();
+        let mut numbers = Vec::new();
+        for place in places {
+            if let Some(seen) = self.streams.remove(&place) {
+                self.places.remove(&(seen.node, seen.stream));
+                numbers.push(seen.number);
+            }
+        }
+        numbers
     }
 
     /// Whether nothing waits for the journal.
@@ -480,10 +513,10 @@ impl Inbox {
 
     /// Says all that is known again, so that what is before can go.
     fn take_snapshot(&mut self) {
-        let streams = self.streams.iter().flatten().map(Seen::record).collect();
+        let streams = self.streams.values().map(Seen::record).collect();
         let snapshot = InboxRecord::Snapshot(self.epoch, streams);
         self.append(&snapshot, Pending::Snapshot, true);
-        let counts = self.streams.iter().flatten().flat_map(|seen| {
+        let counts = self.streams.values().flat_map(|seen| {
             seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
         });
         for count in counts.collect::<Vec<_>>() {
