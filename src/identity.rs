@@ -11,6 +11,8 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
+use crate::private_file::{self, Looser};
+
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
 /// lower-case characters.
 ///
@@ -137,24 +139,41 @@ impl Identity {
     /// [`IdentityError`] if the file can't be read or written, is readable by others, or holds
     /// something else.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
-        let file_error = |source| IdentityError::File { path: path.into(), source };
-        match fs::read_to_string(path) {
-            Ok(pem) => {
-                check_mode(path)?;
-                let der = decode_pem(&pem);
-                der.and_then(|der| Self::from_pkcs8(&der))
-                    .ok_or_else(|| IdentityError::Format { path: path.into() })
+        match Self::load(path) {
+            Err(IdentityError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Self::create(path)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let der = generate();
-                write_private(path, &encode_pem(&der)).map_err(file_error)?;
-                Ok(Self::from_pkcs8(&der).expect("a key that was just generated parses"))
-            }
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                Err(IdentityError::Format { path: path.into() })
-            }
-            Err(error) => Err(file_error(error)),
+            loaded => loaded,
         }
+    }
+
+    /// The identity kept in `path` (PKCS#8 PEM).
+    ///
+    /// # Errors
+    /// [`IdentityError`] if the file can't be read, is readable by others, or holds something
+    /// else.
+    pub fn load(path: &Path) -> Result<Self, IdentityError> {
+        let file_error = |source| IdentityError::File { path: path.into(), source };
+        let format = || IdentityError::Format { path: path.into() };
+        let pem = fs::read_to_string(path).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => format(),
+            _ => file_error(error),
+        })?;
+        if let Some(Looser(mode)) = private_file::looser(path).map_err(file_error)? {
+            return Err(IdentityError::Mode { path: path.into(), mode });
+        }
+        decode_pem(&pem).and_then(|der| Self::from_pkcs8(&der)).ok_or_else(format)
+    }
+
+    /// A fresh identity, kept in a new file with mode 0600 (PKCS#8 PEM).
+    ///
+    /// # Errors
+    /// [`IdentityError::File`] if the file can't be written, or is there already.
+    pub fn create(path: &Path) -> Result<Self, IdentityError> {
+        let der = generate();
+        private_file::create(path, &encode_pem(&der))
+            .map_err(|source| IdentityError::File { path: path.into(), source })?;
+        Ok(Self::from_pkcs8(&der).expect("a key that was just generated parses"))
     }
 
     /// The public half.
@@ -184,37 +203,6 @@ fn decode_pem(pem: &str) -> Option<Vec<u8>> {
     let body = pem.split_once(PEM_HEAD)?.1.split_once(PEM_TAIL)?.0;
     let text: String = body.split_whitespace().collect();
     data_encoding::BASE64.decode(text.as_bytes()).ok()
-}
-
-#[cfg(unix)]
-fn write_private(path: &Path, text: &str) -> io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
-}
-
-#[cfg(not(unix))]
-fn write_private(path: &Path, text: &str) -> io::Result<()> {
-    fs::write(path, text)
-}
-
-#[cfg(unix)]
-fn check_mode(path: &Path) -> Result<(), IdentityError> {
-    use std::os::unix::fs::PermissionsExt;
-    let metadata =
-        fs::metadata(path).map_err(|source| IdentityError::File { path: path.into(), source })?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(IdentityError::Mode { path: path.into(), mode });
-    }
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn check_mode(_: &Path) -> Result<(), IdentityError> {
-    Ok(())
 }
 
 /// Eight random bytes from the system.
@@ -254,7 +242,7 @@ mod tests {
     fn a_file_that_is_no_key_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
-        write_private(&path, "shopping list").unwrap();
+        private_file::create(&path, "shopping list").unwrap();
         let error = Identity::load_or_create(&path).err().unwrap();
         assert!(matches!(error, IdentityError::Format { .. }), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "shopping list");

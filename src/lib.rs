@@ -87,6 +87,7 @@ mod message;
 mod node;
 mod outbox;
 mod peer;
+mod private_file;
 mod report;
 mod sync;
 mod tunnel;

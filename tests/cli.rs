@@ -238,3 +238,25 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     assert!(stdout(&publish("three", "30s")).contains("1 processed"));
     assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
 }
+
+#[test]
+fn keygen_makes_an_identity_once_and_never_writes_over_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("till.pem");
+    let file = path.to_str().unwrap();
+    let shell = Shell::new();
+    let made = stdout(&shell.run(&["keygen", file]));
+    assert_eq!(made.trim().len(), 52, "{made}");
+    assert_eq!(stdout(&shell.run(&["keygen", "--show", file])), made);
+    fails(&shell.run(&["keygen", file]), "File exists");
+    assert_eq!(stdout(&shell.run(&["keygen", "--show", file])), made, "it is as it was");
+    fails(&shell.run(&["keygen", "--show", "/nowhere/at/all"]), "No such file");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |path: &std::path::Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o600);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        fails(&shell.run(&["keygen", "--show", file]), "chmod 600");
+    }
+}

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod keygen;
 mod node;
 mod options;
 mod outbox;
@@ -44,6 +45,8 @@ enum Command {
     Serve(serve::Serve),
     /// Ask a service or a node, and print its reply
     Request(request::Request),
+    /// Make an identity: a key pair whose public half is a node's id
+    Keygen(keygen::Keygen),
     /// List the peers that can be reached
     Peers(peers::Peers),
     /// Look into the outbox of a node that doesn't run
@@ -87,6 +90,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Send(send) => send.run().await,
         Command::Serve(serve) => serve.run().await,
         Command::Request(request) => request.run().await,
+        Command::Keygen(keygen) => keygen.run(),
         Command::Peers(peers) => peers.run().await,
         // It waits for the disk.
         Command::Outbox(outbox) => tokio::task::spawn_blocking(|| outbox.run()).await?,

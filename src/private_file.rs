@@ -1,0 +1,47 @@
+//! Files that are for this user alone: identities, keys.
+
+use std::io;
+use std::path::Path;
+
+/// The mode of a file that others may read or write.
+pub(crate) struct Looser(pub(crate) u32);
+
+/// Creates a file with mode 0600.
+///
+/// # Errors
+/// What the system says; also if it is there already.
+#[cfg(unix)]
+pub(crate) fn create(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+#[cfg(not(unix))]
+pub(crate) fn create(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write;
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+/// The mode of a file that others than this user may read or write.
+#[cfg(unix)]
+pub(crate) fn looser(path: &Path) -> io::Result<Option<Looser>> {
+    let mode = mode(path)?;
+    Ok((mode & 0o077 != 0).then_some(Looser(mode)))
+}
+
+#[cfg(unix)]
+fn mode(path: &Path) -> io::Result<u32> {
+    use std::os::unix::fs::PermissionsExt;
+    Ok(std::fs::metadata(path)?.permissions().mode() & 0o777)
+}
+
+#[cfg(not(unix))]
+pub(crate) fn looser(_: &Path) -> io::Result<Option<Looser>> {
+    Ok(None)
+}
