@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn charge(accounts: &Mutex<Connection>, call: &Call) -> Result<i64, HandlerError> {
     let mut accounts = accounts.lock().expect("no handler panics while it holds it");
     let transaction = accounts.transaction()?;
-    if !sqlite::inbox_seen(&transaction, call.message.header.id)? {
+    if !sqlite::inbox_seen(&transaction, "billing", call.message.header.id)? {
         let amount: i64 = call.message.text().parse()?;
         transaction.execute("INSERT INTO charges VALUES (?)", [amount])?;
     }

@@ -94,13 +94,14 @@ async fn sqlite_knows_what_it_has_seen_once_that_is_committed() {
     sqlite::create_tables(&connection).unwrap();
     let id = MessageId::from_bytes([7; 16]);
     let transaction = connection.transaction().unwrap();
-    assert!(!sqlite::inbox_seen(&transaction, id).unwrap());
-    assert!(sqlite::inbox_seen(&transaction, id).unwrap());
+    assert!(!sqlite::inbox_seen(&transaction, "billing", id).unwrap());
+    assert!(sqlite::inbox_seen(&transaction, "billing", id).unwrap());
     drop(transaction);
     let transaction = connection.transaction().unwrap();
-    assert!(!sqlite::inbox_seen(&transaction, id).unwrap(), "the first was rolled back");
+    assert!(!sqlite::inbox_seen(&transaction, "billing", id).unwrap(), "the first was rolled back");
     transaction.commit().unwrap();
-    assert!(sqlite::inbox_seen(&connection, id).unwrap());
+    assert!(sqlite::inbox_seen(&connection, "billing", id).unwrap());
+    assert!(!sqlite::inbox_seen(&connection, "mail", id).unwrap(), "that is another consumer");
     assert_eq!(sqlite::forget_seen(&connection, Duration::from_secs(60)).unwrap(), 0);
 }
 
@@ -174,13 +175,17 @@ async fn postgres_knows_what_it_has_seen_once_that_is_committed() {
     postgres::create_tables(&client).await.unwrap();
     let id = MessageId::from_bytes([7; 16]);
     let transaction = client.transaction().await.unwrap();
-    assert!(!postgres::inbox_seen(&transaction, id).await.unwrap());
-    assert!(postgres::inbox_seen(&transaction, id).await.unwrap());
+    assert!(!postgres::inbox_seen(&transaction, "billing", id).await.unwrap());
+    assert!(postgres::inbox_seen(&transaction, "billing", id).await.unwrap());
     drop(transaction);
     let transaction = client.transaction().await.unwrap();
-    assert!(!postgres::inbox_seen(&transaction, id).await.unwrap(), "the first was rolled back");
+    assert!(
+        !postgres::inbox_seen(&transaction, "billing", id).await.unwrap(),
+        "the first was rolled back"
+    );
     transaction.commit().await.unwrap();
-    assert!(postgres::inbox_seen(&client, id).await.unwrap());
+    assert!(postgres::inbox_seen(&client, "billing", id).await.unwrap());
+    assert!(!postgres::inbox_seen(&client, "mail", id).await.unwrap(), "another consumer");
     assert_eq!(postgres::forget_seen(&client, Duration::from_secs(60)).await.unwrap(), 0);
-    assert_eq!(postgres::forget_seen(&client, Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(postgres::forget_seen(&client, Duration::ZERO).await.unwrap(), 2);
 }

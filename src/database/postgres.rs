@@ -37,8 +37,10 @@ pub async fn create_tables(client: &impl GenericClient) -> Result<(), tokio_post
                  body BYTEA NOT NULL
              );
              CREATE TABLE IF NOT EXISTS peerbus_inbox (
-                 message_id BYTEA PRIMARY KEY,
-                 seen_at TIMESTAMPTZ NOT NULL DEFAULT now()
+                 consumer TEXT NOT NULL,
+                 message_id BYTEA NOT NULL,
+                 seen_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 PRIMARY KEY (consumer, message_id)
              );",
         )
         .await
@@ -65,7 +67,10 @@ pub async fn insert(
     Ok(row.id().expect("it was drawn with 16 bytes"))
 }
 
-/// Whether a message was seen before; from this transaction's commit on it was.
+/// Whether a consumer has seen a message before; from this transaction's commit on it has.
+///
+/// `consumer` names what handles it: a service, a durable subscription. One event comes with one id
+/// to all of them, and each is to have it once.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
 /// message comes. While another transaction that has just seen it is open, this waits for its end.
@@ -74,12 +79,14 @@ pub async fn insert(
 /// What PostgreSQL says.
 pub async fn inbox_seen(
     transaction: &impl GenericClient,
+    consumer: &str,
     id: MessageId,
 ) -> Result<bool, tokio_postgres::Error> {
     let new = transaction
         .execute(
-            "INSERT INTO peerbus_inbox (message_id) VALUES ($1) ON CONFLICT DO NOTHING",
-            &[&&id.to_bytes()[..]],
+            "INSERT INTO peerbus_inbox (consumer, message_id) VALUES ($1, $2)
+             ON CONFLICT DO NOTHING",
+            &[&consumer, &&id.to_bytes()[..]],
         )
         .await?;
     Ok(new == 0)

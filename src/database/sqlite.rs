@@ -36,8 +36,10 @@ pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
              body BLOB NOT NULL
          );
          CREATE TABLE IF NOT EXISTS peerbus_inbox (
-             message_id BLOB PRIMARY KEY,
-             seen_at INTEGER NOT NULL
+             consumer TEXT NOT NULL,
+             message_id BLOB NOT NULL,
+             seen_at INTEGER NOT NULL,
+             PRIMARY KEY (consumer, message_id)
          ) WITHOUT ROWID;",
     )
 }
@@ -63,19 +65,27 @@ pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Resul
     Ok(row.id().expect("it was drawn with 16 bytes"))
 }
 
-/// Whether a message was seen before; from this transaction's commit on it was.
+/// Whether a consumer has seen a message before; from this transaction's commit on it has.
+///
+/// `consumer` names what handles it: a service, a durable subscription. One event comes with one id
+/// to all of them, and each is to have it once.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
 /// message comes.
 ///
 /// # Errors
 /// What SQLite says.
-pub fn inbox_seen(transaction: &Connection, id: MessageId) -> rusqlite::Result<bool> {
+pub fn inbox_seen(
+    transaction: &Connection,
+    consumer: &str,
+    id: MessageId,
+) -> rusqlite::Result<bool> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut insert = transaction.prepare_cached(
-        "INSERT INTO peerbus_inbox (message_id, seen_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        "INSERT INTO peerbus_inbox (consumer, message_id, seen_at) VALUES (?, ?, ?)
+         ON CONFLICT DO NOTHING",
     )?;
-    Ok(insert.execute(params![&id.to_bytes()[..], now as i64])? == 0)
+    Ok(insert.execute(params![consumer, &id.to_bytes()[..], now as i64])? == 0)
 }
 
 /// Forgets the messages that were seen longer ago than that; how many they were. One that comes
