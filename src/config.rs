@@ -277,6 +277,9 @@ impl Config {
         {
             return problem("name takes at most 255 bytes and no control characters".into());
         }
+        if self.lease.is_zero() {
+            return problem("lease is zero; no handler could ever end in time".into());
+        }
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {

@@ -468,3 +468,49 @@ async fn a_receiver_whose_store_is_lost_is_reported_and_gets_what_is_not_settled
     let (text, _, redelivered) = next(&mut seen).await;
     assert!(text == "again" && redelivered);
 }
+
+/// On one thread, so that nothing of the node has run when the service begins.
+#[tokio::test]
+async fn what_waited_for_a_service_of_its_own_node_goes_there_after_a_restart() {
+    let stores = private_dir();
+    let config = || {
+        let network = MemoryNetwork::default();
+        Node::builder().memory(&network).outbox(stores.path().join("alice"))
+    };
+    let alice = config().start().await.unwrap();
+    alice.send("work", "one").guaranteed().await.unwrap();
+    alice.shutdown().await;
+    let alice = config().start().await.unwrap();
+    let (told, mut seen) = unbounded_channel();
+    let _service = alice.serve("work", teller(&told)).start().unwrap();
+    assert_eq!(next(&mut seen).await.0, "one");
+    alice.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_drains_leaves_its_successor_alone() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let (begun, mut begins) = unbounded_channel();
+    let (end, ends) = tokio::sync::watch::channel(false);
+    let slow = move |_: Call| {
+        let (begun, mut ends) = (begun.clone(), ends.clone());
+        async move {
+            let _test_ended = begun.send(());
+            let _sender_gone = ends.wait_for(|end| *end).await;
+            Ok::<(), HandlerError>(())
+        }
+    };
+    let old = alice.consume("billing", "orders.>", slow).start().unwrap();
+    alice.publish("orders.new", "one").guaranteed().await.unwrap();
+    soon(begins.recv()).await.unwrap();
+    let mut draining = Box::pin(old.drain());
+    assert!(futures_util::poll!(&mut draining).is_pending());
+    let (told, mut seen) = unbounded_channel();
+    let _new = alice.consume("billing", "orders.>", teller(&told)).start().unwrap();
+    end.send_replace(true);
+    soon(draining).await;
+    alice.publish("orders.new", "two").guaranteed().await.unwrap();
+    assert_eq!(next(&mut seen).await.0, "two");
+    alice.shutdown().await;
+}

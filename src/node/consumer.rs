@@ -71,14 +71,14 @@ impl Consumer {
     /// # Cancel safety
     /// Dropping the future leaves the subscription stopped.
     pub async fn drain(self) {
-        self.shared.remove_consumer(&self.cell.name);
+        self.shared.remove_consumer(&self.cell);
         self.cell.drain().await;
     }
 }
 
 impl Drop for Consumer {
     fn drop(&mut self) {
-        self.shared.remove_consumer(&self.cell.name);
+        self.shared.remove_consumer(&self.cell);
     }
 }
 
@@ -94,8 +94,15 @@ impl Shared {
         true
     }
 
-    fn remove_consumer(self: &Arc<Self>, name: &ServiceName) {
-        if lock(&self.consumers).remove(name).is_some() {
+    /// Removes it, and not another that has its name by now.
+    fn remove_consumer(self: &Arc<Self>, cell: &Arc<ServiceCell>) {
+        let mut consumers = lock(&self.consumers);
+        let own = consumers.get(&cell.name).is_some_and(|(_, there)| Arc::ptr_eq(there, cell));
+        if own {
+            consumers.remove(&cell.name);
+        }
+        drop(consumers);
+        if own {
             self.tell_consumers();
         }
     }

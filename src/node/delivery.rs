@@ -438,6 +438,8 @@ impl Shared {
     /// Tells the outbox whenever somebody serves or subscribes who did not.
     pub(crate) async fn watch_routes(self: Arc<Self>) {
         let mut changes = self.routes_changed.subscribe();
+        // What was served before this task began counts too.
+        changes.mark_changed();
         while changes.changed().await.is_ok() {
             self.with_outbox(|outbox, _| outbox.handle_routes_changed());
         }

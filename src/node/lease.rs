@@ -8,6 +8,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::sync::lock;
 
+/// As good as for ever; a clock can count to it.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 /// The time that a handler has, unless it asks for more.
 #[derive(Debug)]
 pub(crate) struct Lease {
@@ -17,6 +20,7 @@ pub(crate) struct Lease {
 
 impl Lease {
     pub(crate) fn new(length: Duration) -> Self {
+        let length = length.min(LONGEST);
         Self { length, until: Mutex::new(Instant::now() + length) }
     }
 
@@ -48,6 +52,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_ends_a_handler_that_hangs_and_not_one_that_extends_it() {
+        Lease::new(Duration::MAX).extend();
         let lease = Lease::new(Duration::from_secs(30));
         assert_eq!(lease.hold(std::future::pending::<()>()).await, None);
         let lease = Lease::new(Duration::from_secs(30));
