@@ -260,3 +260,27 @@ fn keygen_makes_an_identity_once_and_never_writes_over_one() {
         fails(&shell.run(&["keygen", "--show", file]), "chmod 600");
     }
 }
+
+#[test]
+fn a_reader_that_goes_away_makes_no_dead_letter() {
+    let shell = Shell::new();
+    let folder = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();
+    let (publisher, subscriber) = (folder("publisher"), folder("subscriber"));
+    let durable = ["sub", "orders.>", "--durable", "audit", "--no-mdns", "--outbox", &subscriber];
+    let publish = |body: &str| {
+        let args = ["pub", "orders.new", body, "--no-mdns", "--outbox", &publisher];
+        shell.run(&[&args[..], &["--wait", "30s"]].concat())
+    };
+    let mut first = shell.command(&durable).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(first.stdout.take().unwrap());
+    assert!(stdout(&publish("one")).contains("1 processed"));
+    lines.read_line(&mut String::new()).unwrap();
+    drop(lines);
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| publish("two"));
+        assert!(first.wait().unwrap().success(), "like any command whose reader is gone");
+        let mut again = shell.start(&durable);
+        assert!(again.line().starts_with("orders.new two"));
+        assert!(stdout(&second.join().unwrap()).contains("1 processed"));
+    });
+}

@@ -97,6 +97,18 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             json!({ "event": "identity_conflict", "address": address }),
             "another live node has this node's identity".to_owned(),
         ),
+        Event::DeadLetter { number, fate } => (
+            json!({ "event": "dead_letter", "number": number, "reason": fate.to_string() }),
+            format!("message {number} is a dead letter: {fate}"),
+        ),
+        Event::InboxLost { peer } => (
+            json!({ "event": "inbox_lost", "peer": peer }),
+            format!("{} has lost its inbox, and may process again what it had", peer.short()),
+        ),
+        Event::PeerGone { peer, messages } => (
+            json!({ "event": "peer_gone", "peer": peer, "messages": messages }),
+            format!("{messages} messages have long waited for {}", peer.short()),
+        ),
         other => (json!({ "event": "other" }), format!("{other:?}")),
     }
 }

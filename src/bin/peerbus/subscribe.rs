@@ -50,7 +50,10 @@ impl Subscribe {
         while left > 0 {
             tokio::select! {
                 () = &mut end => break,
-                Some(()) = from_handler.recv() => left -= 1,
+                Some(printed) = from_handler.recv() => {
+                    printed?;
+                    left -= 1;
+                }
                 Some(message) = messages.next() => {
                     output::line(self.json, &output::message(&message), || {
                         format!("{} {}", message.header.destination, output::body(&message))
@@ -74,7 +77,7 @@ fn durable(
     name: &ServiceName,
     pattern: &Pattern,
     json: bool,
-    printed: UnboundedSender<()>,
+    printed: UnboundedSender<std::io::Result<()>>,
 ) -> anyhow::Result<Consumer> {
     let handler = move |call: peerbus::Call| {
         let message = call.message;
@@ -85,8 +88,15 @@ fn durable(
             let again = if message.is_redelivered() { " (redelivered)" } else { "" };
             format!("{} {}{again}", message.header.destination, output::body(&message))
         });
-        let _ending = printed.send(());
-        std::future::ready(line.map_err(HandlerError::from))
+        let is_printed = line.is_ok();
+        let _ending = printed.send(line);
+        async move {
+            if !is_printed {
+                // This process is about to end. It is no fault of the message, which comes again.
+                std::future::pending::<()>().await;
+            }
+            Ok::<(), HandlerError>(())
+        }
     };
     Ok(node.consume(name.as_str(), pattern.as_str(), handler).concurrency(1).start()?)
 }
