@@ -11,7 +11,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
-use crate::private_file::{self, Looser};
+use crate::private::{self, Looser};
 
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
 /// lower-case characters.
@@ -159,7 +159,7 @@ impl Identity {
             io::ErrorKind::InvalidData => format(),
             _ => file_error(error),
         })?;
-        if let Some(Looser(mode)) = private_file::looser(path).map_err(file_error)? {
+        if let Some(Looser(mode)) = private::looser(path).map_err(file_error)? {
             return Err(IdentityError::Mode { path: path.into(), mode });
         }
         decode_pem(&pem).and_then(|der| Self::from_pkcs8(&der)).ok_or_else(format)
@@ -171,7 +171,7 @@ impl Identity {
     /// [`IdentityError::File`] if the file can't be written, or is there already.
     pub fn create(path: &Path) -> Result<Self, IdentityError> {
         let der = generate();
-        private_file::create(path, &encode_pem(&der))
+        private::create_file(path, &encode_pem(&der))
             .map_err(|source| IdentityError::File { path: path.into(), source })?;
         Ok(Self::from_pkcs8(&der).expect("a key that was just generated parses"))
     }
@@ -242,7 +242,7 @@ mod tests {
     fn a_file_that_is_no_key_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
-        private_file::create(&path, "shopping list").unwrap();
+        private::create_file(&path, "shopping list").unwrap();
         let error = Identity::load_or_create(&path).err().unwrap();
         assert!(matches!(error, IdentityError::Format { .. }), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "shopping list");

@@ -87,7 +87,7 @@ mod message;
 mod node;
 mod outbox;
 mod peer;
-mod private_file;
+mod private;
 mod report;
 mod sync;
 mod tunnel;

@@ -86,12 +86,8 @@ impl ClosedOutbox {
         if !folder.is_dir() {
             return Err(failed(StoreProblem::Missing));
         }
-        let identity = path.join(store::IDENTITY);
-        let me = match identity.exists() {
-            true => Identity::load_or_create(&identity).ok().map(|identity| identity.node_id()),
-            false => None,
-        };
-        let me = me.unwrap_or(NodeId::from_bytes([0; 32]));
+        let identity = Identity::load(&path.join(store::IDENTITY)).ok();
+        let me = identity.map_or(NodeId::from_bytes([0; 32]), |identity| identity.node_id());
         let mut outbox = Outbox::new(OutboxConfig {
             me,
             epoch: random_u64(),

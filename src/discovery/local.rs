@@ -88,14 +88,15 @@ pub(crate) fn remove_if_stale(path: &Path) {
 #[cfg(unix)]
 mod platform {
     use super::{Path, fs, io};
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    use crate::private;
+    use std::os::unix::fs::MetadataExt;
 
     pub(super) fn shared_name() -> String {
         format!("peerbus-{}", rustix::process::geteuid().as_raw())
     }
 
     pub(super) fn create_private(dir: &Path) -> io::Result<()> {
-        match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+        match private::create_folder(dir) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
@@ -120,15 +121,13 @@ mod platform {
 
 #[cfg(not(unix))]
 mod platform {
-    use super::{Path, fs, io};
+    use super::{Path, io};
 
     pub(super) fn shared_name() -> String {
         "peerbus".into()
     }
 
-    pub(super) fn create_private(dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)
-    }
+    pub(super) use crate::private::create_folder as create_private;
 
     pub(super) fn refuses(_: &Path) -> bool {
         false

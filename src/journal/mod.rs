@@ -15,7 +15,6 @@ mod tests;
 mod writer;
 
 pub use storage::DirectoryError;
-pub(crate) use storage::create_private;
 
 use std::io;
 use std::path::Path;

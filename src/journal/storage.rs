@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use crate::private;
 use crate::sync::lock;
 
 /// What a journal needs of a disk. Segments are files by number.
@@ -60,7 +61,7 @@ pub enum DirectoryError {
 impl Directory {
     /// Opens a journal's directory, or makes a new one.
     pub(super) fn open(path: &Path) -> Result<Self, DirectoryError> {
-        create_private(path)?;
+        private::create_folder(path)?;
         let lock = path.join(LOCK);
         if !lock.exists()
             && let Some(other) = fs::read_dir(path)?.next()
@@ -79,18 +80,6 @@ impl Directory {
     fn segment(&self, number: u64) -> PathBuf {
         self.path.join(format!("{number:016x}{SUFFIX}"))
     }
-}
-
-/// Makes a folder that only this user may enter, unless it is there.
-#[cfg(unix)]
-pub(crate) fn create_private(path: &Path) -> io::Result<()> {
-    std::os::unix::fs::DirBuilderExt::mode(fs::DirBuilder::new().recursive(true), 0o700)
-        .create(path)
-}
-
-#[cfg(not(unix))]
-pub(crate) fn create_private(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path)
 }
 
 impl Storage for Directory {

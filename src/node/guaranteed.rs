@@ -48,15 +48,23 @@ pub enum OutboxError {
 /// A message for the outbox. Awaiting it stores the message and returns a [`Receipt`].
 #[must_use = "a message is stored when this is awaited"]
 pub struct Guaranteed<'a> {
-    pub(super) shared: &'a Arc<Shared>,
-    pub(super) destination: Result<Destination, AddressError>,
-    pub(super) draft: Draft,
-    pub(super) not_before: Option<SystemTime>,
+    shared: &'a Arc<Shared>,
+    destination: Result<Destination, AddressError>,
+    draft: Draft,
+    not_before: Option<SystemTime>,
     /// Its id, if it has one already.
-    pub(super) id: Option<MessageId>,
+    id: Option<MessageId>,
 }
 
 impl<'a> Guaranteed<'a> {
+    pub(super) fn new(
+        shared: &'a Arc<Shared>,
+        destination: Result<Destination, AddressError>,
+        draft: Draft,
+    ) -> Self {
+        Self { shared, destination, draft, not_before: None, id: None }
+    }
+
     /// Makes it a dead letter if it is not processed by then; without it, it is tried for ever.
     /// It goes by the clock on the wall, since it outlasts this process.
     pub fn expires_in(mut self, time: Duration) -> Self {
@@ -86,7 +94,7 @@ impl<'a> Guaranteed<'a> {
             (extra.ordering_key, extra.content_type) = (key, content_type.clone());
         }
         let (shared, destination) = (node.shared(), Ok(destination));
-        Self { shared, destination, draft, not_before: None, id: Some(id) }
+        Self { id: Some(id), ..Self::new(shared, destination, draft) }
     }
 
     /// Checks it, and finds out where it goes.

@@ -80,13 +80,7 @@ impl<'a> Publish<'a> {
     /// those alone, and not to other subscriptions.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.to.map(|to| Destination::Topic(to.topic().clone()));
-        Guaranteed {
-            shared: self.shared,
-            destination,
-            draft: self.draft,
-            not_before: None,
-            id: None,
-        }
+        Guaranteed::new(self.shared, destination, self.draft)
     }
 
     /// Publishes at once: it never waits for anybody.

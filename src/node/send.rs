@@ -79,13 +79,7 @@ impl<'a> Send<'a> {
     /// nobody offers now is fine; the message waits for it.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.recipient.map(Into::into);
-        Guaranteed {
-            shared: self.shared,
-            destination,
-            draft: self.draft,
-            not_before: None,
-            id: None,
-        }
+        Guaranteed::new(self.shared, destination, self.draft)
     }
 
     async fn run(mut self) -> Result<Sent, SendError> {

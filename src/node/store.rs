@@ -12,8 +12,9 @@ use super::cell::Credit;
 use super::shared::Shared;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
-use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink, create_private};
+use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
 use crate::message::Message;
+use crate::private;
 use crate::sync::lock;
 use crate::wire::DeliveryId;
 
@@ -206,7 +207,7 @@ pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return create_private(path).map_err(|error| failed(error.into()));
+            return private::create_folder(path).map_err(|error| failed(error.into()));
         }
         Err(error) => return Err(failed(error.into())),
     };

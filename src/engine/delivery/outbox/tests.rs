@@ -85,13 +85,17 @@ impl Bench {
         }
     }
 
-    fn submit(&mut self, target: Target) -> Result<u64, Full> {
+    fn message(&self, target: Target) -> NewMessage {
         let id = IdSource::new(1).next(1);
         let mut header = Header::new(id, Kind::Command, Destination::Node(BOB));
         header.extra_mut().ordering_key = self.key.map(str::to_owned);
         let body = Bytes::from_static(b"a body");
         let (targets, expires_at, not_before) = (vec![target], None, None);
-        let message = NewMessage { header, body, targets, expires_at, not_before };
+        NewMessage { header, body, targets, expires_at, not_before }
+    }
+
+    fn submit(&mut self, target: Target) -> Result<u64, Full> {
+        let message = self.message(target);
         let numbers = self.outbox.submit(self.now(), vec![message], &mut |_, _, _| None)?;
         self.run();
         Ok(numbers[0])
@@ -336,9 +340,7 @@ fn an_answer_to_what_is_still_being_stored_settles_nothing() {
     let mut next = first.id.clone();
     next.seq += 1;
     // As `submit` does, but for the journal's word.
-    let header = Header::new(IdSource::new(2).next(1), Kind::Command, Destination::Node(BOB));
-    let (body, targets) = (Bytes::from_static(b"a body"), vec![Target::Node(BOB)]);
-    let message = NewMessage { header, body, targets, expires_at: None, not_before: None };
+    let message = bench.message(Target::Node(BOB));
     bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None).unwrap();
     let answer = Answer { id: next, attempt: 1, outcome: Outcome::Processed };
     bench.outbox.handle_answer(bench.now(), BOB, answer);

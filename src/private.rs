@@ -1,4 +1,4 @@
-//! Files that are for this user alone: identities, keys.
+//! Files and folders that are for this user alone.
 
 use std::io;
 use std::path::Path;
@@ -11,7 +11,7 @@ pub(crate) struct Looser(pub(crate) u32);
 /// # Errors
 /// What the system says; also if it is there already.
 #[cfg(unix)]
-pub(crate) fn create(path: &Path, text: &str) -> io::Result<()> {
+pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
@@ -21,7 +21,7 @@ pub(crate) fn create(path: &Path, text: &str) -> io::Result<()> {
 }
 
 #[cfg(not(unix))]
-pub(crate) fn create(path: &Path, text: &str) -> io::Result<()> {
+pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(path)?;
     file.write_all(text.as_bytes())?;
@@ -44,4 +44,19 @@ fn mode(path: &Path) -> io::Result<u32> {
 #[cfg(not(unix))]
 pub(crate) fn looser(_: &Path) -> io::Result<Option<Looser>> {
     Ok(None)
+}
+
+/// Makes a folder with mode 0700, and those above it, unless it is there.
+///
+/// # Errors
+/// What the system says.
+#[cfg(unix)]
+pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+#[cfg(not(unix))]
+pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(path)
 }
