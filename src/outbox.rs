@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
+use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::{Contents, Fate, Outbox, OutboxConfig, PartKey, Target};
 use crate::identity::{Identity, NodeId, random_u64};
 use crate::journal::{Journal, Options, Position};
@@ -169,6 +170,25 @@ impl ClosedOutbox {
     ) -> Result<bool, StoreError> {
         let entry = self.outbox.reassign_to(key(message), to);
         self.store(entry)
+    }
+
+    /// The durable subscriptions that the outbox knows: the node of each, its name, and its
+    /// pattern.
+    pub fn subscriptions(&self) -> impl Iterator<Item = (NodeId, &ServiceName, &Pattern)> {
+        self.outbox.subscriptions()
+    }
+
+    /// Forgets a durable subscription of a node that is gone for good, with the messages that are
+    /// kept for it: how many, or `None` if there is no such subscription.
+    ///
+    /// # Errors
+    /// [`StoreError`] if that can't be stored.
+    pub fn forget(&mut self, node: &NodeId, name: &ServiceName) -> Result<Option<u64>, StoreError> {
+        let Some(forgotten) = self.outbox.unsubscribe(*node, name) else { return Ok(None) };
+        for entry in forgotten.entries {
+            self.store(Some(entry))?;
+        }
+        Ok(Some(forgotten.messages))
     }
 
     fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {

@@ -237,6 +237,22 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     let mut second = sub("2");
     assert!(stdout(&publish("three", "30s")).contains("1 processed"));
     assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
+    second.child.wait().unwrap();
+
+    assert!(stdout(&publish("four", "0s")).contains("1 kept"));
+    let listed = stdout(&shell.run(&["outbox", "list", &publisher]));
+    let known = listed.lines().next().unwrap();
+    assert!(known.starts_with("durable subscription billing to orders.> of "), "{listed}");
+    let node = known.rsplit(' ').next().unwrap();
+    let forget = |node: &str| shell.run(&["outbox", "forget", &publisher, node, "billing"]);
+    fails(&forget("nobody"), "there is no subscription billing of a node nobody");
+    let forgot = stdout(&forget(&node[..8]));
+    assert!(forgot.starts_with("forgot billing of ") && forgot.ends_with(", with 1 messages\n"));
+    assert_eq!(
+        stdout(&shell.run(&["outbox", "list", &publisher])).lines().next(),
+        Some(&*format!("nothing waits in {publisher}"))
+    );
+    fails(&publish("five", "0s"), "no durable subscription is known");
 }
 
 #[test]

@@ -238,6 +238,35 @@ async fn a_durable_subscription_gets_what_was_published_while_it_was_away() {
 }
 
 #[tokio::test]
+async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
+    let place = Place::new();
+    let (alice, bob) = (place.node("alice").await, place.node("bob").await);
+    let (told, mut seen) = unbounded_channel();
+    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
+    alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
+    soon(consumer.unsubscribe()).await;
+    let forgotten = async {
+        while alice.publish("orders.new", "gone").guaranteed().await.unwrap().destinations() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(forgotten).await;
+    assert_eq!(alice.outbox_size(), (0, 0));
+    assert!(seen.try_recv().is_err());
+
+    // It may begin anew, and end while its publisher is away for good.
+    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
+    alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
+    soon(bob.shutdown()).await;
+    soon(consumer.drain()).await;
+    alice.publish("orders.new", "kept").guaranteed().await.unwrap();
+    let name = "billing".parse().unwrap();
+    assert_eq!(alice.forget_subscription(&alice.id(), &name), None);
+    assert_eq!(alice.forget_subscription(&bob.id(), &name), Some(1));
+    assert_eq!(alice.outbox_size().0, 0);
+}
+
+#[tokio::test]
 async fn a_transaction_is_stored_as_a_whole() {
     let place = Place::new();
     let config = place.host.config("alice").outbox(place.stores.path().join("alice"));

@@ -74,6 +74,24 @@ impl Consumer {
         self.shared.remove_consumer(&self.cell);
         self.cell.drain().await;
     }
+
+    /// Ends the subscription for good: its publishers forget it, and what they keep for it.
+    /// Waits until the handlers that run are done.
+    ///
+    /// Those that are linked are told now, those that link while this node lives when they do;
+    /// any other keeps what is for it, until [`Node::forget_subscription`] or `peerbus outbox
+    /// forget` is told to it.
+    ///
+    /// [`Node::forget_subscription`]: crate::Node::forget_subscription
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the subscription ended.
+    pub async fn unsubscribe(self) {
+        if let Some(store) = &self.shared.store {
+            lock(&store.ended).insert(self.cell.name.clone());
+        }
+        self.drain().await;
+    }
 }
 
 impl Drop for Consumer {
@@ -90,6 +108,9 @@ impl Shared {
         }
         consumers.insert(cell.name.clone(), (pattern, cell.clone()));
         drop(consumers);
+        if let Some(store) = &self.store {
+            lock(&store.ended).remove(&cell.name);
+        }
         self.tell_consumers();
         true
     }

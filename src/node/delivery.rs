@@ -1,6 +1,6 @@
 //! Guaranteed delivery: performs what outbox and inbox decide.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,6 +12,7 @@ use super::counters::add;
 use super::events::Event;
 use super::shared::Shared;
 use super::store::Store;
+use crate::address::ServiceName;
 use crate::engine::delivery::{
     Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, PartKey, Source, Verdict,
 };
@@ -241,22 +242,29 @@ impl Shared {
     pub(crate) fn handle_delivery_link_up(self: &Arc<Self>, peer: NodeId) {
         if let Some(store) = &self.store {
             self.with_outbox(|outbox, _| outbox.handle_link_up(peer));
-            self.send_control_to(&peer, Control::Inbox(Box::new(self.inbox_info(store))));
+            self.tell_inbox(store, &peer);
         }
     }
 
-    fn inbox_info(&self, store: &Store) -> InboxInfo {
-        let epoch = lock(&store.inbox).epoch();
-        InboxInfo { epoch, subscriptions: self.consumed() }
+    fn tell_inbox(&self, store: &Store, peer: &NodeId) {
+        let ended = lock(&store.ended);
+        self.send_control_to(peer, Control::Inbox(Box::new(self.inbox_info(store, &ended))));
+    }
+
+    fn inbox_info(&self, store: &Store, ended: &BTreeSet<ServiceName>) -> InboxInfo {
+        let (epoch, ended) = (lock(&store.inbox).epoch(), ended.iter().cloned().collect());
+        InboxInfo { epoch, subscriptions: self.consumed(), ended }
     }
 
     /// The durable subscriptions here are not what they were.
     pub(crate) fn tell_consumers(self: &Arc<Self>) {
         let Some(store) = &self.store else { return };
-        let subscriptions = self.consumed();
-        self.with_outbox(|outbox, _| outbox.handle_own_subscriptions(subscriptions));
+        // Not by two at once: what is told last has to be what is.
+        let ended = lock(&store.ended);
+        let info = self.inbox_info(store, &ended);
+        let own = InboxInfo { epoch: 0, ..info.clone() };
+        self.with_outbox(|outbox, _| outbox.handle_inbox(self.id, own));
         self.tell_routes_changed();
-        let info = self.inbox_info(store);
         for cell in self.cells().iter().filter(|cell| cell.is_open()) {
             cell.send_control(Control::Inbox(Box::new(info.clone())));
         }
@@ -333,7 +341,7 @@ impl Shared {
         self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
         // What it was told before may have come before it knew that the link is up.
         if let (Some(store), true) = (&self.store, over.is_first_epochs()) {
-            self.send_control_to(&over.peer, Control::Inbox(Box::new(self.inbox_info(store))));
+            self.tell_inbox(store, &over.peer);
         }
     }
 

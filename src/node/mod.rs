@@ -273,6 +273,16 @@ impl Node {
         }
     }
 
+    /// Has this node's outbox forget a durable subscription of a node that is gone for good, with
+    /// the messages that it keeps for it: how many, or `None` if it knows no such subscription.
+    /// The receipts of those messages take it as processed.
+    ///
+    /// If that node still has it, it is remembered again, for what is published from then on,
+    /// when the two next link.
+    pub fn forget_subscription(&self, node: &NodeId, name: &ServiceName) -> Option<u64> {
+        self.shared().with_outbox(|outbox, _| outbox.handle_unsubscribed(*node, name)).flatten()
+    }
+
     /// What was found in the store when the node started; `None` if it has none.
     pub fn store_report(&self) -> Option<&StoreReport> {
         self.shared().store.as_ref().map(|store| &store.report)

@@ -1,6 +1,6 @@
 //! A node's store: its outbox and inbox, each with a journal, and who waits for what is in them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::cell::Credit;
 use super::shared::Shared;
+use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
 use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
@@ -98,6 +99,8 @@ pub(crate) struct Store {
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
     pub(super) waiters: Mutex<HashMap<u64, Waiter>>,
+    /// Durable subscriptions that this node has given up. Held while peers are told.
+    pub(super) ended: Mutex<BTreeSet<ServiceName>>,
     /// Redelivered messages, until it is written that their handlers begin.
     pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
     node: Arc<OnceLock<Weak<Shared>>>,
@@ -155,6 +158,7 @@ impl Store {
             inbox: Mutex::new(inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
             waiters: Mutex::default(),
+            ended: Mutex::default(),
             parked: Mutex::default(),
             node,
             report,

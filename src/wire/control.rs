@@ -34,7 +34,7 @@ pub(crate) enum Control {
     Answers(Vec<Answer>),
     /// `[11, [epoch, …]]`: the epochs of which this outbox has messages that are not settled.
     Epochs(Vec<u64>),
-    /// `[12, epoch, [[name, pattern], …]]`: this node keeps an inbox.
+    /// `[12, epoch, [[name, pattern], …], [ended name, …]]`: this node keeps an inbox.
     Inbox(Box<InboxInfo>),
 }
 

@@ -65,6 +65,8 @@ pub(crate) struct InboxInfo {
     pub(crate) epoch: u64,
     /// The durable subscriptions, by name.
     pub(crate) subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
+    /// Those that it has given up for good.
+    pub(crate) ended: Vec<ServiceName>,
 }
 
 /// The longest text that an answer carries, in bytes.
@@ -175,7 +177,7 @@ impl Answer {
 }
 
 impl InboxInfo {
-    /// The fields `epoch, [[name, pattern], …]`
+    /// The fields `epoch, [[name, pattern], …], [ended name, …]`
     pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
         record.uint(self.epoch);
         record.list(self.subscriptions.iter(), |buf, (name, pattern)| {
@@ -184,6 +186,7 @@ impl InboxInfo {
             pair.str(pattern.as_str());
             pair.finish();
         });
+        record.list(self.ended.iter(), |buf, name| super::pack::push_str(buf, name.as_str()));
     }
 
     pub(super) fn read(fields: &mut Fields<'_, '_>) -> Result<Self, WireError> {
@@ -195,7 +198,8 @@ impl InboxInfo {
             pair.finish()?;
             Ok((name, pattern))
         })?;
-        Ok(Self { epoch, subscriptions })
+        let ended = fields.list(|reader| Ok(ServiceName::from_wire(reader.str()?)?))?;
+        Ok(Self { epoch, subscriptions, ended })
     }
 }
 

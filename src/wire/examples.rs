@@ -91,7 +91,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         outcome: Outcome::Failed("busy".into()),
     };
     let subscriptions = vec![("billing".parse().unwrap(), "orders.>".parse().unwrap())];
-    let inbox = InboxInfo { epoch: 9, subscriptions };
+    let inbox = InboxInfo { epoch: 9, subscriptions, ended: Vec::new() };
     let mut request = call(3, "stock", "how many?");
     request.payload = Payload::Request("how many?".into());
     request.header.reply_to = Some(ALICE);

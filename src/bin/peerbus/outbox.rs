@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
-use peerbus::{ClosedOutbox, NodeId, StoredMessage, Target};
+use peerbus::{ClosedOutbox, NodeId, ServiceName, StoredMessage, Target};
 use serde_json::{Value, json};
 
 use crate::output;
@@ -20,11 +20,13 @@ pub(crate) enum Outbox {
     Show(Show),
     /// Have dead letters tried again when the node runs next
     Replay(Chosen<false>),
-    /// Remove messages for good
+    /// Remove messages for good, for all their destinations
     Purge(Chosen<true>),
     /// Take messages to a service from the node that they were given to, which may have processed
     /// them
     Reassign(Reassign),
+    /// Forget a durable subscription whose node is gone for good, and what is kept for it
+    Forget(Forget),
     /// Read all of it, and say what is damaged
     Verify(Folder),
 }
@@ -93,6 +95,16 @@ pub(crate) struct Reassign {
     to: Option<NodeId>,
 }
 
+#[derive(Args)]
+pub(crate) struct Forget {
+    #[command(flatten)]
+    folder: Folder,
+    /// The subscriber's id, or how it begins, as `list` shows it
+    node: String,
+    /// The subscription's name
+    name: ServiceName,
+}
+
 impl Outbox {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
@@ -101,6 +113,7 @@ impl Outbox {
             Self::Replay(some) => some.each("replayed", ClosedOutbox::replay),
             Self::Purge(some) => some.each("purged", ClosedOutbox::purge),
             Self::Reassign(reassign) => reassign.run(),
+            Self::Forget(forget) => forget.run(),
             Self::Verify(folder) => verify(&folder),
         }
     }
@@ -141,6 +154,9 @@ impl List {
         }
         if self.folder.json {
             return self.print_json(&outbox, &lines, &listed);
+        }
+        for (node, name, pattern) in outbox.subscriptions() {
+            println!("durable subscription {name} to {pattern} of {node}");
         }
         if lines.is_empty() {
             println!("nothing waits in {}", self.folder.dir.display());
@@ -184,8 +200,16 @@ impl List {
                 })
             })
             .collect();
+        let subscriptions: Vec<Value> = outbox
+            .subscriptions()
+            .map(|(node, name, pattern)| {
+                json!({ "node": node, "name": name.as_str(), "pattern": pattern.as_str() })
+            })
+            .collect();
         let listed: Vec<Value> = listed.iter().map(|message| as_json(outbox, message)).collect();
-        let value = json!({ "destinations": lines, "messages": listed });
+        let value = json!({
+            "destinations": lines, "subscriptions": subscriptions, "messages": listed,
+        });
         Ok(output::line(true, &value, String::new)?)
     }
 }
@@ -274,10 +298,14 @@ impl<const ANY: bool> Chosen<ANY> {
             ensure!(there, "there is no message {number}");
         }
         let mut count = 0;
-        for message in &found {
-            if !ANY && message.dead.is_none() {
-                bail!("message {} is no dead letter", message.number);
-            }
+        for number in &self.numbers {
+            let mut parts = found.iter().filter(|message| message.number == *number);
+            ensure!(
+                ANY || parts.any(|part| part.dead.is_some()),
+                "message {number} is no dead letter"
+            );
+        }
+        for message in found.iter().filter(|message| ANY || message.dead.is_some()) {
             count += u64::from(act(&mut outbox, message)?);
         }
         let value = json!({ done: count });
@@ -296,8 +324,10 @@ impl Reassign {
         };
         let found: Vec<StoredMessage> = outbox.messages().filter(wanted).collect();
         for number in &self.numbers {
-            let there = found.iter().any(|message| message.number == *number);
-            ensure!(there, "there is no message {number}");
+            let mut parts = found.iter().filter(|message| message.number == *number).peekable();
+            ensure!(parts.peek().is_some(), "there is no message {number}");
+            let dead = parts.any(|part| part.dead.is_some());
+            ensure!(!dead, "message {number} is a dead letter: replay it first");
         }
         for message in &found {
             let moved = outbox.reassign(message, self.to)?;
@@ -310,6 +340,29 @@ impl Reassign {
         }
         let value = json!({ "reassigned": found.len() });
         Ok(output::line(self.folder.json, &value, || format!("reassigned {}", found.len()))?)
+    }
+}
+
+impl Forget {
+    fn run(self) -> anyhow::Result<()> {
+        let mut outbox = self.folder.open()?;
+        let named = |node: &NodeId| node.to_string().starts_with(&self.node);
+        let known = outbox.subscriptions().filter(|(_, name, _)| **name == self.name);
+        let found: Vec<NodeId> = known.map(|(node, ..)| node).filter(named).collect();
+        let [node] = found[..] else {
+            match found.len() {
+                0 => bail!("there is no subscription {} of a node {}", self.name, self.node),
+                n => bail!(
+                    "{n} nodes begin with {:?} and have a subscription {}",
+                    self.node,
+                    self.name
+                ),
+            }
+        };
+        let messages = outbox.forget(&node, &self.name)?.unwrap_or_default();
+        let value = json!({ "forgotten": self.name.as_str(), "node": node, "messages": messages });
+        let text = || format!("forgot {} of {}, with {messages} messages", self.name, node.short());
+        Ok(output::line(self.folder.json, &value, text)?)
     }
 }
 

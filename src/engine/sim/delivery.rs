@@ -362,7 +362,8 @@ impl World {
     fn tell_consumers(&mut self, node: usize) {
         let subscriptions = self.consumed(node);
         let Some(life) = &mut self.nodes[node].life else { return };
-        life.outbox.handle_own_subscriptions(subscriptions);
+        let own = InboxInfo { epoch: 0, subscriptions, ended: Vec::new() };
+        life.outbox.handle_inbox(id(node), own);
         for other in (0..NODES).filter(|other| *other != node) {
             self.tell_inbox(node, other);
         }
@@ -371,7 +372,7 @@ impl World {
     fn tell_inbox(&mut self, node: usize, to: usize) {
         let subscriptions = self.consumed(node);
         let Some(life) = &self.nodes[node].life else { return };
-        let info = InboxInfo { epoch: life.inbox.epoch(), subscriptions };
+        let info = InboxInfo { epoch: life.inbox.epoch(), subscriptions, ended: Vec::new() };
         self.transmit(node, to, Packet::Control(Control::Inbox(Box::new(info))));
     }
 

@@ -1,10 +1,18 @@
-//! What an operator decides about messages: each call changes the outbox and gives the entry
-//! that says so in its journal.
+//! What an operator decides about messages and durable subscriptions: what an outbox at rest is
+//! told changes it, and gives the entry that says so in its journal.
 
-use super::{Outbox, PartKey, State};
+use super::{Outbox, Part, PartKey, State};
+use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::Target;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
 use crate::identity::NodeId;
+
+/// A durable subscription that is forgotten.
+pub(crate) struct Forgotten {
+    /// How many messages were kept for it.
+    pub(crate) messages: u64,
+    pub(crate) entries: [Vec<u8>; 2],
+}
 
 impl Outbox {
     /// Sends a dead letter again when its outbox is opened next; `None` if it is none.
@@ -34,5 +42,51 @@ impl Outbox {
         self.part_mut(key)?.bound = bound;
         let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
         Some(OutboxRecord::Bound(vec![(key.number, key.part, binding)]).encode())
+    }
+
+    /// The durable subscriptions that it knows.
+    pub(crate) fn subscriptions(&self) -> impl Iterator<Item = (NodeId, &ServiceName, &Pattern)> {
+        self.subscriptions.iter().map(|((node, name), pattern)| (*node, name, pattern))
+    }
+
+    /// Forgets a durable subscription of an outbox at rest, and what is kept for it; `None` if
+    /// it isn't known. The entries are to be stored in this order.
+    pub(crate) fn unsubscribe(&mut self, node: NodeId, name: &ServiceName) -> Option<Forgotten> {
+        let messages = self.drop_subscription(node, name)?;
+        let settled = std::mem::take(&mut self.settled);
+        self.actions.clear();
+        let entries = [OutboxRecord::Settled(settled), OutboxRecord::Peers(self.peer_records())];
+        Some(Forgotten { messages, entries: entries.map(|record| record.encode()) })
+    }
+
+    /// The same while it runs.
+    pub(crate) fn handle_unsubscribed(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
+        let messages = self.drop_subscription(node, name)?;
+        self.store_peers(true);
+        Some(messages)
+    }
+
+    /// Settles what is kept for a durable subscription that nobody wants any more; how many
+    /// messages those were. What is being stored for it is settled when it is.
+    pub(super) fn drop_subscription(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
+        self.subscriptions.remove(&(node, name.clone()))?;
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.active.retain(|active| active != name);
+        }
+        let target = Target::Subscription(node, name.clone());
+        let Some(target) = self.target_numbers.get(&target).copied() else { return Some(0) };
+        let parts = self.entries.iter().flat_map(|(number, entry)| {
+            let parts = entry.parts.iter().enumerate();
+            let kept = move |(_, part): &(usize, &Part)| {
+                part.target == target && part.state != State::Settled && entry.position.is_some()
+            };
+            parts.filter(kept).map(move |(at, _)| PartKey { number, part: at as u32 })
+        });
+        let keys: Vec<PartKey> = parts.collect();
+        for key in &keys {
+            self.revive(*key);
+            self.settle(*key);
+        }
+        Some(keys.len() as u64)
     }
 }

@@ -74,7 +74,7 @@ impl Outbox {
         }
     }
 
-    /// A peer told of its inbox.
+    /// A peer told of its inbox, or this node of its own, whose epoch is 0 here.
     pub(crate) fn handle_inbox(&mut self, node: NodeId, info: InboxInfo) {
         let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) else { return };
         // It stays for as long as a process does.
@@ -91,6 +91,9 @@ impl Outbox {
         let known = self.subscriptions.keys().filter(|(owner, _)| *owner == node).count();
         let room = MAX_SUBSCRIPTIONS.saturating_sub(known);
         let mut new = 0;
+        for name in &info.ended {
+            changed |= self.drop_subscription(node, name).is_some();
+        }
         for (name, pattern) in info.subscriptions {
             if !self.subscriptions.contains_key(&(node, name.clone())) {
                 new += 1;
@@ -108,15 +111,6 @@ impl Outbox {
         self.dirty.insert(node);
         self.waiting_dirty = true;
         self.resume(node, |_| true);
-    }
-
-    /// This node takes messages for these durable subscriptions of its own.
-    pub(crate) fn handle_own_subscriptions(
-        &mut self,
-        subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
-    ) {
-        let me = self.config.me;
-        self.handle_inbox(me, InboxInfo { epoch: 0, subscriptions });
     }
 
     /// Stores what is remembered of peers: whom it has met at once, what changes once a second.

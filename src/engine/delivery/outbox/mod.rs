@@ -604,6 +604,10 @@ impl Outbox {
         let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
         for part in 0..entry.parts.len() as u32 {
             let key = PartKey { number, part };
+            if self.is_unwanted(key) {
+                self.settle(key);
+                continue;
+            }
             self.wall.extend(expires_at.map(|at| (at, key)));
             self.activate(now, key);
         }
@@ -620,6 +624,16 @@ impl Outbox {
             }
             None if self.is_behind(key) => self.set_state(key, State::Blocked),
             None => self.release(key),
+        }
+    }
+
+    /// Whether it is for a durable subscription that was given up meanwhile.
+    fn is_unwanted(&self, key: PartKey) -> bool {
+        match self.part(key).map(|part| &self.targets[part.target as usize]) {
+            Some(Target::Subscription(node, name)) => {
+                !self.subscriptions.contains_key(&(*node, name.clone()))
+            }
+            _ => false,
         }
     }
 

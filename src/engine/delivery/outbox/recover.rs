@@ -68,6 +68,7 @@ impl Outbox {
             }
             OutboxRecord::Dead(number, part, None) => self.revive(PartKey { number, part }),
             OutboxRecord::Peers(peers) => {
+                self.subscriptions.clear();
                 for peer in peers {
                     self.recover_peer(&peer)?;
                 }

@@ -103,8 +103,16 @@ impl Bench {
 
     fn meet(&mut self, node: NodeId) {
         self.outbox.handle_link_up(node);
-        let info = InboxInfo { epoch: 1, subscriptions: Vec::new() };
+        let info = InboxInfo { epoch: 1, subscriptions: Vec::new(), ended: Vec::new() };
         self.outbox.handle_inbox(node, info);
+        self.run();
+    }
+
+    fn subscribe(&mut self, node: NodeId, names: &[&ServiceName], ended: &[&ServiceName]) {
+        self.outbox.handle_link_up(node);
+        let all = names.iter().map(|name| (ServiceName::clone(name), "orders.>".parse().unwrap()));
+        let (subscriptions, ended) = (all.collect(), ended.iter().copied().cloned().collect());
+        self.outbox.handle_inbox(node, InboxInfo { epoch: 1, subscriptions, ended });
         self.run();
     }
 
@@ -249,10 +257,53 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
     for round in 0..3 {
         let names = (0..600).map(|n| format!("s{round}-{n}").parse().unwrap());
         let subscriptions = names.map(|name| (name, "orders.>".parse().unwrap())).collect();
-        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions });
+        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions, ended: Vec::new() });
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
+}
+
+#[test]
+fn a_subscription_that_is_ended_leaves_nothing_behind() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let subscription = Target::Subscription(BOB, name.clone());
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.lose(BOB);
+    let kept = bench.submit(subscription.clone()).unwrap();
+    let message = bench.message(subscription.clone());
+    bench.subscribe(BOB, &[&name], &[]);
+    assert_eq!(bench.sent.len(), 1, "it is on its way");
+    // One more is being stored.
+    let choose: &mut Choose<'_> = &mut |_, _, _| None;
+    let storing = bench.outbox.submit(bench.now(), vec![message], choose).unwrap()[0];
+    bench.subscribe(BOB, &[], &[&name]);
+    assert_eq!(bench.done, [(kept, Ok(())), (storing, Ok(()))]);
+    assert_eq!(bench.outbox.pending(), 0);
+    assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).is_empty());
+
+    bench.sleep(2 * DISK_RETRY);
+
+    let mut next = Bench::new(None);
+    for (position, entry) in &bench.journal {
+        next.outbox.recover(*position, entry).unwrap();
+    }
+    next.outbox.handle_recovered(next.now());
+    assert_eq!((next.outbox.pending(), next.outbox.subscriptions().count()), (0, 0));
+}
+
+#[test]
+fn an_operator_ends_the_subscription_of_a_node_that_is_gone() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.lose(BOB);
+    bench.submit(Target::Subscription(BOB, name.clone())).unwrap();
+    bench.submit(Target::Node(BOB)).unwrap();
+    assert_eq!(bench.outbox.handle_unsubscribed(CAROL, &name), None);
+    assert_eq!(bench.outbox.handle_unsubscribed(BOB, &name), Some(1));
+    bench.run();
+    assert_eq!((bench.outbox.pending(), bench.outbox.subscriptions().count()), (1, 0));
 }
 
 #[test]
@@ -371,14 +422,14 @@ fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
     let stored = bench.journal.len();
     for epoch in 2..1000 {
         let subscription = ("billing".parse().unwrap(), "orders.>".parse().unwrap());
-        let info = InboxInfo { epoch, subscriptions: vec![subscription] };
+        let info = InboxInfo { epoch, subscriptions: vec![subscription], ended: Vec::new() };
         bench.outbox.handle_inbox(BOB, info);
         bench.run();
     }
     assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "it has one for each life");
     for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
         let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
-        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription] };
+        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ended: Vec::new() };
         bench.outbox.handle_inbox(BOB, info);
         bench.run();
     }
