@@ -543,3 +543,62 @@ async fn a_subscription_that_drains_leaves_its_successor_alone() {
     assert_eq!(next(&mut seen).await.0, "two");
     alice.shutdown().await;
 }
+
+#[tokio::test]
+async fn a_withdrawn_service_ends_what_it_has_begun() {
+    let place = Place::new();
+    let (alice, bob) = (place.node("alice").await, place.node("bob").await);
+    let (begun, mut begins) = unbounded_channel();
+    let end = Arc::new(tokio::sync::Notify::new());
+    let ended = end.clone();
+    let service = bob.serve("work", move |_| {
+        begun.send(()).unwrap();
+        let ended = ended.clone();
+        async move {
+            ended.notified().await;
+            Ok(())
+        }
+    });
+    let service = service.start().unwrap();
+    let receipt = alice.send("work", "long").guaranteed().await.unwrap();
+    soon(begins.recv()).await.unwrap();
+    drop(service);
+    let stopping = tokio::spawn(async move { bob.shutdown_within(SOON).await });
+    end.notify_one();
+    let report = soon(stopping).await.unwrap();
+    assert_eq!((report.aborted, soon(receipt.processed()).await), (0, Ok(())));
+}
+
+#[tokio::test]
+async fn a_node_that_is_dropped_gives_its_store_back() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let (begun, mut begins) = unbounded_channel();
+    let service = alice.serve("work", move |call| {
+        begun.send(call.message.is_redelivered()).unwrap();
+        std::future::pending::<Result<(), HandlerError>>()
+    });
+    let service = service.concurrency(1).start().unwrap();
+    let first = alice.send("work", "first").guaranteed().await.unwrap();
+    let second = alice.send("work", "second").guaranteed().await.unwrap();
+    assert_eq!(soon(begins.recv()).await, Some(false));
+    drop(alice);
+    for receipt in [first, second] {
+        assert_eq!(soon(receipt.processed()).await, Err(DeliveryError::ShutDown));
+    }
+    // The service is still held here; the store is not.
+    let again = async {
+        loop {
+            let config = place.host.config("alice").outbox(place.stores.path().join("alice"));
+            match config.start().await {
+                Ok(node) => return node,
+                Err(error) => assert!(error.to_string().contains("another process"), "{error}"),
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let alice = soon(again).await;
+    assert_eq!(alice.outbox_size(), (2, 0));
+    assert!(begins.try_recv().is_err());
+    drop(service);
+}

@@ -110,8 +110,9 @@ struct Row {
     body: Vec<u8>,
 }
 
-/// A row that no message can be made of. The relay stops there, so that nothing is lost; somebody
-/// has to mend the row or delete it.
+/// A row that no message can be made of, or one that no outbox of this size can hold. The relay
+/// stops there, so that nothing is lost; somebody has to mend the row or delete it. What was
+/// inserted before it has been handed over.
 #[derive(Debug, thiserror::Error)]
 #[error("row {id} of the outbox table is no message: {problem}")]
 pub struct BadRow {
@@ -151,14 +152,34 @@ impl Row {
     }
 }
 
-/// Stores messages in a node's outbox, in one transaction.
-async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<(), RelayError> {
-    let mut transaction = node.transaction();
-    for (id, row) in rows {
-        transaction.add(row.message(node, *id)?);
+/// Stores messages in a node's outbox, in one transaction: as many of the first as it takes at
+/// once, and how many those are.
+async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<usize, RelayError> {
+    let mut messages = rows.iter().map(|(id, row)| row.message(node, *id));
+    // What comes before a bad row goes ahead.
+    let mut count = messages.by_ref().take_while(Result::is_ok).count();
+    loop {
+        let mut transaction = node.transaction();
+        for (id, row) in &rows[..count.max(1)] {
+            transaction.add(row.message(node, *id)?);
+        }
+        let error = match transaction.commit().await {
+            Ok(_receipts) => return Ok(count),
+            Err(error) => error,
+        };
+        let passes = match &error {
+            OutboxError::ShutDown | OutboxError::NoOutbox | OutboxError::NotStored(_) => {
+                return Err(error.into());
+            }
+            OutboxError::OutboxFull { messages, .. } => *messages > 0,
+            OutboxError::Address(_) | OutboxError::TooLarge(_) => false,
+        };
+        match count {
+            2.. => count /= 2,
+            _ if passes => return Err(error.into()),
+            _ => return Err(BadRow { id: rows[0].0, problem: error.to_string() }.into()),
+        }
     }
-    transaction.commit().await?;
-    Ok(())
 }
 
 /// A relay that can't go on.

@@ -111,7 +111,8 @@ pub async fn forget_seen(
 }
 
 /// Hands what is committed to the node's outbox, and looks for more every `poll`, until it fails
-/// or the node shuts down. Several relays may work on one table.
+/// or the node shuts down. Of several relays on one table one works, so that the order of the
+/// messages holds; another takes its place when its connection ends.
 ///
 /// # Errors
 /// [`RelayError`]. A full outbox is waited for; a lost connection is an error, after which a new
@@ -120,7 +121,15 @@ pub async fn forget_seen(
 /// # Cancel safety
 /// Dropping the future loses nothing; a batch that it was at may be handed over again.
 pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(), RelayError> {
+    let mut leads = false;
     while !node.is_stopping() {
+        if !leads {
+            leads = client.query_one(LEAD, &[]).await?.try_get(0)?;
+        }
+        if !leads {
+            tokio::time::sleep(poll).await;
+            continue;
+        }
         match relay_batch(&node, &mut client).await {
             Ok(0) => {}
             Ok(_more) => continue,
@@ -133,13 +142,17 @@ pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(),
     Ok(())
 }
 
+/// Takes the lock of the table's relay for the session: of the two halves of its number, one says
+/// `peer`, and one is the table's.
+const LEAD: &str = "SELECT pg_try_advisory_lock((x'70656572'::int::bigint << 32) | 'peerbus_outbox'::regclass::oid::bigint)";
+
 /// How many messages were handed over.
 async fn relay_batch(node: &Node, client: &mut Client) -> Result<usize, RelayError> {
     let transaction = client.transaction().await?;
     let found = transaction
         .query(
             "SELECT id, message_id, kind, name, ordering_key, content_type, body
-             FROM peerbus_outbox ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED",
+             FROM peerbus_outbox ORDER BY id LIMIT $1",
             &[&BATCH],
         )
         .await?;
@@ -156,8 +169,8 @@ async fn relay_batch(node: &Node, client: &mut Client) -> Result<usize, RelayErr
         rows.push((row.try_get::<_, i64>(0)?, message));
     }
     if !rows.is_empty() {
-        hand_over(node, &rows).await?;
-        let ids: Vec<i64> = rows.iter().map(|(id, _)| *id).collect();
+        let count = hand_over(node, &rows).await?;
+        let ids: Vec<i64> = rows[..count].iter().map(|(id, _)| *id).collect();
         transaction.execute("DELETE FROM peerbus_outbox WHERE id = ANY($1)", &[&ids]).await?;
     }
     transaction.commit().await?;

@@ -12,6 +12,7 @@
 //! # Ok(()) }
 //! ```
 
+use std::sync::mpsc::{self, TryRecvError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, params};
@@ -109,10 +110,11 @@ pub fn forget_seen(connection: &Connection, longer_ago: Duration) -> rusqlite::R
 /// # Cancel safety
 /// Dropping the future ends it after what it is at; nothing is lost.
 pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result<(), RelayError> {
-    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let (stop, stopped) = mpsc::channel::<()>();
     let runtime = tokio::runtime::Handle::current();
     let working = tokio::task::spawn_blocking(move || {
-        while !node.is_stopping() {
+        // Dropping the future drops the other end, which ends the relay.
+        while !node.is_stopping() && stopped.try_recv() != Err(TryRecvError::Disconnected) {
             let rows = match pending(&connection) {
                 Ok(rows) => rows,
                 Err(error) if is_busy(&error) => Vec::new(),
@@ -120,8 +122,8 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
             };
             if !rows.is_empty() {
                 match runtime.block_on(hand_over(&node, &rows)) {
-                    Ok(()) => {
-                        delete(&connection, &rows)?;
+                    Ok(count) => {
+                        delete(&connection, &rows[..count])?;
                         continue;
                     }
                     Err(error) if error.is_full() => {}
@@ -129,10 +131,7 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
                     Err(error) => return Err(error),
                 }
             }
-            // Dropping the other end ends the pause, and the relay.
-            if stopped.recv_timeout(poll) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                return Ok(());
-            }
+            let _told_to_end = stopped.recv_timeout(poll);
         }
         Ok(())
     });

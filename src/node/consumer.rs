@@ -1,6 +1,6 @@
 //! Durable subscriptions: events that are delivered until they are processed.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::service::{Handler, ServeError, ServiceCell};
 use super::shared::Shared;
@@ -108,6 +108,7 @@ impl Shared {
         }
         consumers.insert(cell.name.clone(), (pattern, cell.clone()));
         drop(consumers);
+        self.add_handler(cell);
         if let Some(store) = &self.store {
             lock(&store.ended).remove(&cell.name);
         }
@@ -137,10 +138,15 @@ impl Shared {
         consumers.iter().map(|(name, (pattern, _))| (name.clone(), pattern.clone())).collect()
     }
 
-    /// All that handles calls here: services and durable subscriptions.
+    pub(super) fn add_handler(&self, cell: &Arc<ServiceCell>) {
+        let mut handlers = lock(&self.handlers);
+        handlers.retain(|handler| handler.strong_count() > 0);
+        handlers.push(Arc::downgrade(cell));
+    }
+
+    /// All that handles calls here: services and durable subscriptions, and those of them that
+    /// take no more but have handlers that run.
     pub(super) fn handling(&self) -> Vec<Arc<ServiceCell>> {
-        let mut cells = self.services();
-        cells.extend(lock(&self.consumers).values().map(|(_, cell)| cell.clone()));
-        cells
+        lock(&self.handlers).iter().filter_map(Weak::upgrade).collect()
     }
 }

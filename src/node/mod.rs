@@ -92,11 +92,15 @@ impl Drop for Inner {
         self.shared.cells().iter().for_each(|cell| cell.close());
         self.shared.fail_all_requests();
         self.shared.inboxes.load().all().into_iter().for_each(|inbox| inbox.close());
+        for handlers in self.shared.handling() {
+            handlers.abort(&self.shared);
+        }
         let shared = self.shared.clone();
         self.shared.runtime.spawn(async move {
             if let Some(transport) = shared.transport.get() {
                 transport.close().await;
             }
+            shared.close_store().await;
         });
     }
 }

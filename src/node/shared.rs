@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     inboxes_change: Mutex<()>,
     services: Mutex<BTreeMap<ServiceName, Arc<ServiceCell>>>,
     /// The durable subscriptions of this node.
+    /// All cells that take calls, or have taken some that they have yet to end.
+    pub(crate) handlers: Mutex<Vec<Weak<ServiceCell>>>,
     pub(crate) consumers: Mutex<BTreeMap<ServiceName, (Pattern, Arc<ServiceCell>)>>,
     pub(crate) turn: AtomicUsize,
     /// What this node's calls to itself hold, in bytes.
@@ -125,6 +127,7 @@ impl Shared {
             inboxes: ArcSwap::default(),
             inboxes_change: Mutex::default(),
             services: Mutex::default(),
+            handlers: Mutex::default(),
             consumers: Mutex::default(),
             turn: AtomicUsize::new(0),
             local_bytes: AtomicU64::new(0),
@@ -363,7 +366,7 @@ impl Shared {
                 }
             }
             None => self
-                .services()
+                .handling()
                 .iter()
                 .for_each(|service| _ = service.handle_cancel(self, super::service::LOCAL, id)),
         }
@@ -433,6 +436,7 @@ impl Shared {
         }
         services.insert(service.name.clone(), service.clone());
         drop(services);
+        self.add_handler(service);
         self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency));
         self.tell_routes_changed();
         true

@@ -1,11 +1,15 @@
 //! `peerbus node`: a demo node that prints what it sees.
 
+use std::future;
+use std::io;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream::{SelectAll, StreamExt};
 use peerbus::{Body, Call, HandlerError, Node, Pattern, ServiceName, Topic};
 use serde_json::json;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::options::{NodeOptions, interrupted};
 use crate::output;
@@ -50,8 +54,9 @@ impl NodeCommand {
             messages.push(node.subscribe(pattern)?);
         }
         let mut services = Vec::new();
+        let (told, mut unprinted) = unbounded_channel();
         for name in &self.serve {
-            services.push(node.serve(name, echo(self.json)).start()?);
+            services.push(node.serve(name, echo(self.json, told.clone())).start()?);
         }
         let mut ticks = tokio::time::interval((*self.every).max(Duration::from_millis(1)));
         let mut number = 0u64;
@@ -59,6 +64,7 @@ impl NodeCommand {
         loop {
             tokio::select! {
                 () = &mut end => break,
+                Some(error) = unprinted.recv() => return Err(error.into()),
                 Some(message) = messages.next(), if !messages.is_empty() => {
                     output::line(self.json, &output::message(&message), || {
                         format!("{}: {}", message.header.destination, output::body(&message))
@@ -101,8 +107,13 @@ async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Res
     Ok(())
 }
 
-/// A handler that says what it was asked and replies with the same.
-pub(crate) fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Body, HandlerError>> {
+/// A handler that says what it was asked and replies with the same. If it can't be said, that is
+/// told instead, and the call stays open: whoever made it hears that this node is gone, which
+/// will be so.
+pub(crate) fn echo(
+    json: bool,
+    unprinted: UnboundedSender<io::Error>,
+) -> impl Fn(Call) -> BoxFuture<'static, Result<Body, HandlerError>> {
     move |call| {
         let message = call.message;
         let mut value = output::message(&message);
@@ -110,6 +121,12 @@ pub(crate) fn echo(json: bool) -> impl Fn(Call) -> std::future::Ready<Result<Bod
         let line = output::line(json, &value, || {
             format!("call to {}: {}", message.header.destination, output::body(&message))
         });
-        std::future::ready(line.map(|()| message.body.into()).map_err(HandlerError::from))
+        match line {
+            Ok(()) => future::ready(Ok(message.body.into())).boxed(),
+            Err(error) => {
+                let _ending = unprinted.send(error);
+                future::pending().boxed()
+            }
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use peerbus::ServiceName;
+use tokio::sync::mpsc::unbounded_channel;
 
 use crate::node::echo;
 use crate::options::{NodeOptions, interrupted};
@@ -27,9 +28,13 @@ pub(crate) struct Serve {
 impl Serve {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let node = self.node.start().await?;
-        let service =
-            node.serve(&self.service, echo(self.json)).concurrency(self.concurrency).start()?;
-        interrupted().await;
+        let (told, mut unprinted) = unbounded_channel();
+        let handler = echo(self.json, told);
+        let service = node.serve(&self.service, handler).concurrency(self.concurrency).start()?;
+        tokio::select! {
+            () = interrupted() => {}
+            Some(error) = unprinted.recv() => return Err(error.into()),
+        }
         service.drain().await;
         node.shutdown().await;
         Ok(())
