@@ -190,6 +190,16 @@ async fn endless_multipart_is_cut() {
 }
 
 #[tokio::test]
+async fn a_stranger_may_not_send_much_before_its_hello() {
+    let target = Target::new().await;
+    let mut stream = shaken(&target).await;
+    let head = [&[2u8][..], &(64 * 1024 + 1u64).to_be_bytes()].concat();
+    stream.write_all(&head).await.unwrap();
+    cut(&mut stream).await;
+    target.is_unharmed("too_large").await;
+}
+
+#[tokio::test]
 async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
     let target = Target::new().await;
     let records: [&[u8]; 6] = [

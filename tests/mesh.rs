@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use common::{Host, SOON, soon, wait_for};
 use peerbus::{
-    Body, Call, DownCause, DropReason, Event, HandlerError, Kind, Node, RequestError, SendError,
-    Source,
+    Address, Body, Call, DownCause, DropReason, Event, HandlerError, Kind, Node, RequestError,
+    SendError, Source,
 };
 use tokio::sync::Notify;
 
@@ -75,6 +75,20 @@ async fn large_and_empty_bodies_arrive_over_unix_and_tcp() {
         let error = alice.request("echo", vec![0; 1024 * 1024 + 1]).await.unwrap_err();
         assert!(matches!(error, RequestError::TooLarge(_)), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_node_with_thousands_of_long_patterns_is_met_over_a_network() {
+    let host = Host::new();
+    let alice = host.tcp_config("alice").start().await.unwrap();
+    let mut subscriptions = Vec::new();
+    for n in 0..2000 {
+        subscriptions.push(alice.subscribe(format!("{}.{n}", "t".repeat(200))).unwrap());
+    }
+    let bob = host.tcp_config("bob").peer(Address::Tcp(alice.listening()[0]));
+    let bob = bob.start().await.unwrap();
+    meet(&alice, &bob).await;
+    assert_eq!(bob.peers()[0].patterns.len(), 2000);
 }
 
 #[tokio::test]

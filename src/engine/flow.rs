@@ -272,30 +272,36 @@ impl Flow {
             let counts = counts.map(|(reason, count)| (reason.as_str().to_owned(), *count));
             batch.push_control(&Control::Dropped(counts.collect()));
         }
+        let mut greets = false;
         while !batch.is_full()
+            && !greets
             && let Some(control) = self.control.pop_front()
         {
+            greets = matches!(control, Control::Hello(_));
             batch.push_control(&control);
         }
-        // Replies first, since somebody waits for them.
-        let [_, calls, replies, guaranteed] = &mut self.outgoing;
-        fill(&mut batch, &mut self.replies, replies);
-        fill(&mut batch, &mut self.calls, calls);
-        let guaranteed_first = self.guaranteed_first;
-        if guaranteed_first {
-            fill(&mut batch, &mut self.guaranteed, guaranteed);
+        // What has a hello in it has to be small, so nothing follows it.
+        if !greets {
+            // Replies first, since somebody waits for them.
+            let [_, calls, replies, guaranteed] = &mut self.outgoing;
+            fill(&mut batch, &mut self.replies, replies);
+            fill(&mut batch, &mut self.calls, calls);
+            let guaranteed_first = self.guaranteed_first;
+            if guaranteed_first {
+                fill(&mut batch, &mut self.guaranteed, guaranteed);
+            }
+            if self.sendable_events().is_some_and(|pack| batch.has_room_for_events(pack))
+                && let Some(pack) = self.events.pop()
+            {
+                self.outgoing[Lane::Events as usize].sent += pack.totals();
+                batch.push_events(pack);
+            }
+            if !guaranteed_first {
+                let lane = &mut self.outgoing[Lane::Guaranteed as usize];
+                fill(&mut batch, &mut self.guaranteed, lane);
+            }
+            self.guaranteed_first = !guaranteed_first;
         }
-        if self.sendable_events().is_some_and(|pack| batch.has_room_for_events(pack))
-            && let Some(pack) = self.events.pop()
-        {
-            self.outgoing[Lane::Events as usize].sent += pack.totals();
-            batch.push_events(pack);
-        }
-        if !guaranteed_first {
-            let lane = &mut self.outgoing[Lane::Guaranteed as usize];
-            fill(&mut batch, &mut self.guaranteed, lane);
-        }
-        self.guaranteed_first = !guaranteed_first;
         self.batch_due = false;
         self.last_sent = now;
         self.in_flight += 1;

@@ -26,6 +26,9 @@ pub(crate) trait Link: Send + Sync {
     /// Ends the connection when what was handed over is written, or can't be.
     fn close(&self);
 
+    /// The peer's hello is accepted. Until then a link over a network takes small batches only.
+    fn admit(&self) {}
+
     /// When bytes last arrived, where the link sees more than whole batches.
     fn last_heard(&self) -> Option<Instant> {
         None

@@ -151,6 +151,10 @@ impl LinkCell {
         self.with_flow(|flow| flow.enqueue_control(control));
     }
 
+    pub(crate) fn admit(&self) {
+        self.link.admit();
+    }
+
     pub(crate) fn send_message(self: &Arc<Self>, envelope: Envelope) -> Result<(), DropReason> {
         self.with_flow(|flow| flow.enqueue(envelope))
     }

@@ -203,6 +203,11 @@ impl Shared {
                     cell.send_control(control);
                 }
             }
+            Action::Admit(link) => {
+                if let Some(cell) = self.cell(link) {
+                    cell.admit();
+                }
+            }
             Action::Open { link, limits } => {
                 if let Some(cell) = self.cell(link) {
                     cell.with_flow(|flow| flow.handle_limits(&limits));

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -60,6 +60,7 @@ struct TcpLink {
     closing: watch::Sender<bool>,
     started: Instant,
     heard_after_ms: Arc<AtomicU64>,
+    admitted: Arc<AtomicBool>,
 }
 
 impl Link for TcpLink {
@@ -73,19 +74,23 @@ impl Link for TcpLink {
         self.closing.send_replace(true);
     }
 
+    fn admit(&self) {
+        self.admitted.store(true, Ordering::Relaxed);
+    }
+
     fn last_heard(&self) -> Option<Instant> {
         Some(self.started + Duration::from_millis(self.heard_after_ms.load(Ordering::Relaxed)))
     }
 }
 
-/// Runs a connection to its end. `admitted` is dropped when the handshake is over, `live` told
+/// Runs a connection to its end. `pending` is dropped when the handshake is over, `live` told
 /// when the link is there.
 pub(super) async fn run(
     tcp: TcpStream,
     context: Context,
     connection: Connection,
     live: oneshot::Sender<()>,
-    admitted: impl Send,
+    pending: impl Send,
 ) -> Ended {
     let _refused_by_the_system = tcp.set_nodelay(true);
     let (mut from_net, mut to_net) = tcp.into_split();
@@ -98,14 +103,16 @@ pub(super) async fn run(
         Ok(Err(ended)) => return ended,
         Err(_) => return Refusal::HandshakeTimeout.into(),
     };
-    drop(admitted);
+    drop(pending);
 
     let (outbox, batches) = mpsc::unbounded_channel();
     let (closing, mut closed_here) = watch::channel(false);
     let heard_after_ms = Arc::new(AtomicU64::new(0));
     let started = Instant::now();
     let heard = heard_after_ms.clone();
-    let link = Arc::new(TcpLink { outbox, closing, started, heard_after_ms });
+    let admitted = Arc::new(AtomicBool::new(false));
+    let accepted = admitted.clone();
+    let link = Arc::new(TcpLink { outbox, closing, started, heard_after_ms, admitted });
     let connection = Connection { claimed: Some(claimed), ..connection };
     let receiver = context.acceptor.handle_connected(link.clone(), connection);
     let _no_longer_awaited = live.send(());
@@ -114,6 +121,9 @@ pub(super) async fn run(
         loop {
             while let Some(batch) = input.gate.next_batch(&mut input.bytes)? {
                 receiver.handle_batch(batch);
+                if accepted.load(Ordering::Relaxed) {
+                    input.gate.admit();
+                }
             }
             if input.read_from(&mut from_net).await? == 0 {
                 return Ok::<(), Ended>(());

@@ -32,10 +32,14 @@ impl GateLimits {
     }
 }
 
+/// The most bytes in one multipart message of a peer whose hello was not accepted yet.
+pub(super) const MAX_STRANGERS_MESSAGE: u64 = 64 * 1024;
+
 /// Watches the inward direction of one connection.
 #[derive(Debug)]
 pub(super) struct Gate {
     limits: GateLimits,
+    admitted: bool,
     greeted: bool,
     /// The frames of a multipart message whose end has not come.
     frames: Vec<Bytes>,
@@ -47,7 +51,19 @@ pub(super) struct Gate {
 
 impl Gate {
     pub(super) fn new(limits: GateLimits) -> Self {
-        Self { limits, greeted: false, frames: Vec::new(), bytes: 0, expected: None }
+        Self {
+            limits,
+            admitted: false,
+            greeted: false,
+            frames: Vec::new(),
+            bytes: 0,
+            expected: None,
+        }
+    }
+
+    /// The peer's hello is accepted: from the next message on the configured limit holds.
+    pub(super) fn admit(&mut self) {
+        self.admitted = true;
     }
 
     /// Whether the peer's greeting was seen and is one of ours.
@@ -124,7 +140,8 @@ impl Gate {
         };
         let Some(len) = len else { return Ok(None) };
         self.bytes = self.bytes.saturating_add(len);
-        if self.bytes > self.limits.message {
+        let most = if self.admitted { u64::MAX } else { MAX_STRANGERS_MESSAGE };
+        if self.bytes > self.limits.message.min(most) {
             return Err(Refusal::TooLarge);
         }
         input.advance(head);

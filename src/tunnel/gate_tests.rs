@@ -61,6 +61,19 @@ fn a_batch_counts_as_a_whole() {
 }
 
 #[test]
+fn a_stranger_gets_little_room_until_it_is_admitted() {
+    let limits = GateLimits { message: 1 << 20, frames: 8 };
+    let most = MAX_STRANGERS_MESSAGE as usize;
+    let mut gate = Gate::new(limits);
+    assert_eq!(pass(&mut gate, &frame(false, most)), Ok(vec![vec![most]]));
+    assert_eq!(pass(&mut gate, &frame(false, most + 1)[..9]), Err(Refusal::TooLarge));
+    let mut gate = Gate::new(limits);
+    gate.admit();
+    assert_eq!(pass(&mut gate, &frame(false, 1 << 20)), Ok(vec![vec![1 << 20]]));
+    assert_eq!(pass(&mut gate, &frame(false, (1 << 20) + 1)), Err(Refusal::TooLarge));
+}
+
+#[test]
 fn commands_and_reserved_bits_are_cut_after_the_handshake() {
     assert_eq!(pass(&mut Gate::new(LIMITS), &ready(&[1; 48])), Err(Refusal::Command));
     assert_eq!(pass(&mut Gate::new(LIMITS), &[0b1000, 0]), Err(Refusal::Flags));

@@ -30,7 +30,7 @@ impl Mesh {
         if hello.id == self.me.id {
             if hello.incarnation == self.me.incarnation {
                 // The other end of this connection is ours too, and learns it from our hello.
-                if !entry.hello_sent {
+                if entry.announced.is_none() {
                     self.send_hello(link);
                 }
                 self.dialer.handle_own(link);
@@ -54,8 +54,9 @@ impl Mesh {
         }
         let (id, incarnation) = (hello.id, hello.incarnation);
         entry.about = Some(Box::new(About::from(hello)));
-        let answer = !entry.hello_sent;
+        let answer = entry.announced.is_none();
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
+        self.actions.push_back(Action::Admit(link));
         self.dialer.handle_identified(link, id);
         if answer {
             self.send_hello(link);

@@ -26,6 +26,8 @@ use gossip::Gossip;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most patterns and services that a peer may announce in all.
 const MAX_ANNOUNCED: usize = 10_000;
+/// The most bytes of patterns and service names that go into one record.
+const MAX_LISTED: usize = 32 * 1024;
 /// How long the old link may take to prove that it is alive.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -73,6 +75,8 @@ pub(crate) enum Action {
     },
     /// Queue a control record.
     Send(LinkId, Control),
+    /// The peer's hello is accepted: what comes from it may be as large as a batch may be.
+    Admit(LinkId),
     /// The peer's limits are known: messages may flow.
     Open {
         link: LinkId,
@@ -129,7 +133,8 @@ enum Phase {
 struct Link {
     connection: Connection,
     phase: Phase,
-    hello_sent: bool,
+    /// How many announcements followed our hello, once it is sent.
+    announced: Option<u64>,
     /// What the peer said of itself.
     about: Option<Box<About>>,
 }
@@ -177,7 +182,6 @@ pub(crate) struct Mesh {
     me: MeshConfig,
     /// Where others reach this node over a network.
     addresses: Vec<Address>,
-    seq: u64,
     /// How many local subscriptions ask for each pattern.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
@@ -197,7 +201,6 @@ impl Mesh {
     pub(crate) fn new(me: MeshConfig, seed: u64) -> Self {
         Self {
             addresses: Vec::new(),
-            seq: 0,
             patterns: BTreeMap::new(),
             services: BTreeMap::new(),
             links: HashMap::new(),
@@ -241,7 +244,7 @@ impl Mesh {
         let dialled = connection.target.is_some();
         let deadline = now + HELLO_TIMEOUT;
         let phase = Phase::Greeting { deadline };
-        self.links.insert(link, Link { connection, phase, hello_sent: false, about: None });
+        self.links.insert(link, Link { connection, phase, announced: None, about: None });
         self.deadlines.insert((deadline, link));
         if dialled {
             self.send_hello(link);
@@ -330,7 +333,7 @@ impl Mesh {
         *count += 1;
         if *count == 1 {
             let subscribed = vec![pattern.clone()];
-            self.announce(Announcement { subscribed, ..Announcement::default() });
+            self.announce(&Announcement { subscribed, ..Announcement::default() });
         }
     }
 
@@ -342,20 +345,20 @@ impl Mesh {
         if *count == 0 {
             self.patterns.remove(pattern);
             let unsubscribed = vec![pattern.clone()];
-            self.announce(Announcement { unsubscribed, ..Announcement::default() });
+            self.announce(&Announcement { unsubscribed, ..Announcement::default() });
         }
     }
 
     pub(crate) fn serve(&mut self, name: &ServiceName, concurrency: u32) {
         self.services.insert(name.clone(), concurrency);
         let serving = vec![ServiceInfo { name: name.clone(), concurrency }];
-        self.announce(Announcement { serving, ..Announcement::default() });
+        self.announce(&Announcement { serving, ..Announcement::default() });
     }
 
     pub(crate) fn withdraw(&mut self, name: &ServiceName) {
         if self.services.remove(name).is_some() {
             let withdrawn = vec![name.clone()];
-            self.announce(Announcement { withdrawn, ..Announcement::default() });
+            self.announce(&Announcement { withdrawn, ..Announcement::default() });
         }
     }
 
@@ -514,33 +517,66 @@ impl Mesh {
         self.actions.push_back(Action::Send(link, control));
     }
 
+    /// Says hello, and right behind it what it has no room for.
     fn send_hello(&mut self, link: LinkId) {
-        let services = self.services.iter().map(service_info);
+        let mut listing = self.listing().into_iter();
+        let first = listing.next().unwrap_or_default();
         let hello = Hello {
             mesh: self.me.mesh.clone(),
             id: self.me.id,
             incarnation: self.me.incarnation,
             name: self.me.name.clone(),
             limits: self.me.limits,
-            seq: self.seq,
-            patterns: self.patterns.keys().cloned().collect(),
-            services: services.collect(),
+            seq: 0,
+            patterns: first.subscribed,
+            services: first.serving,
             addresses: self.addresses.clone(),
         };
         if let Some(entry) = self.links.get_mut(&link) {
-            entry.hello_sent = true;
+            entry.announced = Some(0);
         }
         self.send(link, Control::Hello(Box::new(hello)));
+        listing.for_each(|rest| self.announce_to(link, rest));
+    }
+
+    /// All that this node wants and serves, in parts that have room in one record each.
+    fn listing(&self) -> Vec<Announcement> {
+        let mut parts = Vec::new();
+        let mut part = Announcement::default();
+        let mut room = MAX_LISTED;
+        let mut make_room = |part: &mut Announcement, len: usize| {
+            if len > room {
+                parts.push(std::mem::take(part));
+                room = MAX_LISTED;
+            }
+            room -= len;
+        };
+        for pattern in self.patterns.keys() {
+            make_room(&mut part, pattern.as_str().len());
+            part.subscribed.push(pattern.clone());
+        }
+        for service in self.services.iter().map(service_info) {
+            make_room(&mut part, service.name.as_str().len());
+            part.serving.push(service);
+        }
+        parts.push(part);
+        parts
     }
 
     /// Tells everybody who has our hello.
-    fn announce(&mut self, mut news: Announcement) {
-        self.seq += 1;
-        news.seq = self.seq;
-        let told = self.links.iter().filter(|(_, link)| link.hello_sent);
+    fn announce(&mut self, news: &Announcement) {
+        let told = self.links.iter().filter(|(_, link)| link.announced.is_some());
         let told: Vec<LinkId> = told.map(|(id, _)| *id).collect();
         for link in told {
-            self.send(link, Control::Announce(Box::new(news.clone())));
+            self.announce_to(link, news.clone());
+        }
+    }
+
+    fn announce_to(&mut self, link: LinkId, mut news: Announcement) {
+        if let Some(seq) = self.links.get_mut(&link).and_then(|link| link.announced.as_mut()) {
+            *seq += 1;
+            news.seq = *seq;
+            self.send(link, Control::Announce(Box::new(news)));
         }
     }
 

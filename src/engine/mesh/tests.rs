@@ -176,6 +176,33 @@ fn a_node_that_stops_makes_no_new_links() {
 }
 
 #[test]
+fn what_a_hello_has_no_room_for_follows_it() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    let pattern = |n| -> Pattern { format!("{}.{n:04}", "t".repeat(200)).parse().unwrap() };
+    (0..1000).for_each(|n| b.subscribe(&pattern(n)));
+    b.serve(&"stock".parse().unwrap(), 1);
+    let target = Some(TargetKey::Address(Address::Memory(1)));
+    connect(&mut b, LinkId(1), target, 1);
+    let listed: Vec<usize> = sent(&mut b)
+        .0
+        .iter()
+        .map(|(_, control)| match control {
+            Control::Hello(hello) => hello.patterns.len(),
+            Control::Announce(news) => news.subscribed.len(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(listed.iter().sum::<usize>(), 1000);
+    assert!(listed.len() > 5 && listed.iter().all(|len| *len <= MAX_LISTED / 200), "{listed:?}");
+
+    linked(&mut b, &mut a, LinkId(2));
+    b.unsubscribe(&pattern(0));
+    exchange(&mut a, &mut b);
+    let peer = &a.peers()[0];
+    assert_eq!((peer.patterns.len(), peer.services.len()), (999, 1));
+}
+
+#[test]
 fn who_announces_without_end_loses_its_link() {
     let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
     linked(&mut a, &mut b, LinkId(1));

@@ -178,7 +178,10 @@ impl Crowd {
                         self.after(600, other, Event::Closed { link: far });
                     }
                 }
-                Action::Open { .. } | Action::Report(_) | Action::Route { .. } => {}
+                Action::Admit(_)
+                | Action::Open { .. }
+                | Action::Report(_)
+                | Action::Route { .. } => {}
             }
         }
         let member = &mut self.members[node];

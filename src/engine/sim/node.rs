@@ -578,7 +578,7 @@ impl SimNode {
                     self.lose(now, link, ledger);
                 }
                 Action::Report(MeshEvent::IdentityConflict { .. }) => panic!("ids are unique here"),
-                Action::Report(_) => {}
+                Action::Admit(_) | Action::Report(_) => {}
                 Action::Route { link, peer, change } => {
                     self.routing.apply(peer, link, &link, change);
                 }
