@@ -9,17 +9,20 @@ use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::node::{Node, StartError};
 use crate::peer::Address;
+use crate::trust::{MeshKey, Trust};
+use crate::tunnel::MAX_PROOFS;
 
 /// How a node starts. [`Node::builder`] makes one; [`Config::start`] uses it.
 ///
 /// The defaults make a node that talks to the nodes of the same user on this host. A LAN takes
-/// one setting: [`Config::listen`] on an address of it.
+/// one setting: [`Config::mesh_key`].
 #[derive(Clone)]
 #[must_use = "a configuration does nothing until it is started"]
 pub struct Config {
     pub(crate) name: Option<String>,
     pub(crate) mesh: MeshName,
     pub(crate) identity: Option<PathBuf>,
+    pub(crate) trust: Trust,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) peers: Vec<Address>,
     pub(crate) advertise: Vec<Address>,
@@ -60,6 +63,7 @@ impl Default for Config {
             name: None,
             mesh: MeshName::default(),
             identity: None,
+            trust: Trust::ThisHost,
             listen: Vec::new(),
             peers: Vec::new(),
             advertise: Vec::new(),
@@ -81,7 +85,7 @@ impl Default for Config {
             fail_fast: true,
             handshake_timeout: Duration::from_secs(5),
             max_pending_handshakes: 128,
-            max_pending_per_address: 64,
+            max_pending_per_address: 8,
             max_connections: 1024,
             runtime_dir: None,
             outbox: None,
@@ -120,10 +124,24 @@ impl Config {
         self
     }
 
+    /// Talks to whoever else holds this key, on any network: [`Trust::MeshKey`]. May be called
+    /// several times while a mesh goes from one key to the next; takes the place of another
+    /// mode.
+    pub fn mesh_key(mut self, key: MeshKey) -> Self {
+        self.trust = match self.trust {
+            Trust::MeshKey(mut keys) => {
+                keys.push(key);
+                Trust::MeshKey(keys)
+            }
+            _ => Trust::MeshKey(vec![key]),
+        };
+        self
+    }
+
     /// Listens on this TCP address; may be called several times. Port 0 takes a free one.
     ///
-    /// An address beyond loopback declares its network trusted: **what passes there is neither
-    /// encrypted nor authenticated.** Without one, nothing beyond this host is dialled either.
+    /// Without it, a node whose trust mode reaches networks listens on a free port of all IPv4
+    /// interfaces. One that is for this host alone can listen on loopback only.
     pub fn listen(mut self, addr: SocketAddr) -> Self {
         self.listen.push(addr);
         self
@@ -161,6 +179,8 @@ impl Config {
     }
 
     setters! {
+        /// Whom the node talks to: [`Trust::ThisHost`] by default.
+        trust: Trust;
         /// The mesh to join; `default` unless set. Nodes of different meshes never talk.
         mesh: MeshName;
         /// Whether to find the nodes of the same user on this host by their socket directory;
@@ -201,7 +221,7 @@ impl Config {
         handshake_timeout: Duration;
         /// How many connections may be in their handshake at once: 128 by default.
         max_pending_handshakes: usize;
-        /// How many of those from one address: 64 by default.
+        /// How many of those from one address: 8 by default.
         max_pending_per_address: usize;
         /// How many accepted connections there may be: 1,024 by default.
         max_connections: usize;
@@ -280,6 +300,7 @@ impl Config {
         if self.lease.is_zero() {
             return problem("lease is zero; no handler could ever end in time".into());
         }
+        self.check_trust()?;
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
@@ -288,8 +309,24 @@ impl Config {
         Ok(())
     }
 
-    /// Whether a network beyond this host was declared trusted.
-    pub(crate) fn trusts_network(&self) -> bool {
-        self.listen.iter().any(|addr| !addr.ip().is_loopback())
+    fn check_trust(&self) -> Result<(), StartError> {
+        let problem = |text: String| Err(StartError::Config(text));
+        if let Trust::MeshKey(keys) = &self.trust
+            && !(1..=MAX_PROOFS).contains(&keys.len())
+        {
+            return problem(format!("{} mesh keys; one to {MAX_PROOFS} can be used", keys.len()));
+        }
+        let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
+        match (beyond, &self.trust) {
+            (Some(addr), Trust::ThisHost) => problem(format!(
+                "{addr} is beyond this host, which takes a mesh key (--mesh-key) or trusted keys \
+                 (--trusted-keys); `peerbus keygen --mesh` makes a mesh key"
+            )),
+            (Some(addr), Trust::Open { anywhere: false }) => problem(format!(
+                "{addr} is beyond this host; anybody there could read, forge and join \
+                 (--trust open --anywhere allows it)"
+            )),
+            _ => Ok(()),
+        }
     }
 }

@@ -89,6 +89,8 @@ impl fmt::Display for Incarnation {
 /// The key pair that a node is known by.
 pub struct Identity {
     id: NodeId,
+    /// The private key, PKCS#8 DER.
+    pkcs8: Vec<u8>,
 }
 
 /// An identity file that can't be used.
@@ -181,10 +183,15 @@ impl Identity {
         self.id
     }
 
+    /// The private half, PKCS#8 DER.
+    pub(crate) fn pkcs8(&self) -> &[u8] {
+        &self.pkcs8
+    }
+
     fn from_pkcs8(der: &[u8]) -> Option<Self> {
         let key = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der).ok()?;
         let id = NodeId(key.public_key().as_ref().try_into().ok()?);
-        Some(Self { id })
+        Some(Self { id, pkcs8: der.to_vec() })
     }
 }
 

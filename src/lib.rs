@@ -69,9 +69,10 @@
 //!
 //! # Security
 //!
-//! Out of the box a node talks to processes of the same user on this host only. Networks beyond
-//! it have to be declared trusted ([`Config::listen`]), since **what passes there is neither
-//! encrypted nor authenticated yet**.
+//! Out of the box a node talks to processes of the same user on this host only. A mesh key
+//! ([`Config::mesh_key`]) or a file of public keys ([`Trust::TrustedKeys`]) lets it onto networks,
+//! where everything is encrypted and both sides are authenticated: TLS 1.3, between the key pairs
+//! that are the nodes' ids. [`Trust::Open`] turns that off.
 
 mod address;
 mod config;
@@ -90,6 +91,7 @@ mod peer;
 mod private;
 mod report;
 mod sync;
+mod trust;
 mod tunnel;
 mod wire;
 
@@ -122,3 +124,4 @@ pub use node::{
 pub use outbox::{ClosedOutbox, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};
+pub use trust::{MeshKey, MeshKeyError, MeshKeyFileError, Trust, TrustedKeysError, TrustedLine};

@@ -35,10 +35,22 @@ pub(crate) fn looser(path: &Path) -> io::Result<Option<Looser>> {
     Ok((mode & 0o077 != 0).then_some(Looser(mode)))
 }
 
+/// The mode of a file that others than this user may write.
+#[cfg(unix)]
+pub(crate) fn writable_by_others(path: &Path) -> io::Result<Option<Looser>> {
+    let mode = mode(path)?;
+    Ok((mode & 0o022 != 0).then_some(Looser(mode)))
+}
+
 #[cfg(unix)]
 fn mode(path: &Path) -> io::Result<u32> {
     use std::os::unix::fs::PermissionsExt;
     Ok(std::fs::metadata(path)?.permissions().mode() & 0o777)
+}
+
+#[cfg(not(unix))]
+pub(crate) fn writable_by_others(_: &Path) -> io::Result<Option<Looser>> {
+    Ok(None)
 }
 
 #[cfg(not(unix))]

@@ -130,8 +130,16 @@ fn wrong_input_is_explained_and_fails() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap().to_string();
     fails(&shell.run(&["node", "--listen", &taken]), "can't listen on");
-    let no_interface = ["peers", "--no-local", "--listen", "0.0.0.0:0", "--interface", "nope0"];
-    fails(&shell.run(&no_interface), "no network interface \"nope0\"");
+    let open = ["--trust", "open", "--anywhere"];
+    let no_interface = ["peers", "--no-local", "--interface", "nope0"];
+    fails(&shell.run(&[&no_interface[..], &open].concat()), "no network interface \"nope0\"");
+    fails(&shell.run(&["peers", "--listen", "0.0.0.0:0"]), "peerbus keygen --mesh");
+    fails(&shell.run(&["peers", "--anywhere"]), "--trust open");
+    fails(&shell.run(&["peers", "--trust", "mesh-key"]), "--mesh-key KEY");
+    fails(&shell.run(&["peers", "--trusted-keys", "/nowhere"]), "trusted keys /nowhere");
+    let typo = shell.run(&["peers", "--mesh-key", "peerbus-mesh-my-secret"]);
+    fails(&typo, "not a mesh key");
+    assert!(!String::from_utf8_lossy(&typo.stderr).contains("my-secret"), "{typo:?}");
     let notes = shell.dir.path().join("notes");
     std::fs::write(&notes, "x").unwrap();
     fails(&shell.run(&["node", "--identity", notes.to_str().unwrap()]), "identity file");

@@ -7,7 +7,7 @@ mod common;
 use std::net::SocketAddr;
 
 use common::{Host, SOON, soon, wait_for};
-use peerbus::{Call, Event, Node};
+use peerbus::{Call, Event, Node, Trust};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -17,8 +17,11 @@ struct Target {
     friend: Node,
     addr: SocketAddr,
     _service: peerbus::Service,
-    _host: Host,
+    host: Host,
 }
+
+/// What lets a test speak to a node without TLS.
+const OPEN: Trust = Trust::Open { anywhere: false };
 
 impl Target {
     async fn new() -> Self {
@@ -27,14 +30,14 @@ impl Target {
 
     async fn with(change: impl FnOnce(peerbus::Config) -> peerbus::Config) -> Self {
         let host = Host::new();
-        let node = change(host.config("target").listen("127.0.0.1:0".parse().unwrap()));
+        let node = change(host.config("target").trust(OPEN).listen("127.0.0.1:0".parse().unwrap()));
         let node = node.start().await.unwrap();
         let addr = node.listening()[0];
         let service =
             node.serve("echo", |call: Call| async { Ok(call.message.body) }).start().unwrap();
         let friend = host.node("friend").await;
         friend.wait_for_service("echo", SOON).await.unwrap();
-        Self { node, friend, addr, _service: service, _host: host }
+        Self { node, friend, addr, _service: service, host }
     }
 
     async fn connect(&self) -> TcpStream {
@@ -142,7 +145,7 @@ async fn the_73_bytes_are_cut_on_the_dialling_side_too() {
     let host = Host::new();
     let trap = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = peerbus::Address::Tcp(trap.local_addr().unwrap());
-    let node = host.config("dialler").peer(address).start().await.unwrap();
+    let node = host.config("dialler").trust(OPEN).peer(address).start().await.unwrap();
     let (mut stream, _) = soon(trap.accept()).await.unwrap();
     let mut events = node.events();
     let mut bytes = GREETING.to_vec();
@@ -268,27 +271,25 @@ async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
 
 #[tokio::test]
 async fn two_hundred_silent_connections_do_not_keep_a_real_peer_out() {
-    let target =
-        Target::with(|config| config.handshake_timeout(std::time::Duration::from_millis(300)))
-            .await;
-    let mut silent = Vec::new();
-    for _ in 0..200 {
-        silent.push(target.connect().await);
+    for trust in [OPEN, Trust::ThisHost] {
+        let impatient = std::time::Duration::from_millis(300);
+        let change = |config: peerbus::Config| config.trust(trust.clone());
+        let target = Target::with(|config| change(config).handshake_timeout(impatient)).await;
+        let mut silent = Vec::new();
+        for _ in 0..200 {
+            silent.push(target.connect().await);
+        }
+        // From one address no more than 8 may be in their handshake; the rest are turned away.
+        for stream in &mut silent {
+            cut(stream).await;
+        }
+        target.is_unharmed("pending_from_address").await;
+        target.is_unharmed("handshake_timeout").await;
+        let late = change(target.host.tcp_config("late"));
+        let late = late.peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
+        late.wait_for_service("echo", SOON).await.unwrap();
+        assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
     }
-    // From one address no more than 64 may be in their handshake; the rest are turned away.
-    let mut refused = 0;
-    for stream in &mut silent {
-        cut(stream).await;
-        refused += 1;
-    }
-    assert_eq!(refused, 200);
-    target.is_unharmed("pending_from_address").await;
-    target.is_unharmed("handshake_timeout").await;
-    let host = Host::new();
-    let late =
-        host.tcp_config("late").peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
-    late.wait_for_service("echo", SOON).await.unwrap();
-    assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
 }
 
 #[tokio::test]
@@ -296,7 +297,7 @@ async fn connections_beyond_the_limit_are_turned_away_and_the_others_stay() {
     let target = Target::with(|config| config.max_connections(1)).await;
     let host = Host::new();
     let address = peerbus::Address::Tcp(target.addr);
-    let first = host.tcp_config("first").peer(address).start().await.unwrap();
+    let first = host.tcp_config("first").trust(OPEN).peer(address).start().await.unwrap();
     first.wait_for_service("echo", SOON).await.unwrap();
     let mut second = target.connect().await;
     cut(&mut second).await;
@@ -322,7 +323,7 @@ async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
 }
 
 #[tokio::test]
-async fn nothing_beyond_loopback_is_dialled_unless_a_network_is_declared_trusted() {
+async fn nothing_beyond_loopback_is_dialled_or_listened_on_without_keys() {
     let host = Host::new();
     // TEST-NET-1 (RFC 5737) leads nowhere; the refusal comes before any packet.
     let node =
@@ -333,7 +334,12 @@ async fn nothing_beyond_loopback_is_dialled_unless_a_network_is_declared_trusted
         }
     })
     .await;
-    assert!(node.unreachable()[0].last_error.contains("--listen"));
+    assert!(node.unreachable()[0].last_error.contains("--mesh-key"));
+    for trust in [Trust::ThisHost, OPEN] {
+        let beyond = host.config("bold").trust(trust).listen("0.0.0.0:0".parse().unwrap());
+        let error = beyond.start().await.err().unwrap().to_string();
+        assert!(error.contains("beyond this host"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -343,6 +349,8 @@ async fn what_makes_no_sense_in_a_configuration_is_refused() {
     assert!(error.to_string().contains("524288"), "{error}");
     let error = host.config("x").max_body(3 << 20).start().await.err().unwrap();
     assert!(error.to_string().contains("half of the window"), "{error}");
+    let error = host.config("x").trust(Trust::MeshKey(vec![])).start().await.err().unwrap();
+    assert!(error.to_string().contains("one to 8"), "{error}");
     let error = host.config("line\nbreak").start().await.err().unwrap();
     assert!(error.to_string().contains("control characters"), "{error}");
 }

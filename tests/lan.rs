@@ -26,6 +26,8 @@ fn ip(line: &str) -> Result<(), String> {
 /// Hosts and what lies between them, each a namespace; removed in the end.
 struct Lan {
     between: String,
+    /// What the nodes of the test prove to each other.
+    mesh_key: String,
     hosts: Vec<Host>,
 }
 
@@ -43,7 +45,8 @@ impl Lan {
             ip: (*ip).to_owned(),
         };
         let hosts = ips.iter().enumerate().map(host).collect();
-        let lan = Self { between: format!("pb{tag}"), hosts };
+        let mesh_key = peerbus::MeshKey::generate().reveal();
+        let lan = Self { between: format!("pb{tag}"), mesh_key, hosts };
         let between = &lan.between;
         ip(&format!("netns add {between}"))?;
         for (number, Host { namespace, ip: address }) in lan.hosts.iter().enumerate() {
@@ -96,9 +99,9 @@ impl Lan {
 
     fn command(&self, host: usize, args: &[&str]) -> Command {
         let mut command = Command::new("ip");
-        let Host { namespace, ip } = &self.hosts[host];
+        let namespace = &self.hosts[host].namespace;
         command.args(["netns", "exec", namespace, env!("CARGO_BIN_EXE_peerbus")]);
-        command.args(args).args(["--no-local", "--listen", &format!("{ip}:0")]);
+        command.args(args).arg("--no-local").env("PEERBUS_MESH_KEY", &self.mesh_key);
         command.stdin(Stdio::null());
         command
     }
@@ -198,7 +201,8 @@ fn one_reachable_peer_joins_nodes_to_each_other_across_subnets() {
     };
     let seed = lan.node(2, "seed", &[]);
     let started = seed.wait_for("started");
-    let address = started["listening"][0].as_str().unwrap();
+    let (_, port) = started["listening"][0].as_str().unwrap().split_once(':').unwrap();
+    let address = &format!("{}:{port}", lan.hosts[2].ip);
     let left = lan.node(0, "left", &["--peer", address]);
     assert_eq!(left.wait_for("peer_up")["name"], "seed");
     let right = lan.node(1, "right", &["--peer", address]);

@@ -4,6 +4,7 @@
 //!  $XDG_RUNTIME_DIR/peerbus/        mode 0700
 //!    default/                       the mesh's name
 //!      k3vq7a2m.sock                one node; a fresh name at each start
+//!    host.key                       what they prove to each other over loopback TCP
 //! ```
 
 use std::collections::HashSet;
@@ -25,22 +26,26 @@ const RESCAN: Duration = Duration::from_secs(2);
 /// A socket that refuses and is older than this belongs to a process that is gone.
 const STALE_AFTER: Duration = Duration::from_secs(5);
 
-/// Creates the mesh's folder, for this user alone; returns it and a path for a new socket in it.
+/// Creates the mesh's folder, for this user alone.
 ///
 /// # Errors
 /// The folder, and why it can't be used: it belongs to another user, or is open to others.
 pub(crate) fn prepare(
     root: Option<&Path>,
     mesh: &MeshName,
-) -> Result<(PathBuf, PathBuf), (PathBuf, io::Error)> {
+) -> Result<PathBuf, (PathBuf, io::Error)> {
     let root = root.map_or_else(default_root, Path::to_path_buf);
     let dir = root.join(mesh.as_str());
     for dir in [&root, &dir] {
         platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
     }
+    Ok(dir)
+}
+
+/// A path for a new socket in a mesh's folder.
+pub(crate) fn fresh_socket(dir: &Path) -> PathBuf {
     let name = data_encoding::BASE32_NOPAD.encode(&random_bytes::<5>()).to_ascii_lowercase();
-    let socket = dir.join(format!("{name}.sock"));
-    Ok((dir, socket))
+    dir.join(format!("{name}.sock"))
 }
 
 fn sockets(dir: &Path) -> HashSet<PathBuf> {

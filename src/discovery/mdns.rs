@@ -1,7 +1,10 @@
 //! Multicast DNS: announces this node, and watches for others (RFC 6762, RFC 6763).
 //!
 //! The instance's name is the node id, so that names never conflict; the TXT record says which
-//! mesh it is, the human name, and addresses where the interfaces' own won't do.
+//! mesh it is, the trust mode, the human name, and addresses where the interfaces' own won't do.
+//! Under a mesh key it also has a tag for each key, which only its holders can make: who sees no
+//! tag of its own keys doesn't dial. A record can be repeated by anybody, so it is a hint; who is
+//! there is settled in the handshake.
 //!
 //! This is the only file that names the mdns-sd crate.
 
@@ -17,10 +20,13 @@ use crate::address::MeshName;
 use crate::engine::{Sighting, TargetKey};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source};
+use crate::trust::MeshKey;
 
 const SERVICE: &str = "_peerbus._tcp.local.";
 /// What the keys of advertised addresses begin with.
 const ADDRESS: &str = "addr";
+/// What the keys of the mesh keys' tags begin with.
+const TAG: &str = "tag";
 /// How long the goodbye may hold up a shutdown.
 const GOODBYE: Duration = Duration::from_millis(200);
 /// How soon changed interfaces are noticed, in seconds.
@@ -32,6 +38,9 @@ pub(crate) struct Beacon {
     pub(crate) id: NodeId,
     pub(crate) name: String,
     pub(crate) mesh: MeshName,
+    /// The trust mode's name.
+    pub(crate) trust: &'static str,
+    pub(crate) mesh_keys: Vec<MeshKey>,
     pub(crate) listening: Vec<SocketAddr>,
     pub(crate) advertise: Vec<Address>,
     pub(crate) interfaces: Vec<String>,
@@ -93,11 +102,15 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     let mut txt = vec![
         ("mesh".to_owned(), beacon.mesh.to_string()),
         ("v".to_owned(), "1".to_owned()),
+        ("trust".to_owned(), beacon.trust.to_owned()),
         ("name".to_owned(), name),
     ];
     // A key counts once (RFC 6763, section 6.4), so each address has its own.
     for (number, address) in beacon.advertise.iter().enumerate() {
         txt.push((format!("{ADDRESS}{number}"), address.to_string()));
+    }
+    for (number, key) in beacon.mesh_keys.iter().enumerate() {
+        txt.push((format!("{TAG}{number}"), key.tag(&beacon.id)));
     }
     let everywhere = beacon.listening.iter().any(|addr| addr.ip().is_unspecified());
     let ips: Vec<IpAddr> = beacon
@@ -147,13 +160,20 @@ fn node_id(fullname: &str) -> Option<NodeId> {
 fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
     let id = node_id(&service.fullname)?;
     let mesh = service.get_property_val_str("mesh")?;
-    if id == beacon.id || mesh != beacon.mesh.as_str() {
+    let trust = service.get_property_val_str("trust")?;
+    if id == beacon.id || mesh != beacon.mesh.as_str() || trust != beacon.trust {
         return None;
     }
-    let advertised =
-        service.txt_properties.iter().filter(|property| property.key().starts_with(ADDRESS));
+    let numbered = |name: &'static str| {
+        let properties = service.txt_properties.iter();
+        properties.filter(move |property| property.key().starts_with(name))
+    };
+    let ours: Vec<String> = beacon.mesh_keys.iter().map(|key| key.tag(&id)).collect();
+    if !ours.is_empty() && !numbered(TAG).any(|tag| ours.iter().any(|our| our == tag.val_str())) {
+        return None;
+    }
     let mut addresses: Vec<Address> =
-        advertised.filter_map(|property| property.val_str().parse().ok()).collect();
+        numbered(ADDRESS).filter_map(|property| property.val_str().parse().ok()).collect();
     if addresses.is_empty() {
         let port = service.get_port();
         addresses
@@ -197,6 +217,8 @@ mod tests {
             id: NodeId::from_bytes([byte; 32]),
             name: "x".into(),
             mesh: MeshName::default(),
+            trust: "open",
+            mesh_keys: Vec::new(),
             listening: vec!["10.1.2.3:4000".parse().unwrap()],
             advertise: Vec::new(),
             interfaces: Vec::new(),
@@ -217,6 +239,26 @@ mod tests {
         assert_eq!(seen(&alice, &alice), None, "it is ourselves");
         bob.mesh = "other".parse().unwrap();
         assert_eq!(seen(&alice, &bob), None, "it is of another mesh");
+    }
+
+    #[test]
+    fn nodes_see_those_with_whom_they_share_a_mesh_key() {
+        let [old, new, other] = [(); 3].map(|()| MeshKey::generate());
+        let keyed = |byte, keys: &[&MeshKey]| Beacon {
+            trust: "mesh-key",
+            mesh_keys: keys.iter().map(|key| MeshKey::clone(key)).collect(),
+            ..beacon(byte)
+        };
+        let alice = keyed(1, &[&old, &new]);
+        assert!(seen(&alice, &keyed(2, &[&old])).is_some());
+        assert!(seen(&alice, &keyed(2, &[&new])).is_some());
+        assert!(seen(&alice, &keyed(2, &[&other])).is_none());
+        assert!(seen(&alice, &beacon(2)).is_none(), "another mode");
+        // Somebody else's tag is no help to whoever repeats it.
+        let mut thief = service_info(&keyed(3, &[])).unwrap().as_resolved_service();
+        let stolen = service_info(&alice).unwrap().as_resolved_service();
+        thief.txt_properties = stolen.txt_properties;
+        assert!(sighting(&thief, &keyed(2, &[&old])).is_none());
     }
 
     #[test]

@@ -10,9 +10,10 @@ use super::memory::MemoryNetwork;
 use super::zmq::ZmqPort;
 use super::{Acceptor, Link, Receiver};
 use crate::engine::{Connection, TargetKey};
-use crate::identity::NodeId;
+use crate::identity::{Identity, NodeId};
 use crate::peer::Address;
-use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
+use crate::trust::{LetIn, MeshKey};
+use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -59,24 +60,21 @@ impl Receiver for Taker {
 
 /// Hands the next connection to the test.
 struct Host {
-    id: NodeId,
     sides: mpsc::UnboundedSender<Side>,
 }
 
 impl Acceptor for Host {
     fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
         let (sender, arrivals) = mpsc::unbounded_channel();
+        link.admit();
         let _test_is_over = self.sides.send(Side { link, connection, arrivals });
         Arc::new(Taker(sender))
     }
 }
 
-fn host(byte: u8) -> (Arc<dyn Acceptor>, NodeId, mpsc::UnboundedReceiver<Side>) {
+fn host() -> (Arc<dyn Acceptor>, Identity, mpsc::UnboundedReceiver<Side>) {
     let (sides, connected) = mpsc::unbounded_channel();
-    let id = NodeId::from_bytes([byte; 32]);
-    let host = Host { id, sides };
-    let id = host.id;
-    (Arc::new(host), id, connected)
+    (Arc::new(Host { sides }), Identity::ephemeral(), connected)
 }
 
 struct Nobody;
@@ -91,6 +89,7 @@ impl Watch for Nobody {
 struct Pair {
     dialler: Side,
     listener: Side,
+    ids: [NodeId; 2],
     _world: Box<dyn std::any::Any>,
 }
 
@@ -100,29 +99,35 @@ async fn side(sides: &mut mpsc::UnboundedReceiver<Side>) -> Side {
 
 async fn over_memory() -> Pair {
     let network = MemoryNetwork::default();
-    let (a, a_id, mut a_sides) = host(1);
-    let (b, b_id, mut b_sides) = host(2);
+    let (a, a_key, mut a_sides) = host();
+    let (b, b_key, mut b_sides) = host();
+    let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
     let (a_port, b_port) = (network.join(a_id, &a), network.join(b_id, &b));
     let target = TargetKey::Node(b_id);
     a_port.dial(&target, b_port.number).unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_port, b_port, a, b)) }
+    Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_port, b_port, a, b)) }
 }
 
 async fn over_unix() -> Pair {
     let dir = tempfile::tempdir().unwrap();
-    let (a, a_id, mut a_sides) = host(1);
-    let (b, b_id, mut b_sides) = host(2);
+    let (a, a_key, mut a_sides) = host();
+    let (b, b_key, mut b_sides) = host();
+    let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
     let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, a).await.unwrap();
     let path = dir.path().join("b");
     let b_port = ZmqPort::bind(&path, b_id, b).await.unwrap();
     a_port.dial(&TargetKey::Node(b_id), &path).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_port, b_port, dir)) }
+    Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_port, b_port, dir)) }
 }
 
-fn door(id: NodeId, acceptor: Arc<dyn Acceptor>) -> Arc<FrontDoor> {
+fn door(key: &Identity, let_in: &LetIn, acceptor: Arc<dyn Acceptor>) -> Arc<FrontDoor> {
     let config = FrontDoorConfig {
+        tls: match let_in {
+            LetIn::Anybody => None,
+            let_in => Some(Arc::new(Tls::new(key, let_in.clone()))),
+        },
         gate: GateLimits::for_bodies(1024 * 1024),
         handshake_timeout: SOON,
         max_pending: 8,
@@ -130,17 +135,26 @@ fn door(id: NodeId, acceptor: Arc<dyn Acceptor>) -> Arc<FrontDoor> {
         max_connections: 8,
         loopback_only: true,
     };
-    Arc::new(FrontDoor::new(config, id, acceptor, Arc::new(Nobody)))
+    Arc::new(FrontDoor::new(config, key.node_id(), acceptor, Arc::new(Nobody)))
 }
 
-async fn over_tcp() -> Pair {
-    let (a, a_id, mut a_sides) = host(1);
-    let (b, b_id, mut b_sides) = host(2);
-    let (a_door, b_door) = (door(a_id, a), door(b_id, b));
+async fn through_doors(let_in: LetIn) -> Pair {
+    let (a, a_key, mut a_sides) = host();
+    let (b, b_key, mut b_sides) = host();
+    let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
+    let (a_door, b_door) = (door(&a_key, &let_in, a), door(&b_key, &let_in, b));
     let addr = b_door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
     a_door.dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)]).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, _world: Box::new((a_door, b_door)) }
+    Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_door, b_door)) }
+}
+
+async fn over_tcp() -> Pair {
+    through_doors(LetIn::Anybody).await
+}
+
+async fn over_tls() -> Pair {
+    through_doors(LetIn::MeshKey(vec![MeshKey::generate()])).await
 }
 
 /// Runs the suite over one kind of link.
@@ -168,11 +182,11 @@ macro_rules! suite {
     )*};
 }
 
-suite!(memory => over_memory, unix => over_unix, tcp => over_tcp);
+suite!(memory => over_memory, unix => over_unix, tcp => over_tcp, tls => over_tls);
 
 async fn both_sides_know_who_is_there(pair: Pair) {
-    assert_eq!(pair.dialler.connection.claimed, Some(NodeId::from_bytes([2; 32])));
-    assert_eq!(pair.listener.connection.claimed, Some(NodeId::from_bytes([1; 32])));
+    assert_eq!(pair.dialler.connection.claimed, Some(pair.ids[1]));
+    assert_eq!(pair.listener.connection.claimed, Some(pair.ids[0]));
     assert!(pair.dialler.connection.target.is_some());
     assert!(pair.listener.connection.target.is_none());
 }
@@ -238,8 +252,8 @@ async fn closing(mut pair: Pair, by_dialler: bool) {
 #[tokio::test]
 async fn a_plain_zeromq_dealer_can_talk_to_the_front_door() {
     use zeromq::{DealerSocket, Socket, SocketOptions, SocketRecv, SocketSend, ZmqMessage};
-    let (acceptor, id, mut sides) = host(1);
-    let door = door(id, acceptor);
+    let (acceptor, id, mut sides) = host();
+    let door = door(&id, &LetIn::Anybody, acceptor);
     let addr = door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let mut options = SocketOptions::default();
     let me = super::new_identity(&NodeId::from_bytes([7; 32]));

@@ -95,6 +95,8 @@ pub enum DownCause {
     Replaced,
     /// One side broke the protocol.
     Protocol(String),
+    /// Its key is not trusted any more, or ours not by it.
+    Distrusted,
     /// This node shuts down.
     ShutDownHere,
 }
@@ -107,6 +109,7 @@ impl std::fmt::Display for DownCause {
             Self::Silent => f.write_str("nothing was heard of it for too long"),
             Self::Replaced => f.write_str("another connection took the place of this one"),
             Self::Protocol(text) => f.write_str(text),
+            Self::Distrusted => f.write_str("a key is not trusted any more"),
             Self::ShutDownHere => f.write_str("this node shuts down"),
         }
     }
@@ -118,6 +121,9 @@ impl From<DownReason> for DownCause {
             DownReason::Closed => Self::Lost,
             DownReason::Silent => Self::Silent,
             DownReason::Bye(crate::wire::Bye::Shutdown) => Self::Left,
+            DownReason::Distrusted | DownReason::Bye(crate::wire::Bye::Distrusted) => {
+                Self::Distrusted
+            }
             DownReason::Replaced => Self::Replaced,
             DownReason::ShutDownHere => Self::ShutDownHere,
             reason @ (DownReason::Bye(_) | DownReason::Violation(_)) => {

@@ -22,7 +22,8 @@ use crate::journal::Options;
 use crate::link::Acceptor;
 use crate::link::zmq::ZmqPort;
 use crate::peer::{Address, Source};
-use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits};
+use crate::trust::{LetIn, MeshKeyFileError, Trust, TrustError, TrustedKeysError, Watched};
+use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Tls};
 use crate::wire::{LANES, Limits};
 
 /// A node that can't start, and which setting has to change.
@@ -35,6 +36,12 @@ pub enum StartError {
     /// The identity file can't be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The key that the nodes of this user share on this host can't be read or made.
+    #[error(transparent)]
+    HostKey(MeshKeyFileError),
+    /// The file of trusted keys can't be used.
+    #[error(transparent)]
+    TrustedKeys(TrustedKeysError),
     /// The store can't be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -57,6 +64,15 @@ pub enum StartError {
     /// Multicast DNS can't be used.
     #[error("mDNS can't be used: {0}; it can be turned off (--no-mdns)")]
     Mdns(String),
+}
+
+impl From<TrustError> for StartError {
+    fn from(error: TrustError) -> Self {
+        match error {
+            TrustError::MeshKey(error) => Self::HostKey(error),
+            TrustError::TrustedKeys(error) => Self::TrustedKeys(error),
+        }
+    }
 }
 
 impl Node {
@@ -86,7 +102,7 @@ impl Node {
             name: name.clone(),
             limits,
             gossip: config.gossip,
-            loopback_only: !config.trusts_network(),
+            loopback_only: !config.trust.reaches_networks(),
         };
         let mesh = Mesh::new(mesh_config, random_u64());
         let shared = Shared::new(id, name, config, limits, mesh, started, opened);
@@ -98,7 +114,7 @@ impl Node {
         let mut inner = Inner { shared: shared.clone(), listening: Vec::new() };
         match &shared.config.memory {
             Some(network) => start_memory(&shared, network, &acceptor),
-            None => inner.listening = start_sockets(&shared, acceptor).await?,
+            None => inner.listening = start_sockets(&shared, &identity, acceptor).await?,
         }
         shared.spawn(driver::run(shared.clone()));
         shared.spawn(driver::tell_groups(shared.clone()));
@@ -157,46 +173,48 @@ fn start_memory(
 
 async fn start_sockets(
     shared: &Arc<Shared>,
+    identity: &Identity,
     acceptor: Arc<dyn Acceptor>,
 ) -> Result<Vec<SocketAddr>, StartError> {
     let config = &shared.config;
     let (mut port, mut watching) = (None, None);
+    let dir = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
+        .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
     if config.local {
-        let (dir, path) = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
-            .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
+        let path = local::fresh_socket(&dir);
         let bound = ZmqPort::bind(&path, shared.id, acceptor.clone()).await;
         let refused = |source| StartError::SocketDir { dir: path.clone(), source };
         port = Some(Arc::new(bound.map_err(refused)?));
-        watching = Some((dir, path));
+        watching = Some((dir.clone(), path));
     }
+    let let_in = LetIn::new(&config.trust, dir.parent().unwrap_or(&dir))?;
+    let tls = match &let_in {
+        LetIn::Anybody => None,
+        let_in => Some(Arc::new(Tls::new(identity, let_in.clone()))),
+    };
     let door_config = FrontDoorConfig {
+        tls,
         gate: GateLimits::for_bodies(config.max_body as u64),
         handshake_timeout: config.handshake_timeout,
         max_pending: config.max_pending_handshakes,
         max_pending_per_address: config.max_pending_per_address,
         max_connections: config.max_connections,
-        loopback_only: !config.trusts_network(),
+        loopback_only: !config.trust.reaches_networks(),
     };
     let watch = Arc::new(DoorWatch(Arc::downgrade(shared)));
     let door = Arc::new(FrontDoor::new(door_config, shared.id, acceptor, watch));
     let _first = shared.transport.set(Transport::Sockets { port, door: door.clone() });
 
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let wanted = match (config.listen.as_slice(), config.local) {
-        // Without the socket directory, loopback TCP is how the nodes of this host meet.
-        ([], false) => vec![loopback],
-        (listen, _) => listen.to_vec(),
-    };
     let mut listening = Vec::new();
-    for addr in wanted {
+    for addr in wanted(config) {
         let bound = door.listen(addr).await;
         listening.push(bound.map_err(|source| StartError::Listen { addr, source })?);
     }
-    if config.trusts_network() {
-        tracing::warn!(
-            listening = ?listening,
-            "this network is taken as trusted: what passes here is neither encrypted nor authenticated"
-        );
+    if matches!(config.trust, Trust::Open { anywhere: true }) {
+        tracing::warn!(?listening, "whoever reaches this node can read, forge and join");
+    }
+    if let LetIn::TrustedKeys(watched) = &let_in {
+        shared.spawn(watch_trusted_keys(shared.clone(), watched.clone()));
     }
 
     let reachable = reachable(&listening, &config.advertise);
@@ -213,6 +231,8 @@ async fn start_sockets(
             id: shared.id,
             name: shared.name.clone(),
             mesh: config.mesh.clone(),
+            trust: config.trust.as_str(),
+            mesh_keys: let_in.mesh_keys().to_vec(),
             listening: listening.clone(),
             advertise: config.advertise.clone(),
             interfaces: config.interfaces.clone(),
@@ -222,6 +242,27 @@ async fn start_sockets(
         shared.spawn(watching);
     }
     Ok(listening)
+}
+
+/// The addresses to listen on.
+fn wanted(config: &Config) -> Vec<SocketAddr> {
+    let any_port = |ip| vec![SocketAddr::from((ip, 0))];
+    match config.listen.as_slice() {
+        [] if config.trust.reaches_networks() => any_port(Ipv4Addr::UNSPECIFIED),
+        // Without the socket folder, loopback TCP is how the nodes of this host meet.
+        [] if !config.local => any_port(Ipv4Addr::LOCALHOST),
+        listen => listen.to_vec(),
+    }
+}
+
+/// Cuts the links of whoever is trusted no longer.
+async fn watch_trusted_keys(shared: Arc<Shared>, watched: Arc<Watched>) {
+    let keys = watched.clone();
+    let changed = || {
+        let keys = keys.keys();
+        shared.with_mesh(|mesh, now| mesh.handle_trust_changed(now, |id| keys.get(id).is_some()));
+    };
+    watched.watch(changed).await;
 }
 
 /// Keeps glibc from handing memory back to the system only to ask for it again, message for

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{timeout, timeout_at};
 
 use super::gate::Gate;
-use super::{GateLimits, Refusal, zmtp};
+use super::{GateLimits, Refusal, Tls, zmtp};
 use crate::engine::Connection;
 use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, new_identity};
@@ -30,6 +30,8 @@ const GATHER: usize = 16 * 1024;
 pub(super) struct Context {
     pub(super) id: NodeId,
     pub(super) gate: GateLimits,
+    /// None where anybody is let in, in clear text.
+    pub(super) tls: Option<Arc<Tls>>,
     pub(super) handshake_timeout: Duration,
     pub(super) acceptor: Arc<dyn Acceptor>,
 }
@@ -93,16 +95,14 @@ pub(super) async fn run(
     pending: impl Send,
 ) -> Ended {
     let _refused_by_the_system = tcp.set_nodelay(true);
-    let (mut from_net, mut to_net) = tcp.into_split();
-    let mut input = Input::new(context.gate);
     let dialled = connection.target.is_some();
     let deadline = tokio::time::Instant::now() + context.handshake_timeout;
-    let shaking = handshake(&mut from_net, &mut to_net, &mut input, &context.id, dialled);
-    let claimed = match timeout_at(deadline, shaking).await {
-        Ok(Ok(claimed)) => claimed,
-        Ok(Err(ended)) => return ended,
-        Err(_) => return Refusal::HandshakeTimeout.into(),
-    };
+    let Opened { mut from_net, to_net, mut input, peer } =
+        match timeout_at(deadline, open(tcp, &context, dialled)).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(ended)) => return ended,
+            Err(_) => return Refusal::HandshakeTimeout.into(),
+        };
     drop(pending);
 
     let (outbox, batches) = mpsc::unbounded_channel();
@@ -113,17 +113,22 @@ pub(super) async fn run(
     let admitted = Arc::new(AtomicBool::new(false));
     let accepted = admitted.clone();
     let link = Arc::new(TcpLink { outbox, closing, started, heard_after_ms, admitted });
-    let connection = Connection { claimed: Some(claimed), ..connection };
+    let connection = Connection { claimed: Some(peer), ..connection };
     let receiver = context.acceptor.handle_connected(link.clone(), connection);
+    // Who lost our trust since it was checked may have been overlooked when links were cut.
+    if context.tls.is_some_and(|tls| !tls.trusts(&peer)) {
+        link.close();
+    }
     let _no_longer_awaited = live.send(());
 
     let reading = async {
         loop {
-            while let Some(batch) = input.gate.next_batch(&mut input.bytes)? {
-                receiver.handle_batch(batch);
+            loop {
                 if accepted.load(Ordering::Relaxed) {
                     input.gate.admit();
                 }
+                let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
+                receiver.handle_batch(batch);
             }
             if input.read_from(&mut from_net).await? == 0 {
                 return Ok::<(), Ended>(());
@@ -148,6 +153,37 @@ pub(super) async fn run(
     };
     receiver.handle_closed();
     ended
+}
+
+type FromNet = Box<dyn AsyncRead + Send + Unpin>;
+type ToNet = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// A connection whose handshake is over.
+struct Opened {
+    from_net: FromNet,
+    to_net: ToNet,
+    input: Input,
+    peer: NodeId,
+}
+
+async fn open(tcp: TcpStream, context: &Context, dialled: bool) -> Result<Opened, Ended> {
+    let mut input = Input::new(context.gate);
+    let (mut from_net, mut to_net, verified): (FromNet, ToNet, _) = match &context.tls {
+        Some(tls) => {
+            let (stream, peer) = tls.open(tcp, dialled).await?;
+            let (from_net, to_net) = tokio::io::split(stream);
+            (Box::new(from_net), Box::new(to_net), Some(peer))
+        }
+        None => {
+            let (from_net, to_net) = tcp.into_split();
+            (Box::new(from_net), Box::new(to_net), None)
+        }
+    };
+    let claimed = handshake(&mut from_net, &mut to_net, &mut input, &context.id, dialled).await?;
+    match verified {
+        Some(verified) if verified != claimed => Err(Refusal::Impostor.into()),
+        _ => Ok(Opened { from_net, to_net, input, peer: claimed }),
+    }
 }
 
 /// Bytes from the network that are not a whole batch yet.
@@ -185,6 +221,7 @@ async fn handshake(
     let (mut greeted, mut readied) = (false, false);
     if dialled {
         to_net.write_all(&zmtp::greeting()).await?;
+        to_net.flush().await?;
         greeted = true;
     }
     loop {
@@ -201,6 +238,7 @@ async fn handshake(
             to_net.write_all(&ready).await?;
             readied = true;
         }
+        to_net.flush().await?;
         if let Some(claimed) = claimed {
             return Ok(claimed);
         }
@@ -226,6 +264,8 @@ async fn write(
             write_batch(&mut to_net, &mut buffer, batch).await?;
         }
         to_net.write_all(&buffer).await?;
+        // TLS keeps what it could not write at once.
+        to_net.flush().await?;
         buffer.clear();
         buffer.shrink_to(READ_BUFFER);
     }

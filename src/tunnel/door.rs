@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::connection::{self, Context, Ended};
-use super::{GateLimits, Refusal, Watch};
+use super::{GateLimits, Refusal, Tls, Watch};
 use crate::engine::{Connection, TargetKey};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
@@ -22,8 +22,10 @@ use crate::peer::Address;
 use crate::sync::lock;
 
 /// The front door's limits.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct FrontDoorConfig {
+    /// None lets anybody in, in clear text.
+    pub(crate) tls: Option<Arc<Tls>>,
     pub(crate) gate: GateLimits,
     /// How long a connection may take to its READY.
     pub(crate) handshake_timeout: Duration,
@@ -62,7 +64,7 @@ impl FrontDoor {
         watch: Arc<dyn Watch>,
     ) -> Self {
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
-        let context = Context { id, gate, handshake_timeout, acceptor };
+        let context = Context { id, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
         Self { config, context, watch, admissions: Arc::default(), tasks: Mutex::default() }
     }
 
@@ -136,8 +138,8 @@ impl FrontDoor {
             (false, ..) => Ok(found),
             (true, 0, failed) => Err(DialError(failed.unwrap_or("no address to dial".into()))),
             (true, ..) => Err(DialError(
-                "beyond this host; nothing there is dialled until --listen names an address that \
-                 is not loopback"
+                "beyond this host; nothing there is dialled without a mesh key (--mesh-key) or \
+                 trusted keys (--trusted-keys)"
                     .into(),
             )),
         }

@@ -2,8 +2,8 @@
 //! to pass.
 //!
 //! ```text
-//!  network ═ TCP ═▶ [gate] ─ batches ─▶ node
-//!          ◀═══════════════ frames ◀───
+//!  network ═ TCP ═ TLS ═▶ [gate] ─ batches ─▶ node
+//!          ◀════════════════════ frames ◀───
 //! ```
 //!
 //! On the network a node speaks ZMTP 3.0, so that any ZeroMQ ROUTER or DEALER can talk to it. It
@@ -12,15 +12,17 @@
 //! has to read every frame anyway; handing them on as batches costs less than pumping the bytes
 //! through a socket of this host to have them read again.
 //!
-//! Encryption will stand between the network and the gate.
+//! TLS stands between the network and the gate, unless the node is open to anybody ([`tls`]).
 
 mod connection;
 mod door;
 mod gate;
+mod tls;
 mod zmtp;
 
 pub(crate) use door::{FrontDoor, FrontDoorConfig};
 pub(crate) use gate::GateLimits;
+pub(crate) use tls::{MAX_PROOFS, Tls};
 
 use crate::peer::Address;
 
@@ -35,8 +37,24 @@ pub(crate) enum Refusal {
     PendingFromAddress,
     #[error("no handshake in time")]
     HandshakeTimeout,
-    #[error("it ended before its handshake")]
+    #[error("it closed the connection during the handshake; it may be in another trust mode")]
     EndedEarly,
+    #[error("it does not encrypt; this node does (--trust open would talk to it)")]
+    ClearText,
+    #[error("it encrypts; this node does not (--trust open)")]
+    Encrypted,
+    #[error("its TLS is broken, or not what nodes use")]
+    Tls,
+    #[error("its introduction is broken")]
+    Introduction,
+    #[error("it did not prove the mesh key")]
+    MeshKey,
+    #[error("its key is not among the trusted keys")]
+    UnknownKey,
+    #[error("it does not trust this node's key, or this node has not its mesh key")]
+    TurnedAway,
+    #[error("it claims another node's id than that of its key")]
+    Impostor,
     #[error("what it speaks is not ZMTP 3")]
     NotZmtp,
     #[error("it asks for a ZMTP mechanism other than NULL")]
@@ -66,6 +84,14 @@ impl Refusal {
             Self::PendingFromAddress => "pending_from_address",
             Self::HandshakeTimeout => "handshake_timeout",
             Self::EndedEarly => "ended_early",
+            Self::ClearText => "clear_text",
+            Self::Encrypted => "encrypted",
+            Self::Tls => "tls",
+            Self::Introduction => "introduction",
+            Self::MeshKey => "mesh_key",
+            Self::UnknownKey => "unknown_key",
+            Self::TurnedAway => "turned_away",
+            Self::Impostor => "impostor",
             Self::NotZmtp => "not_zmtp",
             Self::Mechanism => "mechanism",
             Self::Ready => "ready",

@@ -1,6 +1,7 @@
 //! ZMTP 3.0 (RFC 23), as much of it as a node speaks: the NULL mechanism, ROUTER, frames.
 
 use super::Refusal;
+use super::tls::TLS_HANDSHAKE;
 use crate::identity::NodeId;
 
 pub(super) const GREETING_LEN: usize = 64;
@@ -51,6 +52,9 @@ pub(super) fn push_frame_header(buffer: &mut Vec<u8>, len: usize, more: bool) {
 /// Checks as much of a greeting as there is.
 pub(super) fn check_greeting(bytes: &[u8]) -> Result<(), Refusal> {
     let at = |place: usize| bytes.get(place).copied();
+    if at(0) == Some(TLS_HANDSHAKE) {
+        return Err(Refusal::Encrypted);
+    }
     if at(0).is_some_and(|byte| byte != 0xff) || at(9).is_some_and(|byte| byte != 0x7f) {
         return Err(Refusal::NotZmtp);
     }

@@ -101,6 +101,8 @@ pub(crate) enum Bye {
     IdentityInUse,
     /// The other side broke the protocol.
     Violation(String),
+    /// The other side's key is not trusted any more.
+    Distrusted,
     /// Of a code that this version doesn't know.
     Other(u64, String),
 }
@@ -114,6 +116,7 @@ impl Bye {
             Self::Version => 3,
             Self::IdentityInUse => 4,
             Self::Violation(_) => 5,
+            Self::Distrusted => 6,
             Self::Other(code, _) => *code,
         }
     }
@@ -128,6 +131,7 @@ impl std::fmt::Display for Bye {
             Self::Version => f.write_str("it speaks another version of the protocol"),
             Self::IdentityInUse => f.write_str("another live node has the same identity"),
             Self::Violation(text) => write!(f, "the protocol was broken: {text}"),
+            Self::Distrusted => f.write_str("this node's key is not trusted any more"),
             Self::Other(code, text) => write!(f, "reason {code}: {text}"),
         }
     }
@@ -281,6 +285,7 @@ impl Control {
                     3 => Bye::Version,
                     4 => Bye::IdentityInUse,
                     5 => Bye::Violation(text),
+                    6 => Bye::Distrusted,
                     code => Bye::Other(code, text),
                 })
             }

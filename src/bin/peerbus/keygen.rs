@@ -3,15 +3,20 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use peerbus::Identity;
+use peerbus::{Identity, MeshKey};
 use serde_json::json;
 
 #[derive(Args)]
 pub(crate) struct Keygen {
-    /// File for the new identity; must not exist
-    file: PathBuf,
-    /// Print the node id of an identity file that is there, and create none
+    /// File for the new key; must not exist
+    #[arg(required_unless_present = "mesh")]
+    file: Option<PathBuf>,
+    /// Make a mesh key rather than an identity. Without FILE it is printed; of a file, a
+    /// fingerprint is, by which to tell keys apart
     #[arg(long)]
+    mesh: bool,
+    /// Print what can be told of a file that is there, and create none
+    #[arg(long, requires = "file")]
     show: bool,
     /// Print JSON
     #[arg(long)]
@@ -20,13 +25,32 @@ pub(crate) struct Keygen {
 
 impl Keygen {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let identity = match self.show {
-            true => Identity::load(&self.file)?,
-            false => Identity::create(&self.file)?,
-        };
-        let id = identity.node_id();
-        let value = json!({ "node_id": id, "file": self.file });
-        crate::output::line(self.json, &value, || id.to_string())?;
-        Ok(())
+        match (&self.file, self.mesh) {
+            (Some(file), true) => {
+                let keys = match self.show {
+                    true => MeshKey::load(file)?,
+                    false => vec![MeshKey::create(file)?],
+                };
+                let prints: Vec<String> = keys.iter().map(MeshKey::fingerprint).collect();
+                let value = json!({ "fingerprints": prints, "file": file });
+                crate::output::line(self.json, &value, || prints.join("\n"))?;
+                Ok(())
+            }
+            (Some(file), false) => {
+                let identity = match self.show {
+                    true => Identity::load(file)?,
+                    false => Identity::create(file)?,
+                };
+                let id = identity.node_id();
+                let value = json!({ "node_id": id, "file": file });
+                crate::output::line(self.json, &value, || id.to_string())?;
+                Ok(())
+            }
+            (None, _) => {
+                let key = MeshKey::generate().reveal();
+                crate::output::line(self.json, &json!({ "mesh_key": key }), || key.clone())?;
+                Ok(())
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ mod scratch;
 mod send;
 mod serve;
 mod subscribe;
+mod trust;
 
 use std::process::ExitCode;
 

@@ -9,6 +9,8 @@ use clap::Args;
 use peerbus::{Address, MeshName, Node, NodeId, Receipt, Recipient};
 use serde_json::json;
 
+use crate::trust::TrustOptions;
+
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Node")]
 pub(crate) struct NodeOptions {
@@ -24,8 +26,10 @@ pub(crate) struct NodeOptions {
     /// Folder that keeps guaranteed messages and this node's identity; created if missing
     #[arg(long, value_name = "DIR")]
     pub(crate) outbox: Option<PathBuf>,
-    /// TCP address to listen on, port 0 for a free one; repeatable. One that is not loopback
-    /// declares its network trusted: nothing there is encrypted or authenticated
+    #[command(flatten)]
+    trust: TrustOptions,
+    /// TCP address to listen on, port 0 for a free one; repeatable [default: with keys, a free
+    /// port of all IPv4 interfaces]
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) listen: Vec<SocketAddr>,
     /// Address of a node to dial; repeatable
@@ -53,8 +57,11 @@ pub(crate) struct NodeOptions {
 
 impl NodeOptions {
     pub(crate) async fn start(&self) -> anyhow::Result<Node> {
-        let mut config =
-            Node::builder().mesh(self.mesh.clone()).mdns(!self.no_mdns).gossip(!self.no_gossip);
+        let mut config = Node::builder()
+            .trust(self.trust.trust()?)
+            .mesh(self.mesh.clone())
+            .mdns(!self.no_mdns)
+            .gossip(!self.no_gossip);
         if self.no_local {
             config = config.local(false);
         }

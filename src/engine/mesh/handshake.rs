@@ -52,7 +52,7 @@ impl Mesh {
             let text = "another node than the announced one answered".to_owned();
             return self.handle_violation(now, link, text);
         }
-        let (id, incarnation) = (hello.id, hello.incarnation);
+        let id = hello.id;
         entry.about = Some(Box::new(About::from(hello)));
         let answer = entry.announced.is_none();
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
@@ -61,8 +61,16 @@ impl Mesh {
         if answer {
             self.send_hello(link);
         }
-        if self.me.id < id {
-            self.decide(now, link, id, incarnation);
+        self.decide_when_listed(now, link);
+    }
+
+    /// Who hears that a peer is up can publish to it, so all that it wants has to be known.
+    fn decide_when_listed(&mut self, now: Time, link: LinkId) {
+        if let Some(about) = self.about(link)
+            && about.seq == about.listed_by
+            && self.me.id < about.id
+        {
+            self.decide(now, link, about.id, about.incarnation);
         }
     }
 
@@ -179,6 +187,8 @@ impl Mesh {
         }
         if too_much {
             self.handle_violation(now, link, "it announces too much".into());
+        } else if !is_up {
+            self.decide_when_listed(now, link);
         }
     }
 

@@ -63,6 +63,8 @@ pub(crate) enum DownReason {
     Bye(Bye),
     Replaced,
     Violation(String),
+    /// Its key was trusted, and is no longer.
+    Distrusted,
     ShutDownHere,
 }
 
@@ -147,7 +149,9 @@ struct About {
     name: String,
     limits: Limits,
     addresses: Vec<Address>,
+    /// Its last announcement, and the one with which it has told all that it wants and serves.
     seq: u64,
+    listed_by: u64,
     patterns: BTreeSet<Pattern>,
     services: BTreeMap<ServiceName, u32>,
 }
@@ -161,7 +165,8 @@ impl From<Hello> for About {
             name: hello.name,
             limits: hello.limits,
             addresses: hello.addresses,
-            seq: hello.seq,
+            seq: 0,
+            listed_by: hello.seq,
             patterns: hello.patterns.into_iter().collect(),
             services: services.map(|info| (info.name, info.concurrency)).collect(),
         }
@@ -292,6 +297,19 @@ impl Mesh {
     pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
         self.send(link, Control::Bye(Bye::Version));
         self.refuse(now, link, format!("it speaks protocol version {version}"), true);
+    }
+
+    /// Of those that came over a network, nodes that are not `trusted` any more lose their links.
+    pub(crate) fn handle_trust_changed(&mut self, now: Time, trusted: impl Fn(&NodeId) -> bool) {
+        let distrusted = |link: &Link| {
+            matches!(link.connection.address, Some(Address::Tcp(_)))
+                && link.connection.claimed.is_some_and(|id| id != self.me.id && !trusted(&id))
+        };
+        let links = self.links.iter().filter(|(_, link)| distrusted(link));
+        for link in links.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.send(link, Control::Bye(Bye::Distrusted));
+            self.end(now, link, DownReason::Distrusted);
+        }
     }
 
     /// The connection is gone, or silent for so long that it counts as gone.
@@ -520,6 +538,7 @@ impl Mesh {
     /// Says hello, and right behind it what it has no room for.
     fn send_hello(&mut self, link: LinkId) {
         let mut listing = self.listing().into_iter();
+        let seq = listing.len() as u64 - 1;
         let first = listing.next().unwrap_or_default();
         let hello = Hello {
             mesh: self.me.mesh.clone(),
@@ -527,7 +546,7 @@ impl Mesh {
             incarnation: self.me.incarnation,
             name: self.me.name.clone(),
             limits: self.me.limits,
-            seq: 0,
+            seq,
             patterns: first.subscribed,
             services: first.serving,
             addresses: self.addresses.clone(),
@@ -539,7 +558,8 @@ impl Mesh {
         listing.for_each(|rest| self.announce_to(link, rest));
     }
 
-    /// All that this node wants and serves, in parts that have room in one record each.
+    /// All that this node wants and serves, in parts that have room in one record each; at least
+    /// one part.
     fn listing(&self) -> Vec<Announcement> {
         let mut parts = Vec::new();
         let mut part = Announcement::default();
@@ -624,6 +644,7 @@ impl std::fmt::Display for DownReason {
             Self::Bye(bye) => bye.fmt(f),
             Self::Replaced => f.write_str("a new link took the place of this one"),
             Self::Violation(text) => write!(f, "it broke the protocol: {text}"),
+            Self::Distrusted => f.write_str("its key is not trusted any more"),
             Self::ShutDownHere => f.write_str("this node shuts down"),
         }
     }

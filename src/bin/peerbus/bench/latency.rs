@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
-use peerbus::{Address, Call, Config, MeshName, Node};
+use peerbus::{Address, Call, Config, MeshName, Node, Trust};
 use serde_json::json;
 
 use super::process::{Far, Placement, affinity, name};
@@ -22,6 +22,7 @@ pub(crate) enum Contender {
     ZeromqTcp,
     PeerbusUnix,
     PeerbusTcp,
+    PeerbusTls,
 }
 
 impl Contender {
@@ -31,17 +32,17 @@ impl Contender {
             Self::ZeromqUnix => "zeromq crate, Unix socket",
             Self::ZeromqTcp => "zeromq crate, TCP",
             Self::PeerbusUnix => "peerbus, Unix socket",
-            Self::PeerbusTcp => "peerbus, TCP through the gate",
+            Self::PeerbusTcp => "peerbus, TCP in clear text",
+            Self::PeerbusTls => "peerbus, TCP encrypted",
         }
     }
 
     fn all() -> Vec<Self> {
         let unix = cfg!(unix);
-        let all =
-            [Self::TcpEcho, Self::ZeromqUnix, Self::ZeromqTcp, Self::PeerbusUnix, Self::PeerbusTcp];
+        let all = Self::value_variants().iter().copied();
         let wanted =
             |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
-        all.into_iter().filter(wanted).collect()
+        all.filter(wanted).collect()
     }
 }
 
@@ -175,9 +176,9 @@ impl Side {
             Contender::ZeromqUnix | Contender::ZeromqTcp => {
                 Client::Zeromq(ZeromqClient::connect(address, size).await?)
             }
-            Contender::PeerbusUnix | Contender::PeerbusTcp => {
+            Contender::PeerbusUnix | Contender::PeerbusTcp | Contender::PeerbusTls => {
                 let mut config = config(contender, dir.path())?.name("near");
-                if contender == Contender::PeerbusTcp {
+                if contender != Contender::PeerbusUnix {
                     config = config.peer(address.parse::<Address>()?);
                 }
                 let node = config.start().await?;
@@ -210,12 +211,13 @@ impl Client {
 }
 
 fn config(contender: Contender, dir: &Path) -> anyhow::Result<Config> {
-    let (mesh, local) = match contender {
-        Contender::PeerbusUnix => ("unix", true),
-        _ => ("tcp", false),
+    let (mesh, local, trust) = match contender {
+        Contender::PeerbusUnix => ("unix", true, Trust::ThisHost),
+        Contender::PeerbusTls => ("tls", false, Trust::ThisHost),
+        _ => ("tcp", false, Trust::Open { anywhere: false }),
     };
     let mesh: MeshName = mesh.parse()?;
-    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(dir))
+    Ok(Node::builder().mesh(mesh).local(local).trust(trust).mdns(false).runtime_dir(dir))
 }
 
 /// The far side of one contender.
@@ -248,7 +250,7 @@ impl Echo {
                     serve_zeromq(Some(self.dir.join("zeromq.sock")), ready).await
                 }
                 Contender::ZeromqTcp => serve_zeromq(None, ready).await,
-                Contender::PeerbusUnix | Contender::PeerbusTcp => {
+                Contender::PeerbusUnix | Contender::PeerbusTcp | Contender::PeerbusTls => {
                     let node = config(self.contender, &self.dir)?.name("far").start().await?;
                     let echo = |call: Call| std::future::ready(Ok(call.message.body));
                     let _service = node.serve("echo", echo).start()?;

@@ -50,7 +50,12 @@ impl Requests {
     async fn measure(self) -> anyhow::Result<()> {
         let dir = Scratch::new()?;
         let unix = cfg!(unix).then_some(Contender::PeerbusUnix);
-        let contenders = [Some(Contender::TcpEcho), unix, Some(Contender::PeerbusTcp)];
+        let contenders = [
+            Some(Contender::TcpEcho),
+            unix,
+            Some(Contender::PeerbusTcp),
+            Some(Contender::PeerbusTls),
+        ];
         let mut sides = Vec::new();
         for contender in contenders.into_iter().flatten() {
             let side = Side::start(contender, self.size as usize, self.placement, &dir).await?;

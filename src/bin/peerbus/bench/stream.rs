@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::{Args, ValueEnum};
-use peerbus::{Address, Config, MeshName, Node, Overflow, Publisher, Subscription, Topic};
+use peerbus::{Address, Config, MeshName, Node, Overflow, Publisher, Subscription, Topic, Trust};
 use zeromq::{PullSocket, PushSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
 use super::process::{Far, Placement, affinity, name};
@@ -17,7 +17,10 @@ use crate::scratch::Scratch;
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Transport {
     Unix,
+    /// Clear text
     Tcp,
+    /// Encrypted; beside it the same in clear text
+    Tls,
 }
 
 impl Transport {
@@ -26,7 +29,8 @@ impl Transport {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Unix => "a Unix socket",
-            Self::Tcp => "TCP",
+            Self::Tcp => "TCP in clear text",
+            Self::Tls => "TCP, encrypted",
         }
     }
 }
@@ -99,7 +103,7 @@ impl Stream {
             }
             Contender::Peerbus => {
                 let mut config = config(transport, &mesh, dir.path())?.name("publisher");
-                if transport == Transport::Tcp {
+                if transport != Transport::Unix {
                     for sink in &sinks {
                         config = config.peer(sink.address.parse::<Address>()?);
                     }
@@ -207,7 +211,11 @@ impl Source {
 fn config(transport: Transport, mesh: &str, dir: &Path) -> anyhow::Result<Config> {
     let mesh: MeshName = mesh.parse()?;
     let local = transport == Transport::Unix;
-    Ok(Node::builder().mesh(mesh).local(local).mdns(false).runtime_dir(dir))
+    let trust = match transport {
+        Transport::Unix | Transport::Tls => Trust::ThisHost,
+        Transport::Tcp => Trust::Open { anywhere: false },
+    };
+    Ok(Node::builder().mesh(mesh).local(local).trust(trust).mdns(false).runtime_dir(dir))
 }
 
 /// A subscriber.
@@ -291,7 +299,7 @@ impl Sink {
                 let mut socket = PullSocket::new();
                 let endpoint = match self.transport {
                     Transport::Unix => format!("ipc://{}", self.socket.display()),
-                    Transport::Tcp => "tcp://127.0.0.1:0".to_owned(),
+                    Transport::Tcp | Transport::Tls => "tcp://127.0.0.1:0".to_owned(),
                 };
                 println!("{}", socket.bind(&endpoint).await?);
                 Ok(Incoming::Zeromq(socket))

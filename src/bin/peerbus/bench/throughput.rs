@@ -68,7 +68,12 @@ impl Throughput {
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let mut sides = vec![self.start(Contender::Zeromq, 1, 0).await?];
+        let reference = match self.transport {
+            // What encryption costs is told by the same without it.
+            Transport::Tls => self.start_over(Transport::Tcp, Contender::Peerbus, 1, 0).await?,
+            _ => self.start(Contender::Zeromq, 1, 0).await?,
+        };
+        let mut sides = vec![reference];
         sides.push(self.start(Contender::Peerbus, 1, 0).await?);
         if self.subscribers > 1 {
             sides.push(self.start(Contender::Peerbus, self.subscribers, 0).await?);
@@ -98,7 +103,20 @@ impl Throughput {
         subscribers: u32,
         stalled: u32,
     ) -> anyhow::Result<Side> {
+        self.start_over(self.transport, contender, subscribers, stalled).await
+    }
+
+    async fn start_over(
+        &self,
+        transport: Transport,
+        contender: Contender,
+        subscribers: u32,
+        stalled: u32,
+    ) -> anyhow::Result<Side> {
         let mut title = contender.title().to_owned();
+        if transport != self.transport {
+            title += ", in clear text (reference)";
+        }
         if subscribers > 1 {
             title += &format!(" to {subscribers} subscribers");
         }
@@ -106,7 +124,7 @@ impl Throughput {
             title += &format!(", {stalled} stalled");
         }
         let stream =
-            Stream::start(contender, self.transport, subscribers, stalled, self.placement).await?;
+            Stream::start(contender, transport, subscribers, stalled, self.placement).await?;
         Ok(Side { title, stream, count: 0, rates: Vec::new() })
     }
 

@@ -1,0 +1,297 @@
+//! The secret that the nodes of a mesh share.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use data_encoding::BASE32_NOPAD;
+use ring::hmac;
+
+use crate::identity::{NodeId, random_bytes, random_u64};
+use crate::private::{self, Looser};
+
+/// A mesh key: 256 random bits, shared by the nodes of a mesh.
+///
+/// As text it is `peerbus-mesh-` and 58 characters of base32 (RFC 4648, lower case), the last of
+/// which are a checksum, so that a typo is noticed. It is generated, never thought up: a short
+/// secret could be guessed at leisure by whoever made one connection.
+///
+/// Neither `Debug` nor an error ever shows it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MeshKey([u8; MeshKey::LEN]);
+
+const PREFIX: &str = "peerbus-mesh-";
+/// What a proof is made over, so that it means nothing elsewhere.
+const PROOF: &[u8] = b"peerbus mesh proof 1";
+const TAG: &[u8] = b"peerbus mdns tag 1";
+const FINGERPRINT: &[u8] = b"peerbus fingerprint 1";
+
+/// A proof that its maker holds a mesh key.
+pub(crate) const PROOF_LEN: usize = 32;
+pub(crate) type Proof = [u8; PROOF_LEN];
+
+/// Which end of a connection speaks, so that neither can hand the other's proof back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Dialler = 1,
+    Listener = 2,
+}
+
+/// The text is no mesh key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MeshKeyError {
+    /// It does not look like one.
+    #[error(
+        "not a mesh key: it begins with {PREFIX} and has 58 characters more; \
+         `peerbus keygen --mesh` makes one"
+    )]
+    Format,
+    /// It looks like one, but its checksum is wrong.
+    #[error("a mesh key with a typo: its checksum is wrong")]
+    Checksum,
+}
+
+/// A file with mesh keys that can't be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MeshKeyFileError {
+    /// The file can't be read or made.
+    #[error("mesh key file {path}: {source}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A line of it is no mesh key.
+    #[error("mesh key file {path}, line {line}: {source}", path = path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        source: MeshKeyError,
+    },
+    /// There is no key in it.
+    #[error("mesh key file {path} holds no key", path = path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file can be read by others.
+    #[error("mesh key file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
+    Mode {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+}
+
+impl MeshKey {
+    const LEN: usize = 32;
+
+    /// A fresh key from the system's random source.
+    pub fn generate() -> Self {
+        Self(random_bytes())
+    }
+
+    /// A fresh key in a new file with mode 0600.
+    ///
+    /// # Errors
+    /// [`MeshKeyFileError::File`] if the file can't be made, or is there already.
+    pub fn create(path: &Path) -> Result<Self, MeshKeyFileError> {
+        let key = Self::generate();
+        private::create_file(path, &format!("{}\n", key.reveal()))
+            .map_err(|source| MeshKeyFileError::File { path: path.into(), source })?;
+        Ok(key)
+    }
+
+    /// The keys in a file, one a line; empty lines and those that begin with `#` are left out.
+    ///
+    /// # Errors
+    /// [`MeshKeyFileError`] if the file can't be read, can be read by others, or holds something
+    /// else.
+    pub fn load(path: &Path) -> Result<Vec<Self>, MeshKeyFileError> {
+        let path_buf = || path.to_path_buf();
+        let file_error = |source| MeshKeyFileError::File { path: path_buf(), source };
+        let text = fs::read_to_string(path).map_err(file_error)?;
+        if let Some(Looser(mode)) = private::looser(path).map_err(file_error)? {
+            return Err(MeshKeyFileError::Mode { path: path_buf(), mode });
+        }
+        let mut keys = Vec::new();
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let broken =
+                |source| MeshKeyFileError::Line { path: path_buf(), line: number + 1, source };
+            keys.push(line.parse().map_err(broken)?);
+        }
+        if keys.is_empty() {
+            return Err(MeshKeyFileError::Empty { path: path_buf() });
+        }
+        Ok(keys)
+    }
+
+    /// The key as text. Whoever reads it can join the mesh.
+    pub fn reveal(&self) -> String {
+        let mut bytes = self.0.to_vec();
+        bytes.extend_from_slice(&self.checksum());
+        format!("{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase())
+    }
+
+    /// Eight characters by which people can tell keys apart, and that tell nothing of the key.
+    pub fn fingerprint(&self) -> String {
+        let tag = hmac::sign(&self.hmac(), FINGERPRINT);
+        BASE32_NOPAD.encode(&tag.as_ref()[..5]).to_ascii_lowercase()
+    }
+
+    /// The proof of `role` over what only the two ends of one TLS connection know.
+    pub(crate) fn prove(&self, role: Role, exported: &[u8]) -> Proof {
+        let mut proof = [0; PROOF_LEN];
+        proof.copy_from_slice(hmac::sign(&self.hmac(), &proven(role, exported)).as_ref());
+        proof
+    }
+
+    /// Whether `proof` was made by the holder of this key in `role`. Takes the same time for any
+    /// wrong proof.
+    pub(crate) fn verifies(&self, role: Role, exported: &[u8], proof: &Proof) -> bool {
+        hmac::verify(&self.hmac(), &proven(role, exported), proof).is_ok()
+    }
+
+    /// What a node of the mesh shows in its mDNS record: 80 bits in base32. It can be repeated
+    /// by anybody, and spares the others a dial at most.
+    pub(crate) fn tag(&self, id: &NodeId) -> String {
+        let tag = hmac::sign(&self.hmac(), &[TAG, id.as_bytes()].concat());
+        BASE32_NOPAD.encode(&tag.as_ref()[..10]).to_ascii_lowercase()
+    }
+
+    fn hmac(&self) -> hmac::Key {
+        hmac::Key::new(hmac::HMAC_SHA256, &self.0)
+    }
+
+    fn checksum(&self) -> [u8; 4] {
+        crc32c::crc32c(&self.0).to_be_bytes()
+    }
+}
+
+/// The key that nodes of this user share on this host, made by the first of them.
+pub(super) fn of_this_host(folder: &Path) -> Result<MeshKey, MeshKeyFileError> {
+    let path = folder.join("host.key");
+    if !path.exists() {
+        let fresh = folder.join(format!("host.key.{:016x}", random_u64()));
+        let made = private::create_file(&fresh, &MeshKey::generate().reveal());
+        // A link, since it never takes the place of a key that another node has just made.
+        let _there_already = made.and_then(|()| fs::hard_link(&fresh, &path));
+        let _never_made = fs::remove_file(&fresh);
+    }
+    MeshKey::load(&path).map(|mut keys| keys.remove(0))
+}
+
+fn proven(role: Role, exported: &[u8]) -> Vec<u8> {
+    [PROOF, &[role as u8], exported].concat()
+}
+
+impl fmt::Debug for MeshKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MeshKey({})", self.fingerprint())
+    }
+}
+
+impl FromStr for MeshKey {
+    type Err = MeshKeyError;
+    fn from_str(text: &str) -> Result<Self, MeshKeyError> {
+        let body = text.strip_prefix(PREFIX).ok_or(MeshKeyError::Format)?;
+        let bytes = BASE32_NOPAD
+            .decode(body.to_ascii_uppercase().as_bytes())
+            .map_err(|_| MeshKeyError::Format)?;
+        let (key, checksum) = bytes.split_first_chunk().ok_or(MeshKeyError::Format)?;
+        let key = Self(*key);
+        match checksum.len() {
+            4 if checksum == key.checksum() => Ok(key),
+            4 => Err(MeshKeyError::Checksum),
+            _ => Err(MeshKeyError::Format),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_survives_being_written_and_read_and_a_typo_is_noticed() {
+        let key = MeshKey::generate();
+        let text = key.reveal();
+        assert_eq!(text.parse(), Ok(key));
+        let last = if text.ends_with('a') { "b" } else { "a" };
+        let typo = format!("{}{last}", &text[..text.len() - 1]);
+        assert!(typo.parse::<MeshKey>().is_err());
+        let place = PREFIX.len() + 3;
+        let other = if &text[place..=place] == "q" { "r" } else { "q" };
+        let typo = format!("{}{other}{}", &text[..place], &text[place + 1..]);
+        assert_eq!(typo.parse::<MeshKey>(), Err(MeshKeyError::Checksum));
+        for text in ["", "hunter2", PREFIX, "peerbus-mesh-aaaa"] {
+            assert_eq!(text.parse::<MeshKey>(), Err(MeshKeyError::Format), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_proof_holds_for_one_key_one_role_and_one_connection() {
+        let (key, other) = (MeshKey::generate(), MeshKey::generate());
+        let proof = key.prove(Role::Dialler, b"this connection");
+        assert!(key.verifies(Role::Dialler, b"this connection", &proof));
+        assert!(!other.verifies(Role::Dialler, b"this connection", &proof));
+        assert!(!key.verifies(Role::Listener, b"this connection", &proof), "reflected");
+        assert!(!key.verifies(Role::Dialler, b"another connection", &proof), "replayed");
+    }
+
+    #[test]
+    fn what_is_shown_tells_nothing_of_the_key() {
+        let key = MeshKey::generate();
+        let shown =
+            format!("{key:?} {} {}", key.fingerprint(), key.tag(&NodeId::from_bytes([1; 32])));
+        let secret = key.reveal()[PREFIX.len()..].to_owned();
+        for start in 0..secret.len() - 8 {
+            assert!(!shown.contains(&secret[start..start + 8]), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_file_has_a_key_a_line_and_its_faults_are_named_without_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mesh.key");
+        let (one, two) = (MeshKey::generate(), MeshKey::generate());
+        let text = format!("# since May\n{}\n\n{}\n", one.reveal(), two.reveal());
+        private::create_file(&path, &text).unwrap();
+        assert_eq!(MeshKey::load(&path).unwrap(), [one.clone(), two]);
+
+        let broken = dir.path().join("broken.key");
+        private::create_file(&broken, &format!("{}\n{}x\n", one.reveal(), one.reveal())).unwrap();
+        let error = MeshKey::load(&broken).err().unwrap();
+        assert!(matches!(error, MeshKeyFileError::Line { line: 2, .. }), "{error}");
+        assert!(!error.to_string().contains(&one.reveal()));
+
+        let empty = dir.path().join("empty.key");
+        private::create_file(&empty, "# none yet\n").unwrap();
+        assert!(matches!(MeshKey::load(&empty), Err(MeshKeyFileError::Empty { .. })));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_others_can_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mesh.key");
+        private::create_file(&path, &MeshKey::generate().reveal()).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let error = MeshKey::load(&path).err().unwrap();
+        assert!(matches!(error, MeshKeyFileError::Mode { mode: 0o640, .. }), "{error}");
+    }
+}
