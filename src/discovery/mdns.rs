@@ -246,7 +246,7 @@ mod tests {
         let [old, new, other] = [(); 3].map(|()| MeshKey::generate());
         let keyed = |byte, keys: &[&MeshKey]| Beacon {
             trust: "mesh-key",
-            mesh_keys: keys.iter().map(|key| MeshKey::clone(key)).collect(),
+            mesh_keys: keys.iter().copied().cloned().collect(),
             ..beacon(byte)
         };
         let alice = keyed(1, &[&old, &new]);

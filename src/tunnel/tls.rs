@@ -354,3 +354,7 @@ impl ClientCertVerifier for RawKeys {
         true
     }
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;

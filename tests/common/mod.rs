@@ -24,6 +24,10 @@ impl Host {
         Node::builder().name(name).runtime_dir(self.dir.path()).mdns(false)
     }
 
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
     pub(crate) async fn node(&self, name: &str) -> Node {
         self.config(name).start().await.unwrap()
     }

@@ -105,6 +105,15 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     if gone.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("peerbus: {error:#}");
+    eprintln!("peerbus: {}", in_full(error));
     ExitCode::FAILURE
+}
+
+/// An error and its causes, each told once: some tell their own cause.
+fn in_full(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |told, cause| match cause.to_string() {
+        cause if told.is_empty() => cause,
+        cause if told.contains(&cause) => told,
+        cause => format!("{told}: {cause}"),
+    })
 }
