@@ -36,6 +36,10 @@ bench:
 databases:
     .ci/with-postgres cargo test --features sqlite,postgres --test database
 
+# A plain ZeroMQ client in Python, with a Python of its own
+plain-client:
+    .ci/with-python cargo test --test plain_client
+
 # Processes that are killed more often than in CI: just kill 5000
 kill rounds="2000":
     PEERBUS_KILL_ROUNDS={{rounds}} cargo test --release --test kill -- --nocapture

@@ -1,0 +1,66 @@
+//! A plain ZeroMQ client in another language joins an open mesh.
+//!
+//! Needs a Python with pyzmq and msgpack; `PEERBUS_PYTHON` names one, and `.ci/with-python` makes
+//! one. Without it the test says so and passes.
+#![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+#![cfg(unix)]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use common::{Host, SOON, soon};
+use peerbus::{Call, Trust};
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended = self.0.kill();
+        let _ended = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_plain_zeromq_client_subscribes_publishes_serves_and_asks() {
+    let python = std::env::var("PEERBUS_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has_both = Command::new(&python).args(["-c", "import zmq, msgpack"]).output();
+    if !has_both.is_ok_and(|output| output.status.success()) {
+        return eprintln!("SKIPPED: no Python with pyzmq and msgpack (.ci/with-python makes one)");
+    }
+    let host = Host::new();
+    let node = host.tcp_config("node").trust(Trust::Open { anywhere: false });
+    let node = node.start().await.unwrap();
+    let echo = |call: Call| async { Ok(call.message.body) };
+    let _service = node.serve("echo", echo).start().unwrap();
+    let mut heard = node.subscribe("heard.*").unwrap();
+
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/plain_zeromq_client.py");
+    let mut client = Command::new(python);
+    client.args([script, &node.listening()[0].to_string()]).stdout(Stdio::piped());
+    let mut client = Running(client.spawn().unwrap());
+    let mut said = BufReader::new(client.0.stdout.take().unwrap()).lines();
+
+    node.wait_for_service("double", SOON).await.unwrap();
+    assert_eq!(node.peers()[0].name, "python");
+    assert_eq!(node.request("double", "21").await.unwrap().text(), "42");
+    let long = "x".repeat(5000); // in a frame of its own
+    for body in ["two hands clapping", &long] {
+        node.publish("news.today", body).await.unwrap();
+        let message = soon(heard.recv()).await.unwrap();
+        assert_eq!(message.text(), format!("I heard {body}"));
+    }
+    let asked = tokio::task::spawn_blocking(move || {
+        said.any(|line| line.unwrap() == "echo: hello from Python")
+    });
+    assert!(soon(asked).await.unwrap());
+    assert_eq!(node.shutdown().await.undelivered, 0);
+    assert!(
+        !soon(tokio::task::spawn_blocking(move || client.0.wait()))
+            .await
+            .unwrap()
+            .unwrap()
+            .success()
+    );
+}
