@@ -197,7 +197,12 @@ impl Pattern {
 
     /// Whether a message on `topic` is wanted.
     pub fn matches(&self, topic: &Topic) -> bool {
-        let mut tokens = topic.0.split('.');
+        self.matches_text(&topic.0)
+    }
+
+    /// The same for any name of dotted tokens.
+    pub(crate) fn matches_text(&self, name: &str) -> bool {
+        let mut tokens = name.split('.');
         for want in self.0.split('.') {
             match (want, tokens.next()) {
                 (">", Some(_)) => return true,
@@ -207,6 +212,22 @@ impl Pattern {
             }
         }
         tokens.next().is_none()
+    }
+}
+
+impl Pattern {
+    /// Whether all that `other` wants is wanted by this pattern too.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        let mut theirs = other.0.split('.');
+        for ours in self.0.split('.') {
+            match (ours, theirs.next()) {
+                (">", Some(_)) => return true,
+                ("*", Some(token)) if token != ">" => {}
+                (ours, Some(token)) if ours == token => {}
+                _ => return false,
+            }
+        }
+        theirs.next().is_none()
     }
 }
 

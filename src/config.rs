@@ -9,7 +9,7 @@ use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::node::{Node, StartError};
 use crate::peer::Address;
-use crate::trust::{MeshKey, Trust};
+use crate::trust::{MeshKey, Rules, Trust};
 use crate::tunnel::MAX_PROOFS;
 
 /// How a node starts. [`Node::builder`] makes one; [`Config::start`] uses it.
@@ -23,6 +23,7 @@ pub struct Config {
     pub(crate) mesh: MeshName,
     pub(crate) identity: Option<PathBuf>,
     pub(crate) trust: Trust,
+    pub(crate) rules: Option<Rules>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) peers: Vec<Address>,
     pub(crate) advertise: Vec<Address>,
@@ -64,6 +65,7 @@ impl Default for Config {
             mesh: MeshName::default(),
             identity: None,
             trust: Trust::ThisHost,
+            rules: None,
             listen: Vec::new(),
             peers: Vec::new(),
             advertise: Vec::new(),
@@ -135,6 +137,13 @@ impl Config {
             }
             _ => Trust::MeshKey(vec![key]),
         };
+        self
+    }
+
+    /// What peers may do with this node over a network: publish, subscribe, send, serve. Without
+    /// rules they may do everything; but in the mode [`Trust::TrustedKeys`] nothing.
+    pub fn rules(mut self, rules: Rules) -> Self {
+        self.rules = Some(rules);
         self
     }
 

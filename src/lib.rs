@@ -124,4 +124,7 @@ pub use node::{
 pub use outbox::{ClosedOutbox, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};
-pub use trust::{MeshKey, MeshKeyError, MeshKeyFileError, Trust, TrustedKeysError, TrustedLine};
+pub use trust::{
+    Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError, Trust,
+    TrustedKeysError, TrustedLine,
+};

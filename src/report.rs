@@ -27,6 +27,8 @@ pub enum DropReason {
     NoSubscriber,
     /// Nobody served the name any more when the message arrived.
     NoService,
+    /// The receiver's rules don't let this node do that.
+    NotAllowed,
     /// Its time to live ran out before it could be handled.
     Expired,
     /// Its sender took it back.
@@ -40,7 +42,7 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::SlowPeer,
         Self::LinkLost,
         Self::TooLarge,
@@ -48,6 +50,7 @@ impl DropReason {
         Self::Superseded,
         Self::NoSubscriber,
         Self::NoService,
+        Self::NotAllowed,
         Self::Expired,
         Self::Cancelled,
         Self::HandlerFailed,
@@ -65,6 +68,7 @@ impl DropReason {
             Self::Superseded => "superseded",
             Self::NoSubscriber => "no_subscriber",
             Self::NoService => "no_service",
+            Self::NotAllowed => "not_allowed",
             Self::Expired => "expired",
             Self::Cancelled => "cancelled",
             Self::HandlerFailed => "handler_failed",

@@ -137,6 +137,12 @@ fn wrong_input_is_explained_and_fails() {
     fails(&shell.run(&["peers", "--anywhere"]), "--trust open");
     fails(&shell.run(&["peers", "--trust", "mesh-key"]), "--mesh-key KEY");
     fails(&shell.run(&["peers", "--trusted-keys", "/nowhere"]), "trusted keys /nowhere");
+    let rules = shell.dir.path().join("rules");
+    std::fs::write(&rules, "* read orders").unwrap();
+    fails(
+        &shell.run(&["peers", "--rules", rules.to_str().unwrap()]),
+        "line 1: \"read\" is none of",
+    );
     let typo = shell.run(&["peers", "--mesh-key", "peerbus-mesh-my-secret"]);
     fails(&typo, "not a mesh key");
     assert!(!String::from_utf8_lossy(&typo.stderr).contains("my-secret"), "{typo:?}");

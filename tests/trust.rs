@@ -9,7 +9,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use common::{Host, SOON, soon, wait_for};
-use peerbus::{Address, Call, Config, DownCause, Event, Identity, MeshKey, Node, NodeId, Trust};
+use peerbus::{
+    Action, Address, Call, Config, DownCause, DropReason, Event, Identity, MeshKey, Node, NodeId,
+    Rules, Trust,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -92,6 +95,11 @@ async fn a_mesh_goes_from_one_key_to_the_next_without_a_pause() {
     assert_eq!(moved.peers()[0].id, both.id());
 }
 
+/// Everybody may do everything.
+fn anything() -> Rules {
+    "* * >".parse().unwrap()
+}
+
 /// An identity file, and its id.
 fn identity(host: &Host, name: &str) -> (PathBuf, NodeId) {
     let path = host.path().join(name);
@@ -109,10 +117,10 @@ async fn trusted_keys_are_let_in_by_name_and_lose_their_link_when_they_are_remov
     std::fs::write(&server_only, format!("server {server_id}\n")).unwrap();
     std::fs::write(&known, "").unwrap();
 
-    let trusting = host.tcp_config("server").identity(server_file);
+    let trusting = host.tcp_config("server").identity(server_file).rules(anything());
     let (node, addr) = server(trusting.trust(Trust::TrustedKeys(known.clone()))).await;
     let mut events = node.events();
-    let friend = host.tcp_config("friend").identity(friend_file);
+    let friend = host.tcp_config("friend").identity(friend_file).rules(anything());
     let friend = client(friend.trust(Trust::TrustedKeys(server_only.clone())), addr).await;
     assert!(refusal(&mut events).await.contains("not among the trusted keys"));
     assert!(unreachable(&friend).await.contains("does not trust this node's key"));
@@ -197,7 +205,7 @@ async fn what_is_said_can_be_read_on_the_way_in_open_mode_only() {
         let mode = trust.as_str();
         let config = |name: &str, file: &PathBuf| {
             let config = host.tcp_config(name).trust(trust.clone()).identity(file);
-            config.gossip(false).mesh(mode.parse().unwrap())
+            config.gossip(false).mesh(mode.parse().unwrap()).rules(anything())
         };
         let (_node, addr) = server(config("server", &server_file)).await;
         let tap = Tap::before(addr).await;
@@ -229,4 +237,96 @@ async fn a_recorded_handshake_opens_nothing_when_it_is_played_again() {
     let _reset = soon(replay.read_to_end(&mut rest)).await;
     assert_eq!(node.counters().refused["tls"], 1);
     assert!(node.peers().iter().all(|peer| peer.id == friend.id()));
+}
+
+/// A server with these rules for the role `tills`, and a node that has the role and lets the
+/// server do everything.
+async fn till_and_server(host: &Host, rules: Option<&str>) -> (Node, Node) {
+    let (server_file, server_id) = identity(host, "server.id");
+    let (till_file, till_id) = identity(host, "till.id");
+    let known = host.path().join("known");
+    std::fs::write(&known, format!("server {server_id}\ntill-1 {till_id} tills,readers\n"))
+        .unwrap();
+    let config = |name: &str, file: &PathBuf| {
+        let config = host.tcp_config(name).identity(file).outbox(host.path().join(name));
+        config.trust(Trust::TrustedKeys(known.clone()))
+    };
+    let mut server_config = config("server", &server_file);
+    if let Some(rules) = rules {
+        server_config = server_config.rules(rules.parse().unwrap());
+    }
+    let (server, addr) = server(server_config).await;
+    let till = client(config("till", &till_file).rules(anything()), addr).await;
+    (till, server)
+}
+
+#[tokio::test]
+async fn a_role_may_do_what_the_rules_say_and_nothing_else() {
+    let host = Host::new();
+    let rules = "
+        tills    publish    orders.>
+        readers  subscribe  prices.*
+        tills    send       echo
+        tills    serve      drawer.*";
+    let (till, server) = till_and_server(&host, Some(rules)).await;
+    can_ask(&till).await;
+    let secret = |call: Call| async { Ok(call.message.body) };
+    let _secret = server.serve("secret", secret).start().unwrap();
+    till.wait_for_service("secret", SOON).await.unwrap();
+    let error = till.request("secret", "let me in").await.unwrap_err();
+    assert!(error.to_string().contains("not_allowed"), "{error}");
+    let receipt = till.send("secret", "keep this").guaranteed().await.unwrap();
+    let error = soon(receipt.processed()).await.unwrap_err();
+    assert!(error.to_string().contains("rules don't allow it"), "{error}");
+
+    // What it publishes arrives, or is counted here.
+    let mut heard = server.subscribe(">").unwrap();
+    till.wait_for_subscribers("orders.new", 1, SOON).await.unwrap();
+    till.publish("secrets.all", "psst").await.unwrap();
+    till.publish("orders.new", "3 apples").await.unwrap();
+    assert_eq!(soon(heard.recv()).await.unwrap().text(), "3 apples");
+    let mut events = till.events();
+    till.publish("secrets.all", "psst").await.unwrap();
+    let dropped = |event| match event {
+        Event::Dropped { reason: DropReason::NotAllowed, count, .. } => Some(count),
+        _ => None,
+    };
+    wait_for(&mut events, dropped).await;
+
+    // What it wants and offers is taken note of, or it hears that it isn't.
+    let (mut prices, mut all) =
+        (till.subscribe("prices.*").unwrap(), till.subscribe("prices.>").unwrap());
+    let _drawer = till.serve("drawer.1", secret).start().unwrap();
+    let _billing = till.serve("billing", secret).start().unwrap();
+    let denied = |event| match event {
+        Event::Denied { action, name, .. } => Some((action, name)),
+        _ => None,
+    };
+    assert_eq!(wait_for(&mut events, denied).await, (Action::Subscribe, "prices.>".into()));
+    assert_eq!(wait_for(&mut events, denied).await, (Action::Serve, "billing".into()));
+    server.wait_for_service("drawer.1", SOON).await.unwrap();
+    assert!(server.request("billing", "mine").await.is_err());
+    server.publish("prices.apples", "2").await.unwrap();
+    server.publish("prices.eu.apples", "3").await.unwrap();
+    server.publish("prices.pears", "4").await.unwrap();
+    for price in ["2", "4"] {
+        assert_eq!(soon(prices.recv()).await.unwrap().text(), price);
+    }
+    // One link carries it for both, so the wider one hears what it may and no more.
+    assert_eq!(soon(all.recv()).await.unwrap().text(), "2");
+    assert_eq!(soon(all.recv()).await.unwrap().text(), "4");
+}
+
+#[tokio::test]
+async fn trusted_keys_may_do_nothing_without_a_rule() {
+    let host = Host::new();
+    let (till, server) = till_and_server(&host, None).await;
+    till.wait_for_service("echo", SOON).await.unwrap();
+    let error = till.request("echo", "hello").await.unwrap_err();
+    assert!(error.to_string().contains("not_allowed"), "{error}");
+    let echo = |call: Call| async { Ok(call.message.body) };
+    let mut events = till.events();
+    let _service = till.serve("mine", echo).start().unwrap();
+    wait_for(&mut events, |event| matches!(event, Event::Denied { .. }).then_some(())).await;
+    assert!(server.peers()[0].services.is_empty());
 }

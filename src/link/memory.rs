@@ -136,6 +136,7 @@ impl MemoryPort {
             claimed: Some(claimed),
             target,
             address: Some(Address::Memory(address)),
+            ..Connection::default()
         };
         let there = acceptor.handle_connected(far, connection(self.id, self.number, None));
         tokio::spawn(deliver(from_us, there));

@@ -122,6 +122,7 @@ impl ZmqPort {
             claimed: Some(claimed),
             target: Some(target.clone()),
             address: Some(Address::Local(path.into())),
+            ..Connection::default()
         };
         let taker = self.shared.acceptor.handle_connected(Arc::new(link), connection);
         tokio::spawn(read_dealer(receiver, monitor, closing, taker));
@@ -161,8 +162,8 @@ impl Shared {
         }
         let connection = Connection {
             claimed: Some(claimed_id(identity)?),
-            target: None,
             address: Some(Address::Local(PathBuf::new())),
+            ..Connection::default()
         };
         let link = RouterLink {
             identity: identity.clone(),

@@ -13,6 +13,7 @@ use crate::link::Link;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::sync::lock;
+use crate::trust::Grants;
 use crate::wire::{Control, Envelope, Lane, OutgoingEvent, Totals};
 
 /// One link of a node.
@@ -22,6 +23,8 @@ use crate::wire::{Control, Envelope, Lane, OutgoingEvent, Totals};
 pub(crate) struct LinkCell {
     pub(crate) id: LinkId,
     pub(crate) peer: NodeId,
+    /// What the peer may do.
+    pub(crate) grants: Grants,
     flow: Mutex<Flow>,
     link: Arc<dyn Link>,
     started: Instant,
@@ -48,6 +51,7 @@ impl LinkCell {
     pub(crate) fn new(
         id: LinkId,
         peer: NodeId,
+        grants: Grants,
         flow: Flow,
         link: Arc<dyn Link>,
         started: Instant,
@@ -55,6 +59,7 @@ impl LinkCell {
         Self {
             id,
             peer,
+            grants,
             flow: Mutex::new(flow),
             link,
             started,

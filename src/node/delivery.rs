@@ -379,6 +379,14 @@ impl Shared {
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
     }
 
+    /// Turns down a guaranteed message for good that its sender may not send.
+    pub(crate) fn reject_delivery(self: &Arc<Self>, from: NodeId, delivery: Delivery, text: &str) {
+        self.counters.dropped_for_others(DropReason::NotAllowed, 1);
+        let outcome = Outcome::Rejected(text.into());
+        let answer = Answer { id: delivery.id, attempt: delivery.attempt, outcome };
+        self.send_answers(from, vec![answer]);
+    }
+
     /// The handler of a guaranteed message ended, or it has none.
     pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: Outcome) {
         if let Some(id) = delivery_id(message) {

@@ -6,6 +6,7 @@ use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::peer::{Address, PeerInfo};
 use crate::report::DropReason;
+use crate::trust::Action;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
@@ -66,6 +67,16 @@ pub enum Event {
         peer: NodeId,
         /// How many messages wait for it.
         messages: u64,
+    },
+    /// A peer's rules don't let this node do something: it won't send what this node subscribes
+    /// to, or send to a service that this node offers.
+    Denied {
+        /// Whose rules.
+        peer: NodeId,
+        /// What.
+        action: Action,
+        /// With what: a pattern or a service.
+        name: String,
     },
     /// A connection was refused or cut.
     Refused {
@@ -140,6 +151,7 @@ impl From<MeshEvent> for Event {
             MeshEvent::PeerDown { id, name, reason } => {
                 Self::PeerDown { id, name, reason: reason.into() }
             }
+            MeshEvent::Denied { id, action, name } => Self::Denied { peer: id, action, name },
             MeshEvent::Refused { address, reason } => Self::Refused { address, reason },
             MeshEvent::IdentityConflict { address } => Self::IdentityConflict { address },
         }

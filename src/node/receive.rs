@@ -15,6 +15,7 @@ use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, Receiver};
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
+use crate::trust::{Action, Grants};
 use crate::wire::{
     Control, Decoded, Envelope, Failure, INLINE_BODY, Lane, Outcome as DeliveryOutcome,
     PROTOCOL_VERSION, Payload, Record, Totals, WireError, decode,
@@ -33,7 +34,10 @@ impl Acceptor for NodeAcceptor {
         // Every transport knows what the connection claims to be.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
         let flow = Flow::new(shared.now(), shared.id, &shared.limits, shared.config.send_queue);
-        let cell = shared.add_cell(|id| LinkCell::new(id, peer, flow, link, shared.started));
+        let grants = shared.grants(&connection);
+        let connection = Connection { grants: grants.clone(), ..connection };
+        let cell =
+            shared.add_cell(|id| LinkCell::new(id, peer, grants, flow, link, shared.started));
         shared.with_mesh(|mesh, now| mesh.handle_connected(now, cell.id, connection));
         Arc::new(LinkReceiver { shared, cell })
     }
@@ -155,7 +159,17 @@ impl LinkReceiver {
             }
             Control::Answers(answers) => shared.handle_answers(cell.peer, answers),
             Control::Epochs(epochs) => shared.handle_epochs(cell, &epochs),
-            Control::Inbox(info) => shared.handle_inbox(cell.peer, *info),
+            Control::Inbox(mut info) => {
+                let denied = info.subscriptions.extract_if(.., |(_, pattern)| {
+                    !cell.grants.permit_all(Action::Subscribe, pattern)
+                });
+                let denied: Vec<_> =
+                    denied.map(|(_, pattern)| (Action::Subscribe, pattern.to_string())).collect();
+                if !denied.is_empty() {
+                    cell.send_control(Control::Denied(denied));
+                }
+                shared.handle_inbox(cell.peer, *info);
+            }
             Control::Cancel(id) => {
                 for service in shared.handling() {
                     if let Some(guaranteed) = service.handle_cancel(shared, cell.id, id) {
@@ -175,12 +189,25 @@ impl LinkReceiver {
         add(&shared.counters.received, 1);
         let credit = Credit::new(cell, lane, new);
         let (header, from) = (envelope.header, cell.peer);
+        let permitted = permit(&cell.grants, &header.destination);
         match envelope.payload {
             Payload::Event(_) => unreachable!("events are delivered in runs"),
+            Payload::Guaranteed(_, delivery) if !permitted => {
+                drop(credit);
+                shared.reject_delivery(from, *delivery, NOT_ALLOWED);
+            }
             Payload::Guaranteed(body, delivery) => {
                 let mut message = Message::new(from, header, body);
                 message.delivery = Some(delivery);
                 shared.handle_delivery(message, Some(credit));
+            }
+            Payload::Call(body) if !permitted => {
+                let message = Message::new(from, header, body);
+                shared.decline(&message, Some(credit), DropReason::NotAllowed);
+            }
+            Payload::Request(body) if !permitted => {
+                let message = Message::request(from, header, body);
+                shared.decline(&message, Some(credit), DropReason::NotAllowed);
             }
             Payload::Call(body) => shared.admit(Message::new(from, header, body), Some(credit)),
             Payload::Request(body) => {
@@ -195,6 +222,17 @@ impl LinkReceiver {
             }
         }
         Ok(())
+    }
+}
+
+const NOT_ALLOWED: &str = "the node's rules don't allow it";
+
+/// Whether a peer may send what is for this destination.
+fn permit(grants: &Grants, destination: &Destination) -> bool {
+    match destination {
+        Destination::Topic(topic) => grants.permit(Action::Publish, topic.as_str()),
+        Destination::Service(name) => grants.permit(Action::Send, name.as_str()),
+        Destination::Node(_) => grants.permit(Action::Send, ServiceName::node_inbox().as_str()),
     }
 }
 
@@ -242,7 +280,13 @@ impl Events<'_> {
         let new = run.totals();
         cell.with_flow(|flow| flow.handle_received(Lane::Events, new))?;
         add(&shared.counters.received, new.messages);
-        shared.deliver(run, Some(cell));
+        match cell.grants.permit(Action::Publish, run.topic().as_str()) {
+            true => _ = shared.deliver(run, Some(cell)),
+            false => {
+                let credit = Credit::new(cell, Lane::Events, new);
+                shared.drop_received(Some(&credit), DropReason::NotAllowed, new.messages);
+            }
+        }
         Ok(())
     }
 }
@@ -319,6 +363,7 @@ impl Shared {
         } else if message.wants_reply && reason != DropReason::Cancelled {
             let text = match reason {
                 DropReason::NoService => "the node no longer serves it",
+                DropReason::NotAllowed => NOT_ALLOWED,
                 DropReason::Expired => "its time ran out while it waited",
                 _ => "it was not run",
             };

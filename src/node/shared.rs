@@ -21,14 +21,15 @@ use crate::address::{Pattern, ServiceName};
 use crate::config::Config;
 use crate::discovery::Discovered;
 use crate::engine::{
-    Action, Affinity, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing, TargetKey, Time,
-    Timing,
+    Action, Affinity, Connection, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing,
+    TargetKey, Time, Timing,
 };
 use crate::identity::{NodeId, random_u64};
 use crate::message::{IdSource, Message, MessageId};
 use crate::peer::Address;
 use crate::report::DropReason;
 use crate::sync::lock;
+use crate::trust::{Access, Grants};
 use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
 
@@ -87,6 +88,8 @@ pub(crate) struct Shared {
     /// Until when the driver sleeps, in ms since the start.
     pub(crate) armed_ms: AtomicU64,
     pub(crate) transport: OnceLock<Transport>,
+    /// What is let in over networks, once there is a front door.
+    pub(crate) access: OnceLock<Access>,
     pub(crate) tasks: Mutex<JoinSet<()>>,
     pub(crate) stopping: AtomicBool,
 }
@@ -139,6 +142,7 @@ impl Shared {
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
             transport: OnceLock::new(),
+            access: OnceLock::new(),
             tasks: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
@@ -188,6 +192,15 @@ impl Shared {
             self.wake_by(at);
         }
         result
+    }
+
+    /// What a peer may do: everything on this host, where it is of the same user.
+    pub(crate) fn grants(&self, connection: &Connection) -> Grants {
+        match (&connection.address, &connection.claimed, self.access.get()) {
+            (Some(Address::Tcp(_)), Some(id), Some(access)) => access.grants(id),
+            (Some(Address::Tcp(_)), ..) => Grants::nothing(),
+            _ => Grants::Everything,
+        }
     }
 
     /// When the mesh has to look at the clock.
@@ -275,6 +288,10 @@ impl Shared {
             Event::PeerDown { id, name, reason } => {
                 tracing::info!(peer = %id.short(), %name, %reason, "peer down");
                 self.with_outbox(|outbox, now| outbox.handle_link_down(now, *id));
+            }
+            Event::Denied { peer, action, name } => {
+                self.counters.refused(DropReason::NotAllowed.as_str());
+                tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules don't allow it");
             }
             Event::Refused { address, reason } => {
                 tracing::warn!(address = address.as_ref().map(tracing::field::display), %reason, "connection refused");

@@ -22,7 +22,9 @@ use crate::journal::Options;
 use crate::link::Acceptor;
 use crate::link::zmq::ZmqPort;
 use crate::peer::{Address, Source};
-use crate::trust::{LetIn, MeshKeyFileError, Trust, TrustError, TrustedKeysError, Watched};
+use crate::trust::{
+    Access, LetIn, MeshKeyFileError, Trust, TrustError, TrustedKeys, TrustedKeysError, Watched,
+};
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Tls};
 use crate::wire::{LANES, Limits};
 
@@ -180,6 +182,8 @@ async fn start_sockets(
     let (mut port, mut watching) = (None, None);
     let dir = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
         .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
+    let let_in = LetIn::new(&config.trust, dir.parent().unwrap_or(&dir))?;
+    let _first = shared.access.set(Access::new(config.rules.clone(), let_in.clone()));
     if config.local {
         let path = local::fresh_socket(&dir);
         let bound = ZmqPort::bind(&path, shared.id, acceptor.clone()).await;
@@ -187,7 +191,6 @@ async fn start_sockets(
         port = Some(Arc::new(bound.map_err(refused)?));
         watching = Some((dir.clone(), path));
     }
-    let let_in = LetIn::new(&config.trust, dir.parent().unwrap_or(&dir))?;
     let tls = match &let_in {
         LetIn::Anybody => None,
         let_in => Some(Arc::new(Tls::new(identity, let_in.clone()))),
@@ -214,6 +217,9 @@ async fn start_sockets(
         tracing::warn!(?listening, "whoever reaches this node can read, forge and join");
     }
     if let LetIn::TrustedKeys(watched) = &let_in {
+        if config.rules.is_none() {
+            tracing::warn!("there are no rules, so trusted nodes may do nothing here (--rules)");
+        }
         shared.spawn(watch_trusted_keys(shared.clone(), watched.clone()));
     }
 
@@ -255,12 +261,12 @@ fn wanted(config: &Config) -> Vec<SocketAddr> {
     }
 }
 
-/// Cuts the links of whoever is trusted no longer.
+/// Cuts the links of whoever is trusted no longer, or has other roles now: they come back with
+/// those.
 async fn watch_trusted_keys(shared: Arc<Shared>, watched: Arc<Watched>) {
-    let keys = watched.clone();
-    let changed = || {
-        let keys = keys.keys();
-        shared.with_mesh(|mesh, now| mesh.handle_trust_changed(now, |id| keys.get(id).is_some()));
+    let changed = |before: &TrustedKeys, now: &TrustedKeys| {
+        let as_before = |id: &NodeId| now.get(id).is_some() && now.get(id) == before.get(id);
+        shared.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
     };
     watched.watch(changed).await;
 }

@@ -1,6 +1,7 @@
 //! Whom a node talks to.
 
 mod mesh_key;
+mod rules;
 mod trusted_keys;
 
 use std::path::{Path, PathBuf};
@@ -8,7 +9,9 @@ use std::sync::Arc;
 
 pub use mesh_key::{MeshKey, MeshKeyError, MeshKeyFileError};
 pub(crate) use mesh_key::{PROOF_LEN, Proof, Role};
-pub(crate) use trusted_keys::Watched;
+pub(crate) use rules::Grants;
+pub use rules::{Action, ParseRulesError, Rules, RulesError};
+pub(crate) use trusted_keys::{TrustedKeys, Watched};
 pub use trusted_keys::{TrustedKeysError, TrustedLine};
 
 use crate::identity::NodeId;
@@ -100,6 +103,30 @@ impl LetIn {
         match self {
             Self::Anybody | Self::MeshKey(_) => true,
             Self::TrustedKeys(watched) => watched.keys().get(id).is_some(),
+        }
+    }
+}
+
+/// What those may do who are let in.
+#[derive(Debug, Clone)]
+pub(crate) struct Access {
+    rules: Option<Rules>,
+    let_in: LetIn,
+}
+
+impl Access {
+    pub(crate) fn new(rules: Option<Rules>, let_in: LetIn) -> Self {
+        Self { rules, let_in }
+    }
+
+    /// What a peer may do that came over a network. Without rules, everything; but trusted keys
+    /// may do nothing that no rule allows.
+    pub(crate) fn grants(&self, id: &NodeId) -> Grants {
+        match (&self.rules, &self.let_in) {
+            (Some(rules), LetIn::TrustedKeys(watched)) => rules.grants(id, watched.keys().get(id)),
+            (None, LetIn::TrustedKeys(_)) => Grants::nothing(),
+            (Some(rules), _) => rules.grants(id, None),
+            (None, _) => Grants::Everything,
         }
     }
 }

@@ -67,6 +67,12 @@ pub(crate) struct Trusted {
     pub(crate) roles: Vec<String>,
 }
 
+impl Trusted {
+    pub(crate) fn has_role(&self, role: &str) -> bool {
+        self.roles.iter().any(|it| it == role)
+    }
+}
+
 /// The public keys that are let in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct TrustedKeys(HashMap<NodeId, Trusted>);
@@ -135,9 +141,10 @@ impl Watched {
         self.keys.load_full()
     }
 
-    /// Reads the file again when it changes, and then calls `changed`. A file that can't be used
+    /// Reads the file again when it changes, and then calls `changed` with the keys before and
+    /// after. A file that can't be used
     /// leaves the keys as they were, with a warning. Runs until it is dropped.
-    pub(crate) async fn watch(self: Arc<Self>, changed: impl Fn()) {
+    pub(crate) async fn watch(self: Arc<Self>, changed: impl Fn(&TrustedKeys, &TrustedKeys)) {
         let mut stamp = self.stamp;
         let mut ticks = interval(LOOK_EVERY);
         loop {
@@ -151,8 +158,9 @@ impl Watched {
                 Ok(keys) if keys == **self.keys.load() => {}
                 Ok(keys) => {
                     tracing::info!(keys = keys.0.len(), "the trusted keys have changed");
-                    self.keys.store(Arc::new(keys));
-                    changed();
+                    let keys = Arc::new(keys);
+                    let before = self.keys.swap(keys.clone());
+                    changed(&before, &keys);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the trusted keys stay as they were");

@@ -96,9 +96,9 @@ impl FrontDoor {
         });
         let ((tcp, addr), _losers) = select_ok(attempts).await?;
         let connection = Connection {
-            claimed: None,
             target: Some(target.clone()),
             address: Some(Address::Tcp(addr)),
+            ..Connection::default()
         };
         let (live, went_live) = oneshot::channel();
         let (told, ended) = oneshot::channel();

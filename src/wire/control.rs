@@ -8,6 +8,7 @@ use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::MessageId;
 use crate::peer::{Address, ServiceInfo};
+use crate::trust::Action;
 
 /// A record that needs no credit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub(crate) enum Control {
     Epochs(Vec<u64>),
     /// `[12, epoch, [[name, pattern], …], [ended name, …]]`: this node keeps an inbox.
     Inbox(Box<InboxInfo>),
+    /// `[13, [[action, name], …]]`: what this side does not let the other do.
+    Denied(Vec<(Action, String)>),
 }
 
 /// The most answers in one record.
@@ -247,6 +250,15 @@ impl Control {
                 record.uint(12);
                 info.write(&mut record);
             }
+            Self::Denied(denied) => {
+                record.uint(13);
+                record.list(denied.iter(), |buf, (action, name)| {
+                    let mut pair = ArrayWriter::new(buf);
+                    pair.uint(action.code());
+                    pair.str(name);
+                    pair.finish();
+                });
+            }
         }
         record.finish();
     }
@@ -301,9 +313,22 @@ impl Control {
             10 => Self::Answers(fields.list(Answer::read)?),
             11 => Self::Epochs(fields.list(Reader::uint)?),
             12 => Self::Inbox(Box::new(InboxInfo::read(fields)?)),
+            13 => Self::Denied(read_denied(fields)?),
             _ => return Ok(None),
         }))
     }
+}
+
+/// Passes over actions that this version doesn't know.
+fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, WireError> {
+    let denied = fields.list(|reader| {
+        let mut pair = reader.array()?;
+        let action = Action::from_code(pair.need(Reader::uint)?);
+        let name = pair.need(|reader| reader.str().map(str::to_owned))?;
+        pair.finish()?;
+        Ok(action.map(|action| (action, name)))
+    })?;
+    Ok(denied.into_iter().flatten().collect())
 }
 
 /// The longest human name that is taken, in bytes.

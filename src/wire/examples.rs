@@ -10,6 +10,7 @@ use crate::address::{Destination, MeshName, Topic};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::{Extra, Header, Kind, MessageId};
 use crate::peer::ServiceInfo;
+use crate::trust::Action;
 
 const ALICE: NodeId = NodeId::from_bytes([0xaa; 32]);
 const BOB: NodeId = NodeId::from_bytes([0xbb; 32]);
@@ -131,6 +132,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         ("cancel", fresh, control(Control::Cancel(id(3)))),
         ("probe", fresh, control(Control::Probe(1))),
         ("peers", fresh, control(Control::Peers(vec![hint]))),
+        ("denied", fresh, control(Control::Denied(vec![(Action::Subscribe, "salary".into())]))),
         ("bye", fresh, control(Control::Bye(Bye::Shutdown))),
     ]
 }

@@ -62,6 +62,9 @@ impl NodeOptions {
             .mesh(self.mesh.clone())
             .mdns(!self.no_mdns)
             .gossip(!self.no_gossip);
+        if let Some(rules) = self.trust.rules()? {
+            config = config.rules(rules);
+        }
         if self.no_local {
             config = config.local(false);
         }

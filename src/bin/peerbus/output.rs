@@ -86,6 +86,10 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             }),
             format!("{count} keys of {service} moved from {} to {}", from.short(), to.short()),
         ),
+        Event::Denied { peer, action, name } => (
+            json!({ "event": "denied", "peer": peer, "action": action, "name": name }),
+            format!("{} does not allow this node to {action} {name}", peer.short()),
+        ),
         Event::Refused { address, reason } => (
             json!({ "event": "refused", "address": address, "reason": reason }),
             match address {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use peerbus::{MeshKey, Trust};
+use peerbus::{MeshKey, Rules, Trust};
 
 /// Without any of them a node talks to this user's processes on this host.
 #[derive(Args, Clone)]
@@ -27,6 +27,10 @@ pub(crate) struct TrustOptions {
     /// and roles. Read again when it changes
     #[arg(long, value_name = "FILE", env = "PEERBUS_TRUSTED_KEYS")]
     trusted_keys: Option<PathBuf>,
+    /// File of rules: who may publish, subscribe, send or serve what here [default: everything,
+    /// but nothing with --trusted-keys]
+    #[arg(long, value_name = "FILE", env = "PEERBUS_RULES")]
+    rules: Option<PathBuf>,
     /// How peers are known [default: by what is given; this-host if nothing is]
     #[arg(long, value_name = "MODE", env = "PEERBUS_TRUST")]
     trust: Option<Mode>,
@@ -71,6 +75,10 @@ impl TrustOptions {
             ),
             Mode::Open => Trust::Open { anywhere: self.anywhere },
         })
+    }
+
+    pub(crate) fn rules(&self) -> anyhow::Result<Option<Rules>> {
+        Ok(self.rules.as_deref().map(Rules::load).transpose()?)
     }
 
     fn mesh_keys(&self) -> anyhow::Result<Vec<MeshKey>> {

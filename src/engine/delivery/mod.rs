@@ -89,8 +89,8 @@ pub enum Fate {
         /// What the handler said the last time.
         text: String,
     },
-    /// Its handler rejected it for good.
-    #[error("its handler rejected it: {text}")]
+    /// Its handler rejected it for good, or the receiver's rules don't allow it.
+    #[error("it was rejected: {text}")]
     Rejected {
         /// What the handler said.
         text: String,

@@ -1,12 +1,34 @@
 //! From a connection to a link: hello, decision, accept, and what changes afterwards.
 
 use super::{
-    About, Action, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent, PROBE_TIMEOUT,
-    Phase, Probe,
+    About, Action, Connection, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent,
+    PROBE_TIMEOUT, Phase, Probe,
 };
+use crate::address::{Pattern, ServiceName};
 use crate::engine::{LinkId, RouteChange, TargetKey, Time};
 use crate::identity::{Incarnation, NodeId};
+use crate::peer::ServiceInfo;
+use crate::trust;
 use crate::wire::{Announcement, Bye, Control, Hello};
+
+impl Connection {
+    /// Takes out what the peer may not have.
+    fn take_denied(
+        &self,
+        patterns: &mut Vec<Pattern>,
+        services: &mut Vec<ServiceInfo>,
+    ) -> Vec<(trust::Action, String)> {
+        use trust::Action::{Serve, Subscribe};
+        let (grants, inbox) = (&self.grants, ServiceName::node_inbox());
+        let patterns = patterns
+            .extract_if(.., |pattern| !grants.permit_all(Subscribe, pattern))
+            .map(|pattern| (Subscribe, pattern.to_string()));
+        let services = services
+            .extract_if(.., |it| it.name != inbox && !grants.permit(Serve, it.name.as_str()))
+            .map(|service| (Serve, service.name.to_string()));
+        patterns.chain(services).collect()
+    }
+}
 
 impl Mesh {
     pub(super) fn handle_hello(&mut self, now: Time, link: LinkId, hello: Hello) {
@@ -53,6 +75,8 @@ impl Mesh {
             return self.handle_violation(now, link, text);
         }
         let id = hello.id;
+        let mut hello = hello;
+        let denied = entry.connection.take_denied(&mut hello.patterns, &mut hello.services);
         entry.about = Some(Box::new(About::from(hello)));
         let answer = entry.announced.is_none();
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
@@ -61,6 +85,7 @@ impl Mesh {
         if answer {
             self.send_hello(link);
         }
+        self.deny(link, denied);
         self.decide_when_listed(now, link);
     }
 
@@ -161,6 +186,8 @@ impl Mesh {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
         about.seq = news.seq;
+        let mut news = news;
+        let denied = entry.connection.take_denied(&mut news.subscribed, &mut news.serving);
         let (id, mut changes) = (about.id, Vec::new());
         for pattern in news.unsubscribed {
             if about.patterns.remove(&pattern) {
@@ -185,10 +212,27 @@ impl Mesh {
         if is_up {
             changes.into_iter().for_each(|change| self.route(link, id, change));
         }
+        self.deny(link, denied);
         if too_much {
             self.handle_violation(now, link, "it announces too much".into());
         } else if !is_up {
             self.decide_when_listed(now, link);
+        }
+    }
+
+    fn deny(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {
+        if !denied.is_empty() {
+            self.send(link, Control::Denied(denied));
+        }
+    }
+
+    pub(super) fn handle_denied(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {
+        let Some(id) = self.about(link).map(|about| about.id) else {
+            return;
+        };
+        for (action, name) in denied {
+            let report = MeshEvent::Denied { id, action, name };
+            self.actions.push_back(Action::Report(report));
         }
     }
 

@@ -19,6 +19,7 @@ use crate::engine::dialer::{Dialer, Sighting, TargetKey};
 use crate::engine::{LinkId, RouteChange, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
+use crate::trust::{self, Grants};
 use crate::wire::{Announcement, Bye, Control, Hello, Limits};
 use gossip::Gossip;
 
@@ -48,6 +49,8 @@ pub(crate) struct MeshConfig {
 /// What is known of a connection from its outside.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Connection {
+    /// What the peer may do.
+    pub(crate) grants: Grants,
     /// The id that the connection's own handshake claimed; the hello must agree.
     pub(crate) claimed: Option<NodeId>,
     /// The target that we dialled; `None` if the peer dialled.
@@ -111,6 +114,12 @@ pub(crate) enum MeshEvent {
     Refused {
         address: Option<Address>,
         reason: String,
+    },
+    /// A peer does not let this node do something.
+    Denied {
+        id: NodeId,
+        action: trust::Action,
+        name: String,
     },
     /// Another live node has this node's identity.
     IdentityConflict {
@@ -269,6 +278,9 @@ impl Mesh {
             (Control::Announce(announcement), Some(Phase::Deciding { .. } | Phase::Up)) => {
                 self.handle_announcement(now, link, *announcement);
             }
+            (Control::Denied(denied), Some(Phase::Deciding { .. } | Phase::Up)) => {
+                self.handle_denied(link, denied);
+            }
             (Control::Peers(hints), Some(Phase::Up)) => self.handle_hints(now, link, hints),
             (Control::Bye(bye), Some(_)) => self.handle_bye(now, link, bye),
             (Control::Probe(nonce), Some(Phase::Up)) => self.send(link, Control::ProbeReply(nonce)),
@@ -299,7 +311,7 @@ impl Mesh {
         self.refuse(now, link, format!("it speaks protocol version {version}"), true);
     }
 
-    /// Of those that came over a network, nodes that are not `trusted` any more lose their links.
+    /// Of those that came over a network, nodes that are not `trusted` as before lose their links.
     pub(crate) fn handle_trust_changed(&mut self, now: Time, trusted: impl Fn(&NodeId) -> bool) {
         let distrusted = |link: &Link| {
             matches!(link.connection.address, Some(Address::Tcp(_)))

@@ -51,7 +51,7 @@ fn dialled(mesh: &mut Mesh) -> Option<TargetKey> {
 
 fn connect(mesh: &mut Mesh, link: LinkId, target: Option<TargetKey>, peer: u8) {
     let claimed = Some(NodeId::from_bytes([peer; 32]));
-    mesh.handle_connected(at(1), link, Connection { claimed, target, address: None });
+    mesh.handle_connected(at(1), link, Connection { claimed, target, ..Connection::default() });
 }
 
 /// Two meshes with one link, whichever decides.

@@ -147,7 +147,7 @@ impl Crowd {
                 self.ends.extend([(near, node), (far, to)]);
                 let connection = |peer, target| {
                     let address = Some(address(peer));
-                    Connection { claimed: Some(id(peer)), target, address }
+                    Connection { claimed: Some(id(peer)), target, address, ..Connection::default() }
                 };
                 self.members[to].mesh.handle_connected(now, far, connection(node, None));
                 self.members[node].mesh.handle_connected(now, near, connection(to, Some(target)));

@@ -271,7 +271,7 @@ impl SimNode {
         self.mesh.handle_connected(
             now,
             link,
-            Connection { claimed: Some(peer), target, address: None },
+            Connection { claimed: Some(peer), target, ..Connection::default() },
         );
     }
 

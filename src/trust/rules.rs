@@ -1,0 +1,271 @@
+//! Who may publish, subscribe, send and serve what.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::trusted_keys::Trusted;
+use crate::address::{AddressError, Pattern};
+use crate::identity::NodeId;
+
+/// What a peer may be allowed to do with a topic or a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Publish events on a topic.
+    Publish,
+    /// Get the events of a topic.
+    Subscribe,
+    /// Send commands and requests to a service. Messages to a node itself need the pattern `>`.
+    Send,
+    /// Offer a service.
+    Serve,
+}
+
+impl Action {
+    const ALL: [Self; 4] = [Self::Publish, Self::Subscribe, Self::Send, Self::Serve];
+
+    /// The name as it stands in rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Publish => "publish",
+            Self::Subscribe => "subscribe",
+            Self::Send => "send",
+            Self::Serve => "serve",
+        }
+    }
+
+    pub(crate) fn code(self) -> u64 {
+        self as u64
+    }
+
+    pub(crate) fn from_code(code: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|action| action.code() == code)
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What peers may do with this node over a network. What no rule allows is refused.
+///
+/// One rule a line: who, an action, and a pattern of topics or services, in which `*` stands for
+/// one token and a last `>` for one or more. Who is a name or a role from the file of trusted
+/// keys, a node id, or `*` for anybody; as the action, `*` stands for all four.
+///
+/// ```
+/// let rules: peerbus::Rules = "
+///     # who     action     pattern
+///     tills     publish    orders.>
+///     billing   subscribe  orders.*
+///     billing   serve      invoices
+///     *         send       stock.>
+/// ".parse()?;
+/// # Ok::<(), peerbus::ParseRulesError>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rules(Vec<Rule>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    who: Who,
+    /// None is any.
+    action: Option<Action>,
+    pattern: Pattern,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Who {
+    Anybody,
+    Node(NodeId),
+    Named(String),
+}
+
+/// A line of rules that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {reason}")]
+pub struct ParseRulesError {
+    /// Counted from 1.
+    pub line: usize,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A file of rules that can't be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RulesError {
+    /// The file can't be read.
+    #[error("rules {path}: {source}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A line makes no sense.
+    #[error("rules {path}, {source}", path = path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Which, and why.
+        source: ParseRulesError,
+    },
+}
+
+impl Rules {
+    /// Rules from a file.
+    ///
+    /// # Errors
+    /// [`RulesError`] if it can't be read, or a line makes no sense.
+    pub fn load(path: &Path) -> Result<Self, RulesError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| RulesError::File { path: path.into(), source })?;
+        text.parse().map_err(|source| RulesError::Parse { path: path.into(), source })
+    }
+
+    /// What they grant to a node; `trusted` is its entry among the trusted keys.
+    pub(super) fn grants(&self, id: &NodeId, trusted: Option<&Trusted>) -> Grants {
+        let is_meant = |rule: &&Rule| match &rule.who {
+            Who::Anybody => true,
+            Who::Node(node) => node == id,
+            Who::Named(name) => trusted.is_some_and(|it| it.name == *name || it.has_role(name)),
+        };
+        let granted = self.0.iter().filter(is_meant);
+        Grants::These(granted.map(|rule| (rule.action, rule.pattern.clone())).collect())
+    }
+}
+
+impl FromStr for Rules {
+    type Err = ParseRulesError;
+
+    fn from_str(text: &str) -> Result<Self, ParseRulesError> {
+        let mut rules = Vec::new();
+        for (number, line) in text.lines().enumerate() {
+            let line = line.split('#').next().unwrap_or_default();
+            if !line.trim().is_empty() {
+                let wrong = |reason| ParseRulesError { line: number + 1, reason };
+                rules.push(line.parse().map_err(wrong)?);
+            }
+        }
+        Ok(Self(rules))
+    }
+}
+
+impl FromStr for Rule {
+    type Err = String;
+
+    fn from_str(line: &str) -> Result<Self, String> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [who, action, pattern] = fields[..] else {
+            return Err("it takes who, an action and a pattern".into());
+        };
+        let who = match who {
+            "*" => Who::Anybody,
+            name => name.parse().map_or_else(|_| Who::Named(name.to_owned()), Who::Node),
+        };
+        let action =
+            match action {
+                "*" => None,
+                name => Some(Action::ALL.into_iter().find(|it| it.as_str() == name).ok_or_else(
+                    || format!("{name:?} is none of publish, subscribe, send, serve and *"),
+                )?),
+            };
+        let pattern = pattern.parse().map_err(|error: AddressError| error.to_string())?;
+        Ok(Self { who, action, pattern })
+    }
+}
+
+/// What one peer may do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum Grants {
+    #[default]
+    Everything,
+    These(Arc<[(Option<Action>, Pattern)]>),
+}
+
+impl Grants {
+    pub(crate) fn nothing() -> Self {
+        Self::These(Arc::default())
+    }
+
+    /// Whether it may do something with a topic or service.
+    pub(crate) fn permit(&self, action: Action, name: &str) -> bool {
+        self.any(action, |pattern| pattern.matches_text(name))
+    }
+
+    /// Whether it may do something with all that `wanted` stands for.
+    pub(crate) fn permit_all(&self, action: Action, wanted: &Pattern) -> bool {
+        self.any(action, |pattern| pattern.covers(wanted))
+    }
+
+    fn any(&self, action: Action, fits: impl Fn(&Pattern) -> bool) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::These(granted) => granted
+                .iter()
+                .any(|(granted, pattern)| granted.is_none_or(|it| it == action) && fits(pattern)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn till() -> Trusted {
+        Trusted { name: "till-1".into(), roles: vec!["tills".into()] }
+    }
+
+    #[test]
+    fn a_rule_grants_an_action_on_a_pattern_to_a_name_a_role_or_a_key() {
+        let id = NodeId::from_bytes([1; 32]);
+        let rules = format!(
+            "tills publish orders.> # at the counter\n\ntill-1 serve drawer.*\n{id} * lab\n* send stock"
+        );
+        let rules: Rules = rules.parse().unwrap();
+        let (till, nobody) = (rules.grants(&id, Some(&till())), NodeId::from_bytes([2; 32]));
+        assert!(till.permit(Action::Publish, "orders.eu.new"));
+        assert!(!till.permit(Action::Publish, "orders"));
+        assert!(!till.permit(Action::Subscribe, "orders.eu.new"));
+        assert!(till.permit(Action::Serve, "drawer.1"));
+        assert!(till.permit(Action::Subscribe, "lab") && till.permit(Action::Serve, "lab"));
+        let nobody = rules.grants(&nobody, None);
+        assert!(nobody.permit(Action::Send, "stock"));
+        assert!(!nobody.permit(Action::Publish, "orders.eu.new"));
+        assert!(!Rules::default().grants(&id, None).permit(Action::Send, "stock"));
+    }
+
+    #[test]
+    fn a_pattern_is_granted_only_if_all_of_it_is() {
+        let rules: Rules = "* subscribe orders.*.new\n* subscribe news.>".parse().unwrap();
+        let grants = rules.grants(&NodeId::from_bytes([1; 32]), None);
+        let may = |wanted: &str| grants.permit_all(Action::Subscribe, &wanted.parse().unwrap());
+        let granted = ["orders.eu.new", "orders.*.new", "news.a", "news.*", "news.>", "news.a.>"];
+        assert!(granted.into_iter().all(may));
+        let refused = [">", "*", "orders.*.*", "orders.>", "orders.eu", "news", "orders.eu.new.>"];
+        assert!(!refused.into_iter().any(may));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named_by_its_line() {
+        for (text, line, reason) in [
+            ("tills publish", 1, "it takes who"),
+            ("\n\na b c d", 3, "it takes who"),
+            ("# fine\n* read orders", 2, "none of publish"),
+            ("* send a..b", 1, "empty token"),
+        ] {
+            let error = text.parse::<Rules>().unwrap_err();
+            assert_eq!(error.line, line, "{text}");
+            assert!(error.reason.contains(reason), "{error}");
+        }
+    }
+}
