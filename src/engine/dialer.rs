@@ -69,29 +69,40 @@ const REFUSED_RETRY: Duration = Duration::from_secs(60);
 /// How long the larger id leaves the dialling of an announced node to the smaller one, so that
 /// the two don't cross.
 const POLITE_DELAY: Duration = Duration::from_millis(300);
-/// How many targets are dialled at once, and how many of those known from hearsay only.
+/// How many targets of a lane are dialled at once.
 const MAX_DIALING: usize = 32;
 /// The most addresses that are kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
-/// The most targets that are known from hearsay only.
-const MAX_HINTED: usize = 4096;
-/// How often such a target is tried before it is forgotten.
-const HINT_ATTEMPTS: u32 = 5;
+/// Those that wait and those that are dialled, apart by how far their source is believed: what
+/// this host and the configuration say, what anybody on the network may announce, what peers have
+/// told. So the later never stand in the way of the earlier.
+const LANES: usize = 3;
+/// The most targets that are known in each lane.
+const MAX_KNOWN: [usize; LANES] = [usize::MAX, 4096, 4096];
+/// How often a target is tried before it is forgotten, if it is known from hearsay only, or its
+/// lane is full.
+const ATTEMPTS: u32 = 5;
+
+fn lane(source: Source) -> usize {
+    match source {
+        Source::Local | Source::Fixed | Source::Inbound => 0,
+        Source::Mdns => 1,
+        Source::Gossip => 2,
+    }
+}
 
 /// The targets of one node.
 #[derive(Debug)]
 pub(crate) struct Dialer {
     me: NodeId,
     targets: BTreeMap<TargetKey, Target>,
-    /// Those that wait, by when they are due; apart for those that are known from hearsay only,
-    /// so that they never stand in the way of the others.
-    due: [BTreeSet<(Time, TargetKey)>; 2],
+    /// Those that wait, by when they are due.
+    due: [BTreeSet<(Time, TargetKey)>; LANES],
     by_link: HashMap<LinkId, TargetKey>,
     by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
-    /// How many are being dialled, apart as well.
-    dialing: [usize; 2],
-    /// How many targets are known from hearsay only.
-    hinted: usize,
+    /// How many are being dialled, and how many are known.
+    dialing: [usize; LANES],
+    known: [usize; LANES],
     random: Random,
 }
 
@@ -103,8 +114,8 @@ impl Dialer {
             due: Default::default(),
             by_link: HashMap::new(),
             by_node: HashMap::new(),
-            dialing: [0; 2],
-            hinted: 0,
+            dialing: [0; LANES],
+            known: [0; LANES],
             random: Random::new(seed),
         }
     }
@@ -118,11 +129,12 @@ impl Dialer {
             return self.add(now, key, sighting);
         };
         target.gone = false;
-        let (state, was_hinted) = (target.state, target.source == Source::Gossip);
-        if was_hinted {
+        let (state, before, after) = (target.state, lane(target.source), lane(sighting.source));
+        if before != after {
             // It takes its place among the others.
-            self.hinted -= 1;
             self.enter(&key, State::Idle);
+            self.known[before] -= 1;
+            self.known[after] += 1;
         }
         let Some(target) = self.targets.get_mut(&key) else { return };
         target.source = sighting.source;
@@ -134,7 +146,7 @@ impl Dialer {
                 target.failures = 0;
                 self.enter(&key, State::Waiting { until: now });
             }
-            state if was_hinted => self.enter(&key, state),
+            state if before != after => self.enter(&key, state),
             _ => {}
         }
     }
@@ -152,7 +164,7 @@ impl Dialer {
                 target.addresses = merged;
             }
             Some(_) => {}
-            None if self.hinted >= MAX_HINTED || id == self.me => {}
+            None if id == self.me => {}
             None => {
                 self.add(now, key, Sighting { source: Source::Gossip, id: Some(id), addresses })
             }
@@ -160,15 +172,17 @@ impl Dialer {
     }
 
     fn add(&mut self, now: Time, key: TargetKey, sighting: Sighting) {
+        let lane = lane(sighting.source);
+        if self.known[lane] >= MAX_KNOWN[lane] {
+            return;
+        }
+        self.known[lane] += 1;
         let wait = match sighting.id {
             Some(id) if self.me > id => POLITE_DELAY,
             _ => Duration::ZERO,
         };
         if let Some(id) = sighting.id {
             self.by_node.entry(id).or_default().insert(key.clone());
-        }
-        if sighting.source == Source::Gossip {
-            self.hinted += 1;
         }
         let target = Target {
             source: sighting.source,
@@ -267,7 +281,10 @@ impl Dialer {
         let doubled = FIRST_RETRY.saturating_mul(1 << target.failures.min(10));
         target.failures += 1;
         target.last_error = Some(error);
-        if target.source == Source::Gossip && target.failures >= HINT_ATTEMPTS {
+        let lane = lane(target.source);
+        if target.failures >= ATTEMPTS
+            && (target.source == Source::Gossip || self.known[lane] >= MAX_KNOWN[lane])
+        {
             target.gone = true;
         }
         let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY).mul_f64(jitter));
@@ -277,7 +294,7 @@ impl Dialer {
     /// Puts a target into a state, in all indexes; forgets it if it is gone and at rest.
     fn enter(&mut self, key: &TargetKey, state: State) {
         let Some(target) = self.targets.get_mut(key) else { return };
-        let lane = usize::from(target.source == Source::Gossip);
+        let lane = lane(target.source);
         match std::mem::replace(&mut target.state, state) {
             State::Waiting { until } => _ = self.due[lane].remove(&(until, key.clone())),
             State::Dialing => self.dialing[lane] -= 1,
@@ -298,9 +315,7 @@ impl Dialer {
         if let Some(id) = target.id {
             unlist(&mut self.by_node, id, key);
         }
-        if target.source == Source::Gossip {
-            self.hinted -= 1;
-        }
+        self.known[lane(target.source)] -= 1;
     }
 
     /// The next target that is due and leads to nobody that `is_linked` knows. Only so many are

@@ -212,6 +212,55 @@ fn who_announces_without_end_loses_its_link() {
     assert!(!a.is_linked(&b.me.id));
 }
 
+#[test]
+fn a_flood_of_forged_announcements_is_bounded_and_holds_up_nothing_else() {
+    let mut a = mesh(1, 1);
+    let forged = |number: u64| {
+        let mut id = [9; 32];
+        id[24..].copy_from_slice(&number.to_be_bytes());
+        let addresses = vec![Address::Memory(number)];
+        Sighting { source: Source::Mdns, id: Some(NodeId::from_bytes(id)), addresses }
+    };
+    (1..=10_000).for_each(|number| a.handle_sighting(at(0), forged(number)));
+    let dials = |a: &mut Mesh| -> Vec<TargetKey> {
+        let dialled = actions(a).into_iter().filter_map(|action| match action {
+            Action::Dial { target, .. } => Some(target),
+            _ => None,
+        });
+        dialled.collect()
+    };
+    let mut dialling = dials(&mut a);
+    assert_eq!(dialling.len(), 32);
+    a.handle_sighting(at(1), address(77_777));
+    assert_eq!(dials(&mut a), [TargetKey::Address(Address::Memory(77_777))]);
+
+    // They fail, and what keeps failing makes room for others.
+    let mut tried = BTreeSet::new();
+    for second in 1..4_000 {
+        for target in std::mem::take(&mut dialling) {
+            a.handle_dial_failed(at(second * 1000), &target, "nobody there".into());
+            tried.insert(target);
+        }
+        a.handle_timeout(at(second * 1000));
+        dialling.extend(dials(&mut a));
+    }
+    assert_eq!(tried.len(), 4096);
+    let real = forged(20_000);
+    let key = real.key().unwrap();
+    a.handle_sighting(at(4_000_000), real);
+    for second in 4_000..5_000 {
+        for target in std::mem::take(&mut dialling) {
+            if target == key {
+                return;
+            }
+            a.handle_dial_failed(at(second * 1000), &target, "nobody there".into());
+        }
+        a.handle_timeout(at(second * 1000));
+        dialling.extend(dials(&mut a));
+    }
+    panic!("the real one was never dialled");
+}
+
 /// The addresses that a mesh dials, once it has been told of node 9 over a link from there.
 fn dialled_after_hint(hinted: &str, from: &str, loopback_only: bool) -> Vec<String> {
     let mut a = mesh(1, 1);
