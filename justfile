@@ -44,6 +44,10 @@ plain-client:
 kill rounds="2000":
     PEERBUS_KILL_ROUNDS={{rounds}} cargo test --release --test kill -- --nocapture
 
+# Any bytes for everything that reads what strangers write: just fuzz 3600
+fuzz seconds="600":
+    .ci/fuzz {{seconds}}
+
 # Many more simulated runs than CI does: just simulate 100000
 simulate seeds="20000":
     PEERBUS_SIM_SEEDS={{seeds}} cargo test --release --lib sim -- --nocapture

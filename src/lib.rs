@@ -80,6 +80,9 @@ mod config;
 pub mod database;
 mod discovery;
 mod engine;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 #[doc(hidden)]
 pub mod journal;

@@ -34,6 +34,7 @@ const INTERFACE_CHECK: u32 = 2;
 const BROWSE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is announced of a node.
+#[derive(Clone)]
 pub(crate) struct Beacon {
     pub(crate) id: NodeId,
     pub(crate) name: String,
@@ -190,6 +191,38 @@ fn socket_addr(ip: &ScopedIp, port: u16) -> SocketAddr {
             std::net::SocketAddrV6::new(*v6.addr(), port, 0, scope).into()
         }
         other => SocketAddr::new(other.to_ip_addr(), port),
+    }
+}
+
+/// For the fuzzer: what others announce.
+#[cfg(fuzzing)]
+pub(crate) fn check_txt(mut strings: &[u8]) {
+    let me = Beacon {
+        id: NodeId::from_bytes([1; 32]),
+        name: "x".into(),
+        mesh: MeshName::default(),
+        trust: "mesh-key",
+        mesh_keys: vec![MeshKey::generate()],
+        listening: Vec::new(),
+        advertise: Vec::new(),
+        interfaces: Vec::new(),
+        excluded_interfaces: Vec::new(),
+    };
+    let mut txt = Vec::new();
+    while let [len, rest @ ..] = strings {
+        let (text, rest) = rest.split_at(usize::from(*len).min(rest.len()));
+        let text = String::from_utf8_lossy(text);
+        let (key, value) = text.split_once('=').unwrap_or((&text, ""));
+        txt.push((key.to_owned(), value.to_owned()));
+        strings = rest;
+    }
+    let id = NodeId::from_bytes([2; 32]).to_string();
+    let host = format!("{id}.local.");
+    if let Ok(info) = ServiceInfo::new(SERVICE, &id, &host, "10.0.0.1", 4000, txt.as_slice()) {
+        let service = info.as_resolved_service();
+        for beacon in [Beacon { trust: "open", mesh_keys: Vec::new(), ..me.clone() }, me] {
+            let _sighting = sighting(&service, &beacon);
+        }
     }
 }
 

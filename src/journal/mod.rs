@@ -228,11 +228,6 @@ impl Journal {
     }
 }
 
-/// Reads bytes as what outbox and inbox keep in their journals: for the fuzzer.
-pub fn check_records(bytes: &[u8]) {
-    crate::engine::delivery::check_record(bytes);
-}
-
 impl Drop for Journal {
     fn drop(&mut self) {
         let _gone = self.commands.send(Command::Close);

@@ -109,3 +109,28 @@ impl Refusal {
 pub(crate) trait Watch: Send + Sync {
     fn handle_refusal(&self, address: Address, refusal: Refusal);
 }
+
+/// For the fuzzer: a stranger's bytes, all at once and in pieces, before and after its hello.
+#[cfg(fuzzing)]
+pub(crate) fn check_stream(bytes: &[u8]) {
+    for (piece, admitted) in [(bytes.len().max(1), true), (7, false)] {
+        let mut gate = gate::Gate::new(GateLimits::for_bodies(1 << 20));
+        let (mut input, mut shaken) = (bytes::BytesMut::new(), false);
+        for piece in bytes.chunks(piece) {
+            input.extend_from_slice(piece);
+            if !shaken {
+                match gate.handshake(&mut input) {
+                    Ok(Some(_)) => shaken = true,
+                    Ok(None) => continue,
+                    Err(_) => return,
+                }
+                if admitted {
+                    gate.admit();
+                }
+            }
+            while let Ok(Some(batch)) = gate.next_batch(&mut input) {
+                assert!(batch.len() <= crate::wire::MAX_FRAMES);
+            }
+        }
+    }
+}

@@ -23,7 +23,9 @@ pub(crate) use inbox::{Inbox, InboxAction, Verdict};
 pub(crate) use outbox::{
     Contents, Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
 };
-pub(crate) use record::{RecordError, check as check_record};
+pub(crate) use record::RecordError;
+#[cfg(fuzzing)]
+pub(crate) use record::check as check_record;
 
 use serde::{Deserialize, Serialize};
 

@@ -278,6 +278,7 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
 }
 
 /// Reads bytes as an entry of either journal: for the fuzzer.
+#[cfg(fuzzing)]
 pub(crate) fn check(bytes: &[u8]) {
     let (_, _) = (OutboxRecord::decode(bytes).is_ok(), InboxRecord::decode(bytes).is_ok());
 }

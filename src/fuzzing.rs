@@ -1,0 +1,43 @@
+//! What the fuzz targets feed: whatever reads what strangers write. Nothing here may panic.
+
+use bytes::Bytes;
+
+use crate::discovery::mdns;
+use crate::identity::NodeId;
+use crate::wire;
+
+/// A connection's bytes, from the first one on.
+pub fn stream(bytes: &[u8]) {
+    crate::tunnel::check_stream(bytes);
+}
+
+/// The records of a batch, and one body that follows them.
+pub fn batch(records: &[u8]) {
+    let (me, peer) = (NodeId::from_bytes([1; 32]), NodeId::from_bytes([2; 32]));
+    let preamble = Bytes::from_static(&[0x97, 1, 0, 0, 0, 0, 0, 0]);
+    let frames = vec![preamble, Bytes::copy_from_slice(records), Bytes::from(vec![0; 5000])];
+    let Ok(mut batch) = wire::decode(frames, &me, &peer, 1 << 20) else { return };
+    loop {
+        while batch.next_successor().is_some() {}
+        match batch.next_record() {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => return,
+        }
+    }
+}
+
+/// The fields of a hello, without the head that every hello has.
+pub fn hello(fields: &[u8]) {
+    let record = [&[0x9b, 1], fields].concat();
+    batch(&[&(record.len() as u32).to_be_bytes()[..], &record].concat());
+}
+
+/// The strings of a TXT record, each after its length.
+pub fn txt(strings: &[u8]) {
+    mdns::check_txt(strings);
+}
+
+/// An entry in the journal of an outbox or inbox.
+pub fn journal_record(bytes: &[u8]) {
+    crate::engine::delivery::check_record(bytes);
+}
