@@ -314,3 +314,81 @@ fn a_reader_that_goes_away_makes_no_dead_letter() {
         assert!(stdout(&second.join().unwrap()).contains("1 processed"));
     });
 }
+
+/// A node's keys, and all that it and others have written about them.
+#[test]
+fn secrets_are_in_no_log_at_any_level() {
+    let shell = Shell::new();
+    let path = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();
+    let (key_file, other_file, id_file) = (path("mesh.key"), path("other.key"), path("node.id"));
+    for args in [["--mesh", &key_file], ["--mesh", &other_file]] {
+        stdout(&shell.run(&[&["keygen"], &args[..]].concat()));
+    }
+    stdout(&shell.run(&["keygen", &id_file]));
+    let log = std::fs::File::create(path("log")).unwrap();
+    let loud = |args: &[&str]| {
+        let mut command = shell.command(args);
+        command.env("PEERBUS_LOG", "trace").stderr(log.try_clone().unwrap());
+        command
+    };
+    let keyed = ["--mesh-key-file", &key_file, "--no-local", "--no-mdns"];
+    let serve = ["node", "--serve", "echo", "--identity", &id_file, "--listen", "127.0.0.1:0"];
+    let mut node = loud(&[&serve, &keyed[..]].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(node.stdout.take().unwrap());
+    let mut node = Running { child: node, lines };
+    let up = node.line();
+    let (_, address) = up.trim().trim_end_matches(')').rsplit_once('(').unwrap();
+    let peer = ["--peer", address];
+    let asked = loud(&[&["request", "echo", "hello"], &keyed[..], &peer].concat()).output();
+    assert_eq!(stdout(&asked.unwrap()), "hello\n");
+    let wrong = ["peers", "--mesh-key-file", &other_file, "--no-local", "--no-mdns"];
+    let refused = loud(&[&wrong[..], &peer, &["--wait", "300ms"]].concat()).output().unwrap();
+    let told = String::from_utf8_lossy(&refused.stdout).into_owned();
+    assert!(told.contains("did not prove the mesh key"), "{told}");
+
+    let logged = std::fs::read(path("log")).unwrap();
+    let all = [&logged, up.as_bytes(), told.as_bytes()].concat();
+    assert!(logged.len() > 1000, "the log is on");
+    let holds = |needle: &[u8]| all.windows(needle.len()).any(|window| window == needle);
+    for file in [&key_file, &other_file] {
+        let text = std::fs::read_to_string(file).unwrap();
+        let secret = text.trim().rsplit_once('-').unwrap().1;
+        let bytes = data_encoding::BASE32_NOPAD.decode(secret.to_uppercase().as_bytes()).unwrap();
+        assert!(!holds(secret.as_bytes()), "as text");
+        assert!(!holds(&bytes[..16]), "as bytes");
+        let hex = data_encoding::HEXLOWER.encode(&bytes[..16]);
+        assert!(!holds(hex.as_bytes()), "in hexadecimal");
+        assert!(
+            !holds(format!("{:?}", &bytes[..8]).trim_matches(['[', ']']).as_bytes()),
+            "as numbers"
+        );
+    }
+    let identity = std::fs::read_to_string(&id_file).unwrap();
+    assert!(!holds(identity.lines().nth(1).unwrap().as_bytes()), "the node's own key");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_node_out_of_file_descriptors_waits_and_takes_connections_again() {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let shell = Shell::new();
+    let serve = ["node", "--serve", "echo", "--listen", "127.0.0.1:0", "--no-local", "--no-mdns"];
+    let mut node = shell.command(&serve);
+    let mut node = node.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut errors = BufReader::new(node.stderr.take().unwrap()).lines();
+    let lines = BufReader::new(node.stdout.take().unwrap());
+    let mut node = Running { child: node, lines };
+    let up = node.line();
+    let (_, address) = up.trim().trim_end_matches(')').rsplit_once('(').unwrap();
+
+    let open = std::fs::read_dir(format!("/proc/{}/fd", node.child.id())).unwrap().count() as u64;
+    let room = Rlimit { current: Some(open + 2), maximum: Some(open + 2) };
+    prlimit(Some(Pid::from_child(&node.child)), Resource::Nofile, room).unwrap();
+    let crowd: Vec<_> = (0..6).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+    let said = errors.find(|line| line.as_ref().unwrap().contains("accepting a connection failed"));
+    assert!(said.is_some());
+    drop(crowd);
+    let ask = ["request", "echo", "still here?", "--no-local", "--no-mdns", "--wait", "30s"];
+    let asked = shell.run(&[&ask[..], &["--peer", address]].concat());
+    assert_eq!(stdout(&asked), "still here?\n");
+}

@@ -270,25 +270,37 @@ async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
 }
 
 #[tokio::test]
-async fn two_hundred_silent_connections_do_not_keep_a_real_peer_out() {
-    for trust in [OPEN, Trust::ThisHost] {
+async fn a_thousand_slow_handshakes_do_not_keep_a_real_peer_out() {
+    // The head of a TLS record, and of a ClientHello that never ends.
+    let mut client_hello = [0; 64];
+    client_hello[..11].copy_from_slice(&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]);
+    for (trust, says) in [(OPEN, GREETING), (Trust::ThisHost, client_hello)] {
         let impatient = std::time::Duration::from_millis(300);
         let change = |config: peerbus::Config| config.trust(trust.clone());
         let target = Target::with(|config| change(config).handshake_timeout(impatient)).await;
-        let mut silent = Vec::new();
-        for _ in 0..200 {
-            silent.push(target.connect().await);
+        let mut slow = tokio::task::JoinSet::new();
+        for _ in 0..1000 {
+            let mut stream = target.connect().await;
+            slow.spawn(async move {
+                for byte in says {
+                    if stream.write_all(&[byte]).await.is_err() {
+                        return;
+                    }
+                    tokio::task::yield_now().await;
+                }
+                cut(&mut stream).await;
+            });
         }
         // From one address no more than 8 may be in their handshake; the rest are turned away.
-        for stream in &mut silent {
-            cut(stream).await;
-        }
-        target.is_unharmed("pending_from_address").await;
-        target.is_unharmed("handshake_timeout").await;
         let late = change(target.host.tcp_config("late"));
         let late = late.peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
         late.wait_for_service("echo", SOON).await.unwrap();
         assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
+        soon(slow.join_all()).await;
+        drop(late);
+        for counted in ["pending_from_address", "handshake_timeout"] {
+            assert!(target.node.counters().refused.contains_key(counted), "{counted}");
+        }
     }
 }
 

@@ -146,3 +146,34 @@ async fn a_proof_holds_for_its_own_connection() {
     let refusals = [scene.refused.recv().await, scene.refused.recv().await];
     assert!(refusals.contains(&Some(Refusal::MeshKey)), "{refusals:?}");
 }
+
+/// What a full handshake costs both sides together:
+/// `cargo test --release --lib handshake_costs -- --ignored --nocapture`
+#[cfg(unix)]
+#[tokio::test]
+#[ignore = "it measures, and tests nothing"]
+async fn what_a_handshake_costs() {
+    use rustix::time::{ClockId, clock_gettime};
+    let cpu = || {
+        let spent = clock_gettime(ClockId::ProcessCPUTime);
+        spent.tv_sec as f64 * 1000.0 + spent.tv_nsec as f64 / 1e6
+    };
+    let key = MeshKey::generate();
+    let mut scene = Scene::new(&key, &key).await;
+    let mut rounds = Vec::new();
+    for _ in 0..15 {
+        let before = cpu();
+        for _ in 0..50 {
+            let Ok((mut stream, _)) = scene.tls.open(scene.dial().await, true).await else {
+                panic!()
+            };
+            stream.write_all(&greeting()).await.unwrap();
+            stream.write_all(&ready(&new_identity(&scene.me.node_id()))).await.unwrap();
+            stream.flush().await.unwrap();
+            scene.connected.recv().await.unwrap();
+        }
+        rounds.push((cpu() - before) / 50.0);
+    }
+    rounds.sort_by(f64::total_cmp);
+    println!("{:.3} ms of CPU for both sides of a handshake, the median of 15 rounds", rounds[7]);
+}
