@@ -49,6 +49,9 @@ impl NodeCommand {
                 if listening.is_empty() { "this host only".into() } else { listening.join(", ") };
             format!("{} is up as {} ({tcp})", node.name(), node.id())
         })?;
+        if let Some(hint) = self.node.hint() {
+            eprintln!("{hint}");
+        }
         let mut messages = SelectAll::new();
         for pattern in &self.subscribe {
             messages.push(node.subscribe(pattern)?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use peerbus::{Address, MeshName, Node, NodeId, Receipt, Recipient};
+use peerbus::{Address, MeshName, Node, NodeId, Receipt, Recipient, Trust};
 use serde_json::json;
 
 use crate::trust::TrustOptions;
@@ -84,6 +84,12 @@ impl NodeOptions {
         let excluded = self.exclude_interface.iter();
         config = excluded.fold(config, |config, name| config.exclude_interface(name));
         config.start().await.context("the node can't start")
+    }
+
+    /// How to get beyond this host, if this node doesn't.
+    pub(crate) fn hint(&self) -> Option<&'static str> {
+        let here = matches!(self.trust.trust(), Ok(Trust::ThisHost));
+        here.then_some("to join a LAN: --mesh-key KEY; `peerbus keygen --mesh` makes a key")
     }
 }
 

@@ -75,6 +75,9 @@ impl Peers {
             }
             text
         })?;
+        if let (true, Some(hint)) = (peers.is_empty(), self.node.hint()) {
+            eprintln!("{hint}");
+        }
         match self.count {
             Some(count) if found.is_err() => {
                 anyhow::bail!("found {} of {count} peers", peers.len())
