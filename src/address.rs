@@ -9,6 +9,9 @@ use crate::identity::NodeId;
 /// The longest topic, pattern or service name, in bytes.
 pub const MAX_ADDRESS_LEN: usize = 255;
 
+/// The most tokens of a topic, pattern or service name.
+pub const MAX_TOKENS: usize = 32;
+
 /// Why a topic, pattern, service name or mesh name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -28,6 +31,14 @@ pub enum AddressError {
         len: usize,
         /// The most that is allowed.
         max: usize,
+    },
+    /// More tokens than allowed.
+    #[error("{what} has {tokens} tokens; at most {MAX_TOKENS} are allowed")]
+    TooManyTokens {
+        /// What was parsed.
+        what: &'static str,
+        /// How many it has.
+        tokens: usize,
     },
     /// Two dots in a row, or one at either end.
     #[error("{what} {text:?} has an empty token: no dot may stand first, last or beside another")]
@@ -83,7 +94,14 @@ fn check_tokens(what: &'static str, text: &str) -> Result<(), AddressError> {
     if text.split('.').any(str::is_empty) {
         return Err(AddressError::EmptyToken { what, text: text.into() });
     }
-    Ok(())
+    check_count(what, text)
+}
+
+fn check_count(what: &'static str, text: &str) -> Result<(), AddressError> {
+    match text.split('.').count() {
+        tokens if tokens > MAX_TOKENS => Err(AddressError::TooManyTokens { what, tokens }),
+        _ => Ok(()),
+    }
 }
 
 /// Implements what a checked, cheaply cloned text has in common.
@@ -141,7 +159,7 @@ macro_rules! checked_text {
 
 /// A publish-subscribe channel: dot-separated tokens, `orders.eu.placed`.
 ///
-/// At most 255 bytes; tokens are not empty and hold no blanks, control characters, `*`, `>` or
+/// At most 255 bytes and 32 tokens; tokens are not empty and hold no blanks, control characters, `*`, `>` or
 /// `$`. Cloning is cheap.
 ///
 /// ```
@@ -192,7 +210,7 @@ impl Pattern {
                 _ => check_tokens(what, token)?,
             }
         }
-        Ok(())
+        check_count(what, text)
     }
 
     /// Whether a message on `topic` is wanted.
@@ -420,6 +438,9 @@ mod tests {
         let long = "a".repeat(MAX_ADDRESS_LEN + 1);
         let error = long.parse::<Topic>().unwrap_err();
         assert_eq!(error.to_string(), "topic is 256 bytes long; at most 255 are allowed");
+        let deep = ["a"; MAX_TOKENS + 1].join(".");
+        assert!(deep.parse::<Topic>().is_err() && deep.parse::<Pattern>().is_err());
+        assert!(deep[2..].parse::<Topic>().is_ok() && deep[2..].parse::<Pattern>().is_ok());
         assert!("../x".parse::<MeshName>().is_err());
         assert!("a".repeat(25).parse::<MeshName>().is_err());
     }

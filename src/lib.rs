@@ -107,7 +107,7 @@ pub mod protocol {}
 struct Readme;
 
 pub use address::{
-    AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MeshName, Pattern, Recipient,
+    AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MAX_TOKENS, MeshName, Pattern, Recipient,
     ServiceName, Topic,
 };
 pub use config::Config;

@@ -122,6 +122,139 @@ fn hello(mesh: &str, id: [u8; 32]) -> Vec<u8> {
     record
 }
 
+/// Says hello and accepts the link: the smallest of ids decides.
+const MEMBER: [u8; 32] = [0; 32];
+
+/// A peer with a link of its own. Its hello asks for the topic `bait`.
+async fn member(target: &Target) -> TcpStream {
+    let mut events = target.node.events();
+    let mut stream = target.connect().await;
+    stream.write_all(&[&GREETING[..], &ready(&[0; 48])].concat()).await.unwrap();
+    let mut record = hello("default", MEMBER);
+    record[0] += 1;
+    record.extend_from_slice(b"\x91\xa4bait");
+    stream.write_all(&batch(&PREAMBLE, &record)).await.unwrap();
+    stream.write_all(&batch(&PREAMBLE, &[0x91, 2])).await.unwrap();
+    wait_for(&mut events, |event| match event {
+        Event::PeerUp(peer) if peer.id.as_bytes() == &MEMBER => Some(()),
+        _ => None,
+    })
+    .await;
+    stream
+}
+
+/// `[3, seq, subscribed, unsubscribed]`
+fn announcement(seq: u32, subscribed: &[String], unsubscribed: &[String]) -> Vec<u8> {
+    let mut record = vec![0x94, 3, 0xce];
+    record.extend_from_slice(&seq.to_be_bytes());
+    for list in [subscribed, unsubscribed] {
+        record.push(0xdd);
+        record.extend_from_slice(&(list.len() as u32).to_be_bytes());
+        for text in list {
+            record.push(0xa0 | text.len() as u8);
+            record.extend_from_slice(text.as_bytes());
+        }
+    }
+    record
+}
+
+/// Waits until the hostile member has lost its link; why.
+async fn lost(target: &Target, events: &mut peerbus::Events) -> String {
+    let reason = wait_for(events, |event| match event {
+        Event::PeerDown { id, reason, .. } if id.as_bytes() == &MEMBER => Some(reason),
+        _ => None,
+    });
+    let reason = reason.await.to_string();
+    target.is_unharmed("protocol").await;
+    reason
+}
+
+#[tokio::test]
+async fn a_member_that_lies_about_lengths_loses_its_link() {
+    let target = Target::new().await;
+    let mut stream = member(&target).await;
+    let mut events = target.node.events();
+    let mut lying = batch(&PREAMBLE, b"x");
+    let at = lying.len() - 5;
+    lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
+    stream.write_all(&lying).await.unwrap();
+    let reason = lost(&target, &mut events).await;
+    assert!(reason.contains("cut short"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_member_whose_credit_goes_backwards_loses_its_link() {
+    let target = Target::new().await;
+    let mut stream = member(&target).await;
+    let mut events = target.node.events();
+    target.node.publish("bait", "").await.unwrap();
+    // One event of 128 bytes is consumed; then it isn't.
+    for consumed in [&[0x97, 1, 1, 0xcc, 128, 0, 0, 0, 0][..], &PREAMBLE] {
+        stream.write_all(&batch(consumed, &[0x92, 8, 0])).await.unwrap();
+    }
+    let reason = lost(&target, &mut events).await;
+    assert!(reason.contains("credit"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_member_with_more_patterns_than_allowed_loses_its_link() {
+    let target = Target::new().await;
+    let mut stream = member(&target).await;
+    let mut events = target.node.events();
+    for seq in 1..=2 {
+        let patterns: Vec<_> = (0..6000).map(|n| format!("p{seq}.{n}")).collect();
+        stream.write_all(&batch(&PREAMBLE, &announcement(seq, &patterns, &[]))).await.unwrap();
+    }
+    let reason = lost(&target, &mut events).await;
+    assert!(reason.contains("announces too much"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_member_that_floods_with_announcements_loses_its_link() {
+    let target = Target::new().await;
+    let stream = member(&target).await;
+    let mut events = target.node.events();
+    let (mut reading, mut writing) = stream.into_split();
+    let flood = async move {
+        let one = ["x.y".to_owned()];
+        for seq in 1.. {
+            let change = match seq % 2 {
+                1 => announcement(seq, &one, &[]),
+                _ => announcement(seq, &[], &one),
+            };
+            if writing.write_all(&batch(&PREAMBLE, &change)).await.is_err() {
+                return;
+            }
+        }
+    };
+    // What the target answers has to go somewhere.
+    let drain = async move { _ = tokio::io::copy(&mut reading, &mut tokio::io::sink()).await };
+    let hostile = tokio::spawn(async move { tokio::join!(flood, drain) });
+    let reason = lost(&target, &mut events).await;
+    assert!(reason.contains("change too often"), "{reason}");
+    soon(hostile).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reply_goes_to_who_asked_whatever_return_address_is_claimed() {
+    let target = Target::new().await;
+    let mut stream = member(&target).await;
+    for victim in [*target.node.id().as_bytes(), *target.friend.id().as_bytes()] {
+        // [20, id, "echo", body, nil, nil, reply_to]
+        let mut request = vec![0x97, 20, 0xc4, 16];
+        request.extend_from_slice(&victim[..16]);
+        request.extend_from_slice(b"\xa4echo\xc4\x05forge\xc0\xc0\xc4\x20");
+        request.extend_from_slice(&victim);
+        stream.write_all(&batch(&PREAMBLE, &request)).await.unwrap();
+        let (mut seen, mut chunk) = (Vec::new(), [0; 4096]);
+        while !seen.windows(5).any(|bytes| bytes == b"forge") {
+            let read = soon(stream.read(&mut chunk)).await.unwrap();
+            assert_ne!(read, 0, "the link stays");
+            seen.extend_from_slice(&chunk[..read]);
+        }
+    }
+}
+
 #[tokio::test]
 async fn the_73_bytes_that_abort_the_socket_library_are_cut() {
     let target = Target::new().await;

@@ -17,12 +17,16 @@ use tokio::time::sleep;
 
 use super::{Discovered, Sink};
 use crate::address::MeshName;
-use crate::engine::{Sighting, TargetKey};
+use crate::engine::{MAX_ADDRESSES, Sighting, TargetKey};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source};
+use crate::trust::LetIn;
+#[cfg(any(test, fuzzing))]
 use crate::trust::MeshKey;
 
 const SERVICE: &str = "_peerbus._tcp.local.";
+/// Of what is announced here. Another version's records mean something else.
+const VERSION: &str = "1";
 /// What the keys of advertised addresses begin with.
 const ADDRESS: &str = "addr";
 /// What the keys of the mesh keys' tags begin with.
@@ -41,11 +45,18 @@ pub(crate) struct Beacon {
     pub(crate) mesh: MeshName,
     /// The trust mode's name.
     pub(crate) trust: &'static str,
-    pub(crate) mesh_keys: Vec<MeshKey>,
+    pub(crate) let_in: LetIn,
     pub(crate) listening: Vec<SocketAddr>,
     pub(crate) advertise: Vec<Address>,
     pub(crate) interfaces: Vec<String>,
     pub(crate) excluded_interfaces: Vec<String>,
+}
+
+impl Beacon {
+    /// Whether it listens on loopback only.
+    fn is_for_loopback(&self) -> bool {
+        self.listening.iter().all(|addr| addr.ip().is_loopback())
+    }
 }
 
 /// Announces the node; the returned future reports others until it is dropped.
@@ -76,8 +87,7 @@ pub(crate) fn start(
 }
 
 fn choose_interfaces(daemon: &ServiceDaemon, beacon: &Beacon) -> mdns_sd::Result<()> {
-    let loopback = beacon.listening.iter().all(|addr| addr.ip().is_loopback());
-    if loopback {
+    if beacon.is_for_loopback() {
         daemon.disable_interface(IfKind::All)?;
         daemon.enable_interface(vec![IfKind::LoopbackV4, IfKind::LoopbackV6])?;
     } else if !beacon.interfaces.is_empty() {
@@ -102,7 +112,7 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     let name: String = beacon.name.chars().take(60).collect();
     let mut txt = vec![
         ("mesh".to_owned(), beacon.mesh.to_string()),
-        ("v".to_owned(), "1".to_owned()),
+        ("v".to_owned(), VERSION.to_owned()),
         ("trust".to_owned(), beacon.trust.to_owned()),
         ("name".to_owned(), name),
     ];
@@ -110,7 +120,7 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     for (number, address) in beacon.advertise.iter().enumerate() {
         txt.push((format!("{ADDRESS}{number}"), address.to_string()));
     }
-    for (number, key) in beacon.mesh_keys.iter().enumerate() {
+    for (number, key) in beacon.let_in.mesh_keys().iter().enumerate() {
         txt.push((format!("{TAG}{number}"), key.tag(&beacon.id)));
     }
     let everywhere = beacon.listening.iter().any(|addr| addr.ip().is_unspecified());
@@ -162,14 +172,20 @@ fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
     let id = node_id(&service.fullname)?;
     let mesh = service.get_property_val_str("mesh")?;
     let trust = service.get_property_val_str("trust")?;
-    if id == beacon.id || mesh != beacon.mesh.as_str() || trust != beacon.trust {
+    let version = service.get_property_val_str("v")?;
+    if id == beacon.id
+        || mesh != beacon.mesh.as_str()
+        || trust != beacon.trust
+        || version != VERSION
+        || !beacon.let_in.trusts(&id)
+    {
         return None;
     }
     let numbered = |name: &'static str| {
         let properties = service.txt_properties.iter();
         properties.filter(move |property| property.key().starts_with(name))
     };
-    let ours: Vec<String> = beacon.mesh_keys.iter().map(|key| key.tag(&id)).collect();
+    let ours: Vec<String> = beacon.let_in.mesh_keys().iter().map(|key| key.tag(&id)).collect();
     if !ours.is_empty() && !numbered(TAG).any(|tag| ours.iter().any(|our| our == tag.val_str())) {
         return None;
     }
@@ -180,7 +196,12 @@ fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
         addresses
             .extend(service.get_addresses().iter().map(|ip| Address::Tcp(socket_addr(ip, port))));
     }
+    if !beacon.is_for_loopback() {
+        // Others have no business telling what is on this host.
+        addresses.retain(|addr| !matches!(addr, Address::Tcp(addr) if addr.ip().is_loopback()));
+    }
     addresses.sort_unstable();
+    addresses.truncate(MAX_ADDRESSES);
     Some(Sighting { source: Source::Mdns, id: Some(id), addresses })
 }
 
@@ -202,7 +223,7 @@ pub(crate) fn check_txt(mut strings: &[u8]) {
         name: "x".into(),
         mesh: MeshName::default(),
         trust: "mesh-key",
-        mesh_keys: vec![MeshKey::generate()],
+        let_in: LetIn::MeshKey(vec![MeshKey::generate()]),
         listening: Vec::new(),
         advertise: Vec::new(),
         interfaces: Vec::new(),
@@ -220,7 +241,7 @@ pub(crate) fn check_txt(mut strings: &[u8]) {
     let host = format!("{id}.local.");
     if let Ok(info) = ServiceInfo::new(SERVICE, &id, &host, "10.0.0.1", 4000, txt.as_slice()) {
         let service = info.as_resolved_service();
-        for beacon in [Beacon { trust: "open", mesh_keys: Vec::new(), ..me.clone() }, me] {
+        for beacon in [Beacon { trust: "open", let_in: LetIn::Anybody, ..me.clone() }, me] {
             let _sighting = sighting(&service, &beacon);
         }
     }
@@ -251,7 +272,7 @@ mod tests {
             name: "x".into(),
             mesh: MeshName::default(),
             trust: "open",
-            mesh_keys: Vec::new(),
+            let_in: LetIn::Anybody,
             listening: vec!["10.1.2.3:4000".parse().unwrap()],
             advertise: Vec::new(),
             interfaces: Vec::new(),
@@ -279,7 +300,7 @@ mod tests {
         let [old, new, other] = [(); 3].map(|()| MeshKey::generate());
         let keyed = |byte, keys: &[&MeshKey]| Beacon {
             trust: "mesh-key",
-            mesh_keys: keys.iter().copied().cloned().collect(),
+            let_in: LetIn::MeshKey(keys.iter().copied().cloned().collect()),
             ..beacon(byte)
         };
         let alice = keyed(1, &[&old, &new]);

@@ -71,6 +71,9 @@ const REFUSED_RETRY: Duration = Duration::from_secs(60);
 const POLITE_DELAY: Duration = Duration::from_millis(300);
 /// How many targets of a lane are dialled at once.
 const MAX_DIALING: usize = 32;
+/// How soon a target is tried again when others than this host and its configuration say that
+/// its addresses have changed. Who forges that can do so as often as it likes.
+const MOVED_RETRY: Duration = Duration::from_secs(1);
 /// The most addresses that are kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
 /// Those that wait and those that are dialled, apart by how far their source is believed: what
@@ -128,8 +131,11 @@ impl Dialer {
         let Some(target) = self.targets.get_mut(&key) else {
             return self.add(now, key, sighting);
         };
-        target.gone = false;
         let (state, before, after) = (target.state, lane(target.source), lane(sighting.source));
+        if before != after && self.known[after] >= MAX_KNOWN[after] {
+            return;
+        }
+        target.gone = false;
         if before != after {
             // It takes its place among the others.
             self.enter(&key, State::Idle);
@@ -140,11 +146,15 @@ impl Dialer {
         target.source = sighting.source;
         let moved = target.addresses != sighting.addresses;
         target.addresses = sighting.addresses;
+        target.addresses.truncate(MAX_ADDRESSES);
         match state {
             // New addresses deserve a new attempt.
-            State::Waiting { .. } if moved => {
+            State::Waiting { .. } if moved && after == 0 => {
                 target.failures = 0;
                 self.enter(&key, State::Waiting { until: now });
+            }
+            State::Waiting { until } if moved && target.failures > 0 => {
+                self.enter(&key, State::Waiting { until: until.min(now + MOVED_RETRY) });
             }
             state if before != after => self.enter(&key, state),
             _ => {}
@@ -184,9 +194,11 @@ impl Dialer {
         if let Some(id) = sighting.id {
             self.by_node.entry(id).or_default().insert(key.clone());
         }
+        let mut addresses = sighting.addresses;
+        addresses.truncate(MAX_ADDRESSES);
         let target = Target {
             source: sighting.source,
-            addresses: sighting.addresses,
+            addresses,
             id: sighting.id,
             state: State::Idle,
             failures: 0,

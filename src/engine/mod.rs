@@ -28,7 +28,7 @@ mod service;
 mod sim;
 
 pub(crate) use affinity::{Affinity, preferred};
-pub(crate) use dialer::{Sighting, TargetKey};
+pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
 pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};
 pub(crate) use queue::Queue;

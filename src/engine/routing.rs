@@ -23,7 +23,7 @@ pub(crate) type Matches<'a, T> = SmallVec<[(u64, &'a T); 8]>;
 /// take, however many patterns there are. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub(crate) struct PatternTrie<T: Clone> {
-    children: HashMap<Arc<str>, PatternTrie<T>>,
+    children: Children<T>,
     /// What `*` leads to.
     any: Option<Arc<PatternTrie<T>>>,
     /// The values of patterns that end here, by number.
@@ -34,14 +34,14 @@ pub(crate) struct PatternTrie<T: Clone> {
 
 impl<T: Clone> Default for PatternTrie<T> {
     fn default() -> Self {
-        Self { children: HashMap::default(), any: None, here: OrdMap::new(), rest: OrdMap::new() }
+        Self { children: Children::None, any: None, here: OrdMap::new(), rest: OrdMap::new() }
     }
 }
 
 impl<T: Clone> PatternTrie<T> {
     /// Adds a value under a number, which stands for it when it matches by several patterns.
     pub(crate) fn insert(&mut self, pattern: &Pattern, number: u64, value: T) {
-        self.change(pattern.as_str().split('.'), |values| _ = values.insert(number, value));
+        self.change(pattern.as_str().split('.'), |values| _ = values.insert(number, value.clone()));
     }
 
     pub(crate) fn remove(&mut self, pattern: &Pattern, number: u64) {
@@ -51,32 +51,27 @@ impl<T: Clone> PatternTrie<T> {
     fn change<'a>(
         &mut self,
         mut tokens: impl Iterator<Item = &'a str>,
-        change: impl FnOnce(&mut OrdMap<u64, T>),
+        mut change: impl FnMut(&mut OrdMap<u64, T>),
     ) {
-        // A loop would have to go back up to remove what became empty.
-        fn down<T: Clone>(
-            node: &mut PatternTrie<T>,
-            tokens: &mut dyn Iterator<Item = &str>,
-            change: impl FnOnce(&mut OrdMap<u64, T>),
-        ) {
-            match tokens.next() {
-                None => change(&mut node.here),
-                Some(">") => change(&mut node.rest),
-                Some("*") => {
-                    let mut next = node.any.take().unwrap_or_default();
-                    down(Arc::make_mut(&mut next), tokens, change);
-                    node.any = (!next.is_empty()).then_some(next);
-                }
-                Some(token) => {
-                    let mut next = node.children.remove(token).unwrap_or_default();
-                    down(&mut next, tokens, change);
-                    if !next.is_empty() {
-                        node.children.insert(token.into(), next);
-                    }
-                }
+        self.change_below(&mut tokens, &mut change);
+    }
+
+    /// By recursion, since the way back up removes what became empty.
+    fn change_below(
+        &mut self,
+        tokens: &mut dyn Iterator<Item = &str>,
+        change: &mut dyn FnMut(&mut OrdMap<u64, T>),
+    ) {
+        match tokens.next() {
+            None => change(&mut self.here),
+            Some(">") => change(&mut self.rest),
+            Some("*") => {
+                let mut next = self.any.take().unwrap_or_default();
+                Arc::make_mut(&mut next).change_below(tokens, change);
+                self.any = (!next.is_empty()).then_some(next);
             }
+            Some(token) => self.children.change(token, |next| next.change_below(tokens, change)),
         }
-        down(self, &mut tokens, change);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -100,7 +95,8 @@ impl<T: Clone> PatternTrie<T> {
     /// All values, in no order.
     pub(crate) fn all(&self) -> Vec<&T> {
         let mut found: Vec<&T> = self.here.values().chain(self.rest.values()).collect();
-        let below = self.children.values().chain(self.any.as_deref());
+        let (one, many) = self.children.all();
+        let below = one.into_iter().chain(many).chain(&self.any);
         below.for_each(|next| found.extend(next.all()));
         found
     }
@@ -115,13 +111,74 @@ impl<T: Clone> PatternTrie<T> {
             Some((token, rest)) => (token, Some(rest)),
             None => (rest, None),
         };
-        let exact = if self.children.is_empty() { None } else { self.children.get(token) };
+        let exact = self.children.get(token);
         for next in exact.into_iter().chain(self.any.as_deref()) {
             match rest {
                 Some(rest) => next.collect(rest, found),
                 None => found.extend(all(&next.here)),
             }
         }
+    }
+}
+
+/// The branches of a trie by their tokens. Most nodes have none or one, and a map of its own for
+/// each would let a peer with long patterns take gigabytes.
+#[derive(Debug, Clone)]
+enum Children<T: Clone> {
+    None,
+    One(Arc<str>, Arc<PatternTrie<T>>),
+    Many(HashMap<Arc<str>, Arc<PatternTrie<T>>>),
+}
+
+impl<T: Clone> Children<T> {
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    fn get(&self, token: &str) -> Option<&PatternTrie<T>> {
+        match self {
+            Self::One(own, next) if **own == *token => Some(next),
+            Self::None | Self::One(..) => None,
+            Self::Many(map) => map.get(token).map(|next| &**next),
+        }
+    }
+
+    fn all(
+        &self,
+    ) -> (Option<&Arc<PatternTrie<T>>>, impl Iterator<Item = &Arc<PatternTrie<T>>>) {
+        let (one, many) = match self {
+            Self::None => (None, None),
+            Self::One(_, next) => (Some(next), None),
+            Self::Many(map) => (None, Some(map)),
+        };
+        (one, many.into_iter().flat_map(|map| map.values()))
+    }
+
+    /// Changes the branch of a token, which is made if it is missing and removed if it ends empty.
+    fn change(&mut self, token: &str, change: impl FnOnce(&mut PatternTrie<T>)) {
+        let mut next = match self {
+            Self::One(own, next) if **own == *token => std::mem::take(next),
+            Self::None | Self::One(..) => Arc::default(),
+            Self::Many(map) => map.remove(token).unwrap_or_default(),
+        };
+        change(Arc::make_mut(&mut next));
+        let kept = (!next.is_empty()).then(|| (Arc::from(token), next));
+        *self = match (std::mem::replace(self, Self::None), kept) {
+            (Self::Many(mut map), kept) => {
+                map.extend(kept);
+                match map.len() {
+                    0 => Self::None,
+                    1 => map.into_iter().next().map_or(Self::None, |(own, next)| Self::One(own, next)),
+                    _ => Self::Many(map),
+                }
+            }
+            (Self::One(own, other), Some(kept)) if *own != *token => {
+                Self::Many([(own, other), kept].into_iter().collect())
+            }
+            (Self::One(own, other), None) if *own != *token => Self::One(own, other),
+            (Self::None | Self::One(..), Some((own, next))) => Self::One(own, next),
+            (Self::None | Self::One(..), None) => Self::None,
+        };
     }
 }
 

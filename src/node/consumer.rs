@@ -126,11 +126,12 @@ impl Shared {
         drop(consumers);
         if own {
             self.tell_consumers();
+            cell.turn_down(self);
         }
     }
 
-    pub(super) fn consumer(&self, name: &ServiceName) -> Option<Arc<ServiceCell>> {
-        lock(&self.consumers).get(name).map(|(_, cell)| cell.clone())
+    pub(super) fn consumer(&self, name: &ServiceName) -> Option<(Pattern, Arc<ServiceCell>)> {
+        lock(&self.consumers).get(name).cloned()
     }
 
     pub(super) fn consumed(&self) -> Vec<(ServiceName, Pattern)> {

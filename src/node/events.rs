@@ -137,7 +137,7 @@ impl From<DownReason> for DownCause {
             }
             DownReason::Replaced => Self::Replaced,
             DownReason::ShutDownHere => Self::ShutDownHere,
-            reason @ (DownReason::Bye(_) | DownReason::Violation(_)) => {
+            reason @ (DownReason::Bye(_) | DownReason::Refused(_) | DownReason::Violation(_)) => {
                 Self::Protocol(reason.to_string())
             }
         }

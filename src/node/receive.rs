@@ -91,7 +91,6 @@ impl Receiver for LinkReceiver {
             Fault::Flow(violation) => violation.to_string(),
             Fault::OutOfTurn => "a message before the link was accepted".into(),
         };
-        self.shared.counters.refused("protocol");
         self.shared.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
 
@@ -166,7 +165,7 @@ impl LinkReceiver {
                 let denied: Vec<_> =
                     denied.map(|(_, pattern)| (Action::Subscribe, pattern.to_string())).collect();
                 if !denied.is_empty() {
-                    cell.send_control(Control::Denied(denied));
+                    cell.send_control(Control::denied(denied));
                 }
                 shared.handle_inbox(cell.peer, *info);
             }
@@ -232,7 +231,7 @@ fn permit(grants: &Grants, destination: &Destination) -> bool {
     match destination {
         Destination::Topic(topic) => grants.permit(Action::Publish, topic.as_str()),
         Destination::Service(name) => grants.permit(Action::Send, name.as_str()),
-        Destination::Node(_) => grants.permit(Action::Send, ServiceName::node_inbox().as_str()),
+        Destination::Node(_) => grants.permit_node(),
     }
 }
 
@@ -331,12 +330,14 @@ impl Shared {
         let subscription =
             message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
         let service = match (&message.header.destination, subscription) {
-            (_, Some(subscription)) => self.consumer(subscription),
+            (Destination::Topic(topic), Some(subscription)) => {
+                self.consumer(subscription).filter(|(pattern, _)| pattern.matches(topic)).map(|it| it.1)
+            }
             (Destination::Service(name), None) => self.service(name),
             (Destination::Node(node), None) if *node == self.id => {
                 self.service(&ServiceName::node_inbox())
             }
-            (Destination::Node(_) | Destination::Topic(_), None) => None,
+            (Destination::Node(_) | Destination::Topic(_), None) | (_, Some(_)) => None,
         };
         match service {
             Some(service) => service.handle_call(self, message, credit),

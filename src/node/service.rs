@@ -372,12 +372,17 @@ impl ServiceCell {
         }
     }
 
-    /// Turns down what waits and ends what runs; how many of the latter there were.
-    pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
+    /// Turns down what waits.
+    pub(super) fn turn_down(&self, shared: &Arc<Shared>) {
         let waiting = lock(&self.state).admissions.take_waiting(|_| true);
         for held in waiting {
             shared.decline(&held.message, held.credit, DropReason::NoService);
         }
+    }
+
+    /// Turns down what waits and ends what runs; how many of the latter there were.
+    pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
+        self.turn_down(shared);
         let state = lock(&self.state);
         let tasks = state.running.values().filter_map(|running| running.task.as_ref());
         tasks.for_each(AbortHandle::abort);
@@ -415,7 +420,7 @@ impl Shared {
         self.send_reply(call, credit, payload, None);
     }
 
-    /// Sends a reply to a call's return address.
+    /// Sends a reply to the node that called.
     fn send_reply(
         self: &Arc<Self>,
         call: &Message,
@@ -423,30 +428,19 @@ impl Shared {
         payload: Payload,
         content_type: Option<&str>,
     ) {
-        let Some(address) = call.header.reply_to else {
-            return;
-        };
+        // Where it came from, whatever it says: a reply elsewhere could pass for an answer to
+        // somebody else's request.
         let id = self.ids.next_now();
-        let mut header = Header::new(id, Kind::Document, Destination::Node(address));
+        let mut header = Header::new(id, Kind::Document, Destination::Node(call.from));
         header.correlation_id = Some(call.header.id);
         if let Some(content_type) = content_type {
             header.extra_mut().content_type = Some(content_type.to_owned());
         }
-        if address == self.id {
-            return self.reply_to_self(Envelope { header, payload });
-        }
         let envelope = Envelope { header, payload };
-        let sent = match credit {
-            Some(credit) if credit.cell().peer == address => credit.answer(envelope),
-            // The return address is another node than the one that called.
-            _ => match self.routing.load().link(&address) {
-                Some(cell) => cell.send_message(envelope),
-                _ => Err(DropReason::LinkLost),
-            },
-        };
-        match sent {
+        let Some(credit) = credit else { return self.reply_to_self(envelope) };
+        match credit.answer(envelope) {
             Ok(()) => add(&self.counters.queued, 1),
-            Err(reason) => self.count_drop(address, reason, 1),
+            Err(reason) => self.count_drop(call.from, reason, 1),
         }
     }
 

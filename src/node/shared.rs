@@ -267,6 +267,9 @@ impl Shared {
         let lost = cell.with_flow(crate::engine::Flow::close);
         self.count_drop(cell.peer, DropReason::LinkLost, lost.unsent);
         add(&self.counters.in_doubt, lost.in_doubt);
+        if matches!(reason, DownReason::Violation(_)) {
+            self.counters.refused("protocol");
+        }
         tracing::debug!(peer = %cell.peer.short(), %reason, "link closed");
         for (id, waiter) in lock(&self.requests).handle_link_lost(link) {
             let maybe_executed = !lost.unsent_calls.contains(&id);

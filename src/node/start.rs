@@ -238,7 +238,7 @@ async fn start_sockets(
             name: shared.name.clone(),
             mesh: config.mesh.clone(),
             trust: config.trust.as_str(),
-            mesh_keys: let_in.mesh_keys().to_vec(),
+            let_in: let_in.clone(),
             listening: listening.clone(),
             advertise: config.advertise.clone(),
             interfaces: config.interfaces.clone(),

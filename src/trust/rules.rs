@@ -202,6 +202,11 @@ impl Grants {
         self.any(action, |pattern| pattern.matches_text(name))
     }
 
+    /// Whether it may send to a node itself, which takes the right to send anything.
+    pub(crate) fn permit_node(&self) -> bool {
+        self.any(Action::Send, |pattern| pattern.as_str() == ">")
+    }
+
     /// Whether it may do something with all that `wanted` stands for.
     pub(crate) fn permit_all(&self, action: Action, wanted: &Pattern) -> bool {
         self.any(action, |pattern| pattern.covers(wanted))

@@ -116,8 +116,9 @@ impl TrustedKeys {
 /// How often the file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// When a file was last written, and how long it is.
-type Stamp = (SystemTime, u64);
+/// What tells that a file is another than before: when it was written, how long it is, and on
+/// Unix which file it is and when its mode or name changed.
+type Stamp = (SystemTime, u64, [i64; 3]);
 
 /// The trusted keys of a file, as they are now.
 #[derive(Debug)]
@@ -172,7 +173,14 @@ impl Watched {
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let metadata = fs::metadata(path).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
+    #[cfg(unix)]
+    let changed = {
+        use std::os::unix::fs::MetadataExt;
+        [metadata.ino() as i64, metadata.ctime(), metadata.ctime_nsec()]
+    };
+    #[cfg(not(unix))]
+    let changed = [0; 3];
+    Some((metadata.modified().ok()?, metadata.len(), changed))
 }
 
 #[cfg(test)]

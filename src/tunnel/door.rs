@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 
 use super::connection::{self, Context, Ended};
 use super::{GateLimits, Refusal, Tls, Watch};
-use crate::engine::{Connection, TargetKey};
+use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
@@ -123,10 +123,13 @@ impl FrontDoor {
         for address in addresses {
             match address {
                 Address::Tcp(addr) => found.push(*addr),
-                Address::Host(host, port) => match lookup_host((host.as_str(), *port)).await {
-                    Ok(addrs) => found.extend(addrs),
-                    Err(error) => failed = Some(format!("{address} does not resolve: {error}")),
-                },
+                Address::Host(host, port) => {
+                    let lookup = timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), *port)));
+                    match lookup.await.unwrap_or_else(|late| Err(late.into())) {
+                        Ok(addrs) => found.extend(addrs.take(MAX_ADDRESSES)),
+                        Err(error) => failed = Some(format!("{address} does not resolve: {error}")),
+                    }
+                }
                 Address::Local(_) | Address::Memory(_) => {}
             }
         }
@@ -164,6 +167,7 @@ impl FrontDoor {
     }
 
     fn admit(&self, address: IpAddr) -> Result<(Permit, ConnectionPermit), Refusal> {
+        let address = site(address);
         let mut admissions = lock(&self.admissions);
         let from = admissions.pending_from.get(&address).copied().unwrap_or_default();
         if admissions.connections >= self.config.max_connections {
@@ -225,6 +229,14 @@ async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
                 retry = (retry * 2).min(LONGEST_ACCEPT_RETRY);
             }
         }
+    }
+}
+
+/// What one host has to itself: an IPv4 address, or the /64 of an IPv6 one (RFC 4291).
+fn site(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
     }
 }
 

@@ -44,6 +44,12 @@ pub(crate) enum Control {
 /// The most answers in one record.
 pub(crate) const MAX_ANSWERS: usize = 1024;
 
+/// The most names in a record of what is denied; more are not told.
+const MAX_DENIED: usize = 256;
+
+/// The longest text that a peer's word may fill in a log, in characters.
+const MAX_TEXT: usize = 255;
+
 /// The most hints in one record.
 pub(crate) const MAX_HINTS: usize = 16;
 
@@ -171,6 +177,12 @@ fn read_addresses(fields: &mut Fields<'_, '_>) -> Result<Vec<Address>, WireError
 }
 
 impl Control {
+    /// Tells what this side does not let the other do; of very much, a part.
+    pub(crate) fn denied(mut denied: Vec<(Action, String)>) -> Self {
+        denied.truncate(MAX_DENIED);
+        Self::Denied(denied)
+    }
+
     /// Appends the record, without its length prefix.
     pub(super) fn write(&self, buf: &mut Vec<u8>) {
         let mut record = ArrayWriter::new(buf);
@@ -289,7 +301,7 @@ impl Control {
             6 => {
                 let code = fields.need(Reader::uint)?;
                 let text =
-                    fields.opt(|reader| reader.str().map(str::to_owned))?.unwrap_or_default();
+                    fields.opt(|reader| reader.str().map(printable))?.unwrap_or_default();
                 Self::Bye(match code {
                     0 => Bye::Shutdown,
                     1 => Bye::Duplicate,
@@ -324,11 +336,16 @@ fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, Wir
     let denied = fields.list(|reader| {
         let mut pair = reader.array()?;
         let action = Action::from_code(pair.need(Reader::uint)?);
-        let name = pair.need(|reader| reader.str().map(str::to_owned))?;
+        let name = pair.need(|reader| reader.str().map(printable))?;
         pair.finish()?;
         Ok(action.map(|action| (action, name)))
     })?;
-    Ok(denied.into_iter().flatten().collect())
+    Ok(denied.into_iter().flatten().take(MAX_DENIED).collect())
+}
+
+/// A peer's words, for logs and terminals: not too many, and none that move a cursor.
+fn printable(text: &str) -> String {
+    text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 /// The longest human name that is taken, in bytes.

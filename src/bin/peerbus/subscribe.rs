@@ -1,5 +1,7 @@
 //! `peerbus sub`
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use anyhow::bail;
 use clap::Args;
 use futures_util::stream::{SelectAll, StreamExt};
@@ -33,10 +35,13 @@ impl Subscribe {
         let node = self.node.start().await?;
         let mut messages = SelectAll::new();
         let (printed, mut from_handler) = tokio::sync::mpsc::unbounded_channel();
-        let mut consumer = None;
+        let consumer = Arc::new(Mutex::new(None));
         match (&self.durable, &self.patterns[..]) {
             (Some(name), [pattern]) => {
-                consumer = Some(durable(&node, name, pattern, self.json, printed)?);
+                let limit = Limit { left: self.count, consumer: consumer.clone() };
+                // Held until it is there, so that the first message can end it.
+                let mut consumer = lock(&consumer);
+                *consumer = Some(durable(&node, name, pattern, self.json, limit, printed)?);
             }
             (Some(_), _) => bail!("a durable subscription has one pattern"),
             (None, patterns) => {
@@ -63,12 +68,36 @@ impl Subscribe {
             }
         }
         drop(messages);
+        let consumer = lock(&consumer).take();
         if let Some(consumer) = consumer {
             consumer.drain().await;
         }
+        // Waits for the last handler too, whoever ended the subscription.
         node.shutdown().await;
         Ok(())
     }
+}
+
+/// Ends a durable subscription with the last message that is wanted, before it is told to be
+/// processed: what comes after it is for the next run.
+struct Limit {
+    left: Option<u64>,
+    consumer: Arc<Mutex<Option<Consumer>>>,
+}
+
+impl Limit {
+    fn count(&mut self) {
+        if let Some(left) = &mut self.left {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                drop(lock(&self.consumer).take());
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Prints what a durable subscription gets, and counts a message as processed when it is printed.
@@ -77,8 +106,10 @@ fn durable(
     name: &ServiceName,
     pattern: &Pattern,
     json: bool,
+    limit: Limit,
     printed: UnboundedSender<std::io::Result<()>>,
 ) -> anyhow::Result<Consumer> {
+    let limit = Mutex::new(limit);
     let handler = move |call: peerbus::Call| {
         let message = call.message;
         let mut value = output::message(&message);
@@ -89,6 +120,9 @@ fn durable(
             format!("{} {}{again}", message.header.destination, output::body(&message))
         });
         let is_printed = line.is_ok();
+        if is_printed {
+            lock(&limit).count();
+        }
         let _ending = printed.send(line);
         async move {
             if !is_printed {

@@ -3,7 +3,7 @@
 //! For each stream of each sender it keeps a watermark and what is processed above it. There is
 //! no window of time: a delivery is known until its sender says that it is settled.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 use super::RecordError;
 use super::ranges::Ranges;
@@ -461,6 +461,7 @@ impl Inbox {
 
     /// A sender said which epochs it still has messages of.
     pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64]) {
+        let epochs: HashSet<u64> = epochs.iter().copied().collect();
         let numbers = self.forget(|seen| {
             seen.node == from && !epochs.contains(&seen.stream.epoch) && seen.open.is_empty()
         });

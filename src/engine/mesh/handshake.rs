@@ -186,6 +186,16 @@ impl Mesh {
             return self.handle_violation(now, link, "an announcement is missing".into());
         }
         about.seq = news.seq;
+        let (more, fewer) = (
+            news.subscribed.len() + news.serving.len(),
+            news.unsubscribed.len() + news.withdrawn.len(),
+        );
+        if more > MAX_ANNOUNCED {
+            return self.handle_violation(now, link, "it announces too much".into());
+        }
+        if !entry.allowance.take(now, (more + fewer).max(1) as u64) {
+            return self.handle_violation(now, link, "its announcements change too often".into());
+        }
         let mut news = news;
         let denied = entry.connection.take_denied(&mut news.subscribed, &mut news.serving);
         let (id, mut changes) = (about.id, Vec::new());
@@ -222,7 +232,7 @@ impl Mesh {
 
     fn deny(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {
         if !denied.is_empty() {
-            self.send(link, Control::Denied(denied));
+            self.send(link, Control::denied(denied));
         }
     }
 

@@ -8,6 +8,7 @@
 //!
 //! Of two nodes the one with the smaller id decides which connection becomes their one link.
 
+mod allowance;
 mod gossip;
 mod handshake;
 
@@ -21,6 +22,7 @@ use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
 use crate::wire::{Announcement, Bye, Control, Hello, Limits};
+use allowance::Allowance;
 use gossip::Gossip;
 
 /// A connection without a hello ends after this.
@@ -66,6 +68,8 @@ pub(crate) enum DownReason {
     Bye(Bye),
     Replaced,
     Violation(String),
+    /// It never became a link, for good reason.
+    Refused(String),
     /// Its key was trusted, and is no longer.
     Distrusted,
     ShutDownHere,
@@ -146,6 +150,8 @@ struct Link {
     phase: Phase,
     /// How many announcements followed our hello, once it is sent.
     announced: Option<u64>,
+    /// How many changes the peer may announce.
+    allowance: Allowance,
     /// What the peer said of itself.
     about: Option<Box<About>>,
 }
@@ -258,7 +264,9 @@ impl Mesh {
         let dialled = connection.target.is_some();
         let deadline = now + HELLO_TIMEOUT;
         let phase = Phase::Greeting { deadline };
-        self.links.insert(link, Link { connection, phase, announced: None, about: None });
+        let allowance = Allowance::new(now);
+        let fresh = Link { connection, phase, announced: None, allowance, about: None };
+        self.links.insert(link, fresh);
         self.deadlines.insert((deadline, link));
         if dialled {
             self.send_hello(link);
@@ -442,14 +450,18 @@ impl Mesh {
 
     /// A connection that never became a link, and that a user may want to know of.
     fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
+        self.refuse_as(now, link, DownReason::Refused(reason), for_good);
+    }
+
+    fn refuse_as(&mut self, now: Time, link: LinkId, reason: DownReason, for_good: bool) {
         let Some(entry) = self.links.get(&link) else {
             return;
         };
         let address = entry.connection.address.clone();
-        self.dialer.handle_refused(now, link, reason.clone(), for_good);
-        self.actions
-            .push_back(Action::Report(MeshEvent::Refused { address, reason: reason.clone() }));
-        self.close(now, link, DownReason::Violation(reason));
+        self.dialer.handle_refused(now, link, reason.to_string(), for_good);
+        let report = MeshEvent::Refused { address, reason: reason.to_string() };
+        self.actions.push_back(Action::Report(report));
+        self.close(now, link, reason);
     }
 
     fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
@@ -458,6 +470,9 @@ impl Mesh {
         };
         match (entry.phase, &entry.about) {
             (Phase::Up, Some(_)) => self.end_peer(now, link, reason),
+            _ if matches!(reason, DownReason::Violation(_)) => {
+                self.refuse_as(now, link, reason, false);
+            }
             _ => {
                 if reason != DownReason::Bye(Bye::Duplicate) {
                     let text = match &reason {
@@ -655,6 +670,7 @@ impl std::fmt::Display for DownReason {
             Self::Silent => f.write_str("nothing was heard of it for too long"),
             Self::Bye(bye) => bye.fmt(f),
             Self::Replaced => f.write_str("a new link took the place of this one"),
+            Self::Refused(text) => f.write_str(text),
             Self::Violation(text) => write!(f, "it broke the protocol: {text}"),
             Self::Distrusted => f.write_str("its key is not trusted any more"),
             Self::ShutDownHere => f.write_str("this node shuts down"),
