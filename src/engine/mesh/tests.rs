@@ -347,3 +347,37 @@ fn hearsay_is_bounded_and_forgotten() {
     me.dialer.handle_hint(at(now), id(1), address);
     assert!(me.poll_timeout().is_some(), "there is room again");
 }
+
+#[test]
+fn a_forged_announcement_leads_to_its_forger_and_no_further() {
+    let mut a = mesh(1, 1);
+    let victim = NodeId::from_bytes([2; 32]);
+    let addresses = vec![Address::Memory(66)];
+    a.handle_sighting(at(0), Sighting { source: Source::Mdns, id: Some(victim), addresses });
+    let target = dialled(&mut a);
+    assert_eq!(target, Some(TargetKey::Node(victim)));
+    // Whoever answers there holds another key than the announced one.
+    let mut forger = mesh(66, 1);
+    connect(&mut a, LinkId(1), target, 66);
+    connect(&mut forger, LinkId(1), None, 1);
+    exchange(&mut a, &mut forger);
+    assert_eq!((a.peer_count(), forger.peer_count()), (0, 0));
+    assert!(a.unreachable()[0].last_error.contains("another node than the announced one"));
+}
+
+#[test]
+fn addresses_that_keep_changing_are_dialled_once_a_second_at_most() {
+    let mut a = mesh(1, 1);
+    let id = Some(NodeId::from_bytes([2; 32]));
+    let mut dials = 0;
+    for ms in 0..10_000 {
+        let addresses = vec![Address::Memory(ms)];
+        a.handle_sighting(at(ms), Sighting { source: Source::Mdns, id, addresses });
+        a.handle_timeout(at(ms));
+        if let Some(target) = dialled(&mut a) {
+            dials += 1;
+            a.handle_dial_failed(at(ms), &target, "refused".into());
+        }
+    }
+    assert!((5..=20).contains(&dials), "{dials}");
+}
