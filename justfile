@@ -36,6 +36,10 @@ bench:
 databases:
     .ci/with-postgres cargo test --features sqlite,postgres --test database
 
+# Broker mode over NATS and RabbitMQ, which it installs if they are missing
+brokers:
+    ./brokers run cargo test --all-features --test broker --test broker_crash
+
 # A plain ZeroMQ client in Python, with a Python of its own
 plain-client:
     .ci/with-python cargo test --test plain_client

@@ -33,6 +33,8 @@ pub struct Config {
     pub(crate) mdns: bool,
     pub(crate) gossip: bool,
     pub(crate) memory: Option<MemoryNetwork>,
+    pub(crate) broker: Option<String>,
+    pub(crate) broker_ca: Option<PathBuf>,
     pub(crate) max_body: usize,
     pub(crate) window: u64,
     pub(crate) send_queue: u64,
@@ -75,6 +77,8 @@ impl Default for Config {
             mdns: true,
             gossip: true,
             memory: None,
+            broker: None,
+            broker_ca: None,
             max_body: 1024 * 1024,
             window: 4 * 1024 * 1024,
             send_queue: 4 * 1024 * 1024,
@@ -184,6 +188,24 @@ impl Config {
     /// Joins a network within this process, in place of sockets and discovery: for tests.
     pub fn memory(mut self, network: &MemoryNetwork) -> Self {
         self.memory = Some(network.clone());
+        self
+    }
+
+    /// Has all messages carried by a broker, in place of links to other nodes: the address is
+    /// that of a [`BrokerUrl`](crate::BrokerUrl), with user and password if it takes any. The
+    /// mesh's name still separates nodes that share a broker.
+    ///
+    /// What the broker has no means for is an error that says so
+    /// ([`Unsupported`](crate::Unsupported)). The broker keeps guaranteed messages, so there is no
+    /// outbox; and it knows who may connect, so there are no keys.
+    pub fn broker(mut self, url: impl Into<String>) -> Self {
+        self.broker = Some(url.into());
+        self
+    }
+
+    /// A file of certificates (PEM) by which a broker's own is checked, besides the system's.
+    pub fn broker_ca(mut self, path: impl Into<PathBuf>) -> Self {
+        self.broker_ca = Some(path.into());
         self
     }
 
@@ -310,12 +332,30 @@ impl Config {
             return problem("lease is zero; no handler could ever end in time".into());
         }
         self.check_trust()?;
+        self.check_broker()?;
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
             return problem(format!("{addr} can't be advertised; a TCP address can"));
         }
         Ok(())
+    }
+
+    fn check_broker(&self) -> Result<(), StartError> {
+        let needless = match &self.broker {
+            None => return Ok(()),
+            Some(_) if self.outbox.is_some() => "the broker keeps guaranteed messages: no outbox",
+            Some(_) if !matches!(self.trust, Trust::ThisHost) || self.rules.is_some() => {
+                "the broker decides who may do what: no keys, trust or rules"
+            }
+            Some(_)
+                if !self.listen.is_empty() || !self.peers.is_empty() || self.memory.is_some() =>
+            {
+                "a broker takes the place of links: no addresses to listen on or to dial"
+            }
+            Some(_) => return Ok(()),
+        };
+        Err(StartError::Config(format!("in broker mode {needless}")))
     }
 
     fn check_trust(&self) -> Result<(), StartError> {

@@ -25,6 +25,10 @@ impl NodeId {
     /// The length in bytes.
     pub const LEN: usize = 32;
 
+    /// Stands for the broker in broker mode ([`Config::broker`](crate::Config::broker)); no
+    /// node's, since no key pair has it.
+    pub const BROKER: Self = Self([0; Self::LEN]);
+
     /// An id from the bytes of a public key.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
@@ -37,6 +41,9 @@ impl NodeId {
 
     /// The first eight characters, for people; not unique.
     pub fn short(&self) -> String {
+        if *self == Self::BROKER {
+            return "(broker)".into();
+        }
         let mut text = self.to_string();
         text.truncate(8);
         text

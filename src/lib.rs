@@ -75,6 +75,11 @@
 //! that are the nodes' ids. [`Trust::Open`] turns that off.
 
 mod address;
+#[cfg_attr(
+    not(all(feature = "nats", feature = "rabbitmq")),
+    allow(dead_code, reason = "the embedded broker has no use for what the real ones can do")
+)]
+mod broker;
 mod config;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub mod database;
@@ -107,8 +112,12 @@ pub mod protocol {}
 struct Readme;
 
 pub use address::{
-    AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MAX_TOKENS, MeshName, Pattern, Recipient,
-    ServiceName, Topic,
+    AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MAX_TOKENS, MeshName, Pattern,
+    Recipient, ServiceName, Topic,
+};
+pub use broker::{
+    BrokerKind, BrokerReport, BrokerUrl, BrokerUrlError, EmbeddedBroker, EmbeddedBrokerError,
+    Unsupported,
 };
 pub use config::Config;
 pub use engine::delivery::{Fate, Target};
@@ -117,12 +126,13 @@ pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
 pub use message::{
     Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
+    MessageIdError,
 };
 pub use node::{
     BodyError, Call, Consume, Consumer, DeliveryError, DownCause, Event, Events, Guaranteed,
     HandlerError, Node, OutboxError, Overflow, Publish, PublishError, Publisher, Receipt, Request,
     RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
-    StoreError, StoreProblem, StoreReport, Subscription, Transaction, WaitError,
+    StoreError, StoreProblem, StoreReport, SubscribeError, Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};

@@ -168,7 +168,10 @@ async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<usize, RelayError
             Err(error) => error,
         };
         let passes = match &error {
-            OutboxError::ShutDown | OutboxError::NoOutbox | OutboxError::NotStored(_) => {
+            OutboxError::ShutDown
+            | OutboxError::NoOutbox
+            | OutboxError::Unsupported(_)
+            | OutboxError::NotStored(_) => {
                 return Err(error.into());
             }
             OutboxError::OutboxFull { messages, .. } => *messages > 0,

@@ -143,9 +143,7 @@ impl<T: Clone> Children<T> {
         }
     }
 
-    fn all(
-        &self,
-    ) -> (Option<&Arc<PatternTrie<T>>>, impl Iterator<Item = &Arc<PatternTrie<T>>>) {
+    fn all(&self) -> (Option<&Arc<PatternTrie<T>>>, impl Iterator<Item = &Arc<PatternTrie<T>>>) {
         let (one, many) = match self {
             Self::None => (None, None),
             Self::One(_, next) => (Some(next), None),
@@ -168,7 +166,10 @@ impl<T: Clone> Children<T> {
                 map.extend(kept);
                 match map.len() {
                     0 => Self::None,
-                    1 => map.into_iter().next().map_or(Self::None, |(own, next)| Self::One(own, next)),
+                    1 => map
+                        .into_iter()
+                        .next()
+                        .map_or(Self::None, |(own, next)| Self::One(own, next)),
                     _ => Self::Many(map),
                 }
             }

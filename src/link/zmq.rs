@@ -8,8 +8,7 @@
 //! ```
 //!
 //! The socket lies in a folder that only this user may enter, so that no stranger's byte reaches
-//! the crate. This is the only file of the library that names it. What it can't do, and our
-//! answer:
+//! the crate. Only the embedded broker names it too. What it can't do, and our answer:
 //!
 //! | Limit of `zeromq` 0.7.0 | So |
 //! |---|---|

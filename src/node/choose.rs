@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use super::broker::BROKER;
 use super::cell::LinkCell;
 use super::counters::add;
 use super::service::ServiceCell;
@@ -22,6 +23,8 @@ use crate::wire::{Envelope, Payload};
 pub(super) enum Chosen {
     Here,
     There(Arc<LinkCell>),
+    /// The broker chooses.
+    Broker,
 }
 
 impl Chosen {
@@ -29,6 +32,7 @@ impl Chosen {
         match self {
             Self::Here => None,
             Self::There(cell) => Some(cell.id),
+            Self::Broker => Some(BROKER),
         }
     }
 
@@ -36,6 +40,7 @@ impl Chosen {
         match self {
             Self::Here => shared.id,
             Self::There(cell) => cell.peer,
+            Self::Broker => NodeId::BROKER,
         }
     }
 }
@@ -73,6 +78,10 @@ impl Shared {
         recipient: &Recipient,
         ordering_key: Option<&str>,
     ) -> Option<Chosen> {
+        if let Some(broker) = self.broker() {
+            broker.room.wait_until_up(Instant::now() + self.config.service_grace).await;
+            return Some(Chosen::Broker);
+        }
         let choose = || self.choose(recipient, ordering_key);
         if let Some(chosen) = choose() {
             return Some(chosen);
@@ -153,6 +162,10 @@ impl Shared {
                 };
                 cell.send_message(Envelope { header, payload })?;
                 add(&self.counters.queued, 1);
+            }
+            Chosen::Broker => {
+                let broker = self.broker().ok_or(DropReason::LinkLost)?;
+                self.call_by_broker(broker, header, body, wants_reply)?;
             }
             Chosen::Here => {
                 let held = self.local_bytes.load(Ordering::Relaxed);

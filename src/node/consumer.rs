@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use super::service::{Handler, ServeError, ServiceCell};
 use super::shared::Shared;
 use crate::address::{AddressError, Pattern, ServiceName};
+use crate::broker::BrokerKind;
 use crate::sync::lock;
 
 /// A durable subscription that is about to begin. [`Consume::start`] does it.
@@ -32,8 +33,13 @@ impl Consume {
     /// or the node has no store.
     pub fn start(self) -> Result<Consumer, ServeError> {
         let (name, pattern) = (self.name?, self.pattern?);
-        if self.shared.store.is_none() {
-            return Err(ServeError::NoStore);
+        match self.shared.broker() {
+            Some(broker) if broker.room.kind() == BrokerKind::Embedded => {
+                return Err(broker.lacks("durable subscriptions").into());
+            }
+            Some(_) if self.shared.config.identity.is_none() => return Err(ServeError::NoIdentity),
+            None if self.shared.store.is_none() => return Err(ServeError::NoStore),
+            Some(_) | None => {}
         }
         if self.shared.is_stopping() {
             return Err(ServeError::ShutDown);
@@ -90,7 +96,11 @@ impl Consumer {
         if let Some(store) = &self.shared.store {
             lock(&store.ended).insert(self.cell.name.clone());
         }
+        let (shared, name) = (self.shared.clone(), self.cell.name.clone());
         self.drain().await;
+        if let Some(broker) = shared.broker() {
+            broker.room.forget(&name);
+        }
     }
 }
 
@@ -106,9 +116,12 @@ impl Shared {
         if consumers.contains_key(&cell.name) {
             return false;
         }
-        consumers.insert(cell.name.clone(), (pattern, cell.clone()));
+        consumers.insert(cell.name.clone(), (pattern.clone(), cell.clone()));
         drop(consumers);
         self.add_handler(cell);
+        if let Some(broker) = self.broker() {
+            broker.room.consume(&cell.name, &pattern, cell.concurrency);
+        }
         if let Some(store) = &self.store {
             lock(&store.ended).remove(&cell.name);
         }
@@ -125,6 +138,9 @@ impl Shared {
         }
         drop(consumers);
         if own {
+            if let Some(broker) = self.broker() {
+                broker.room.pause(&cell.name);
+            }
             self.tell_consumers();
             cell.turn_down(self);
         }

@@ -13,6 +13,7 @@ use super::events::Event;
 use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
+use crate::broker::Unsupported;
 use crate::engine::delivery::{
     Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, PartKey, Source, Verdict,
 };
@@ -389,6 +390,9 @@ impl Shared {
 
     /// The handler of a guaranteed message ended, or it has none.
     pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: Outcome) {
+        if let (Some(broker), Some(id)) = (self.broker(), delivery_id(message)) {
+            return self.settle_by_broker(broker, id, Some(outcome));
+        }
         if let Some(id) = delivery_id(message) {
             self.with_inbox(|inbox| inbox.handle_ended(message.from, id, outcome));
         }
@@ -396,6 +400,9 @@ impl Shared {
 
     /// A guaranteed message is no longer in the queue of its handler.
     pub(crate) fn unqueue_delivery(self: &Arc<Self>, message: &Message) {
+        if let (Some(broker), Some(id)) = (self.broker(), delivery_id(message)) {
+            return self.settle_by_broker(broker, id, None);
+        }
         if let Some(id) = delivery_id(message) {
             self.with_inbox(|inbox| inbox.handle_unqueued(message.from, id));
         }
@@ -478,6 +485,9 @@ pub enum DeliveryError {
     /// It is a dead letter: it stays in the outbox, and is not sent again by itself.
     #[error("the message is a dead letter: {0}")]
     DeadLetter(Fate),
+    /// A broker keeps the message, and does not tell what becomes of it.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// The node has shut down. The message is kept, and goes on its way when the store is opened
     /// again.
     #[error("the node is shutting down; the message is kept")]

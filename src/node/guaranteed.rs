@@ -7,11 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
 
+use super::broker::Brokered;
 use super::delivery::{DeliveryError, unix_ms};
 use super::draft::{BodyError, Draft};
 use super::shared::Shared;
 use super::store::Waiter;
 use crate::address::{AddressError, Destination};
+use crate::broker::{BrokerKind, Unsupported};
 use crate::engine::delivery::{Fate, NewMessage, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;
@@ -37,7 +39,10 @@ pub enum OutboxError {
         /// How many bytes they take.
         bytes: u64,
     },
-    /// The disk refused it.
+    /// A broker can't do that.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// The disk refused it, or the broker did not confirm it.
     #[error("the message can't be stored: {0}")]
     NotStored(String),
     /// The node is shutting down.
@@ -99,12 +104,20 @@ impl<'a> Guaranteed<'a> {
 
     /// Checks it, and finds out where it goes.
     pub(super) fn into_message(mut self) -> Result<(MessageId, NewMessage), OutboxError> {
-        let destination = self.destination?;
-        self.draft.check(self.shared)?;
         let shared = self.shared;
-        let store = shared.store.as_ref().ok_or(OutboxError::NoOutbox)?;
+        if let Some(broker) = shared.broker() {
+            self.check_broker(broker)?;
+        } else if shared.store.is_none() {
+            return Err(OutboxError::NoOutbox);
+        }
+        let destination = self.destination?;
+        self.draft.check(shared)?;
         let (usual, targets) = match &destination {
-            Destination::Topic(topic) => (Kind::Event, lock(&store.outbox).subscribers(topic)),
+            Destination::Topic(topic) => {
+                let store = shared.store.as_ref();
+                let known = store.map(|store| lock(&store.outbox).subscribers(topic));
+                (Kind::Event, known.unwrap_or_default())
+            }
             Destination::Service(name) => (Kind::Command, vec![Target::Service(name.clone())]),
             Destination::Node(node) => (Kind::Command, vec![Target::Node(*node)]),
         };
@@ -120,6 +133,22 @@ impl<'a> Guaranteed<'a> {
     }
 }
 
+impl Guaranteed<'_> {
+    fn check_broker(&self, broker: &Brokered) -> Result<(), Unsupported> {
+        let to_topic = matches!(self.destination, Ok(Destination::Topic(_)));
+        match broker.room.kind() {
+            BrokerKind::Embedded => Err(broker.lacks("guaranteed messages")),
+            BrokerKind::RabbitMq if self.not_before.is_some() => {
+                Err(broker.lacks("messages that are held back until a time"))
+            }
+            _ if self.draft.ordering_key().is_some() && !to_topic => {
+                Err(broker.lacks(super::ORDERED_SERVICES))
+            }
+            BrokerKind::Nats | BrokerKind::RabbitMq => Ok(()),
+        }
+    }
+}
+
 impl<'a> IntoFuture for Guaranteed<'a> {
     type Output = Result<Receipt, OutboxError>;
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send + 'a>>;
@@ -127,6 +156,13 @@ impl<'a> IntoFuture for Guaranteed<'a> {
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
             let shared = self.shared;
+            if let Some(broker) = shared.broker() {
+                let (id, message) = self.into_message()?;
+                if shared.is_stopping() {
+                    return Err(OutboxError::ShutDown);
+                }
+                return shared.store_by_broker(broker, id, message).await;
+            }
             let mut receipts = store(shared, vec![self.into_message()?]).await?;
             Ok(receipts.remove(0))
         })
@@ -140,16 +176,24 @@ pub struct Receipt {
     id: MessageId,
     destinations: usize,
     done: Option<oneshot::Receiver<Result<(), Fate>>>,
+    /// The broker that keeps it.
+    broker: Option<BrokerKind>,
 }
 
 impl Receipt {
+    /// Of a message that a broker has confirmed.
+    pub(super) fn of_broker(id: MessageId, broker: BrokerKind) -> Self {
+        Self { id, destinations: 1, done: None, broker: Some(broker) }
+    }
+
     /// The message's id.
     pub fn id(&self) -> MessageId {
         self.id
     }
 
     /// To how many it goes: 1 for what is sent; for what is published, how many durable
-    /// subscriptions this outbox has met that match.
+    /// subscriptions this outbox has met that match. 1 for what a broker keeps, which doesn't tell
+    /// for whom.
     pub fn destinations(&self) -> usize {
         self.destinations
     }
@@ -160,6 +204,10 @@ impl Receipt {
     /// # Errors
     /// [`DeliveryError`] if it became a dead letter, or the node shuts down before.
     pub async fn processed(self) -> Result<(), DeliveryError> {
+        if let Some(broker) = self.broker {
+            let what = "word for the sender of what its receivers have processed";
+            return Err(DeliveryError::Unsupported(Unsupported { broker, what }));
+        }
         let Some(done) = self.done else { return Ok(()) };
         match done.await {
             Ok(result) => result.map_err(DeliveryError::DeadLetter),
@@ -196,6 +244,9 @@ impl<'a> Transaction<'a> {
     /// # Errors
     /// [`OutboxError`]; none of them is stored then, and none is sent.
     pub async fn commit(self) -> Result<Vec<Receipt>, OutboxError> {
+        if let Some(broker) = self.shared.broker() {
+            return Err(broker.lacks("transactions over several queues").into());
+        }
         let messages = self.messages.into_iter().map(Guaranteed::into_message);
         store(self.shared, messages.collect::<Result<_, _>>()?).await
     }
@@ -214,6 +265,7 @@ async fn store(
         id: *id,
         destinations: message.targets.len(),
         done: None,
+        broker: None,
     };
     let mut receipts: Vec<Receipt> = messages.iter().map(receipt).collect();
     // What nobody subscribes to is processed by all.

@@ -1,5 +1,6 @@
 //! The async shell: handles for users, and the tasks that perform what the engine decides.
 
+pub(crate) mod broker;
 mod cell;
 mod choose;
 mod consumer;
@@ -48,14 +49,19 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::address::{AddressError, IntoRecipient, Pattern, ServiceName, Topic};
+use crate::broker::Unsupported;
 use crate::config::Config;
 use crate::identity::NodeId;
 use crate::message::{Body, Message};
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
 use crate::sync::lock;
+use broker::{Ask, Brokered};
 use draft::Draft;
 use shared::Shared;
+
+/// What brokers lack, in words.
+const ORDERED_SERVICES: &str = "order by key among the instances of a service";
 
 /// How long [`Node::shutdown`] gives what is on its way.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -89,6 +95,9 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         lock(&self.shared.tasks).abort_all();
+        if let Some(broker) = self.shared.broker() {
+            broker.room.abandon();
+        }
         self.shared.cells().iter().for_each(|cell| cell.close());
         self.shared.fail_all_requests();
         self.shared.inboxes.load().all().into_iter().for_each(|inbox| inbox.close());
@@ -210,8 +219,8 @@ impl Node {
     /// its links.
     ///
     /// # Errors
-    /// [`AddressError`] if the pattern can't be parsed.
-    pub fn subscribe<P>(&self, pattern: P) -> Result<Subscription, AddressError>
+    /// [`SubscribeError::Address`] if the pattern can't be parsed.
+    pub fn subscribe<P>(&self, pattern: P) -> Result<Subscription, SubscribeError>
     where
         P: TryInto<Pattern>,
         P::Error: Into<AddressError>,
@@ -223,17 +232,20 @@ impl Node {
     /// in time.
     ///
     /// # Errors
-    /// [`AddressError`] if the pattern can't be parsed.
+    /// [`SubscribeError`] if the pattern can't be parsed, or a broker can't hold back.
     pub fn subscribe_with<P>(
         &self,
         pattern: P,
         overflow: Overflow,
-    ) -> Result<Subscription, AddressError>
+    ) -> Result<Subscription, SubscribeError>
     where
         P: TryInto<Pattern>,
         P::Error: Into<AddressError>,
     {
         let pattern = pattern.try_into().map_err(Into::into)?;
+        if let (Some(broker), Overflow::HoldBack) = (self.shared().broker(), overflow) {
+            return Err(broker.lacks("way to be held back by one subscription").into());
+        }
         Ok(self.shared().subscribe(&pattern, overflow))
     }
 
@@ -348,8 +360,13 @@ impl Node {
     }
 
     /// The peers with a live link.
+    ///
+    /// In broker mode that is the broker, with the id [`NodeId::BROKER`].
     pub fn peers(&self) -> Vec<PeerInfo> {
         let shared = self.shared();
+        if let Some(broker) = shared.broker() {
+            return broker.peers();
+        }
         let mut peers = shared.with_mesh(|mesh, _| mesh.peers());
         let routing = shared.routing.load();
         for peer in &mut peers {
@@ -363,7 +380,10 @@ impl Node {
 
     /// The addresses that are known, but behind which nobody could be reached.
     pub fn unreachable(&self) -> Vec<Unreachable> {
-        self.shared().with_mesh(|mesh, _| mesh.unreachable())
+        match self.shared().broker() {
+            Some(broker) => broker.unreachable(),
+            None => self.shared().with_mesh(|mesh, _| mesh.unreachable()),
+        }
     }
 
     /// What happens: peers that come and go, messages that are dropped. The first call returns
@@ -381,6 +401,9 @@ impl Node {
 
     /// What waits here for a peer to take it, in bytes; nothing for one that is not linked.
     pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
+        if let (Some(broker), &NodeId::BROKER) = (self.shared().broker(), peer) {
+            return broker.room.queued_bytes();
+        }
         match self.shared().routing.load().link(peer) {
             Some(cell) => cell.peek(|flow| flow.queued_bytes()),
             None => 0,
@@ -402,6 +425,9 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        if let Some(broker) = self.shared().broker() {
+            return self.ask(broker, Ask::Subscribers(topic.to_string()), count, within).await;
+        }
         let enough = || {
             let here = !self.shared().inboxes.load().matching(&topic).is_empty();
             self.shared().routing.load().subscribers(&topic).len() + usize::from(here) >= count
@@ -424,6 +450,9 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        if let Some(broker) = self.shared().broker() {
+            return self.ask(broker, Ask::Consumers(topic.to_string()), count, within).await;
+        }
         let known = || match &self.shared().store {
             Some(store) => lock(&store.outbox).subscribers(&topic).len(),
             None => 0,
@@ -459,6 +488,9 @@ impl Node {
         N::Error: Into<AddressError>,
     {
         let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        if let Some(broker) = self.shared().broker() {
+            return self.ask(broker, Ask::Instances(name.to_string()), count, within).await;
+        }
         let enough = || {
             let there = self.shared().routing.load().instances(&name).count();
             there + usize::from(self.shared().service(&name).is_some()) >= count
@@ -470,8 +502,29 @@ impl Node {
     ///
     /// # Errors
     /// [`WaitError::TimedOut`] if the time runs out.
+    ///
+    /// In broker mode the broker is the only one.
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
+        if let Some(broker) = self.shared().broker() {
+            return match count {
+                0 | 1 => self.wait_until(|| count == 0 || broker.room.is_up(), within).await,
+                _ => Err(broker.lacks("word of how many nodes it serves").into()),
+            };
+        }
         self.wait_until(|| self.shared().routing.load().peers() >= count, within).await
+    }
+
+    async fn ask(
+        &self,
+        broker: &Brokered,
+        ask: Ask,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError> {
+        match self.shared().ask_by_broker(broker, &ask, count, within).await {
+            true => Ok(()),
+            false => Err(WaitError::TimedOut(within)),
+        }
     }
 
     async fn wait_until(
@@ -497,6 +550,18 @@ impl Node {
     }
 }
 
+/// A subscription that can't be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubscribeError {
+    /// The pattern can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// A broker can't do that.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+}
+
 /// What was waited for did not come.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -504,6 +569,9 @@ pub enum WaitError {
     /// The topic or name can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// A broker can't tell.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// The time ran out.
     #[error("it did not happen within {0:?}")]
     TimedOut(Duration),

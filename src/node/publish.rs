@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use tokio::time::{Instant, timeout_at};
 
 use super::cell::LinkCell;
@@ -15,11 +16,12 @@ use super::publisher::Route;
 use super::run::Run;
 use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
+use crate::broker::Pace;
 use crate::engine::Backlog;
 use crate::identity::NodeId;
 use crate::message::{Header, Kind, Message, MessageId};
 use crate::report::{DropReason, PublishReport};
-use crate::wire::OutgoingEvent;
+use crate::wire::{Envelope, OutgoingEvent, Payload};
 
 /// A message that can't be published.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +91,17 @@ impl<'a> Publish<'a> {
     /// [`PublishError`]; a node that gets nothing is no error, but in the report.
     pub fn now(self) -> Result<PublishReport, PublishError> {
         let (shared, to, message) = self.into_parts()?;
+        if let Some(broker) = shared.broker() {
+            let sent = shared.publish_by_broker(
+                broker,
+                to.topic(),
+                message.envelope(to.topic()),
+                Pace::Now,
+            );
+            // It waits only where it was asked to.
+            let sent = sent.now_or_never().unwrap_or(Err(DropReason::SlowPeer));
+            return Ok(shared.end_publish_by_broker(sent));
+        }
         let event = message.outgoing(to.topic(), &shared.id);
         let Spread { mut report, full, .. } = shared.send_event(&to, &event);
         report.dropped.extend(full.into_iter().map(|cell| (cell.peer, DropReason::SlowPeer)));
@@ -110,6 +123,12 @@ impl<'a> Publish<'a> {
     /// leaves out the others and this node's own subscriptions, uncounted.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
         let (shared, to, message) = self.into_parts()?;
+        if let Some(broker) = shared.broker() {
+            let (envelope, pace) =
+                (message.envelope(to.topic()), Pace::Until(Instant::now() + deadline));
+            let sent = shared.publish_by_broker(broker, to.topic(), envelope, pace).await;
+            return Ok(shared.end_publish_by_broker(sent));
+        }
         let event = message.outgoing(to.topic(), &shared.id);
         let mut spread = shared.send_event(&to, &event);
         if spread.backlog == Backlog::Grew || !spread.full.is_empty() {
@@ -143,6 +162,12 @@ struct Ready {
 }
 
 impl Ready {
+    fn envelope(self, topic: &Topic) -> Envelope {
+        let plain = || Header::new(self.id, Kind::Event, Destination::Topic(topic.clone()));
+        let header = self.header.map_or_else(plain, |header| *header);
+        Envelope { header, payload: Payload::Event(self.body) }
+    }
+
     fn outgoing<'a>(&'a self, topic: &'a Topic, me: &NodeId) -> OutgoingEvent<'a> {
         match &self.header {
             Some(header) => OutgoingEvent::new(header, topic, &self.body, me),
@@ -227,12 +252,23 @@ impl Shared {
         }
     }
 
+    fn end_publish_by_broker(&self, sent: Result<(), DropReason>) -> PublishReport {
+        let mut report = PublishReport::default();
+        report.add(NodeId::BROKER, sent);
+        add(&self.counters.published, 1);
+        add(&self.counters.queued, report.queued as u64);
+        for (_, reason) in &report.dropped {
+            self.count_drop(NodeId::BROKER, *reason, 1);
+        }
+        report
+    }
+
     fn publish_here(&self, topic: Topic, message: Ready, report: &mut PublishReport) {
         let Ready { id, header, body } = message;
         let plain = || Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
         let header = header.map_or_else(plain, |header| *header);
         let run = Run::single(topic, Message::new(self.id, header, body));
-        match self.deliver(run, None) {
+        match self.deliver(run, None, None) {
             0 => report.queued += 1,
             _ => report.dropped.push((self.id, DropReason::SlowSubscriber)),
         }

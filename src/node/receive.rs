@@ -9,7 +9,8 @@ use super::counters::add;
 use super::run::{Run, RunBuilder};
 use super::shared::{Outcome, Shared};
 use super::subscription::{Inbox, Lost};
-use crate::address::{Destination, ServiceName};
+use crate::address::{Destination, Pattern, ServiceName};
+use crate::broker::Ticket;
 use crate::engine::{Connection, DownReason, Flow, Violation};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, Receiver};
@@ -280,7 +281,7 @@ impl Events<'_> {
         cell.with_flow(|flow| flow.handle_received(Lane::Events, new))?;
         add(&shared.counters.received, new.messages);
         match cell.grants.permit(Action::Publish, run.topic().as_str()) {
-            true => _ = shared.deliver(run, Some(cell)),
+            true => _ = shared.deliver(run, Some(cell), None),
             false => {
                 let credit = Credit::new(cell, Lane::Events, new);
                 shared.drop_received(Some(&credit), DropReason::NotAllowed, new.messages);
@@ -292,13 +293,21 @@ impl Events<'_> {
 
 impl Shared {
     /// Gives events, and the credit that they hold of the link that they came over, to the local
-    /// subscriptions; how many deliveries of them were lost.
-    pub(crate) fn deliver(&self, mut run: Run, over: Option<&Arc<LinkCell>>) -> u64 {
+    /// subscriptions, or those with one pattern; how many deliveries of them were lost.
+    pub(crate) fn deliver(
+        &self,
+        mut run: Run,
+        over: Option<&Arc<LinkCell>>,
+        only: Option<&Pattern>,
+    ) -> u64 {
         let inboxes = self.inboxes.load();
-        let matching = inboxes.matching(run.topic());
+        let mut matching = inboxes.matching(run.topic());
+        if let Some(only) = only {
+            matching.retain(|(_, inbox)| inbox.pattern() == only);
+        }
         let held = run.totals();
         if held.messages > 1 && matching.iter().any(|(_, inbox)| inbox.splits_runs()) {
-            return run.split().map(|single| self.deliver(single, over)).sum();
+            return run.split().map(|single| self.deliver(single, over, only)).sum();
         }
         let credit = over.map(|cell| Credit::new(cell, Lane::Events, held));
         let Some(((_, last), others)) = matching.split_last() else {
@@ -325,14 +334,25 @@ impl Shared {
     }
 
     /// Gives a call to the service that it is for.
-    pub(crate) fn admit(self: &Arc<Self>, mut message: Message, credit: Option<Credit>) {
+    pub(crate) fn admit(self: &Arc<Self>, message: Message, credit: Option<Credit>) {
+        self.admit_with(message, credit, None);
+    }
+
+    /// The same for a call of which a broker wants to know when it is handled.
+    pub(super) fn admit_with(
+        self: &Arc<Self>,
+        mut message: Message,
+        credit: Option<Credit>,
+        ticket: Option<Ticket>,
+    ) {
         message.unpin();
         let subscription =
             message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
         let service = match (&message.header.destination, subscription) {
-            (Destination::Topic(topic), Some(subscription)) => {
-                self.consumer(subscription).filter(|(pattern, _)| pattern.matches(topic)).map(|it| it.1)
-            }
+            (Destination::Topic(topic), Some(subscription)) => self
+                .consumer(subscription)
+                .filter(|(pattern, _)| pattern.matches(topic))
+                .map(|it| it.1),
             (Destination::Service(name), None) => self.service(name),
             (Destination::Node(node), None) if *node == self.id => {
                 self.service(&ServiceName::node_inbox())
@@ -340,7 +360,7 @@ impl Shared {
             (Destination::Node(_) | Destination::Topic(_), None) | (_, Some(_)) => None,
         };
         match service {
-            Some(service) => service.handle_call(self, message, credit),
+            Some(service) => service.handle_call(self, message, credit, ticket),
             None => self.decline(&message, credit, DropReason::NoService),
         }
     }
@@ -381,6 +401,7 @@ impl Shared {
                 self.counters.dropped_for_others(reason, count);
                 credit.report_drop(reason, count);
             }
+            None if self.broker().is_some() => self.counters.dropped_for_others(reason, count),
             None => self.count_drop(self.id, reason, count),
         }
     }

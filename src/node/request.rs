@@ -13,6 +13,7 @@ use super::draft::{BodyError, Draft, message_setters};
 use super::service::HandlerError;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Recipient};
+use crate::broker::Unsupported;
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 
@@ -29,6 +30,9 @@ pub enum RequestError {
     /// Nobody takes messages for the recipient.
     #[error("no node serves {0}")]
     NoService(Recipient),
+    /// A broker can't do that.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// The request could not be queued; it was not executed.
     #[error("the request was dropped: {0}")]
     Dropped(DropReason),
@@ -78,12 +82,15 @@ impl<'a> Request<'a> {
         if shared.is_stopping() {
             return Err(RequestError::ShutDown);
         }
+        if let (Some(broker), Some(_)) = (shared.broker(), self.draft.ordering_key()) {
+            return Err(broker.lacks(super::ORDERED_SERVICES).into());
+        }
         let begun = shared.now();
         let found = shared.find(&recipient, self.draft.ordering_key());
         let to = timeout(self.deadline, found).await.ok().flatten();
         let to = to.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
         let id = shared.ids.next_now();
-        let mut header = self.draft.header(id, Kind::Command, recipient.into());
+        let mut header = self.draft.header(id, Kind::Command, recipient.clone().into());
         header.reply_to = Some(shared.id);
         header.time_to_live = Some(self.deadline.saturating_sub(shared.now().since(begun)));
         let (waiter, outcome) = oneshot::channel();
@@ -106,6 +113,7 @@ impl<'a> Request<'a> {
             Ok(Outcome::Failed(failure)) => {
                 Err(RequestError::Handler(HandlerError::new(failure.code, failure.text)))
             }
+            Ok(Outcome::Unrouted) => Err(RequestError::NoService(recipient)),
             Ok(Outcome::DeadlineExceeded) => Err(RequestError::DeadlineExceeded(self.deadline)),
             Ok(Outcome::PeerLost { maybe_executed }) => {
                 Err(RequestError::PeerLost { maybe_executed })

@@ -9,6 +9,7 @@ use super::draft::{BodyError, Draft, message_setters};
 use super::guaranteed::Guaranteed;
 use super::shared::Shared;
 use crate::address::{AddressError, Recipient};
+use crate::broker::Unsupported;
 use crate::identity::NodeId;
 use crate::message::{Kind, MessageId};
 use crate::report::DropReason;
@@ -26,6 +27,9 @@ pub enum SendError {
     /// Nobody takes messages for the recipient. Try again when it is back.
     #[error("no node serves {0}")]
     NoService(Recipient),
+    /// A broker can't do that.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// The recipient can't take it now.
     #[error("the message was dropped: {0}")]
     Dropped(DropReason),
@@ -40,7 +44,7 @@ pub enum SendError {
 pub struct Sent {
     /// Its id.
     pub id: MessageId,
-    /// The node that was chosen.
+    /// The node that was chosen; [`NodeId::BROKER`] where a broker chooses.
     pub to: NodeId,
 }
 
@@ -87,6 +91,9 @@ impl<'a> Send<'a> {
         self.draft.check(self.shared)?;
         if self.shared.is_stopping() {
             return Err(SendError::ShutDown);
+        }
+        if let (Some(broker), Some(_)) = (self.shared.broker(), self.draft.ordering_key()) {
+            return Err(broker.lacks(super::ORDERED_SERVICES).into());
         }
         let to = self.shared.find(&recipient, self.draft.ordering_key()).await;
         let to = to.ok_or_else(|| SendError::NoService(recipient.clone()))?;

@@ -18,6 +18,7 @@ use super::counters::add;
 use super::lease::Lease;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Destination, ServiceName};
+use crate::broker::{Ticket, Unsupported};
 use crate::engine::{Admission, LinkId, Service as Admissions};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::report::DropReason;
@@ -158,10 +159,12 @@ struct Held {
     share: Option<LocalShare>,
 }
 
-/// A place among this node's calls to itself, which no link's credit bounds.
+/// A place among the calls that no link's credit bounds: those of this node to itself, and those
+/// that come from a broker.
 struct LocalShare {
     shared: Arc<Shared>,
     bytes: u64,
+    _ticket: Option<Ticket>,
 }
 
 impl Drop for LocalShare {
@@ -203,6 +206,7 @@ impl ServiceCell {
         shared: &Arc<Shared>,
         message: Message,
         credit: Option<Credit>,
+        ticket: Option<Ticket>,
     ) {
         let link = credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
         let key = (link, message.header.id);
@@ -212,7 +216,7 @@ impl ServiceCell {
         let share = credit.is_none().then(|| {
             let bytes = BASE_COST + message.body.len() as u64;
             shared.local_bytes.fetch_add(bytes, Ordering::Relaxed);
-            LocalShare { shared: shared.clone(), bytes }
+            LocalShare { shared: shared.clone(), bytes, _ticket: ticket }
         });
         let held = Held { message, credit, cancelled: Arc::default(), deadline, share };
         let order = held.message.header.ordering_key().map(str::to_owned);
@@ -437,7 +441,12 @@ impl Shared {
             header.extra_mut().content_type = Some(content_type.to_owned());
         }
         let envelope = Envelope { header, payload };
-        let Some(credit) = credit else { return self.reply_to_self(envelope) };
+        let Some(credit) = credit else {
+            return match self.broker() {
+                Some(broker) => self.reply_by_broker(broker, call.from, envelope),
+                None => self.reply_to_self(envelope),
+            };
+        };
         match credit.answer(envelope) {
             Ok(()) => add(&self.counters.queued, 1),
             Err(reason) => self.count_drop(call.from, reason, 1),
@@ -478,6 +487,13 @@ pub enum ServeError {
     /// A durable subscription needs a store: [`Config::outbox`](crate::Config::outbox).
     #[error("the node has no store: name a folder for its outbox")]
     NoStore,
+    /// A durable subscription over a broker needs a node that keeps its identity:
+    /// [`Config::identity`](crate::Config::identity).
+    #[error("the node draws a new identity at each start: name a file for it")]
+    NoIdentity,
+    /// A broker can't do that.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,

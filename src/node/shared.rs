@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::broker::{BROKER, Brokered};
 use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
@@ -42,7 +43,11 @@ pub(crate) enum Outcome {
     Reply(Message),
     Failed(Failure),
     DeadlineExceeded,
-    PeerLost { maybe_executed: bool },
+    PeerLost {
+        maybe_executed: bool,
+    },
+    /// The broker found nobody to give it to.
+    Unrouted,
     ShutDown,
 }
 
@@ -88,6 +93,8 @@ pub(crate) struct Shared {
     /// Until when the driver sleeps, in ms since the start.
     pub(crate) armed_ms: AtomicU64,
     pub(crate) transport: OnceLock<Transport>,
+    /// In broker mode, what takes the place of links.
+    pub(crate) broker: OnceLock<Brokered>,
     /// What is let in over networks, once there is a front door.
     pub(crate) access: OnceLock<Access>,
     pub(crate) tasks: Mutex<JoinSet<()>>,
@@ -142,6 +149,7 @@ impl Shared {
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
             transport: OnceLock::new(),
+            broker: OnceLock::new(),
             access: OnceLock::new(),
             tasks: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -380,9 +388,21 @@ impl Shared {
         requests.remove(id).map(|(waiter, _)| waiter)
     }
 
+    /// The requests that went over a link that is lost may have been executed.
+    pub(super) fn fail_requests_over(&self, link: LinkId) {
+        for (_, waiter) in lock(&self.requests).handle_link_lost(link) {
+            let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed: true });
+        }
+    }
+
     /// Takes a request back: from the queue, or from its handler's attention.
     pub(crate) fn cancel_call(&self, id: MessageId, link: Option<LinkId>) {
         match link {
+            Some(BROKER) => {
+                if let Some(broker) = self.broker() {
+                    self.cancel_by_broker(broker, id);
+                }
+            }
             Some(link) => {
                 if let Some(cell) = self.cell(link)
                     && cell.cancel(id)
@@ -429,7 +449,10 @@ impl Shared {
         self.inboxes.store(Arc::new(inboxes));
         self.tell_routes_changed();
         drop(change);
-        self.with_mesh(|mesh, _| mesh.subscribe(pattern));
+        match self.broker() {
+            Some(broker) => broker.room.subscribe(pattern),
+            None => self.with_mesh(|mesh, _| mesh.subscribe(pattern)),
+        }
         if self.is_stopping() {
             inbox.close();
         }
@@ -437,7 +460,10 @@ impl Shared {
     }
 
     pub(crate) fn unsubscribe(self: &Arc<Self>, number: u64, pattern: &Pattern) {
-        self.with_mesh(|mesh, _| mesh.unsubscribe(pattern));
+        match self.broker() {
+            Some(broker) => broker.room.unsubscribe(pattern),
+            None => self.with_mesh(|mesh, _| mesh.unsubscribe(pattern)),
+        }
         let _change = lock(&self.inboxes_change);
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         inboxes.remove(pattern, number);
@@ -462,13 +488,19 @@ impl Shared {
         services.insert(service.name.clone(), service.clone());
         drop(services);
         self.add_handler(service);
-        self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency));
+        match self.broker() {
+            Some(broker) => broker.room.serve(&service.name, service.concurrency),
+            None => self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency)),
+        }
         self.tell_routes_changed();
         true
     }
 
     pub(crate) fn withdraw(self: &Arc<Self>, name: &ServiceName) {
-        self.with_mesh(|mesh, _| mesh.withdraw(name));
+        match self.broker() {
+            Some(broker) => broker.room.withdraw(name),
+            None => self.with_mesh(|mesh, _| mesh.withdraw(name)),
+        }
     }
 
     pub(crate) fn remove_service(&self, name: &ServiceName) {

@@ -48,6 +48,9 @@ pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownRepor
     let aborted = services.iter().map(|service| service.abort(shared)).sum();
     let _too_slow = timeout_at(deadline, settled(shared)).await;
     let before = shared.counters.snapshot();
+    if let Some(broker) = shared.broker() {
+        broker.room.close(deadline).await;
+    }
     shared.with_mesh(|mesh, _| mesh.say_goodbye());
     // Peers close a link when they have read the goodbye.
     let _too_slow = timeout_at(Instant::now() + GOODBYE, unlinked(shared)).await;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::broker::{BrokerGate, Brokered};
 use super::delivery::unix_ms;
 use super::driver;
 use super::receive::NodeAcceptor;
@@ -13,6 +14,7 @@ use super::shared::{DoorWatch, Shared};
 use super::store::{self, Store, StoreError};
 use super::transport::Transport;
 use super::{Inner, Node};
+use crate::broker::{BrokerUrl, BrokerUrlError, Me, Room};
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
 use crate::engine::delivery::{Now, OutboxConfig};
@@ -54,6 +56,18 @@ pub enum StartError {
         addr: SocketAddr,
         /// What the system said.
         source: io::Error,
+    },
+    /// The broker's address can't be used.
+    #[error(transparent)]
+    BrokerUrl(#[from] BrokerUrlError),
+    /// The broker refuses this node, and will do so again: wrong credentials, say, or a queue
+    /// that is there with other settings.
+    #[error("the broker {url} refuses: {reason}")]
+    Broker {
+        /// Where it is.
+        url: BrokerUrl,
+        /// What it said.
+        reason: String,
     },
     /// The private socket can't be made.
     #[error("can't use the socket folder {dir}: {source}", dir = dir.display())]
@@ -114,9 +128,10 @@ impl Node {
         keep_freed_memory(shared.config.window);
         // From here on the node's tasks end with it, whatever fails.
         let mut inner = Inner { shared: shared.clone(), listening: Vec::new() };
-        match &shared.config.memory {
-            Some(network) => start_memory(&shared, network, &acceptor),
-            None => inner.listening = start_sockets(&shared, &identity, acceptor).await?,
+        match (&shared.config.broker, &shared.config.memory) {
+            (Some(url), _) => start_broker(&shared, url).await?,
+            (None, Some(network)) => start_memory(&shared, network, &acceptor),
+            (None, None) => inner.listening = start_sockets(&shared, &identity, acceptor).await?,
         }
         shared.spawn(driver::run(shared.clone()));
         shared.spawn(driver::tell_groups(shared.clone()));
@@ -158,6 +173,26 @@ async fn open_store(
 
 /// So many failures of its handler make a guaranteed message a dead letter.
 const MAX_FAILURES: u32 = 10;
+
+/// Connects to the broker; one that can't be reached now is tried again and again.
+async fn start_broker(shared: &Arc<Shared>, url: &str) -> Result<(), StartError> {
+    let url: BrokerUrl = url.parse()?;
+    let config = &shared.config;
+    let me = Me {
+        id: shared.id,
+        name: shared.name.clone(),
+        mesh: config.mesh.clone(),
+        ca: config.broker_ca.clone(),
+        lease: config.lease,
+    };
+    let gate = Arc::new(BrokerGate(Arc::downgrade(shared)));
+    let (room, keeper) = Room::new(url.clone(), me, config.send_queue, gate);
+    let _first = shared.broker.set(Brokered::new(room));
+    let first = keeper.connect_first().await;
+    let first = first.map_err(|error| StartError::Broker { url, reason: error.text })?;
+    shared.spawn(keeper.run(first));
+    Ok(())
+}
 
 fn start_memory(
     shared: &Arc<Shared>,

@@ -77,6 +77,10 @@ impl Inbox {
         lock(&self.state)
     }
 
+    pub(crate) fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
     /// Whether it wants messages one by one.
     pub(crate) fn splits_runs(&self) -> bool {
         self.overflow == Overflow::KeepLatest

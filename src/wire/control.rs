@@ -300,8 +300,7 @@ impl Control {
             5 => Self::Cancel(MessageId::from_bytes(fields.need(Reader::bin_array)?)),
             6 => {
                 let code = fields.need(Reader::uint)?;
-                let text =
-                    fields.opt(|reader| reader.str().map(printable))?.unwrap_or_default();
+                let text = fields.opt(|reader| reader.str().map(printable))?.unwrap_or_default();
                 Self::Bye(match code {
                     0 => Bye::Shutdown,
                     1 => Bye::Duplicate,

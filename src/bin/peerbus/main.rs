@@ -1,6 +1,7 @@
 //! The `peerbus` command: nodes to run, messages to send, a demo and a benchmark.
 
 mod bench;
+mod broker;
 mod demo;
 mod keygen;
 mod node;
@@ -46,6 +47,8 @@ enum Command {
     Serve(serve::Serve),
     /// Ask a service or a node, and print its reply
     Request(request::Request),
+    /// Run a broker, to compare brokerless messaging with
+    Broker(broker::BrokerCommand),
     /// Make an identity: a key pair whose public half is a node's id
     Keygen(keygen::Keygen),
     /// List the peers that can be reached
@@ -91,6 +94,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Send(send) => send.run().await,
         Command::Serve(serve) => serve.run().await,
         Command::Request(request) => request.run().await,
+        Command::Broker(broker) => broker.run().await,
         Command::Keygen(keygen) => keygen.run(),
         Command::Peers(peers) => peers.run().await,
         // It waits for the disk.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use peerbus::{Address, MeshName, Node, NodeId, Receipt, Recipient, Trust};
+use peerbus::{Address, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Trust};
 use serde_json::json;
 
 use crate::trust::TrustOptions;
@@ -26,6 +26,13 @@ pub(crate) struct NodeOptions {
     /// Folder that keeps guaranteed messages and this node's identity; created if missing
     #[arg(long, value_name = "DIR")]
     pub(crate) outbox: Option<PathBuf>,
+    /// Have a broker carry all messages, in place of links: peerbus://HOST:PORT (`peerbus broker`),
+    /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ), with USER:PASSWORD@ before the host
+    #[arg(long, value_name = "URL", env = "PEERBUS_BROKER", hide_env_values = true)]
+    pub(crate) broker: Option<String>,
+    /// File of certificates by which the broker's own is checked, besides the system's
+    #[arg(long, value_name = "FILE", env = "PEERBUS_BROKER_CA")]
+    broker_ca: Option<PathBuf>,
     #[command(flatten)]
     trust: TrustOptions,
     /// TCP address to listen on, port 0 for a free one; repeatable [default: with keys, a free
@@ -65,6 +72,12 @@ impl NodeOptions {
         if let Some(rules) = self.trust.rules()? {
             config = config.rules(rules);
         }
+        if let Some(url) = &self.broker {
+            config = config.broker(url);
+        }
+        if let Some(path) = &self.broker_ca {
+            config = config.broker_ca(path);
+        }
         if self.no_local {
             config = config.local(false);
         }
@@ -88,7 +101,7 @@ impl NodeOptions {
 
     /// How to get beyond this host, if this node doesn't.
     pub(crate) fn hint(&self) -> Option<&'static str> {
-        let here = matches!(self.trust.trust(), Ok(Trust::ThisHost));
+        let here = self.broker.is_none() && matches!(self.trust.trust(), Ok(Trust::ThisHost));
         here.then_some("to join a LAN: --mesh-key KEY; `peerbus keygen --mesh` makes a key")
     }
 }
@@ -120,6 +133,10 @@ impl To {
     pub(crate) async fn find(&self, node: &Node) -> anyhow::Result<Recipient> {
         if self.node {
             let id: NodeId = self.to.parse()?;
+            if !node.peers().is_empty() && node.peers().iter().all(|it| it.id == NodeId::BROKER) {
+                // Only sending tells whether it is there.
+                return Ok(Recipient::Node(id));
+            }
             let within = tokio::time::Instant::now() + *self.wait;
             let mut peers = 0;
             while !node.peers().iter().any(|peer| peer.id == id) {
@@ -133,11 +150,20 @@ impl To {
         }
         let service: peerbus::ServiceName = self.to.parse()?;
         node.wait_for_service(&service, *self.wait).await.map_err(|_| {
+            if let Some(trouble) = broker_trouble(node) {
+                return anyhow::anyhow!(trouble);
+            }
             let met = node.peers().len();
             anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
         })?;
         Ok(Recipient::Service(service))
     }
+}
+
+/// Why the broker can't be talked to, if there is one and it can't.
+pub(crate) fn broker_trouble(node: &Node) -> Option<String> {
+    let broker = node.unreachable().into_iter().find(|it| it.id == Some(NodeId::BROKER))?;
+    Some(format!("the broker at {} can't be reached: {}", broker.address, broker.last_error))
 }
 
 /// The body of a message.
@@ -189,11 +215,12 @@ pub(crate) async fn settle(
     json: bool,
 ) -> anyhow::Result<()> {
     let deadline = tokio::time::Instant::now() + wait;
-    let (mut processed, mut dead) = (0u64, Vec::new());
+    let (mut processed, mut dead, mut at_broker) = (0u64, Vec::new(), 0u64);
     for receipt in receipts {
         let id = receipt.id();
         match tokio::time::timeout_at(deadline, receipt.processed()).await {
             Ok(Ok(())) => processed += 1,
+            Ok(Err(DeliveryError::Unsupported(_))) => at_broker += 1,
             Ok(Err(error)) => dead.push(format!("{id}: {error}")),
             Err(_) => {}
         }
@@ -202,9 +229,10 @@ pub(crate) async fn settle(
     while node.outbox_size().0 > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let kept = node.shutdown_within(DRAIN).await.pending;
+    let kept = node.shutdown_within(DRAIN).await.pending + at_broker;
     let value = json!({ "processed": processed, "dead_letters": dead, "kept": kept });
     crate::output::line(json, &value, || match kept {
+        _ if at_broker > 0 => format!("{at_broker} kept by the broker until they are processed"),
         0 => format!("{processed} processed"),
         _ => format!("{processed} processed; {kept} kept in the outbox for the next run"),
     })?;

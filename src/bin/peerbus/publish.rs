@@ -5,7 +5,7 @@ use clap::Args;
 use peerbus::{Body, Topic};
 use serde_json::json;
 
-use crate::options::{BodyArg, NodeOptions, finish, settle};
+use crate::options::{BodyArg, NodeOptions, broker_trouble, finish, settle};
 use crate::output;
 
 /// Waits for a subscriber, publishes, and ends when the message is taken. With --outbox it is
@@ -32,6 +32,10 @@ pub(crate) struct Publish {
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
+    /// Store it until all durable subscriptions have processed it: in the outbox, or at the broker;
+    /// --outbox implies it
+    #[arg(long)]
+    guaranteed: bool,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -48,14 +52,20 @@ impl Publish {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body: Body = self.body.read()?.into();
         let node = self.node.start().await?;
-        let durable = self.node.outbox.is_some();
+        let durable = self.guaranteed || self.node.outbox.is_some();
         let waited = match durable {
+            // The broker keeps it for those that are away.
+            true if self.node.broker.is_some() => Ok(()),
             true => node.wait_for_consumers(&self.topic, self.subscribers, *self.wait).await,
             false => node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await,
         };
         if waited.is_err() {
             let met = node.peers().len();
+            let broker = broker_trouble(&node);
             node.shutdown().await;
+            if let Some(trouble) = broker {
+                bail!(trouble);
+            }
             let who = match self.subscribers {
                 1 if durable => "no durable subscription is known".to_owned(),
                 1 => "nobody subscribes".to_owned(),

@@ -8,7 +8,8 @@ use crate::options::{BodyArg, NodeOptions, To, finish, settle};
 use crate::output;
 
 /// Sends one way, and ends when the far handler is done. With --outbox the messages are stored
-/// first; what is not processed by the end is kept there, and sent by the next run.
+/// first; what is not processed by the end is kept there, and sent by the next run. With a broker
+/// that keeps messages, --guaranteed has it keep them, and ends when it has.
 #[derive(Args)]
 pub(crate) struct Send {
     #[command(flatten)]
@@ -24,8 +25,11 @@ pub(crate) struct Send {
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = crate::publish::header)]
     headers: Vec<(String, String)>,
-    /// With --outbox: until when it is tried [default: for ever]
-    #[arg(long, value_name = "TIME", requires = "outbox")]
+    /// Store it until it is processed: in the outbox, or at the broker; --outbox implies it
+    #[arg(long)]
+    guaranteed: bool,
+    /// Of what is guaranteed: until when it is tried [default: for ever]
+    #[arg(long, value_name = "TIME")]
     expires: Option<humantime::Duration>,
     /// One JSON object a line
     #[arg(long)]
@@ -38,9 +42,10 @@ impl Send {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body = self.body.read()?;
         let node = self.node.start().await?;
-        if self.node.outbox.is_some() {
+        if self.guaranteed || self.node.outbox.is_some() {
             return self.store(&node, &body).await;
         }
+        anyhow::ensure!(self.expires.is_none(), "--expires goes with --outbox or --guaranteed");
         let to = self.to.find(&node).await?;
         for _ in 0..self.count {
             let mut send = node.send(to.clone(), &body);

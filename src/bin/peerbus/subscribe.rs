@@ -17,8 +17,9 @@ pub(crate) struct Subscribe {
     /// Patterns: `*` stands for one token, a last `>` for the rest
     #[arg(required = true, value_name = "PATTERN")]
     patterns: Vec<Pattern>,
-    /// Take guaranteed messages, as the durable subscription of that name; needs --outbox
-    #[arg(long, value_name = "NAME", requires = "outbox")]
+    /// Take guaranteed messages, as the durable subscription of that name; needs --outbox, or with
+    /// a broker --identity
+    #[arg(long, value_name = "NAME")]
     durable: Option<ServiceName>,
     /// End after this many messages
     #[arg(long, value_name = "N")]

@@ -1,0 +1,284 @@
+//! A session with the embedded broker: one DEALER. `hub.rs` has the words that the two use.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_core::Stream;
+use futures_util::StreamExt;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, interval, timeout};
+use zeromq::{
+    DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketOptions, SocketRecv,
+    SocketSend, ZmqMessage,
+};
+
+use super::hub::{SILENCE, WINDOW, cost, number, op, text, to_io};
+use super::session::{ConnectError, Failed, Lost};
+use super::{BrokerUrl, Incoming, Me, Order, StoreFailure, Via};
+use crate::address::Recipient;
+use crate::identity::random_bytes;
+use crate::message::MessageId;
+use crate::report::DropReason;
+use crate::sync::lock;
+use crate::wire::Parcel;
+
+/// How often each side says that it is there.
+const PING: Duration = Duration::from_secs(1);
+/// How long the broker may take to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How much is taken before the broker is told.
+const TELL_TAKEN: u64 = WINDOW / 16;
+
+pub(crate) struct Session {
+    title: String,
+    outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
+    /// Told of each thing that the broker has done.
+    done: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
+    down: watch::Receiver<Option<String>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Session {
+    pub(super) async fn connect(
+        url: &BrokerUrl,
+        me: &Me,
+        incoming: &Arc<dyn Incoming>,
+    ) -> Result<Self, ConnectError> {
+        let mut options = SocketOptions::default();
+        let identity = Bytes::copy_from_slice(&random_bytes::<16>());
+        options
+            .peer_identity(identity.try_into().map_err(|_| ConnectError::passing("no identity"))?);
+        options.connect_timeout(ANSWER);
+        let mut dealer = DealerSocket::with_options(options);
+        let monitor = dealer.monitor();
+        let host = match url.host() {
+            v6 if v6.contains(':') => format!("[{v6}]"),
+            host => host.to_owned(),
+        };
+        dealer
+            .connect(&format!("tcp://{host}:{}", url.port()))
+            .await
+            .map_err(|error| ConnectError::passing(to_io(error)))?;
+        let (mut sender, mut receiver) = dealer.split();
+        let mesh = Bytes::copy_from_slice(me.mesh.as_str().as_bytes());
+        let hello = vec![op(b"H"), mesh, Bytes::copy_from_slice(me.id.as_bytes())];
+        send(&mut sender, hello).await.map_err(ConnectError::passing)?;
+        let title = match timeout(ANSWER, receiver.recv()).await {
+            Ok(Ok(message)) => match &message.into_vec()[..] {
+                [welcome, title] if **welcome == *b"W" => text(title).unwrap_or("?").to_owned(),
+                _ => {
+                    return Err(ConnectError::for_good(
+                        "what answers there is no `peerbus broker`",
+                    ));
+                }
+            },
+            Ok(Err(error)) => return Err(ConnectError::passing(to_io(error))),
+            Err(_) => return Err(ConnectError::passing("no answer within 5 s")),
+        };
+        let (outgoing, orders) = mpsc::unbounded_channel();
+        let (tell_done, done) = mpsc::unbounded_channel();
+        let (tell_down, down) = watch::channel(None);
+        let reader = Reader {
+            incoming: incoming.clone(),
+            outgoing: outgoing.clone(),
+            done: tell_done,
+            taken: 0,
+        };
+        let tasks = vec![
+            tokio::spawn(write(sender, orders, tell_down.clone())),
+            tokio::spawn(reader.run(receiver, monitor, tell_down)),
+        ];
+        let done = tokio::sync::Mutex::new(done);
+        Ok(Self { title, outgoing, done, down, tasks: Mutex::new(tasks) })
+    }
+
+    pub(super) fn title(&self) -> String {
+        self.title.clone()
+    }
+
+    pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
+        let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+        let id = |id: MessageId| Bytes::copy_from_slice(&id.to_bytes());
+        match order {
+            Order::Publish(topic, Parcel { head, body }) => {
+                self.say(vec![op(b"P"), bytes(topic.as_str()), head, body])
+            }
+            Order::Call(Recipient::Service(name), call, _, Parcel { head, body }) => {
+                self.say(vec![op(b"C"), bytes(name.as_str()), id(call), head, body])
+            }
+            Order::Call(Recipient::Node(node), call, _, Parcel { head, body }) => {
+                let node = Bytes::copy_from_slice(node.as_bytes());
+                self.say(vec![op(b"N"), node, id(call), head, body])
+            }
+            Order::Reply(node, Parcel { head, body }) => {
+                let node = Bytes::copy_from_slice(node.as_bytes());
+                self.say(vec![op(b"N"), node, Bytes::new(), head, body])
+            }
+            Order::Tell(Parcel { head, body }) => self.say(vec![op(b"A"), head, body]),
+            Order::Subscribe(pattern) => {
+                return self.ask(vec![op(b"S"), bytes(pattern.as_str())]).await;
+            }
+            Order::Serve(name, _) => return self.ask(vec![op(b"V"), bytes(name.as_str())]).await,
+            Order::Unsubscribe(pattern) => self.say(vec![op(b"U"), bytes(pattern.as_str())]),
+            Order::Withdraw(name) => self.say(vec![op(b"X"), bytes(name.as_str())]),
+            Order::Store(message) => {
+                let text = "the embedded broker keeps nothing".to_owned();
+                let _gave_up = message.stored.send(Err(StoreFailure::Refused(text)));
+            }
+            Order::Consume(..) | Order::Pause(_) | Order::Forget(_) => {}
+        }
+        Ok(())
+    }
+
+    fn say(&self, frames: Vec<Bytes>) {
+        let _tasks_have_ended = self.outgoing.send(frames);
+    }
+
+    /// Says something, and waits until the broker has done it.
+    async fn ask(&self, frames: Vec<Bytes>) -> Result<(), Failed> {
+        let mut done = self.done.lock().await;
+        self.say(frames);
+        match timeout(ANSWER, done.recv()).await {
+            Ok(Some(())) => Ok(()),
+            Ok(None) => Err(Failed::Lost(Lost("the connection was closed".into()))),
+            Err(_) => Err(Failed::Lost(Lost("no answer within 5 s".into()))),
+        }
+    }
+
+    pub(super) async fn lost(&self) -> Lost {
+        let mut down = self.down.clone();
+        let told = down.wait_for(Option::is_some).await;
+        Lost(told.ok().and_then(|text| text.clone()).unwrap_or_else(|| "it ended".into()))
+    }
+
+    pub(super) async fn close(&self) {
+        self.say(vec![op(b"B")]);
+        // The writer ends behind it.
+        let writer = lock(&self.tasks).drain(..1).next();
+        if let Some(writer) = writer {
+            let _too_slow = timeout(ANSWER, writer).await;
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        lock(&self.tasks).iter().for_each(JoinHandle::abort);
+    }
+}
+
+async fn send(sender: &mut DealerSendHalf, frames: Vec<Bytes>) -> std::io::Result<()> {
+    let message = ZmqMessage::try_from(frames).map_err(|_| std::io::ErrorKind::InvalidInput)?;
+    sender.send(message).await.map_err(to_io)
+}
+
+async fn write(
+    mut sender: DealerSendHalf,
+    mut orders: mpsc::UnboundedReceiver<Vec<Bytes>>,
+    down: watch::Sender<Option<String>>,
+) {
+    let mut pings = interval(PING);
+    loop {
+        let frames = tokio::select! {
+            frames = orders.recv() => match frames {
+                Some(frames) => frames,
+                None => return,
+            },
+            _ = pings.tick() => vec![op(b".")],
+        };
+        let is_goodbye = *frames[0] == *b"B";
+        if let Err(error) = send(&mut sender, frames).await {
+            down.send_replace(Some(error.to_string()));
+            return;
+        }
+        if is_goodbye {
+            return;
+        }
+    }
+}
+
+struct Reader {
+    incoming: Arc<dyn Incoming>,
+    outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
+    done: mpsc::UnboundedSender<()>,
+    /// Bytes that the broker was not told of yet.
+    taken: u64,
+}
+
+impl Reader {
+    async fn run(
+        mut self,
+        mut receiver: DealerRecvHalf,
+        mut monitor: impl Stream<Item = SocketEvent> + Unpin,
+        down: watch::Sender<Option<String>>,
+    ) {
+        let mut pings = interval(PING);
+        let mut heard = Instant::now();
+        let why = loop {
+            tokio::select! {
+                biased;
+                received = receiver.recv() => match received {
+                    Ok(message) => {
+                        heard = Instant::now();
+                        self.handle(message.into_vec());
+                    }
+                    Err(error) => break to_io(error).to_string(),
+                },
+                // At end of file `recv` hangs; only the monitor tells.
+                event = monitor.next() => {
+                    if matches!(event, Some(SocketEvent::Disconnected(_)) | None) {
+                        break "the connection was closed".to_owned();
+                    }
+                }
+                _ = pings.tick() => {
+                    if heard.elapsed() > SILENCE {
+                        break "nothing was heard of it for 5 s".to_owned();
+                    }
+                }
+            }
+        };
+        down.send_replace(Some(why));
+    }
+
+    fn handle(&mut self, frames: Vec<Bytes>) {
+        let Some(first) = frames.first() else { return };
+        if matches!(&first[..], b"P" | b"C" | b"N") {
+            self.taken += cost(&frames);
+        }
+        match (&first[..], &frames[1..]) {
+            (b"P", [topic, head, body]) => {
+                if let Some(topic) = text(topic).and_then(|text| text.parse().ok()) {
+                    self.hand_on(Via::Topic(topic, None), head, body);
+                }
+            }
+            (b"C", [service, head, body]) => {
+                if let Some(name) = text(service).and_then(|text| text.parse().ok()) {
+                    self.hand_on(Via::Service(name), head, body);
+                }
+            }
+            (b"N", [head, body]) => self.hand_on(Via::Inbox, head, body),
+            (b"A", [head, body]) => self.hand_on(Via::All, head, body),
+            (b"K", []) => _ = self.done.send(()),
+            (b"R", [id]) => {
+                if let Ok(id) = <[u8; 16]>::try_from(&id[..]) {
+                    self.incoming.handle_unrouted(MessageId::from_bytes(id));
+                }
+            }
+            (b"D", [count]) => self.incoming.handle_dropped(DropReason::SlowPeer, number(count)),
+            _ => {}
+        }
+        if self.taken >= TELL_TAKEN {
+            let taken = std::mem::take(&mut self.taken);
+            let count = Bytes::copy_from_slice(&taken.to_be_bytes());
+            let _writer_has_ended = self.outgoing.send(vec![op(b"F"), count]);
+        }
+    }
+
+    fn hand_on(&self, via: Via, head: &Bytes, body: &Bytes) {
+        let parcel = Parcel { head: head.clone(), body: body.clone() };
+        self.incoming.handle_message(via, parcel, None);
+    }
+}

@@ -1,0 +1,168 @@
+//! Broker mode: the same API, with every message carried by a broker.
+//!
+//! ```text
+//!  Node ── orders ──▶ Room ──▶ Session ═══ broker ═══ sessions of other nodes
+//!   ▲                  │ connects again, restores what the node wants
+//!   └──── Incoming ◀───┘
+//! ```
+//!
+//! A room is what a node has in place of a mesh. Its session is one connection to one kind of
+//! broker: [`embedded`], [`nats`], [`rabbitmq`]. Each file says how it maps the words of this
+//! crate to the broker's own.
+
+mod embedded;
+mod hub;
+#[cfg(feature = "nats")]
+mod nats;
+#[cfg(feature = "rabbitmq")]
+mod rabbitmq;
+mod room;
+mod session;
+mod url;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
+pub(crate) use room::{Pace, Room, State};
+pub use url::{BrokerKind, BrokerUrl, BrokerUrlError};
+
+use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
+use crate::identity::NodeId;
+use crate::message::MessageId;
+use crate::report::DropReason;
+use crate::wire::Parcel;
+
+/// Something that this API promises and a broker has no means for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{broker} has no {what}")]
+pub struct Unsupported {
+    /// Which broker.
+    pub broker: BrokerKind,
+    /// What it has not, in words.
+    pub what: &'static str,
+}
+
+/// Who a session speaks for.
+#[derive(Debug, Clone)]
+pub(crate) struct Me {
+    pub(crate) id: NodeId,
+    pub(crate) name: String,
+    pub(crate) mesh: MeshName,
+    /// A file of certificates that the broker's own is checked against, besides the system's.
+    pub(crate) ca: Option<PathBuf>,
+    /// How long the handler of a guaranteed message may take.
+    pub(crate) lease: Duration,
+}
+
+/// What a node asks of its session.
+#[derive(Debug)]
+pub(crate) enum Order {
+    Publish(Topic, Parcel),
+    /// A call or a request, with its id, by which it is told if nobody takes it, and how long it
+    /// is worth handling.
+    Call(Recipient, MessageId, Option<Duration>, Parcel),
+    /// A reply to that node.
+    Reply(NodeId, Parcel),
+    /// For every node of the mesh.
+    Tell(Parcel),
+    Subscribe(Pattern),
+    Unsubscribe(Pattern),
+    Serve(ServiceName, u32),
+    Withdraw(ServiceName),
+    /// A durable subscription.
+    Consume(ServiceName, Pattern, u32),
+    /// It takes no more for now.
+    Pause(ServiceName),
+    /// It ends for good.
+    Forget(ServiceName),
+    Store(Box<Guaranteed>),
+}
+
+/// A message that the broker is to keep until it is processed.
+#[derive(Debug)]
+pub(crate) struct Guaranteed {
+    pub(crate) id: MessageId,
+    pub(crate) to: Destination,
+    pub(crate) parcel: Parcel,
+    pub(crate) expires_at: Option<u64>,
+    /// Told once the broker has confirmed it.
+    pub(crate) stored: oneshot::Sender<Result<(), StoreFailure>>,
+}
+
+/// Why a broker did not keep a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum StoreFailure {
+    /// The connection was lost before the broker confirmed: it may have it.
+    Lost,
+    /// The broker said no.
+    Refused(String),
+}
+
+/// How a message came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// On a topic, for all local subscriptions that match, or for those with this very pattern.
+    Topic(Topic, Option<Pattern>),
+    Service(ServiceName),
+    /// To this node.
+    Inbox,
+    /// To every node of the mesh.
+    All,
+}
+
+/// What became of a message that a broker keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Its handler returned Ok.
+    Processed,
+    /// Its handler failed: try again later.
+    Failed(String),
+    /// Its handler will never take it.
+    Rejected(String),
+    /// Its time ran out before.
+    Expired,
+    /// It is not served here now.
+    Refused,
+    /// It is not to be handled before so much time has passed.
+    Later(Duration),
+}
+
+/// A message that the broker keeps until it is told what became of it. Dropping the sender tells
+/// it that nothing did.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    /// The durable subscription that it is for; `None` for a service.
+    pub(crate) subscription: Option<ServiceName>,
+    /// From 1.
+    pub(crate) attempt: u32,
+    pub(crate) redelivered: bool,
+    pub(crate) outcome: oneshot::Sender<Outcome>,
+}
+
+/// Held while a call that came from a broker is handled; its drop tells the broker.
+pub(crate) type Ticket = oneshot::Sender<Outcome>;
+
+/// What sessions bring to a node.
+pub(crate) trait Incoming: Send + Sync {
+    /// A message; one without a head comes from another program.
+    fn handle_message(&self, via: Via, parcel: Parcel, ticket: Option<Ticket>);
+    fn handle_kept(&self, via: Via, parcel: Parcel, kept: Kept);
+    /// Nobody takes that call.
+    fn handle_unrouted(&self, id: MessageId);
+    /// Whether the broker can be talked to has changed.
+    fn handle_state(&self, state: &State);
+    /// Messages of this node were dropped on their way.
+    fn handle_dropped(&self, reason: DropReason, count: u64);
+}
+
+/// How long a message whose handler failed is left alone: 200 ms, doubling to 60 s.
+pub(crate) fn backoff(attempt: u32) -> Duration {
+    let doubled = 200u64.saturating_mul(1 << attempt.saturating_sub(1).min(16));
+    Duration::from_millis(doubled.min(60_000))
+}
+
+/// So many failures of its handler make a guaranteed message a dead letter.
+pub(crate) const MAX_FAILURES: u32 = 10;

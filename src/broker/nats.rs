@@ -1,0 +1,614 @@
+//! A session with NATS; what is guaranteed goes by JetStream.
+//!
+//! | Ours | NATS, all under `peerbus.MESH` |
+//! |---|---|
+//! | topic | subject `.e.TOPIC`; patterns are NATS's own wildcards |
+//! | service | subject `.s.NAME`, queue group `peerbus` |
+//! | a node, replies | subject `.n.NODE` |
+//! | nobody serves that | "no responders", to the reply subject `.x.NODE.ID` |
+//! | every node | subject `.c` |
+//! | guaranteed, to a service or node | stream `peerbus_MESH_work` (work queue), subject `.w.NAME`, one durable consumer for each name |
+//! | guaranteed, on a topic | stream `peerbus_MESH_kept` (interest), subject `.k.TOPIC`, one durable consumer for each subscription |
+//! | dead letter | stream `peerbus_MESH_dead`, subject `.d.` and the rest of its own, reason in the header `peerbus-reason` |
+//!
+//! Our head is the header `peerbus`, in base64; the payload is the body.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::{self, AckKind, stream};
+use async_nats::{
+    Client, ConnectErrorKind, ConnectOptions, HeaderMap, ServerAddr, StatusCode, Subscriber,
+};
+use bytes::Bytes;
+use data_encoding::BASE64_NOPAD;
+use futures_util::{FutureExt, StreamExt};
+use percent_encoding::percent_decode_str;
+use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+
+use super::session::{ConnectError, Failed, Lost};
+use super::{
+    BrokerUrl, Guaranteed, Incoming, Kept, MAX_FAILURES, Me, Order, Outcome, StoreFailure, Via,
+};
+use crate::address::{Destination, Pattern, Recipient, ServiceName};
+use crate::identity::NodeId;
+use crate::sync::lock;
+use crate::wire::Parcel;
+
+/// The header with our head.
+const HEAD: &str = "peerbus";
+/// The header of a dead letter that says why it is one.
+const REASON: &str = "peerbus-reason";
+const GROUP: &str = "peerbus";
+/// How long the broker may take to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How many guaranteed messages are asked for at a time.
+const BATCH: usize = 500;
+
+pub(crate) struct Session {
+    client: Client,
+    jetstream: Option<Streams>,
+    names: Names,
+    me: Me,
+    incoming: Arc<dyn Incoming>,
+    down: watch::Receiver<Option<String>>,
+    tasks: Mutex<HashMap<Task, AbortHandle>>,
+}
+
+/// What the server keeps for a mesh.
+#[derive(Clone)]
+struct Streams {
+    context: jetstream::Context,
+    work: stream::Stream,
+    kept: stream::Stream,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Task {
+    Inbox,
+    All,
+    Unrouted,
+    Topics(Pattern),
+    Service(ServiceName),
+    Work(ServiceName),
+    Durable(ServiceName),
+}
+
+/// The subjects of a mesh.
+#[derive(Debug, Clone)]
+struct Names {
+    prefix: String,
+}
+
+impl Names {
+    fn topic(&self, topic: &str) -> String {
+        format!("{}.e.{topic}", self.prefix)
+    }
+
+    fn service(&self, name: &str) -> String {
+        format!("{}.s.{name}", self.prefix)
+    }
+
+    fn node(&self, node: &NodeId) -> String {
+        format!("{}.n.{node}", self.prefix)
+    }
+
+    fn all(&self) -> String {
+        format!("{}.c", self.prefix)
+    }
+
+    fn unrouted(&self, node: &NodeId) -> String {
+        format!("{}.x.{node}", self.prefix)
+    }
+
+    fn work(&self, name: &str) -> String {
+        format!("{}.w.{name}", self.prefix)
+    }
+
+    fn kept(&self, topic: &str) -> String {
+        format!("{}.k.{topic}", self.prefix)
+    }
+
+    fn dead(&self, subject: &str) -> String {
+        format!("{}.d{}", self.prefix, subject.strip_prefix(&self.prefix).unwrap_or_default())
+    }
+}
+
+impl Session {
+    pub(super) async fn connect(
+        url: &BrokerUrl,
+        me: &Me,
+        incoming: &Arc<dyn Incoming>,
+    ) -> Result<Self, ConnectError> {
+        let (tell, down) = watch::channel(None);
+        let mut options = ConnectOptions::new()
+            .name(format!("peerbus {} {}", me.name, me.id.short()))
+            // Another session restores what this one had.
+            .max_reconnects(1)
+            .connection_timeout(ANSWER)
+            .event_callback(move |event| {
+                let why = match &event {
+                    async_nats::Event::Disconnected => Some("the connection was closed".into()),
+                    async_nats::Event::Closed => Some("the connection has ended".into()),
+                    async_nats::Event::ClientError(error) => Some(error.to_string()),
+                    other => {
+                        tracing::debug!(event = %other, "NATS");
+                        None
+                    }
+                };
+                if why.is_some() {
+                    tell.send_replace(why);
+                }
+                async {}
+            });
+        let server: ServerAddr = url.reveal().parse().map_err(ConnectError::for_good)?;
+        options = match (server.username(), server.password()) {
+            (Some(user), Some(password)) => options.user_and_password(plain(user), plain(password)),
+            (Some(token), None) => options.token(plain(token)),
+            (None, _) => options,
+        };
+        if let Some(ca) = &me.ca {
+            options = options.add_root_certificates(ca.clone());
+        }
+        let client = options.connect(server).await.map_err(|error| match error.kind() {
+            ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+                ConnectError::for_good("wrong credentials")
+            }
+            ConnectErrorKind::ServerParse | ConnectErrorKind::Tls => ConnectError::for_good(error),
+            _ => ConnectError::passing(error),
+        })?;
+        let names = Names { prefix: format!("peerbus.{}", me.mesh) };
+        let jetstream = Streams::open(&client, &names, me).await?;
+        let session = Self {
+            client,
+            jetstream,
+            names,
+            me: me.clone(),
+            incoming: incoming.clone(),
+            down,
+            tasks: Mutex::default(),
+        };
+        session.listen().await.map_err(ConnectError::passing)?;
+        Ok(session)
+    }
+
+    /// Subscribes to what every node has to hear.
+    async fn listen(&self) -> Result<(), async_nats::Error> {
+        let inbox = self.client.subscribe(self.names.node(&self.me.id)).await?;
+        self.forward(Task::Inbox, inbox, |_| Some(Via::Inbox));
+        let all = self.client.subscribe(self.names.all()).await?;
+        self.forward(Task::All, all, |_| Some(Via::All));
+        let subject = format!("{}.*", self.names.unrouted(&self.me.id));
+        let mut unrouted = self.client.subscribe(subject).await?;
+        let incoming = self.incoming.clone();
+        self.spawn(Task::Unrouted, async move {
+            while let Some(message) = unrouted.next().await {
+                let id = message.subject.rsplit('.').next().and_then(|id| id.parse().ok());
+                if let (Some(StatusCode::NO_RESPONDERS), Some(id)) = (message.status, id) {
+                    incoming.handle_unrouted(id);
+                }
+            }
+        });
+        self.client.flush().await?;
+        Ok(())
+    }
+
+    pub(super) fn title(&self) -> String {
+        let info = self.client.server_info();
+        let jetstream = if self.jetstream.is_some() { "" } else { " without JetStream" };
+        format!("NATS {}{jetstream}", info.version)
+    }
+
+    /// Orders that only put something into the client's own queue, if that has room.
+    pub(super) fn perform_now(&self, order: Order) -> Option<Order> {
+        let again = match &order {
+            Order::Publish(topic, parcel) => Order::Publish(topic.clone(), parcel.clone()),
+            Order::Call(to, id, ttl, parcel) => Order::Call(to.clone(), *id, *ttl, parcel.clone()),
+            Order::Reply(to, parcel) => Order::Reply(*to, parcel.clone()),
+            _ => return Some(order),
+        };
+        match self.publish(order).now_or_never() {
+            Some(Ok(())) => None,
+            Some(Err(_)) | None => Some(again),
+        }
+    }
+
+    pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
+        match order {
+            order @ (Order::Publish(..) | Order::Call(..) | Order::Reply(..) | Order::Tell(_)) => {
+                self.publish(order).await.map_err(lost)
+            }
+            Order::Subscribe(pattern) => {
+                let subject = self.names.topic(pattern.as_str());
+                let subscriber = self.client.subscribe(subject).await.map_err(lost)?;
+                let start = self.names.topic("").len();
+                let wanted = pattern.clone();
+                self.forward(Task::Topics(pattern), subscriber, move |subject| {
+                    let topic = subject.get(start..)?.parse().ok()?;
+                    Some(Via::Topic(topic, Some(wanted.clone())))
+                });
+                self.client.flush().await.map_err(lost)
+            }
+            Order::Unsubscribe(pattern) => {
+                self.end(&Task::Topics(pattern));
+                Ok(())
+            }
+            Order::Serve(name, concurrency) => self.serve(name, concurrency).await,
+            Order::Withdraw(name) => {
+                self.end(&Task::Service(name.clone()));
+                self.end(&Task::Work(name));
+                self.client.flush().await.map_err(lost)
+            }
+            Order::Consume(name, pattern, concurrency) => {
+                self.consume(name, &pattern, concurrency).await
+            }
+            Order::Pause(name) => {
+                self.end(&Task::Durable(name));
+                Ok(())
+            }
+            Order::Forget(name) => {
+                self.end(&Task::Durable(name.clone()));
+                let Some(streams) = &self.jetstream else { return Ok(()) };
+                let gone = streams.kept.delete_consumer(&self.durable_name(&name)).await;
+                gone.map(drop).map_err(refused)
+            }
+            Order::Store(message) => {
+                self.store(*message).await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn publish(&self, order: Order) -> Result<(), async_nats::PublishError> {
+        let (subject, reply, parcel) = match order {
+            Order::Publish(topic, parcel) => (self.names.topic(topic.as_str()), None, parcel),
+            Order::Call(to, id, _, parcel) => {
+                let subject = match &to {
+                    Recipient::Service(name) => self.names.service(name.as_str()),
+                    Recipient::Node(node) => self.names.node(node),
+                };
+                (subject, Some(format!("{}.{id}", self.names.unrouted(&self.me.id))), parcel)
+            }
+            Order::Reply(node, parcel) => (self.names.node(&node), None, parcel),
+            Order::Tell(parcel) => (self.names.all(), None, parcel),
+            _ => return Ok(()),
+        };
+        let headers = headers(&parcel);
+        match reply {
+            Some(reply) => {
+                let client = &self.client;
+                client.publish_with_reply_and_headers(subject, reply, headers, parcel.body).await
+            }
+            None => self.client.publish_with_headers(subject, headers, parcel.body).await,
+        }
+    }
+
+    async fn serve(&self, name: ServiceName, concurrency: u32) -> Result<(), Failed> {
+        let subject = self.names.service(name.as_str());
+        if name != ServiceName::node_inbox() {
+            let subscriber = self.client.queue_subscribe(subject, GROUP.into()).await;
+            let via = Via::Service(name.clone());
+            let forwarded = move |_: &str| Some(via.clone());
+            self.forward(Task::Service(name.clone()), subscriber.map_err(lost)?, forwarded);
+        }
+        self.client.flush().await.map_err(lost)?;
+        let Some(streams) = &self.jetstream else { return Ok(()) };
+        let (channel, via) = match name == ServiceName::node_inbox() {
+            true => (self.me.id.to_string(), Via::Inbox),
+            false => (name.to_string(), Via::Service(name.clone())),
+        };
+        let config = self.consumer_config(escape(&channel), self.names.work(&channel));
+        let consumer = take_on(&streams.work, config).await?;
+        self.work(Task::Work(name), consumer, concurrency, None, move |_| Some(via.clone())).await
+    }
+
+    async fn consume(
+        &self,
+        name: ServiceName,
+        pattern: &Pattern,
+        concurrency: u32,
+    ) -> Result<(), Failed> {
+        let Some(streams) = &self.jetstream else {
+            return Err(Failed::Refused("the server has no JetStream".into()));
+        };
+        let subject = self.names.kept(pattern.as_str());
+        let config = self.consumer_config(self.durable_name(&name), subject);
+        let consumer = take_on(&streams.kept, config).await?;
+        let start = self.names.kept("").len();
+        let via = move |subject: &str| Some(Via::Topic(subject.get(start..)?.parse().ok()?, None));
+        self.work(Task::Durable(name.clone()), consumer, concurrency, Some(name), via).await
+    }
+
+    fn durable_name(&self, name: &ServiceName) -> String {
+        format!("{}_{}", self.me.id.short(), escape(name.as_str()))
+    }
+
+    fn consumer_config(&self, name: String, filter_subject: String) -> pull::Config {
+        pull::Config {
+            durable_name: Some(name),
+            filter_subject,
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: self.me.lease,
+            max_ack_pending: 10_000,
+            ..pull::Config::default()
+        }
+    }
+
+    /// Takes guaranteed messages, and tells the server what became of them.
+    async fn work(
+        &self,
+        task: Task,
+        consumer: jetstream::consumer::Consumer<pull::Config>,
+        concurrency: u32,
+        subscription: Option<ServiceName>,
+        via: impl Fn(&str) -> Option<Via> + Send + 'static,
+    ) -> Result<(), Failed> {
+        let batch = (concurrency as usize * 2).clamp(1, BATCH);
+        let mut messages =
+            consumer.stream().max_messages_per_batch(batch).messages().await.map_err(refused)?;
+        let incoming = self.incoming.clone();
+        let Some(streams) = self.jetstream.clone() else { return Ok(()) };
+        let (names, lease) = (self.names.clone(), self.me.lease);
+        self.spawn(task, async move {
+            while let Some(Ok(message)) = messages.next().await {
+                let attempt = message.info().map_or(1, |info| info.delivered.max(1) as u32);
+                let (outcome, ended) = oneshot::channel();
+                if let Some(via) = via(&message.subject) {
+                    let subscription = subscription.clone();
+                    let kept = Kept { subscription, attempt, redelivered: attempt > 1, outcome };
+                    incoming.handle_kept(via, parcel(&message), kept);
+                }
+                let (context, names) = (streams.context.clone(), names.clone());
+                tokio::spawn(settle(message, attempt, ended, lease, context, names));
+            }
+        });
+        Ok(())
+    }
+
+    async fn store(&self, message: Guaranteed) {
+        let Guaranteed { id, to, parcel, stored, .. } = message;
+        let Some(streams) = &self.jetstream else {
+            let text = "the server has no JetStream".to_owned();
+            let _gave_up = stored.send(Err(StoreFailure::Refused(text)));
+            return;
+        };
+        let subject = match &to {
+            Destination::Topic(topic) => self.names.kept(topic.as_str()),
+            Destination::Service(name) => self.names.work(name.as_str()),
+            Destination::Node(node) => self.names.work(&node.to_string()),
+        };
+        let mut headers = headers(&parcel);
+        // The server knows it again for two minutes.
+        headers.insert("Nats-Msg-Id", id.to_string());
+        let sent = streams.context.publish_with_headers(subject, headers, parcel.body).await;
+        tokio::spawn(async move {
+            let result = match sent {
+                Ok(confirmed) => confirmed.await.map(drop),
+                Err(error) => Err(error),
+            };
+            use jetstream::context::PublishErrorKind::{BrokenPipe, TimedOut};
+            let _gave_up = stored.send(result.map_err(|error| match error.kind() {
+                BrokenPipe | TimedOut => StoreFailure::Lost,
+                _ => StoreFailure::Refused(error.to_string()),
+            }));
+        });
+    }
+
+    /// Hands on what comes for a subscription.
+    fn forward(
+        &self,
+        task: Task,
+        mut subscriber: Subscriber,
+        via: impl Fn(&str) -> Option<Via> + Send + 'static,
+    ) {
+        let incoming = self.incoming.clone();
+        self.spawn(task, async move {
+            while let Some(message) = subscriber.next().await {
+                if let Some(via) = via(&message.subject) {
+                    incoming.handle_message(via, parcel(&message), None);
+                }
+            }
+        });
+    }
+
+    fn spawn(&self, task: Task, future: impl Future<Output = ()> + Send + 'static) {
+        let running = tokio::spawn(future).abort_handle();
+        if let Some(before) = lock(&self.tasks).insert(task, running) {
+            before.abort();
+        }
+    }
+
+    /// Dropping its subscriber unsubscribes.
+    fn end(&self, task: &Task) {
+        if let Some(running) = lock(&self.tasks).remove(task) {
+            running.abort();
+        }
+    }
+
+    pub(super) async fn lost(&self) -> Lost {
+        let mut down = self.down.clone();
+        let told = down.wait_for(Option::is_some).await;
+        Lost(told.ok().and_then(|text| text.clone()).unwrap_or_else(|| "it ended".into()))
+    }
+
+    pub(super) async fn close(&self) {
+        let _too_late = timeout(ANSWER, self.client.flush()).await;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        lock(&self.tasks).values().for_each(AbortHandle::abort);
+    }
+}
+
+impl Streams {
+    /// The streams of a mesh, made if they are missing; `None` if the server has no JetStream.
+    async fn open(client: &Client, names: &Names, me: &Me) -> Result<Option<Self>, ConnectError> {
+        let context = jetstream::new(client.clone());
+        if let Err(error) = context.query_account().await {
+            tracing::debug!(%error, "no JetStream");
+            return Ok(None);
+        }
+        let config = |what: &str, subject: &str, retention| stream::Config {
+            name: format!("peerbus_{}_{what}", me.mesh),
+            subjects: vec![format!("{}.{subject}.>", names.prefix)],
+            retention,
+            storage: stream::StorageType::File,
+            ..stream::Config::default()
+        };
+        use stream::RetentionPolicy::{Interest, Limits, WorkQueue};
+        let work = find(&context, config("work", "w", WorkQueue)).await?;
+        let kept = find(&context, config("kept", "k", Interest)).await?;
+        find(&context, config("dead", "d", Limits)).await?;
+        Ok(Some(Self { context, work, kept }))
+    }
+}
+
+/// A stream with these settings, or why there is none.
+async fn find(
+    context: &jetstream::Context,
+    wanted: stream::Config,
+) -> Result<stream::Stream, ConnectError> {
+    let name = wanted.name.clone();
+    let found = context.get_or_create_stream(&wanted).await.map_err(ConnectError::passing)?;
+    let there = &found.cached_info().config;
+    match there.subjects == wanted.subjects && there.retention == wanted.retention {
+        true => Ok(found),
+        false => Err(ConnectError::for_good(format!(
+            "the stream {name} is there with other settings: retention {:?} and subjects {:?} \
+             instead of {:?} and {:?}",
+            there.retention, there.subjects, wanted.retention, wanted.subjects
+        ))),
+    }
+}
+
+/// A durable consumer with these settings.
+async fn take_on(
+    stream: &stream::Stream,
+    config: pull::Config,
+) -> Result<jetstream::consumer::Consumer<pull::Config>, Failed> {
+    let name = config.durable_name.clone().unwrap_or_default();
+    stream.create_consumer(config).await.map_err(|error| {
+        let told = format!("the consumer {name} is there with other settings, or can't be made");
+        Failed::Refused(format!("{told}: {error}"))
+    })
+}
+
+/// Tells the server what became of a guaranteed message.
+async fn settle(
+    message: jetstream::Message,
+    attempt: u32,
+    mut ended: oneshot::Receiver<Outcome>,
+    lease: Duration,
+    context: jetstream::Context,
+    names: Names,
+) {
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut ended => break outcome,
+            // The node ends a handler that takes too long; until then it is at work.
+            () = sleep(lease / 3) => {
+                let _too_late = message.ack_with(AckKind::Progress).await;
+            }
+        }
+    };
+    let again = || AckKind::Nak(Some(super::backoff(attempt)));
+    let (kind, dead) = match outcome {
+        Ok(Outcome::Processed) => (AckKind::Ack, None),
+        Ok(Outcome::Failed(text)) if attempt >= MAX_FAILURES => (AckKind::Term, Some(text)),
+        Ok(Outcome::Rejected(text)) => (AckKind::Term, Some(text)),
+        Ok(Outcome::Expired) => (AckKind::Term, Some("it expired".into())),
+        Ok(Outcome::Later(wait)) => (AckKind::Nak(Some(wait)), None),
+        Ok(Outcome::Failed(_) | Outcome::Refused) | Err(_) => (again(), None),
+    };
+    if let Some(reason) = dead {
+        let mut headers = message.headers.clone().unwrap_or_default();
+        headers.insert(REASON, reason.replace(['\r', '\n'], " "));
+        let subject = names.dead(&message.subject);
+        let buried = context.publish_with_headers(subject, headers, message.payload.clone()).await;
+        let buried = match buried {
+            Ok(confirmed) => confirmed.await.map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = buried {
+            tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
+            let _lost = message.ack_with(again()).await;
+            return;
+        }
+    }
+    if let Err(error) = message.ack_with(kind).await {
+        tracing::debug!(%error, "an acknowledgement was lost; its message comes again");
+    }
+}
+
+/// A part of a URL without its escapes (RFC 3986).
+fn plain(escaped: &str) -> String {
+    percent_decode_str(escaped).decode_utf8_lossy().into_owned()
+}
+
+fn headers(parcel: &Parcel) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    if !parcel.head.is_empty() {
+        headers.insert(HEAD, BASE64_NOPAD.encode(&parcel.head));
+    }
+    headers
+}
+
+fn parcel(message: &async_nats::Message) -> Parcel {
+    let head = message.headers.as_ref().and_then(|headers| headers.get(HEAD));
+    let head = head.and_then(|head| BASE64_NOPAD.decode(head.as_str().as_bytes()).ok());
+    Parcel { head: head.map_or_else(Bytes::new, Bytes::from), body: message.payload.clone() }
+}
+
+/// A name that a consumer may have, different for different names.
+fn escape(name: &str) -> String {
+    let mut escaped = String::with_capacity(name.len());
+    for c in name.chars() {
+        match c.is_ascii_alphanumeric() || c == '-' {
+            true => escaped.push(c),
+            false => escaped.push_str(&format!("_{:x}_", u32::from(c))),
+        }
+    }
+    escaped
+}
+
+fn lost(error: impl std::fmt::Display) -> Failed {
+    Failed::Lost(Lost::because(error))
+}
+
+fn refused(error: impl std::fmt::Display) -> Failed {
+    Failed::Refused(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_consumers_stay_different() {
+        assert_eq!(escape("orders-eu"), "orders-eu");
+        assert_ne!(escape("a.b"), escape("a_b"));
+        assert!(escape("a.b/c*").chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
+    }
+
+    #[test]
+    fn a_dead_letter_keeps_its_subject_behind_a_mark() {
+        let names = Names { prefix: "peerbus.default".into() };
+        assert_eq!(names.dead(&names.work("billing")), "peerbus.default.d.w.billing");
+    }
+
+    #[test]
+    fn a_head_survives_as_a_header() {
+        let sent = Parcel { head: Bytes::from_static(&[0, 255, 10, 13]), body: "body".into() };
+        let headers = headers(&sent);
+        assert_eq!(
+            BASE64_NOPAD.decode(headers.get(HEAD).unwrap().as_str().as_bytes()).unwrap(),
+            sent.head
+        );
+    }
+}

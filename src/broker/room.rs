@@ -1,0 +1,525 @@
+//! What a node has in place of a mesh: a session, and what it takes to have another one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use super::session::{ConnectError, Failed, Lost, Session};
+use super::{BrokerKind, BrokerUrl, Incoming, Me, Order, StoreFailure};
+use crate::address::{Pattern, ServiceName, Topic};
+use crate::report::DropReason;
+use crate::sync::lock;
+
+/// How long a connection may take to stand.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between attempts: doubling.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// How soon the broker is asked again for what it refused.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// What an order counts for besides its message.
+const ORDER_COST: u64 = 128;
+
+/// Whether the broker can be talked to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not yet, or not again: why the last attempt failed.
+    Down {
+        error: String,
+    },
+    Up {
+        title: String,
+    },
+    /// The node has left.
+    Closed,
+}
+
+/// What a node wants of the broker for as long as it lives, whatever becomes of a session.
+#[derive(Debug, Default)]
+pub(crate) struct Wishes {
+    /// How many local subscriptions ask for each pattern.
+    patterns: BTreeMap<Pattern, usize>,
+    services: BTreeMap<ServiceName, u32>,
+    consumers: BTreeMap<ServiceName, (Pattern, u32)>,
+    /// Of those, what the broker has confirmed.
+    subscribed: BTreeSet<Pattern>,
+    served: BTreeSet<ServiceName>,
+}
+
+impl Wishes {
+    fn orders(&self) -> Vec<Order> {
+        let patterns = self.patterns.keys().cloned().map(Order::Subscribe);
+        let services = self.services.iter().map(|(name, n)| Order::Serve(name.clone(), *n));
+        let consumers = self.consumers.iter();
+        let consumers =
+            consumers.map(|(name, (pattern, n))| Order::Consume(name.clone(), pattern.clone(), *n));
+        patterns.chain(services).chain(consumers).collect()
+    }
+}
+
+/// Whether a message waits for room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pace {
+    Now,
+    Until(Instant),
+}
+
+pub(crate) struct Room {
+    url: BrokerUrl,
+    orders: mpsc::UnboundedSender<Queued>,
+    queued: Arc<Queue>,
+    session: ArcSwapOption<Session>,
+    wishes: Mutex<Wishes>,
+    state: watch::Sender<State>,
+    closing: Notify,
+    closed: Notify,
+}
+
+/// An order, and its place in the queue.
+struct Queued {
+    order: Order,
+    _place: Place,
+}
+
+struct Queue {
+    bytes: AtomicU64,
+    limit: u64,
+    freed: Notify,
+}
+
+struct Place {
+    queue: Arc<Queue>,
+    cost: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.queue.bytes.fetch_sub(self.cost, Ordering::AcqRel);
+        self.queue.freed.notify_waiters();
+    }
+}
+
+impl Order {
+    fn cost(&self) -> u64 {
+        ORDER_COST
+            + match self {
+                Self::Publish(_, parcel)
+                | Self::Call(_, _, _, parcel)
+                | Self::Reply(_, parcel)
+                | Self::Tell(parcel) => parcel.len() as u64,
+                Self::Store(message) => message.parcel.len() as u64,
+                _ => 0,
+            }
+    }
+
+    /// The same again, if it is wished for until it is taken back.
+    fn wish(&self) -> Option<Self> {
+        match self {
+            Self::Subscribe(pattern) => Some(Self::Subscribe(pattern.clone())),
+            Self::Serve(name, n) => Some(Self::Serve(name.clone(), *n)),
+            Self::Consume(name, pattern, n) => {
+                Some(Self::Consume(name.clone(), pattern.clone(), *n))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether its end with a session is a loss to be counted.
+    fn is_message(&self) -> bool {
+        matches!(self, Self::Publish(..) | Self::Call(..) | Self::Reply(..))
+    }
+}
+
+/// What makes a room work; to be run as a task.
+pub(crate) struct Keeper {
+    room: Arc<Room>,
+    me: Me,
+    incoming: Arc<dyn Incoming>,
+    orders: mpsc::UnboundedReceiver<Queued>,
+    /// What the broker refused, and is asked for again.
+    refused: Vec<Order>,
+}
+
+impl Room {
+    /// `limit` is how many bytes of messages may wait for the broker.
+    pub(crate) fn new(
+        url: BrokerUrl,
+        me: Me,
+        limit: u64,
+        incoming: Arc<dyn Incoming>,
+    ) -> (Arc<Self>, Keeper) {
+        let (sender, orders) = mpsc::unbounded_channel();
+        let queued = Arc::new(Queue { bytes: AtomicU64::new(0), limit, freed: Notify::new() });
+        let room = Arc::new(Self {
+            url,
+            orders: sender,
+            queued,
+            session: ArcSwapOption::empty(),
+            wishes: Mutex::default(),
+            state: watch::Sender::new(State::Down { error: "not connected yet".into() }),
+            closing: Notify::new(),
+            closed: Notify::new(),
+        });
+        let keeper = Keeper { room: room.clone(), me, incoming, orders, refused: Vec::new() };
+        (room, keeper)
+    }
+
+    pub(crate) fn url(&self) -> &BrokerUrl {
+        &self.url
+    }
+
+    pub(crate) fn kind(&self) -> BrokerKind {
+        self.url.kind()
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(*self.state.borrow(), State::Up { .. })
+    }
+
+    /// Waits until the broker can be talked to.
+    pub(crate) async fn wait_until_up(&self, deadline: Instant) -> bool {
+        let mut states = self.state.subscribe();
+        let up = states.wait_for(|state| matches!(state, State::Up { .. }));
+        matches!(timeout_at(deadline, up).await, Ok(Ok(_)))
+    }
+
+    /// What waits for the broker, in bytes.
+    pub(crate) fn queued_bytes(&self) -> u64 {
+        self.queued.bytes.load(Ordering::Acquire)
+    }
+
+    /// Hands a message to the session, or lets it wait for it.
+    pub(crate) fn send(&self, order: Order) -> Result<(), DropReason> {
+        let session = self.session.load();
+        let Some(session) = &*session else { return Err(DropReason::LinkLost) };
+        let waiting = self.queued_bytes();
+        // What waits goes first.
+        let order = match waiting {
+            0 => match session.perform_now(order) {
+                None => return Ok(()),
+                Some(order) => order,
+            },
+            _ => order,
+        };
+        let cost = order.cost();
+        if waiting > 0 && waiting + cost > self.queued.limit {
+            return Err(DropReason::SlowPeer);
+        }
+        self.enqueue(order, cost);
+        Ok(())
+    }
+
+    /// Waits for room as long as `pace` says, and then does as [`Room::send`] does.
+    pub(crate) async fn send_at(&self, order: Order, pace: Pace) -> Result<(), DropReason> {
+        let Pace::Until(deadline) = pace else { return self.send(order) };
+        let cost = order.cost();
+        loop {
+            let mut freed = std::pin::pin!(self.queued.freed.notified());
+            freed.as_mut().enable();
+            let waiting = self.queued_bytes();
+            if waiting == 0 || waiting + cost <= self.queued.limit {
+                return self.send(order);
+            }
+            if timeout_at(deadline, freed).await.is_err() {
+                return Err(DropReason::SlowPeer);
+            }
+        }
+    }
+
+    fn enqueue(&self, order: Order, cost: u64) {
+        self.queued.bytes.fetch_add(cost, Ordering::AcqRel);
+        let place = Place { queue: self.queued.clone(), cost };
+        let _room_has_closed = self.orders.send(Queued { order, _place: place });
+    }
+
+    /// Asks for what is not a message; it is restored when the session is another one.
+    fn ask(&self, order: Order) {
+        if self.session.load().is_some() {
+            let cost = order.cost();
+            self.enqueue(order, cost);
+        }
+    }
+
+    pub(crate) fn subscribe(&self, pattern: &Pattern) {
+        let mut wishes = lock(&self.wishes);
+        let count = wishes.patterns.entry(pattern.clone()).or_default();
+        *count += 1;
+        if *count == 1 {
+            self.ask(Order::Subscribe(pattern.clone()));
+        }
+    }
+
+    pub(crate) fn unsubscribe(&self, pattern: &Pattern) {
+        let mut wishes = lock(&self.wishes);
+        let Some(count) = wishes.patterns.get_mut(pattern) else { return };
+        *count -= 1;
+        if *count == 0 {
+            wishes.patterns.remove(pattern);
+            wishes.subscribed.remove(pattern);
+            self.ask(Order::Unsubscribe(pattern.clone()));
+        }
+    }
+
+    pub(crate) fn serve(&self, name: &ServiceName, concurrency: u32) {
+        lock(&self.wishes).services.insert(name.clone(), concurrency);
+        self.ask(Order::Serve(name.clone(), concurrency));
+    }
+
+    pub(crate) fn withdraw(&self, name: &ServiceName) {
+        let mut wishes = lock(&self.wishes);
+        wishes.served.remove(name);
+        if wishes.services.remove(name).is_some() {
+            self.ask(Order::Withdraw(name.clone()));
+        }
+    }
+
+    pub(crate) fn consume(&self, name: &ServiceName, pattern: &Pattern, concurrency: u32) {
+        lock(&self.wishes).consumers.insert(name.clone(), (pattern.clone(), concurrency));
+        self.ask(Order::Consume(name.clone(), pattern.clone(), concurrency));
+    }
+
+    pub(crate) fn pause(&self, name: &ServiceName) {
+        if lock(&self.wishes).consumers.remove(name).is_some() {
+            self.ask(Order::Pause(name.clone()));
+        }
+    }
+
+    pub(crate) fn forget(&self, name: &ServiceName) {
+        lock(&self.wishes).consumers.remove(name);
+        self.ask(Order::Forget(name.clone()));
+    }
+
+    /// Whether the broker knows that this node subscribes to a topic.
+    pub(crate) fn has_subscribed(&self, topic: &Topic) -> bool {
+        lock(&self.wishes).subscribed.iter().any(|pattern| pattern.matches(topic))
+    }
+
+    /// Whether the broker knows that this node serves a name.
+    pub(crate) fn has_served(&self, name: &ServiceName) -> bool {
+        lock(&self.wishes).served.contains(name)
+    }
+
+    /// Whether the broker knows of a durable subscription of this node to a topic.
+    pub(crate) fn has_consumed(&self, topic: &Topic) -> bool {
+        let wishes = lock(&self.wishes);
+        self.is_up() && wishes.consumers.values().any(|(pattern, _)| pattern.matches(topic))
+    }
+
+    /// Sends what waits, says goodbye, closes; within that time.
+    pub(crate) async fn close(&self, deadline: Instant) {
+        if *self.state.borrow() == State::Closed {
+            return;
+        }
+        let mut closed = std::pin::pin!(self.closed.notified());
+        closed.as_mut().enable();
+        self.closing.notify_one();
+        let _too_slow = timeout_at(deadline, closed).await;
+    }
+
+    /// Lets go of the session without a goodbye.
+    pub(crate) fn abandon(&self) {
+        self.session.store(None);
+    }
+
+    fn set_state(&self, incoming: &dyn Incoming, state: State) {
+        if self.state.send_replace(state.clone()) != state {
+            incoming.handle_state(&state);
+        }
+    }
+
+    /// The broker has done what was wished for, if it still is.
+    fn handle_done(&self, wish: Order) {
+        let mut wishes = lock(&self.wishes);
+        match wish {
+            Order::Subscribe(pattern) if wishes.patterns.contains_key(&pattern) => {
+                wishes.subscribed.insert(pattern);
+            }
+            Order::Serve(name, _) if wishes.services.contains_key(&name) => {
+                wishes.served.insert(name);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether what was wished for still is.
+    fn is_wished(&self, wish: &Order) -> bool {
+        let wishes = lock(&self.wishes);
+        match wish {
+            Order::Subscribe(pattern) => wishes.patterns.contains_key(pattern),
+            Order::Serve(name, _) => wishes.services.contains_key(name),
+            Order::Consume(name, ..) => wishes.consumers.contains_key(name),
+            _ => false,
+        }
+    }
+}
+
+/// How a session's life ended.
+enum End {
+    Lost(Lost),
+    Asked,
+}
+
+impl Keeper {
+    /// Connects for the first time.
+    ///
+    /// # Errors
+    /// Only what trying again won't mend.
+    pub(crate) async fn connect_first(&self) -> Result<Option<Session>, ConnectError> {
+        match self.connect().await {
+            Ok(session) => Ok(Some(session)),
+            Err(error) if error.for_good => Err(error),
+            Err(error) => {
+                self.room.set_state(&*self.incoming, State::Down { error: error.text });
+                Ok(None)
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Session, ConnectError> {
+        let connecting = Session::connect(&self.room.url, &self.me, &self.incoming);
+        let late = |_| Err(ConnectError::passing("no answer within 10 s"));
+        timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(late)
+    }
+
+    /// Keeps a session until the room is closed.
+    pub(crate) async fn run(mut self, mut first: Option<Session>) {
+        let mut retry = FIRST_RETRY;
+        let room = self.room.clone();
+        loop {
+            let connected = match first.take() {
+                Some(session) => Ok(session),
+                None => self.connect().await,
+            };
+            match connected {
+                Ok(session) => {
+                    retry = FIRST_RETRY;
+                    match self.keep(session).await {
+                        End::Asked => break,
+                        End::Lost(Lost(error)) => {
+                            tracing::warn!(broker = %room.url, error, "the broker is lost");
+                            room.set_state(&*self.incoming, State::Down { error });
+                        }
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(broker = %room.url, error = error.text, "the broker can't be reached");
+                    room.set_state(&*self.incoming, State::Down { error: error.text });
+                }
+            }
+            tokio::select! {
+                () = sleep(retry) => {}
+                () = room.closing.notified() => break,
+            }
+            retry = (retry * 2).min(LONGEST_RETRY);
+        }
+        room.session.store(None);
+        self.drop_waiting();
+        room.set_state(&*self.incoming, State::Closed);
+        room.closed.notify_waiters();
+    }
+
+    /// Works with a session until it is lost, or the room is to be closed.
+    async fn keep(&mut self, session: Session) -> End {
+        let (room, session) = (self.room.clone(), Arc::new(session));
+        self.refused.clear();
+        let restore = {
+            let mut wishes = lock(&room.wishes);
+            (wishes.subscribed, wishes.served) = Default::default();
+            // From here on changes are asked for.
+            room.session.store(Some(session.clone()));
+            wishes.orders()
+        };
+        for order in restore {
+            if let Err(lost) = self.perform(&session, order).await {
+                return self.end(lost);
+            }
+        }
+        room.set_state(&*self.incoming, State::Up { title: session.title() });
+        let mut batch = Vec::new();
+        let mut lost = std::pin::pin!(session.lost());
+        loop {
+            tokio::select! {
+                biased;
+                lost = &mut lost => return self.end(lost),
+                () = room.closing.notified() => break,
+                _ = self.orders.recv_many(&mut batch, 64) => {}
+                () = sleep(ASK_AGAIN), if !self.refused.is_empty() => {
+                    if let Err(lost) = self.ask_again(&session).await {
+                        return self.end(lost);
+                    }
+                }
+            }
+            let mut waiting = batch.drain(..);
+            while let Some(Queued { order, _place }) = waiting.next() {
+                if let Err(lost) = self.perform(&session, order).await {
+                    self.drop_orders(waiting);
+                    return self.end(lost);
+                }
+            }
+        }
+        while let Ok(Queued { order, _place }) = self.orders.try_recv() {
+            if let Err(lost) = self.perform(&session, order).await {
+                return self.end(lost);
+            }
+        }
+        session.close().await;
+        End::Asked
+    }
+
+    async fn perform(&mut self, session: &Session, order: Order) -> Result<(), Lost> {
+        let wish = order.wish();
+        match (session.perform(order).await, wish) {
+            (Ok(()), wish) => wish.into_iter().for_each(|wish| self.room.handle_done(wish)),
+            (Err(Failed::Lost(lost)), _) => return Err(lost),
+            (Err(Failed::Refused(error)), wish) => {
+                tracing::error!(broker = %self.room.url, error, "the broker refused");
+                self.refused.extend(wish);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks again for what was refused: a queue of a broker that has just started, say.
+    async fn ask_again(&mut self, session: &Session) -> Result<(), Lost> {
+        for wish in std::mem::take(&mut self.refused) {
+            if self.room.is_wished(&wish) {
+                self.perform(session, wish).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, lost: Lost) -> End {
+        self.room.session.store(None);
+        self.drop_waiting();
+        End::Lost(lost)
+    }
+
+    /// What waits for a session that is gone would come too late.
+    fn drop_waiting(&mut self) {
+        let waiting: Vec<Queued> = std::iter::from_fn(|| self.orders.try_recv().ok()).collect();
+        self.drop_orders(waiting);
+    }
+
+    fn drop_orders(&self, waiting: impl IntoIterator<Item = Queued>) {
+        let mut dropped = 0;
+        for Queued { order, .. } in waiting {
+            match order {
+                Order::Store(message) => _ = message.stored.send(Err(StoreFailure::Lost)),
+                order => dropped += u64::from(order.is_message()),
+            }
+        }
+        if dropped > 0 {
+            self.incoming.handle_dropped(DropReason::LinkLost, dropped);
+        }
+    }
+}

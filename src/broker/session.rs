@@ -1,0 +1,122 @@
+//! One connection to a broker, whatever its kind.
+
+use std::sync::Arc;
+
+#[cfg(feature = "nats")]
+use super::nats;
+#[cfg(feature = "rabbitmq")]
+use super::rabbitmq;
+use super::{BrokerKind, BrokerUrl, Incoming, Me, Order, embedded};
+
+/// Why there is no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ConnectError {
+    pub(crate) text: String,
+    /// Trying again won't help: the credentials are wrong, say.
+    pub(crate) for_good: bool,
+}
+
+impl ConnectError {
+    pub(crate) fn passing(error: impl std::fmt::Display) -> Self {
+        Self { text: error.to_string(), for_good: false }
+    }
+
+    pub(crate) fn for_good(error: impl std::fmt::Display) -> Self {
+        Self { text: error.to_string(), for_good: true }
+    }
+}
+
+/// A connection that was lost, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Lost(pub(crate) String);
+
+impl Lost {
+    pub(crate) fn because(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// What a session could not do.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// The connection is gone.
+    Lost(Lost),
+    /// The broker refuses this one thing: an operator has to look.
+    Refused(String),
+}
+
+pub(crate) enum Session {
+    Embedded(embedded::Session),
+    #[cfg(feature = "nats")]
+    Nats(Box<nats::Session>),
+    #[cfg(feature = "rabbitmq")]
+    RabbitMq(Box<rabbitmq::Session>),
+}
+
+macro_rules! each {
+    ($self:expr, $session:ident => $act:expr) => {
+        match $self {
+            Session::Embedded($session) => $act,
+            #[cfg(feature = "nats")]
+            Session::Nats($session) => $act,
+            #[cfg(feature = "rabbitmq")]
+            Session::RabbitMq($session) => $act,
+        }
+    };
+}
+
+impl Session {
+    pub(crate) async fn connect(
+        url: &BrokerUrl,
+        me: &Me,
+        incoming: &Arc<dyn Incoming>,
+    ) -> Result<Self, ConnectError> {
+        match url.kind() {
+            BrokerKind::Embedded => {
+                embedded::Session::connect(url, me, incoming).await.map(Self::Embedded)
+            }
+            #[cfg(feature = "nats")]
+            BrokerKind::Nats => {
+                nats::Session::connect(url, me, incoming).await.map(Box::new).map(Self::Nats)
+            }
+            #[cfg(feature = "rabbitmq")]
+            BrokerKind::RabbitMq => rabbitmq::Session::connect(url, me, incoming)
+                .await
+                .map(Box::new)
+                .map(Self::RabbitMq),
+            #[cfg(not(all(feature = "nats", feature = "rabbitmq")))]
+            kind => Err(ConnectError::for_good(format!("{kind} is not built in"))),
+        }
+    }
+
+    /// What the broker calls itself.
+    pub(crate) fn title(&self) -> String {
+        each!(self, session => session.title())
+    }
+
+    /// Does one thing; the next is asked for when it is done. What it promised is kept: a
+    /// subscription is in place then.
+    pub(crate) async fn perform(&self, order: Order) -> Result<(), Failed> {
+        each!(self, session => session.perform(order).await)
+    }
+
+    /// Performs at once, from whatever task asks, an order that waits for nothing; gives it back
+    /// if that can't be done now.
+    pub(crate) fn perform_now(&self, order: Order) -> Option<Order> {
+        match self {
+            #[cfg(feature = "nats")]
+            Self::Nats(session) => session.perform_now(order),
+            _ => Some(order),
+        }
+    }
+
+    /// Waits until the connection is lost.
+    pub(crate) async fn lost(&self) -> Lost {
+        each!(self, session => session.lost().await)
+    }
+
+    /// Sends what is left and closes the connection.
+    pub(crate) async fn close(&self) {
+        each!(self, session => session.close().await);
+    }
+}

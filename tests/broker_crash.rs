@@ -1,0 +1,106 @@
+//! Brokers that crash under their nodes, and come back. Apart from the other tests, since those
+//! share the real brokers.
+#![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+#![cfg(unix)]
+
+mod common;
+#[path = "common/world.rs"]
+mod world;
+
+use std::process::Command;
+use std::time::Duration;
+
+use common::{SOON, soon, wait_for};
+use peerbus::{DownCause, EmbeddedBroker, Event, NodeId};
+use world::{Carrier, World, collect, echo};
+
+/// Ends the broker as a crash does, and has it back.
+async fn restart(world: &mut World) {
+    match std::mem::replace(&mut world.carrier, Carrier::Mesh) {
+        Carrier::Embedded(broker) => {
+            let addr = broker.addr();
+            broker.stop().await;
+            let fresh = soon(async {
+                loop {
+                    match EmbeddedBroker::start(addr).await {
+                        Ok(fresh) => return fresh,
+                        // Its connections have yet to end.
+                        Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                    }
+                }
+            });
+            world.carrier = Carrier::Embedded(fresh.await);
+        }
+        Carrier::Real(url) => {
+            // RabbitMQ 3.10 can't lead a quorum queue again that was made seconds before a kill.
+            let (name, end) = match url.starts_with("nats") {
+                true => ("nats", "kill"),
+                false => ("rabbitmq", "end"),
+            };
+            for act in [end, "start"] {
+                let script = std::env::var("PEERBUS_BROKERS").unwrap();
+                let ended = tokio::task::spawn_blocking(move || {
+                    Command::new(script).args([act, name]).output().unwrap()
+                });
+                let output = ended.await.unwrap();
+                assert!(output.status.success(), "{output:?}");
+            }
+            world.carrier = Carrier::Real(url);
+        }
+        Carrier::Mesh => unreachable!("the mesh has no broker"),
+    }
+}
+
+async fn a_broker_that_crashes_is_told_and_what_was_promised_is_kept(mut world: World) {
+    let keeps = matches!(world.carrier, Carrier::Real(_));
+    let (alice, bob) = (world.durable("alice").await, world.durable("bob").await);
+    let mut heard = bob.subscribe("a").unwrap();
+    let _service = bob.serve("echo", echo).start().unwrap();
+    alice.wait_for_service("echo", SOON).await.unwrap();
+    if keeps {
+        alice.send("later", "promised").guaranteed().await.unwrap();
+    }
+    let mut events = alice.events();
+    let down = async |events: &mut peerbus::Events| {
+        wait_for(events, |event| match event {
+            Event::PeerDown { id, reason, .. } => Some((id, reason)),
+            _ => None,
+        })
+        .await
+    };
+    restart(&mut world).await;
+    assert_eq!(down(&mut events).await, (NodeId::BROKER, DownCause::Lost));
+    // All that was wanted is restored.
+    alice.wait_for_subscribers("a", 1, SOON * 2).await.unwrap();
+    alice.wait_for_service("echo", SOON).await.unwrap();
+    alice.publish("a", "again").await.unwrap();
+    assert_eq!(soon(heard.recv()).await.unwrap().text(), "again");
+    assert_eq!(alice.request("echo", "again").await.unwrap().text(), "again");
+    if keeps {
+        let (handler, mut taken) = collect();
+        let _later = bob.serve("later", handler).start().unwrap();
+        assert_eq!(soon(taken.recv()).await.unwrap().text(), "promised");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_embedded_broker_crashes() {
+    a_broker_that_crashes_is_told_and_what_was_promised_is_kept(World::embedded().await.unwrap())
+        .await;
+}
+
+#[cfg(feature = "nats")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nats_crashes() {
+    if let Some(world) = World::nats().await {
+        a_broker_that_crashes_is_told_and_what_was_promised_is_kept(world).await;
+    }
+}
+
+#[cfg(feature = "rabbitmq")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rabbitmq_crashes() {
+    if let Some(world) = World::rabbitmq().await {
+        a_broker_that_crashes_is_told_and_what_was_promised_is_kept(world).await;
+    }
+}
