@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::{Host, SOON, soon, wait_for};
 use peerbus::{
     Body, BrokerKind, Call, DeliveryError, DropReason, EmbeddedBroker, Event, HandlerError, NodeId,
-    OutboxError, Overflow, RequestError, SendError, ServeError, StartError, SubscribeError,
+    OutboxError, Overflow, RequestError, SendError, ServeError, SubscribeError,
 };
 use tokio::sync::mpsc;
 use world::{Carrier, World, collect, echo};
@@ -401,7 +401,7 @@ async fn wrong_credentials_are_told_at_the_start(world: World) {
     let (_, address) = rest.split_once('@').unwrap();
     let wrong = world.config("x").broker(format!("{scheme}://peerbus:hunter2@{address}"));
     let error = wrong.start().await.err().unwrap();
-    assert!(matches!(error, StartError::Broker { .. }), "{error}");
+    assert!(matches!(error, peerbus::StartError::Broker { .. }), "{error}");
     assert!(!error.to_string().contains("hunter2"), "{error}");
 }
 
