@@ -253,7 +253,11 @@ impl Bench {
     }
 }
 
-fn sync_by_hand(path: &Path, body: &[u8], millis: u64) -> anyhow::Result<(Samples, Duration)> {
+pub(super) fn sync_by_hand(
+    path: &Path,
+    body: &[u8],
+    millis: u64,
+) -> anyhow::Result<(Samples, Duration)> {
     let mut file = File::options().create(true).append(true).open(path)?;
     let (mut samples, begun) = (Samples::default(), Instant::now());
     while begun.elapsed() < Duration::from_millis(millis) {

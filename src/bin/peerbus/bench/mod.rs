@@ -10,6 +10,7 @@ mod scale;
 mod stats;
 mod stream;
 mod throughput;
+mod tradeoff;
 
 use clap::Subcommand;
 
@@ -29,6 +30,8 @@ pub(crate) enum Bench {
     Restart(restart::Restart),
     /// Many node processes: how long until all are linked, what they take at rest
     Scale(scale::Scale),
+    /// Brokerless or broker: the same workloads over the mesh and brokers, side by side
+    Tradeoff(tradeoff::Tradeoff),
     /// The far side of `latency` and `requests`
     #[command(hide = true)]
     Echo(latency::Echo),
@@ -41,6 +44,9 @@ pub(crate) enum Bench {
     /// The process that `restart` starts
     #[command(hide = true)]
     Restarted(restart::Restarted),
+    /// One of the processes of `tradeoff`
+    #[command(hide = true)]
+    Actor(tradeoff::Actor),
     /// One of the nodes of `scale`
     #[command(hide = true)]
     Member(scale::Member),
@@ -58,7 +64,12 @@ impl Bench {
             Self::Echo(echo) => echo.prepare(),
             Self::Durable(durable) => durable.prepare(),
             Self::Keeper(keeper) => keeper.prepare(),
-            Self::Restart(_) | Self::Restarted(_) | Self::Scale(_) | Self::Member(_) => {}
+            Self::Actor(actor) => actor.prepare(),
+            Self::Restart(_)
+            | Self::Restarted(_)
+            | Self::Scale(_)
+            | Self::Member(_)
+            | Self::Tradeoff(_) => {}
         }
     }
 
@@ -76,6 +87,8 @@ impl Bench {
             Self::Restarted(restarted) => restarted.run().await,
             Self::Scale(scale) => scale.run().await,
             Self::Member(member) => member.run().await,
+            Self::Tradeoff(tradeoff) => tradeoff.run().await,
+            Self::Actor(actor) => actor.run().await,
         }
     }
 }

@@ -97,7 +97,7 @@ pub(crate) fn name(value: impl ValueEnum) -> String {
 
 /// A far side: this program again, as a hidden subcommand, that talks in lines.
 pub(crate) struct Far {
-    _child: Child,
+    child: Child,
     stdin: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
     /// The first line that it printed: where it can be reached.
@@ -110,19 +110,52 @@ impl Far {
         subcommand: &str,
         args: impl IntoIterator<Item = A>,
     ) -> anyhow::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+        let child = Command::new(std::env::current_exe()?)
             .args(["bench", subcommand])
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
+        let mut far = Self::of(child)?;
+        far.address = far.line().await.context("the far side did not start")?;
+        Ok(far)
+    }
+
+    /// The same for one that is told its task by its first line.
+    pub(crate) async fn start_with(
+        subcommand: &str,
+        args: impl IntoIterator<Item = String>,
+        task: &str,
+        within: Duration,
+    ) -> anyhow::Result<Self> {
+        let child = Command::new(std::env::current_exe()?)
+            .args(["bench", subcommand])
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut far = Self::of(child)?;
+        far.tell(task).await?;
+        far.address = far.line_within(within).await.context("the far side did not start")?;
+        Ok(far)
+    }
+
+    fn of(mut child: Child) -> anyhow::Result<Self> {
         let stdin = child.stdin.take().context("the far side has no input")?;
         let stdout = child.stdout.take().context("the far side has no output")?;
         let lines = BufReader::new(stdout).lines();
-        let mut far = Self { _child: child, stdin, lines, address: String::new() };
-        far.address = far.line().await.context("the far side did not start")?;
-        Ok(far)
+        Ok(Self { child, stdin, lines, address: String::new() })
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Ends it as a crash does.
+    pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
+        Ok(self.child.kill().await?)
     }
 
     /// The next line that it prints; it has 30 s.

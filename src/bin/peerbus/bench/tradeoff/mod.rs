@@ -1,0 +1,141 @@
+//! `peerbus bench tradeoff`
+
+mod actor;
+mod charts;
+mod compare;
+mod html;
+mod relay;
+mod report;
+mod round;
+mod systems;
+mod table;
+mod tally;
+mod usage;
+mod workload;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+
+pub(crate) use actor::Actor;
+use compare::Comparison;
+use report::{Report, Skipped};
+use systems::SystemName;
+use workload::Workload;
+
+use super::process::Placement;
+use crate::options::interrupted;
+use crate::output;
+
+/// Brokerless or broker: one workload after the other over the mesh, the mesh with an outbox, the
+/// embedded broker, NATS, JetStream and RabbitMQ, in turn, round after round. What is not there is
+/// left out, and named. `./brokers run peerbus bench tradeoff` starts NATS and RabbitMQ.
+#[derive(Args)]
+pub(crate) struct Tradeoff {
+    /// TOML file with the workloads [default: a standard set, which `--print` shows]
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Print the standard workloads, as a file to begin with, and end
+    #[arg(long)]
+    print: bool,
+    /// Only this workload of the file; repeatable
+    #[arg(long, value_name = "NAME")]
+    workload: Vec<String>,
+    /// Only this system; repeatable
+    #[arg(long, value_enum, value_name = "NAME")]
+    system: Vec<SystemName>,
+    /// Rounds
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// How long each round lasts, in place of what the file says; workloads with a fault keep theirs
+    #[arg(long, value_name = "TIME")]
+    seconds: Option<humantime::Duration>,
+    /// Folder on the disk of the stores, which is given a folder of its own for this run
+    #[arg(long, default_value = ".")]
+    dir: PathBuf,
+    /// Where senders and receivers run; brokers run wherever the kernel puts them
+    #[arg(long, value_enum, default_value_t = Placement::Apart)]
+    placement: Placement,
+    /// Write the report as one page of HTML
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Tradeoff {
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
+        if self.print {
+            print!("{}", workload::STANDARD);
+            return Ok(());
+        }
+        let workloads = self.workloads()?;
+        let (systems, skipped) = self.systems(&workloads)?;
+        if let Some(path) = &self.html {
+            // Rather now than after a quarter of an hour.
+            std::fs::File::create(path).with_context(|| path.display().to_string())?;
+        }
+        let mut comparison = Comparison::new(workloads, systems, skipped, &self.dir).await?;
+        let outcome = tokio::select! {
+            outcome = comparison.run(self.rounds, self.placement, &self.dir) => outcome,
+            () = interrupted() => Err(anyhow::anyhow!("it was interrupted")),
+        };
+        output::progress(None);
+        let cut_short = outcome.as_ref().err().map(|error| format!("{error:#}"));
+        let report = comparison.report(cut_short);
+        self.show(&report)?;
+        outcome.context("the comparison ended before its time; what was finished is above")
+    }
+
+    fn workloads(&self) -> anyhow::Result<Vec<Workload>> {
+        let mut workloads = Workload::load(self.file.as_deref())?;
+        for name in &self.workload {
+            let known: Vec<&str> = workloads.iter().map(|it| it.name.as_str()).collect();
+            ensure!(
+                known.contains(&name.as_str()),
+                "there is no workload {name:?}; there are {}",
+                known.join(", ")
+            );
+        }
+        workloads.retain(|it| self.workload.is_empty() || self.workload.contains(&it.name));
+        if let Some(seconds) = self.seconds {
+            ensure!(*seconds >= Duration::from_millis(100), "--seconds takes 0.1 s at the least");
+            for workload in workloads.iter_mut().filter(|it| it.fault.is_none()) {
+                workload.seconds = *seconds;
+            }
+        }
+        Ok(workloads)
+    }
+
+    /// The systems that take part in any workload and are there, and those that are not.
+    fn systems(&self, workloads: &[Workload]) -> anyhow::Result<(Vec<SystemName>, Vec<Skipped>)> {
+        let wanted = SystemName::ALL.into_iter().filter(|system| {
+            (self.system.is_empty() || self.system.contains(system))
+                && workloads.iter().any(|workload| system.takes_part(workload))
+        });
+        let (mut there, mut skipped) = (Vec::new(), Vec::new());
+        for system in wanted {
+            match system.missing() {
+                None => there.push(system),
+                Some(reason) => {
+                    skipped.push(Skipped { system: system.as_str().to_owned(), reason });
+                }
+            }
+        }
+        ensure!(!there.is_empty(), "none of the systems is there to be compared");
+        Ok((there, skipped))
+    }
+
+    fn show(&self, report: &Report) -> anyhow::Result<()> {
+        let value = serde_json::to_value(report)?;
+        output::line(self.json, &value, || table::text(report))?;
+        if let Some(path) = &self.html {
+            std::fs::write(path, html::page(report)).with_context(|| path.display().to_string())?;
+            eprintln!("the page is in {}", path.display());
+        }
+        Ok(())
+    }
+}

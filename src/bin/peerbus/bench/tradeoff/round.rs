@@ -1,0 +1,323 @@
+//! One round: a workload over one system, with all its processes.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::actor::{Part, Role};
+use super::relay::Relay;
+use super::systems::{Broker, SystemName};
+use super::tally::{Log, MOMENT, Sent, Tally, now};
+use super::usage::Usage;
+use super::workload::{Guaranteed, Pattern, Rate, Target, Workload};
+use crate::bench::process::{Far, Placement};
+use crate::scratch::Scratch;
+
+/// How long each sender sends before it counts.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// How long after the last message another one is waited for.
+const QUIET: Duration = Duration::from_millis(1500);
+/// The same for what is guaranteed, which comes again after a while.
+const QUIET_GUARANTEED: Duration = Duration::from_secs(12);
+/// How long a process may take to be ready, or to answer.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What one round found.
+pub(super) struct Round {
+    pub(super) received: Vec<Tally>,
+    pub(super) sent: Vec<Sent>,
+    /// Seconds of all processors.
+    pub(super) cpu: f64,
+    /// Bytes.
+    pub(super) memory: u64,
+    pub(super) wire: u64,
+    /// When it began, by the monotonic clock.
+    pub(super) start: u64,
+    /// When the fault was over.
+    pub(super) mended: Option<u64>,
+}
+
+/// The processes of a round.
+struct Cast<'a> {
+    workload: &'a Workload,
+    system: SystemName,
+    placement: Placement,
+    dir: &'a Path,
+    mesh: String,
+    broker: Option<Broker>,
+    relays: Vec<Relay>,
+    receivers: Vec<Receiver>,
+    senders: Vec<Far>,
+}
+
+struct Receiver {
+    part: Part,
+    far: Far,
+    log: Option<PathBuf>,
+}
+
+/// Runs a workload over a system.
+pub(super) async fn run(
+    workload: &Workload,
+    system: SystemName,
+    placement: Placement,
+    dir: &Path,
+    number: u32,
+) -> anyhow::Result<Round> {
+    let scratch = Scratch::inside(dir)?;
+    let mut cast = Cast {
+        workload,
+        system,
+        placement,
+        dir: scratch.path(),
+        mesh: format!("b{}-{}-{number}", std::process::id(), system.as_str()),
+        broker: Broker::start(system, workload.tls).await?,
+        relays: Vec::new(),
+        receivers: Vec::new(),
+        senders: Vec::new(),
+    };
+    for place in 0..workload.receivers() {
+        cast.add_receiver(place).await.context("a receiver")?;
+    }
+    for place in 0..workload.publishers {
+        cast.add_sender(place).await.context("a sender")?;
+    }
+    // They meet each other before they say that they are ready.
+    cast.measure().await
+}
+
+impl Cast<'_> {
+    fn is_guaranteed(&self) -> bool {
+        self.workload.guaranteed != Guaranteed::No && self.system.is_guaranteed()
+    }
+
+    fn part(&self, name: &str, role: Role) -> anyhow::Result<Part> {
+        let dir = self.dir.join(name);
+        std::fs::create_dir_all(&dir)?;
+        Ok(Part {
+            role,
+            pattern: self.workload.pattern,
+            guaranteed: self.is_guaranteed(),
+            mesh: self.mesh.clone(),
+            dir,
+            broker: self.broker.as_ref().map(|broker| broker.url().to_owned()),
+            tls: self.workload.tls,
+            listen: None,
+            peers: Vec::new(),
+            size: self.workload.size,
+        })
+    }
+
+    async fn add_receiver(&mut self, place: usize) -> anyhow::Result<()> {
+        let fault = self.workload.fault.filter(|_| place == 0);
+        let log = fault.map(|_| self.dir.join(format!("log-{place}")));
+        let mut part =
+            self.part(&format!("receiver-{place}"), Role::Receiver { log: log.clone() })?;
+        let is_cut = fault.is_some_and(|fault| fault.kill == Target::Link);
+        if let (Some(url), true) = (&part.broker, is_cut) {
+            part.broker = Some(self.relayed(url.clone()).await?);
+        }
+        if self.system.is_mesh() {
+            part.listen = Some(([127, 0, 0, 1], 0).into());
+        }
+        let far = start(&part, self.placement, false).await?;
+        if self.system.is_mesh() {
+            // It comes back where it was.
+            part.listen = Some(far.address.parse().context("a receiver's address")?);
+            if is_cut {
+                self.relays.push(Relay::start(far.address.clone()).await?);
+            }
+        }
+        self.receivers.push(Receiver { part, far, log });
+        Ok(())
+    }
+
+    /// A broker's address by way of a relay.
+    async fn relayed(&mut self, url: String) -> anyhow::Result<String> {
+        let (before, rest) = url.rsplit_once(':').context("the broker's address has no port")?;
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let (port, after) = rest.split_at(digits);
+        let host = before.rsplit(['@', '/']).next().unwrap_or("127.0.0.1");
+        let relay = Relay::start(format!("{host}:{port}")).await?;
+        let relayed = format!("{before}:{}{after}", relay.addr().port());
+        self.relays.push(relay);
+        Ok(relayed)
+    }
+
+    async fn add_sender(&mut self, place: usize) -> anyhow::Result<()> {
+        let rate = match self.workload.rate {
+            Rate::Max => None,
+            Rate::PerSecond(rate) => Some(rate / self.workload.publishers as f64),
+        };
+        let role = Role::Sender {
+            number: place as u32,
+            receivers: self.workload.receivers(),
+            rate,
+            window: self.workload.window,
+            warm_up: WARM_UP,
+            lasts: self.workload.seconds,
+        };
+        let mut part = self.part(&format!("sender-{place}"), role)?;
+        if self.system.is_mesh() {
+            let relayed = self.relays.iter().map(Relay::addr);
+            let straight = self.receivers.iter().filter_map(|it| it.part.listen);
+            let straight = straight.skip(self.relays.len());
+            part.peers = relayed.chain(straight).collect();
+        }
+        let far = start(&part, self.placement, true).await?;
+        self.senders.push(far);
+        Ok(())
+    }
+
+    async fn measure(mut self) -> anyhow::Result<Round> {
+        let mut usage = Usage::start();
+        for far in self.senders.iter().chain(self.receivers.iter().map(|it| &it.far)) {
+            usage.watch(far.pid());
+        }
+        if let Some(broker) = &self.broker {
+            broker.pids().await?.into_iter().for_each(|pid| usage.watch(Some(pid)));
+        }
+        // Time enough for everybody to hear of it.
+        let start = now() + (WARM_UP + Duration::from_millis(200)).as_nanos() as u64;
+        let begin = format!("begin {start}");
+        for receiver in &mut self.receivers {
+            receiver.far.tell(&begin).await?;
+        }
+        for sender in &mut self.senders {
+            sender.tell(&begin).await?;
+        }
+        let began = Instant::now() + Duration::from_nanos(start.saturating_sub(now()));
+        sleep_until(began).await;
+        usage.begin();
+        let mended = self.act(began, &mut usage).await?;
+        usage.sleep_until(began + self.workload.seconds).await;
+        self.settle(&mut usage).await?;
+        let (cpu, memory, wire) = usage.end();
+        let mut sent = Vec::new();
+        for sender in &mut self.senders {
+            sender.tell("report").await?;
+            let line = sender.line_within(PATIENCE).await?;
+            sent.push(serde_json::from_str::<Sent>(&line)?);
+        }
+        let received = self.tallies(start, &mut sent).await?;
+        for far in self.senders.iter_mut().chain(self.receivers.iter_mut().map(|it| &mut it.far)) {
+            far.tell("end").await?;
+        }
+        Ok(Round { received, sent, cpu, memory, wire, start, mended })
+    }
+
+    /// Breaks what the workload wants broken, and mends it; when it was mended.
+    async fn act(&mut self, began: Instant, usage: &mut Usage) -> anyhow::Result<Option<u64>> {
+        let Some(fault) = self.workload.fault else { return Ok(None) };
+        usage.sleep_until(began + fault.after).await;
+        let mend = began + fault.after + fault.lasts;
+        match (fault.kill, &mut self.broker) {
+            (Target::Receiver, _) => {
+                let first = &mut self.receivers[0];
+                usage.forget(first.far.pid());
+                first.far.kill().await?;
+                usage.sleep_until(mend).await;
+                let mended = now();
+                first.far = start(&first.part, self.placement, false).await?;
+                usage.watch(first.far.pid());
+                first.far.tell(&format!("begin {mended}")).await?;
+                Ok(Some(mended))
+            }
+            (Target::Broker, Some(broker)) => {
+                for pid in broker.pids().await? {
+                    usage.forget(Some(pid));
+                }
+                broker.kill().await?;
+                usage.sleep_until(mend).await;
+                let mended = now();
+                broker.restart().await?;
+                broker.pids().await?.into_iter().for_each(|pid| usage.watch(Some(pid)));
+                Ok(Some(mended))
+            }
+            // There is none to kill.
+            (Target::Broker, None) => Ok(None),
+            (Target::Link, _) => {
+                self.relays.iter().for_each(Relay::cut);
+                usage.sleep_until(mend).await;
+                self.relays.iter().for_each(Relay::restore);
+                Ok(Some(now()))
+            }
+        }
+    }
+
+    /// Waits until nothing more comes.
+    async fn settle(&mut self, usage: &mut Usage) -> anyhow::Result<()> {
+        if self.workload.pattern == Pattern::Request {
+            return Ok(());
+        }
+        let quiet = if self.is_guaranteed() { QUIET_GUARANTEED } else { QUIET };
+        let (mut before, mut since) = (u64::MAX, Instant::now());
+        // As many as there may be, unless some are lost.
+        let wanted = match self.workload.rate {
+            Rate::PerSecond(rate) => Some(
+                (rate * self.workload.seconds.as_secs_f64()) as u64
+                    * self.workload.fan_out() as u64,
+            ),
+            Rate::Max => None,
+        };
+        loop {
+            let mut count = 0;
+            for receiver in &mut self.receivers {
+                count += match &receiver.log {
+                    Some(log) => Log::entries(log),
+                    None => {
+                        receiver.far.tell("count").await?;
+                        receiver.far.line_within(PATIENCE).await?.parse()?
+                    }
+                };
+            }
+            if wanted.is_some_and(|wanted| count >= wanted) && self.workload.fault.is_none() {
+                return Ok(());
+            }
+            if count != before {
+                (before, since) = (count, Instant::now());
+            } else if since.elapsed() > quiet.min(self.quiet()) {
+                return Ok(());
+            }
+            usage.sleep_until(Instant::now() + Duration::from_nanos(MOMENT)).await;
+        }
+    }
+
+    /// What is sent as fast as it goes has no gaps; what fails comes again after a while.
+    fn quiet(&self) -> Duration {
+        match self.workload.fault {
+            Some(_) => QUIET_GUARANTEED,
+            None => QUIET,
+        }
+    }
+
+    async fn tallies(&mut self, start: u64, sent: &mut [Sent]) -> anyhow::Result<Vec<Tally>> {
+        if self.workload.pattern == Pattern::Request {
+            return Ok(sent.iter_mut().filter_map(|sent| sent.replies.take()).collect());
+        }
+        let mut tallies = Vec::new();
+        for receiver in &mut self.receivers {
+            tallies.push(match &receiver.log {
+                Some(log) => Log::tally(log, start)?,
+                None => {
+                    receiver.far.tell("report").await?;
+                    serde_json::from_str(&receiver.far.line_within(PATIENCE).await?)?
+                }
+            });
+        }
+        Ok(tallies)
+    }
+}
+
+async fn start(part: &Part, placement: Placement, near: bool) -> anyhow::Result<Far> {
+    let cpu = placement.cores().map(|(first, second)| if near { first } else { second });
+    let args = cpu.into_iter().flat_map(|cpu| ["--cpu".to_owned(), cpu.to_string()]);
+    Far::start_with("actor", args, &serde_json::to_string(part)?, PATIENCE).await
+}
+
+/// A moment for what has ended to be gone.
+pub(super) async fn pause() {
+    sleep(Duration::from_millis(100)).await;
+}

@@ -1,0 +1,262 @@
+//! The systems that are compared: what they are, what they promise, where they run.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::workload::{Guaranteed, Pattern, Workload};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SystemName {
+    /// Nodes and nothing between them
+    Mesh,
+    /// The same, with an outbox
+    Outbox,
+    /// `peerbus broker`
+    Embedded,
+    /// NATS
+    Nats,
+    /// NATS, with what its JetStream keeps
+    Jetstream,
+    /// RabbitMQ
+    Rabbitmq,
+    /// RabbitMQ, with quorum queues
+    Quorum,
+}
+
+impl SystemName {
+    pub(super) const ALL: [Self; 7] = [
+        Self::Mesh,
+        Self::Outbox,
+        Self::Embedded,
+        Self::Nats,
+        Self::Jetstream,
+        Self::Rabbitmq,
+        Self::Quorum,
+    ];
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Mesh => "mesh",
+            Self::Outbox => "outbox",
+            Self::Embedded => "embedded",
+            Self::Nats => "nats",
+            Self::Jetstream => "jetstream",
+            Self::Rabbitmq => "rabbitmq",
+            Self::Quorum => "quorum",
+        }
+    }
+
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Mesh => "the mesh",
+            Self::Outbox => "the mesh, with outbox and inbox",
+            Self::Embedded => "the embedded broker",
+            Self::Nats => "NATS",
+            Self::Jetstream => "NATS, JetStream, sync_interval: always",
+            Self::Rabbitmq => "RabbitMQ, classic queues",
+            Self::Quorum => "RabbitMQ, quorum queues with confirms",
+        }
+    }
+
+    /// Whether it is there to keep messages.
+    pub(super) fn is_guaranteed(self) -> bool {
+        matches!(self, Self::Outbox | Self::Jetstream | Self::Quorum)
+    }
+
+    pub(super) fn is_mesh(self) -> bool {
+        matches!(self, Self::Mesh | Self::Outbox)
+    }
+
+    /// What it promised in a run, and by whom it is confirmed.
+    pub(super) fn promise(self, pattern: Pattern) -> &'static str {
+        match (self, pattern) {
+            (Self::Mesh, Pattern::Request) => "in memory; the reply confirms",
+            (Self::Mesh, _) => "in memory; drops are counted at the sender",
+            (Self::Outbox, _) => {
+                "synced at the sender before it counts as sent, and at the receiver before it \
+                 counts as processed, which the sender is told"
+            }
+            (Self::Embedded | Self::Nats | Self::Rabbitmq, Pattern::Request) => {
+                "in memory of the broker; the reply confirms"
+            }
+            (Self::Embedded, _) => "in memory of the broker; its drops are told to the sender",
+            (Self::Nats, _) => "in memory of the server; nobody confirms",
+            (Self::Rabbitmq, _) => "in memory of the broker; nobody confirms",
+            (Self::Jetstream, _) => {
+                "synced at the server before it confirms; at least once, the sender is not told of \
+                 processing"
+            }
+            (Self::Quorum, _) => {
+                "synced at the broker before it confirms; at least once, the sender is not told of \
+                 processing"
+            }
+        }
+    }
+
+    /// Whether it takes part in a workload.
+    pub(super) fn takes_part(self, workload: &Workload) -> bool {
+        let chosen = workload.systems.as_ref().is_none_or(|systems| systems.contains(&self));
+        let keeps = match workload.guaranteed {
+            Guaranteed::No => !self.is_guaranteed(),
+            Guaranteed::Yes => self.is_guaranteed(),
+            Guaranteed::Both => true,
+        };
+        chosen && keeps && !(workload.tls && self == Self::Embedded)
+    }
+
+    /// What it calls itself.
+    pub(super) async fn version(self) -> anyhow::Result<String> {
+        let ours = concat!("peerbus ", env!("CARGO_PKG_VERSION")).to_owned();
+        let Some(variable) = self.variable(false) else { return Ok(ours) };
+        let url = std::env::var(variable)?;
+        let mesh = format!("v{}", std::process::id()).parse()?;
+        let node = peerbus::Node::builder().mesh(mesh).broker(url).start().await?;
+        let met = node.wait_for_peers(1, std::time::Duration::from_secs(20)).await;
+        let name = node.peers().first().map(|peer| peer.name.clone());
+        let trouble = node.unreachable().first().map(|it| it.last_error.clone());
+        node.shutdown().await;
+        met.with_context(|| trouble.unwrap_or_default())?;
+        Ok(name.unwrap_or_default())
+    }
+
+    /// The name that the script `brokers` has for its server.
+    fn server(self) -> Option<&'static str> {
+        match self {
+            Self::Nats | Self::Jetstream => Some("nats"),
+            Self::Rabbitmq | Self::Quorum => Some("rabbitmq"),
+            Self::Mesh | Self::Outbox | Self::Embedded => None,
+        }
+    }
+
+    /// The environment variable that has its address.
+    fn variable(self, tls: bool) -> Option<&'static str> {
+        match (self.server()?, tls) {
+            ("nats", false) => Some("PEERBUS_NATS"),
+            ("nats", true) => Some("PEERBUS_NATS_TLS"),
+            (_, false) => Some("PEERBUS_RABBITMQ"),
+            (_, true) => Some("PEERBUS_RABBITMQ_TLS"),
+        }
+    }
+
+    /// Why it can't take part, if it can't.
+    pub(super) fn missing(self) -> Option<String> {
+        let built_in = match self.server() {
+            Some("nats") => peerbus::BrokerKind::Nats.is_built_in(),
+            Some(_) => peerbus::BrokerKind::RabbitMq.is_built_in(),
+            None => true,
+        };
+        if !built_in {
+            let feature = self.server().unwrap_or_default();
+            return Some(format!("this build has no feature `{feature}`"));
+        }
+        let variable = self.variable(false)?;
+        std::env::var_os(variable)
+            .is_none()
+            .then(|| format!("{variable} is not set; `./brokers run` starts it and sets that"))
+    }
+}
+
+/// A broker that a round runs over.
+pub(super) enum Broker {
+    /// Started for the round.
+    Embedded { child: Child, url: String },
+    /// Started by somebody else, by the script or not.
+    There { name: &'static str, url: String },
+}
+
+impl Broker {
+    pub(super) async fn start(system: SystemName, tls: bool) -> anyhow::Result<Option<Self>> {
+        if system == SystemName::Embedded {
+            let (child, url) = start_embedded("127.0.0.1:0").await?;
+            return Ok(Some(Self::Embedded { child, url }));
+        }
+        let (Some(name), Some(variable)) = (system.server(), system.variable(tls)) else {
+            return Ok(None);
+        };
+        let url = std::env::var(variable).with_context(|| format!("{variable} is not set"))?;
+        let name = match (name, tls) {
+            ("nats", true) => "nats-tls",
+            (name, _) => name,
+        };
+        Ok(Some(Self::There { name, url }))
+    }
+
+    pub(super) fn url(&self) -> &str {
+        match self {
+            Self::Embedded { url, .. } | Self::There { url, .. } => url,
+        }
+    }
+
+    /// Its processes; none if nobody says which they are.
+    pub(super) async fn pids(&self) -> anyhow::Result<Vec<u32>> {
+        match self {
+            Self::Embedded { child, .. } => Ok(child.id().into_iter().collect()),
+            Self::There { name, .. } => match script() {
+                Some(script) => {
+                    let output = Command::new(script).args(["pids", name]).output().await?;
+                    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                    Ok(text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+                }
+                None => Ok(Vec::new()),
+            },
+        }
+    }
+
+    /// Ends it as a crash does.
+    pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Embedded { child, .. } => Ok(child.kill().await?),
+            Self::There { name, .. } => run_script("kill", name).await,
+        }
+    }
+
+    /// Starts it again where it was.
+    pub(super) async fn restart(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Embedded { child, url } => {
+                let addr = url.trim_start_matches("peerbus://").to_owned();
+                (*child, _) = start_embedded(&addr).await?;
+                Ok(())
+            }
+            Self::There { name, .. } => run_script("start", name.trim_end_matches("-tls")).await,
+        }
+    }
+}
+
+async fn start_embedded(addr: &str) -> anyhow::Result<(Child, String)> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["broker", "--json", "--listen", addr])
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let stdout = child.stdout.take().context("the broker has no output")?;
+    let line = BufReader::new(stdout).lines().next_line().await?;
+    let line = line.context("the embedded broker did not start")?;
+    let value: serde_json::Value = serde_json::from_str(&line)?;
+    let url = value["url"].as_str().context("the embedded broker tells no address")?.to_owned();
+    Ok((child, url))
+}
+
+fn script() -> Option<PathBuf> {
+    std::env::var_os("PEERBUS_BROKERS").map(PathBuf::from)
+}
+
+async fn run_script(act: &str, name: &str) -> anyhow::Result<()> {
+    let Some(script) = script() else {
+        bail!("to kill a broker it has to be started by `./brokers` (PEERBUS_BROKERS)");
+    };
+    let output = Command::new(script).args([act, name]).output().await?;
+    ensure!(
+        output.status.success(),
+        "`brokers {act} {name}` failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
