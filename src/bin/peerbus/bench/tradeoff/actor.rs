@@ -33,8 +33,10 @@ pub(super) struct Part {
     pub(super) pattern: Pattern,
     pub(super) guaranteed: bool,
     pub(super) mesh: String,
-    /// A folder for its store or identity, and the sockets.
+    /// A folder for its store or identity.
     pub(super) dir: PathBuf,
+    /// One for this user alone, which all processes of a round share, for the key of this host.
+    pub(super) runtime: PathBuf,
     pub(super) broker: Option<String>,
     pub(super) tls: bool,
     /// Where it listens, as a receiver of a mesh.
@@ -95,7 +97,7 @@ impl Part {
     async fn start(&self) -> anyhow::Result<Node> {
         let config = Node::builder()
             .mesh(self.mesh.parse()?)
-            .runtime_dir(&self.dir)
+            .runtime_dir(&self.runtime)
             .request_deadline(PATIENCE)
             // A node that is told to take what it can is not to lose it to a queue of its own.
             .subscription_queue(256 * 1024 * 1024);

@@ -97,6 +97,7 @@ impl Cast<'_> {
         let dir = self.dir.join(name);
         std::fs::create_dir_all(&dir)?;
         Ok(Part {
+            runtime: self.dir.to_owned(),
             role,
             pattern: self.workload.pattern,
             guaranteed: self.is_guaranteed(),
