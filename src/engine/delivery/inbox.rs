@@ -256,7 +256,13 @@ impl Inbox {
             return Verdict::Answer(Outcome::Processed);
         }
         if seen.processed.iter().len() >= MAX_RANGES {
-            return Verdict::Answer(Outcome::Refused);
+            // The lowest that its sender has is always taken, or the gaps would never close.
+            if seq > seen.floor && !seen.processed.touches(seq) {
+                return Verdict::Answer(Outcome::Refused);
+            }
+            if seq < seen.floor {
+                seen.processed.remove_below(seen.floor);
+            }
         }
         // Below the floor it was settled once, and nobody knows how: its sender's outbox is an
         // older copy.
@@ -688,6 +694,29 @@ mod tests {
         assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
         let other = NodeId::from_bytes([8; 32]);
         assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
+    }
+
+    #[test]
+    fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
+        let mut bench = Bench::new();
+        let last = 2 * MAX_RANGES as u64;
+        for seq in (2..=last).step_by(2) {
+            assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(Outcome::Refused));
+        for seq in [last + 1, 3, 1] {
+            assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run, "{seq}");
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(last + 3, 5, 1)), Verdict::Run, "there is room again");
+        // The first of all, though its neighbours are not processed.
+        let mut bench = Bench::new();
+        for seq in (3..=last + 1).step_by(2) {
+            bench.deliver(delivery(seq, 1, 1));
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
     }
 
     #[test]

@@ -420,8 +420,15 @@ impl Outbox {
             let mut part_records = Vec::new();
             for (part, target) in targets.into_iter().enumerate() {
                 let key = PartKey { number, part: part as u32 };
-                // What is bound may have been sent, as far as the next life knows.
-                let node = match later || self.is_queued_for(&target) {
+                let in_target = self.target_number(target.clone());
+                // What is bound may have been sent, as far as the next life knows; and what is
+                // behind its key would keep a number that its receiver waits for.
+                let waits = later
+                    || self.waiting.contains_key(&in_target)
+                    || order
+                        .as_ref()
+                        .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
+                let node = match waits {
                     true => None,
                     false => self.taker(&target, order.as_deref(), choose),
                 };
@@ -436,14 +443,13 @@ impl Outbox {
                     settled: false,
                     dead: None,
                 });
-                let target = self.target_number(target);
                 if let Some(order) = &order {
-                    self.lanes.entry((target, order.clone())).or_default().push_back(key);
+                    self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
                 }
                 let state = State::Storing;
                 self.open += 1;
                 parts.push(Part {
-                    target,
+                    target: in_target,
                     bound,
                     state,
                     failures: 0,
@@ -472,11 +478,6 @@ impl Outbox {
         }
         self.append(&OutboxRecord::Messages(records), Pending::Messages(numbers.clone()));
         Ok(numbers)
-    }
-
-    /// Whether others wait for that already: what comes later doesn't overtake them.
-    fn is_queued_for(&self, target: &Target) -> bool {
-        self.target_numbers.get(target).is_some_and(|number| self.waiting.contains_key(number))
     }
 
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {

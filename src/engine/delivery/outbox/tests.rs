@@ -199,6 +199,23 @@ fn a_message_that_was_never_sent_goes_to_whoever_is_there() {
 }
 
 #[test]
+fn what_is_behind_its_key_takes_no_number_before_its_turn() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.key = Some("hot");
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.key = None;
+    bench.submit(Target::Node(BOB)).unwrap();
+    let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
+    assert_eq!(numbers, [1, 2], "the one behind its key makes no gap");
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, Outcome::Processed);
+    let (_, second) = bench.sent.last().unwrap();
+    assert_eq!((second.id.seq, second.redelivered), (3, false));
+}
+
+#[test]
 fn a_peer_that_messages_wait_for_is_reported_once() {
     let mut bench = Bench::new(None);
     bench.submit(Target::Node(BOB)).unwrap();
