@@ -71,7 +71,8 @@ pub struct Entry<'a> {
     pub payload: &'a [u8],
 }
 
-/// A part of a segment that can't be read, though it was stored.
+/// A part of a segment that can't be read, though it was stored, or may have been: what lies behind
+/// it can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Damage {
     pub segment: u64,

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
@@ -12,6 +12,8 @@ use super::{Done, Durability, NotStored, Options, Position, Sink};
 
 /// How much is gathered for one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
+/// After so long without anything to write, what was written last gets its mark.
+const IDLE: Duration = Duration::from_secs(1);
 
 pub(super) enum Command {
     Append(Append),
@@ -40,6 +42,8 @@ pub(super) struct Writer {
     end: u64,
     /// Up to where the disk has it.
     synced: u64,
+    /// Up to where a mark says so.
+    marked: u64,
     /// When what the disk doesn't have yet has to be synced.
     sync_by: Option<Instant>,
     buf: Vec<u8>,
@@ -68,6 +72,7 @@ impl Writer {
             file: Some(file),
             end: HEADER,
             synced: HEADER,
+            marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
         })
@@ -89,6 +94,10 @@ impl Writer {
             && let Err(error) = self.sync()
         {
             tracing::error!(%error, "the journal can't be synced");
+        }
+        if let Err(error) = self.mark().and_then(|()| self.sync()) {
+            // What it would have said is on the disk.
+            tracing::debug!(%error, "the journal has no last mark");
         }
     }
 
@@ -128,12 +137,17 @@ impl Writer {
     /// The next command; syncs when that is due meanwhile.
     fn wait(&mut self, commands: &Receiver<Command>) -> Option<Command> {
         loop {
-            let Some(by) = self.sync_by else { return commands.recv().ok() };
-            match commands.recv_timeout(by.saturating_duration_since(Instant::now())) {
+            let pause = match self.sync_by {
+                Some(by) => by.saturating_duration_since(Instant::now()),
+                None if self.is_marked() => return commands.recv().ok(),
+                None => IDLE,
+            };
+            match commands.recv_timeout(pause) {
                 Ok(command) => return Some(command),
                 Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Err(error) = self.sync() {
+                    let due = self.sync_by.is_some();
+                    if let Err(error) = if due { self.sync() } else { self.mark() } {
                         tracing::error!(%error, "the journal can't be synced");
                     }
                 }
@@ -166,6 +180,7 @@ impl Writer {
             self.file = None;
             return Err(error);
         }
+        self.marked = self.synced;
         match self.durability {
             Durability::Sync if gathered.iter().any(|append| append.sync) => {
                 if let Err(error) = file.sync() {
@@ -183,6 +198,27 @@ impl Writer {
         }
         self.end = end;
         Ok(positions)
+    }
+
+    fn is_marked(&self) -> bool {
+        self.file.is_none() || self.synced <= self.marked
+    }
+
+    /// Says behind what is synced that it is: damage to it can't be taken for a torn write then.
+    /// While there is more to write, the next write says so.
+    fn mark(&mut self) -> io::Result<()> {
+        let Some(file) = self.file.as_mut().filter(|_| self.synced > self.marked) else {
+            return Ok(());
+        };
+        self.buf.clear();
+        self.header.encode_record(self.end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
+        if let Err(error) = file.append(&self.buf) {
+            self.file = None;
+            return Err(error);
+        }
+        self.end += record_size(8);
+        self.marked = self.synced;
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -212,7 +248,7 @@ impl Writer {
         self.header.number += 1;
         self.file = Some(begin_segment(&*self.storage, &self.header)?);
         self.current = self.header.number;
-        (self.end, self.synced) = (HEADER, HEADER);
+        (self.end, self.synced, self.marked) = (HEADER, HEADER, HEADER);
         Ok(())
     }
 

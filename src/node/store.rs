@@ -81,6 +81,9 @@ pub struct StoreReport {
     /// Parts of files that can't be read though they were stored: file number, first byte, and
     /// the one after the last. What they held is lost; the files are left as they are.
     pub damaged: Vec<(u64, u64, u64)>,
+    /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
+    /// very end of a file was damaged later.
+    pub torn: u64,
 }
 
 /// Who waits for what becomes of a message.
@@ -149,7 +152,11 @@ impl Store {
             pending: outbox.pending(),
             dead_letters: outbox.dead_letters(),
             damaged: damaged.map(|it| (it.segment, it.from, it.to)).collect(),
+            torn: recovery.torn + inbox_recovery.torn,
         };
+        if report.torn > 0 {
+            tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is left out");
+        }
         for (file, from, to) in &report.damaged {
             tracing::error!(path = %path.display(), file, from, to, "a part of the store can't be read: what it held is lost");
         }
