@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Bound, Choose, Outbox, OutboxAction, OutboxEvent, Part, PartKey, Pending, Source, State,
+    Bound, Choose, Outbox, OutboxAction, OutboxEvent, Part, PartKey, Peer, Pending, Source, State,
 };
 use crate::address::ServiceName;
 use crate::engine::Time;
@@ -23,6 +23,13 @@ const QUEUE_RETRY: Duration = Duration::from_millis(50);
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
 /// What may be sent to a peer and not be answered, in messages.
 const WINDOW_MESSAGES: u64 = 8192;
+
+impl Peer {
+    /// Since when its messages have waited for it, or for others to take them.
+    fn waits_for_others_since(&self) -> Time {
+        self.reassigned_at.unwrap_or(self.down_since)
+    }
+}
 
 impl Outbox {
     // What is known of peers.
@@ -46,7 +53,7 @@ impl Outbox {
     pub(crate) fn handle_link_down(&mut self, now: Now, node: NodeId) {
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
-        peer.told_inbox = None;
+        (peer.told_inbox, peer.reassigned_at) = (None, None);
         peer.active.clear();
         let ready = std::mem::take(&mut peer.ready);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
@@ -312,9 +319,8 @@ impl Outbox {
                 let order = self.order(key.number).cloned();
                 let to = self.targets[target as usize].clone();
                 let Some(node) = self.taker(&to, order.as_deref(), choose) else { break };
-                let busy = |peer: &super::Peer| {
-                    peer.in_flight + peer.ready.len() as u64 >= WINDOW_MESSAGES
-                };
+                let busy =
+                    |peer: &Peer| peer.in_flight + peer.ready.len() as u64 >= WINDOW_MESSAGES;
                 if self.peers.get(&node).is_some_and(busy) || keys.len() as u64 >= WINDOW_MESSAGES {
                     break;
                 }
@@ -498,7 +504,8 @@ impl Outbox {
     pub(super) fn peer_timeout(&self) -> Option<Time> {
         let due = self.missed().flat_map(|(_, peer)| {
             let gone = (!peer.told_gone).then(|| peer.down_since + self.config.gone_after);
-            let reassign = self.config.reassign_after.map(|after| peer.down_since + after);
+            let reassign =
+                self.config.reassign_after.map(|after| peer.waits_for_others_since() + after);
             [gone, reassign]
         });
         due.flatten().min()
@@ -533,7 +540,7 @@ impl Outbox {
     }
 
     /// The peers that are away and that messages wait for.
-    fn missed(&self) -> impl Iterator<Item = (&NodeId, &super::Peer)> {
+    fn missed(&self) -> impl Iterator<Item = (&NodeId, &Peer)> {
         let away = self.peers.iter().filter(|(_, peer)| !peer.up);
         away.filter(|(node, peer)| peer.bound > 0 || self.waiting_for(node) > 0)
     }
@@ -569,13 +576,11 @@ impl Outbox {
             let gone = OutboxEvent::PeerGone { peer: node, messages };
             self.actions.push_back(OutboxAction::Report(gone));
         }
-        if self.config.reassign_after.is_none_or(|after| absent < after) {
+        let waited = now.time.since(peer.waits_for_others_since());
+        if self.config.reassign_after.is_none_or(|after| waited < after) {
             return;
         }
-        // Only once for each absence.
-        if let Some(peer) = self.peers.get_mut(&node) {
-            peer.down_since = now.time;
-        }
+        peer.reassigned_at = Some(now.time);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
         let keys: Vec<PartKey> =
             of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key)).collect();

@@ -237,6 +237,8 @@ struct Peer {
     /// What is bound to it and not settled.
     bound: u64,
     down_since: Time,
+    /// When its messages were last given to others since then.
+    reassigned_at: Option<Time>,
     told_gone: bool,
 }
 

@@ -227,6 +227,18 @@ fn a_peer_that_messages_wait_for_is_reported_once() {
 }
 
 #[test]
+fn a_peer_whose_messages_go_to_others_is_reported_too() {
+    let mut bench = Bench::new(Some(HOUR / 4));
+    bench.submit(Target::Node(BOB)).unwrap();
+    for _ in 0..10 {
+        bench.sleep(HOUR / 8);
+    }
+    assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+    let due = bench.outbox.peer_timeout().unwrap();
+    assert!(due > bench.now().time, "and is not looked at all the time");
+}
+
+#[test]
 fn a_full_outbox_refuses_and_takes_again_when_there_is_room() {
     let mut bench = Bench::new(None);
     bench.meet(BOB);
