@@ -217,7 +217,7 @@ impl Outbox {
                 self.make_ready(key);
             }
             _ => {
-                self.unbind(key);
+                self.free(key);
                 if let Target::Node(node) | Target::Subscription(node, _) =
                     self.targets[target as usize]
                 {
@@ -294,6 +294,7 @@ impl Outbox {
 
     /// Sends what can go. To be called after anything was told.
     pub(crate) fn pump(&mut self, choose: &mut Choose<'_>) {
+        self.store_freed();
         if std::mem::take(&mut self.waiting_dirty) {
             self.bind_waiting(choose);
         }

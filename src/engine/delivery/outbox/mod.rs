@@ -148,6 +148,9 @@ const DISK_RETRY: Duration = Duration::from_secs(1);
 /// How much of what was stored just now is kept in memory until it is sent, in bytes.
 const MAX_CACHED: u64 = 16 * 1024 * 1024;
 
+/// In one entry of the journal.
+const MOST_FREED: usize = 4096;
+
 #[derive(Debug)]
 struct Entry {
     /// `None` while it is being stored.
@@ -293,6 +296,8 @@ pub(crate) struct Outbox {
     lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
     /// Other nodes that a message was bound to.
     former: HashMap<PartKey, Vec<Bound>>,
+    /// What was taken from its node without ever having been sent, which is to be stored.
+    freed: Vec<(u64, u32)>,
     /// What could not be stored as dead letters yet.
     dying: HashMap<PartKey, Fate>,
     /// What is remembered of peers is being stored.
@@ -349,6 +354,7 @@ impl Outbox {
             paused: BTreeSet::new(),
             lanes: HashMap::new(),
             former: HashMap::new(),
+            freed: Vec::new(),
             dying: HashMap::new(),
             peers_pending: false,
             peers_dirty: false,
@@ -733,6 +739,21 @@ impl Outbox {
     fn unbind(&mut self, key: PartKey) {
         if let Some(bound) = self.part_mut(key).and_then(|part| part.bound.take()) {
             self.release_number(bound);
+        }
+    }
+
+    /// The same for one that was never sent, which the next life is told.
+    fn free(&mut self, key: PartKey) {
+        if self.node_of(key).is_some() {
+            self.unbind(key);
+            self.freed.push((key.number, key.part));
+        }
+    }
+
+    /// Stores, without a sync, what is free. It comes before what it is bound to next.
+    fn store_freed(&mut self) {
+        for freed in std::mem::take(&mut self.freed).chunks(MOST_FREED) {
+            self.note(&OutboxRecord::Freed(freed.to_vec()));
         }
     }
 

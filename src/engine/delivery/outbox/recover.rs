@@ -50,6 +50,15 @@ impl Outbox {
                     }
                 }
             }
+            OutboxRecord::Freed(freed) => {
+                for (number, part) in freed {
+                    let key = PartKey { number, part };
+                    self.unbind(key);
+                    if let Some(part) = self.part_mut(key) {
+                        part.redelivered = false;
+                    }
+                }
+            }
             OutboxRecord::Settled(settled) => {
                 for (number, part) in settled {
                     self.recover_settled(PartKey { number, part });

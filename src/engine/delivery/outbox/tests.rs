@@ -77,12 +77,28 @@ impl Bench {
                     self.journal.push((position, entry));
                     self.outbox.handle_appended(now, token, Ok(position));
                 }
+                OutboxAction::Note(entry) => {
+                    let offset = self.journal.len() as u64;
+                    self.journal.push((Position { segment: 1, offset, length: 0 }, entry));
+                }
                 OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
                 OutboxAction::Done(number, result) => self.done.push((number, result)),
                 OutboxAction::Report(event) => self.events.push(event),
                 _ => {}
             }
         }
+    }
+
+    /// The next life, from what is in the journal.
+    fn restart(self) -> Self {
+        let mut next = Self { journal: self.journal, ..Self::new(None) };
+        let epoch = self.outbox.config.epoch + 1;
+        next.outbox = Outbox::new(OutboxConfig { epoch, ..self.outbox.config });
+        for (position, entry) in &next.journal {
+            next.outbox.recover(*position, entry).unwrap();
+        }
+        next.outbox.handle_recovered(next.now());
+        next
     }
 
     fn message(&self, target: Target) -> NewMessage {
@@ -196,6 +212,28 @@ fn a_message_that_was_never_sent_goes_to_whoever_is_there() {
     bench.meet(CAROL);
     assert_eq!(bench.sent.len(), 1);
     assert!(bench.sent[0].0 == CAROL && !bench.sent[0].1.redelivered);
+}
+
+#[test]
+fn what_was_never_sent_goes_to_whoever_is_there_also_after_a_restart() {
+    let mut bench = Bench::new(None);
+    bench.outbox.config.window_bytes = 1;
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    for _ in 0..2 {
+        bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    }
+    assert_eq!(bench.sent.len(), 1, "his window is full");
+    bench.lose(BOB);
+    bench = bench.restart();
+    bench.serving = vec![CAROL];
+    bench.meet(CAROL);
+    let [(to, second)] = &bench.sent[..] else { panic!("{:?}", bench.sent) };
+    assert_eq!((*to, second.redelivered), (CAROL, false));
+    // Of the first nobody knows whether it was processed.
+    bench.meet(BOB);
+    let (to, first) = bench.sent.last().unwrap();
+    assert_eq!((*to, first.redelivered), (BOB, true));
 }
 
 #[test]
@@ -356,14 +394,7 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
                 let entry = bench.outbox.replay(first).unwrap();
                 bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry));
             }
-            let config = bench.outbox.config.clone();
-            let journal = std::mem::take(&mut bench.journal);
-            bench = Bench { journal, ..Bench::new(None) };
-            bench.outbox = Outbox::new(config);
-            for (position, entry) in &bench.journal {
-                bench.outbox.recover(*position, entry).unwrap();
-            }
-            bench.outbox.handle_recovered(bench.now());
+            bench = bench.restart();
             bench.meet(BOB);
             let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
             match (hold, replayed) {
