@@ -211,7 +211,7 @@ impl Outbox {
             return self.set_state(key, State::Blocked);
         }
         let Some(part) = self.part(key) else { return };
-        let (target, never_sent) = (part.target, part.attempts == 0 && !part.redelivered);
+        let (target, never_sent) = (part.target, part.was_never_sent());
         match self.node_of(key) {
             Some(node) if !never_sent || self.is_reachable(&node) => {
                 self.make_ready(key);
@@ -435,7 +435,7 @@ impl Outbox {
             return false;
         };
         let Some(part) = self.part(key) else { return false };
-        if part.attempts == 0 && !part.redelivered {
+        if part.was_never_sent() {
             // An answer to what was never sent.
             return true;
         }
@@ -588,11 +588,14 @@ impl Outbox {
         for key in keys {
             let Some(part) = self.part(key) else { continue };
             let moves = matches!(self.targets[part.target as usize], Target::Service(_))
-                && matches!(part.state, State::Ready | State::Paused { .. })
+                && matches!(part.state, State::Ready | State::Paused { .. } | State::Blocked)
                 && self.node_of(key) == Some(node);
             if moves {
                 self.stop(key);
-                self.reassign(key);
+                match self.part(key).is_some_and(Part::was_never_sent) {
+                    true => self.free(key),
+                    false => self.reassign(key),
+                }
                 self.release(key);
             }
         }

@@ -180,6 +180,13 @@ struct Part {
     redelivered: bool,
 }
 
+impl Part {
+    /// No handler can have had it.
+    fn was_never_sent(&self) -> bool {
+        self.attempts == 0 && !self.redelivered
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Bound {
     stream: u32,

@@ -237,6 +237,31 @@ fn what_was_never_sent_goes_to_whoever_is_there_also_after_a_restart() {
 }
 
 #[test]
+fn what_is_behind_its_key_goes_to_others_with_what_it_is_behind() {
+    let minute = Duration::from_secs(60);
+    let service = || Target::Service("work".parse().unwrap());
+    let mut bench = Bench::new(Some(minute));
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    bench.key = Some("in order");
+    bench.submit(service()).unwrap();
+    let second = bench.submit(service()).unwrap();
+    // An earlier version gave it to him when it was stored.
+    let key = PartKey { number: second, part: 0 };
+    let bound = bench.outbox.reassign_to(key, Some(BOB)).unwrap();
+    bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, bound));
+    bench = bench.restart();
+    bench.serving = vec![BOB, CAROL];
+    bench.meet(CAROL);
+    bench.sleep(2 * minute);
+    let (to, first) = bench.sent.last().unwrap().clone();
+    assert_eq!((to, bench.sent.len()), (CAROL, 1));
+    bench.answer(CAROL, &first.id, first.attempt, Outcome::Processed);
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    assert_eq!(bench.sent.len(), 2);
+}
+
+#[test]
 fn what_is_behind_its_key_takes_no_number_before_its_turn() {
     let mut bench = Bench::new(None);
     bench.meet(BOB);
