@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::cell::{Credit, LinkCell};
@@ -14,12 +15,12 @@ use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
 use crate::engine::delivery::{
-    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, PartKey, Source, Verdict,
+    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, Source, Verdict,
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
-use crate::journal::{Ended, Position};
-use crate::message::Message;
+use crate::journal::Ended;
+use crate::message::{Header, Message};
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{
@@ -83,15 +84,18 @@ impl Shared {
                 let mut entry = None;
                 store.with_journals(|it| entry = it.outbox.read(position).ok());
                 let frozen = entry.and_then(|entry| Outbox::frozen(&entry, number).ok().flatten());
-                outbox.handle_read(number, frozen);
+                outbox.handle_read(now, number, frozen);
             }
             OutboxAction::RemoveBefore(segment) => {
                 store.with_journals(|it| it.outbox.remove_before(segment));
             }
             OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
+                let Some(message) = self.stored_message(store, source) else {
+                    tracing::error!(number = key.number, "a stored message can't be read");
+                    return outbox.handle_unreadable(now, key);
+                };
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
-                let sent = self.transmit(store, to, key, source, delivery, left);
-                if let Err(reason) = sent {
+                if let Err(reason) = self.transmit(to, message, delivery, left) {
                     match reason {
                         DropReason::LinkLost => outbox.handle_link_down(now, to),
                         reason => outbox.handle_not_transmitted(now, key, reason),
@@ -125,22 +129,11 @@ impl Shared {
 
     fn transmit(
         self: &Arc<Self>,
-        store: &Store,
         to: NodeId,
-        key: PartKey,
-        source: Source,
+        (mut header, body): (Header, Bytes),
         delivery: Box<Delivery>,
         left_ms: Option<u64>,
     ) -> Result<(), DropReason> {
-        let (mut header, body) = match source {
-            Source::Memory(message) => Arc::unwrap_or_clone(message),
-            Source::Journal(position, number) => {
-                self.read_stored(store, position, number).ok_or_else(|| {
-                    tracing::error!(number = key.number, "a stored message can't be read");
-                    DropReason::Other
-                })?
-            }
-        };
         header.time_to_live = left_ms.map(Duration::from_millis);
         if to == self.id {
             let mut message = Message::new(to, header, body);
@@ -157,12 +150,11 @@ impl Shared {
         Ok(())
     }
 
-    fn read_stored(
-        &self,
-        store: &Store,
-        position: Position,
-        number: u64,
-    ) -> Option<(crate::message::Header, bytes::Bytes)> {
+    fn stored_message(&self, store: &Store, source: Source) -> Option<(Header, Bytes)> {
+        let (position, number) = match source {
+            Source::Memory(message) => return Some(Arc::unwrap_or_clone(message)),
+            Source::Journal(position, number) => (position, number),
+        };
         let mut entry = None;
         store.with_journals(|it| entry = it.outbox.read(position).ok());
         let frozen = Outbox::frozen(&entry?, number).ok()??;

@@ -19,6 +19,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
+/// A message that can't be read so often in a row is lost.
+pub(super) const MOST_UNREADABLE: u32 = 10;
 /// So many durable subscriptions of one peer are remembered.
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
 /// What may be sent to a peer and not be answered, in messages.
@@ -412,7 +414,7 @@ impl Outbox {
         self.actions.push_back(transmit);
     }
 
-    /// It could not be handed to its link, or not be read.
+    /// It could not be handed to its link.
     pub(crate) fn handle_not_transmitted(&mut self, now: Now, key: PartKey, reason: DropReason) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {
             return;
@@ -424,6 +426,28 @@ impl Outbox {
             DropReason::LinkLost => self.make_ready(key),
             _ => self.pause_until(key, now.time + QUEUE_RETRY, false),
         }
+    }
+
+    /// What is stored of it can't be read. That may pass; if it doesn't, it is a dead letter.
+    pub(crate) fn handle_unreadable(&mut self, now: Now, key: PartKey) {
+        if self.part(key).is_none_or(|part| part.state != State::InFlight) {
+            return;
+        }
+        self.stop(key);
+        if let Some(part) = self.part_mut(key) {
+            part.attempts -= 1;
+        }
+        match self.count_unreadable(key.number) {
+            MOST_UNREADABLE.. => self.kill(key, Fate::Unreadable),
+            times => self.pause(now, key, times - 1, false),
+        }
+    }
+
+    /// How often in a row it could not be read by now.
+    pub(super) fn count_unreadable(&mut self, number: u64) -> u32 {
+        let times = self.unreadable.entry(number).or_default();
+        *times = times.saturating_add(1);
+        *times
     }
 
     /// A peer says what became of a delivery; whether it was known.
@@ -453,6 +477,7 @@ impl Outbox {
             return true;
         }
         let (target, attempts) = (part.target, part.attempts);
+        self.unreadable.remove(&key.number);
         self.stop(key);
         match answer.outcome {
             Outcome::Processed => unreachable!("it was settled above"),
@@ -527,6 +552,7 @@ impl Outbox {
             }
         }
         self.disk_retry.take_if(|at| *at <= now.time);
+        self.compact_retry.take_if(|at| *at <= now.time);
         if self.peers_retry.take_if(|at| *at <= now.time).is_some() && self.peers_dirty {
             self.store_peers(false);
         }

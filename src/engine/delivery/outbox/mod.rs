@@ -335,7 +335,10 @@ pub(crate) struct Outbox {
     removing: bool,
     /// How many messages are being moved out of the oldest segment.
     moving: u64,
-    compacts: bool,
+    /// Not before then, since a message could not be read.
+    compact_retry: Option<Time>,
+    /// How often in a row messages could not be read, by their numbers.
+    unreadable: HashMap<u64, u32>,
     actions: VecDeque<OutboxAction>,
 }
 
@@ -381,7 +384,8 @@ impl Outbox {
             removed_before: 0,
             removing: false,
             moving: 0,
-            compacts: true,
+            compact_retry: None,
+            unreadable: HashMap::new(),
             actions: VecDeque::new(),
             config,
         }
@@ -671,6 +675,7 @@ impl Outbox {
 
     fn forget(&mut self, number: u64) {
         let Some(entry) = self.entries.remove(number) else { return };
+        self.unreadable.remove(&number);
         self.bytes -= u64::from(entry.size);
         if entry.cached.is_some() {
             self.cached_bytes -= u64::from(entry.size);
@@ -915,7 +920,7 @@ impl Outbox {
         let timer = self.timers.first().map(|(at, _)| *at);
         let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);
         let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
-        let timers = timers.chain(self.disk_retry);
+        let timers = timers.chain(self.disk_retry).chain(self.compact_retry);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }
 }

@@ -1,6 +1,6 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
-use super::dispatch::MAX_SUBSCRIPTIONS;
+use super::dispatch::{MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
 use super::*;
 use crate::address::Destination;
 use crate::message::{IdSource, Kind};
@@ -24,6 +24,12 @@ struct Bench {
     /// The disk refuses everything.
     full: bool,
     refused: usize,
+    /// What is to be sent can't be read.
+    damaged: bool,
+    reads: usize,
+    /// What is appended lies there.
+    segment: u64,
+    removed_before: u64,
 }
 
 impl Bench {
@@ -52,6 +58,10 @@ impl Bench {
             events: Vec::new(),
             full: false,
             refused: 0,
+            damaged: false,
+            reads: 0,
+            segment: 1,
+            removed_before: 0,
         }
     }
 
@@ -73,13 +83,19 @@ impl Bench {
                     self.outbox.handle_appended(now, token, Err("the disk is full".into()));
                 }
                 OutboxAction::Append { token, entry, .. } => {
-                    let position = Position { segment: 1, offset: token, length: 0 };
+                    let position = Position { segment: self.segment, offset: token, length: 0 };
                     self.journal.push((position, entry));
                     self.outbox.handle_appended(now, token, Ok(position));
                 }
                 OutboxAction::Note(entry) => {
                     let offset = self.journal.len() as u64;
                     self.journal.push((Position { segment: 1, offset, length: 0 }, entry));
+                }
+                OutboxAction::RemoveBefore(segment) => self.removed_before = segment,
+                OutboxAction::Read(number, _) => self.outbox.handle_read(now, number, None),
+                OutboxAction::Transmit { key, .. } if self.damaged => {
+                    self.reads += 1;
+                    self.outbox.handle_unreadable(now, key);
                 }
                 OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
                 OutboxAction::Done(number, result) => self.done.push((number, result)),
@@ -328,6 +344,56 @@ fn a_failing_message_is_retried_ever_more_rarely_and_becomes_a_dead_letter() {
     assert_eq!(bench.sent.len(), 10);
     assert!(matches!(bench.done[..], [(1, Err(Fate::Failed { failures: 10, .. }))]));
     assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+}
+
+#[test]
+fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
+    let minute = Duration::from_secs(60);
+    let mut bench = Bench::new(None);
+    bench.outbox.config.max_messages = 100;
+    bench.outbox.config.max_bytes = 1 << 20;
+    bench.damaged = true;
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    assert_eq!(bench.reads, 1);
+    bench.sleep(Duration::from_millis(1));
+    for _ in 0..20 {
+        bench.sleep(minute);
+    }
+    assert_eq!(bench.reads, MOST_UNREADABLE as usize, "and not for ever");
+    assert_eq!(bench.done, [(1, Err(Fate::Unreadable))]);
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+    bench.damaged = false;
+    for segment in 2..8 {
+        bench.segment = segment;
+        bench.submit(Target::Node(BOB)).unwrap();
+        let id = bench.sent.last().unwrap().1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Processed);
+    }
+    bench.sleep(minute);
+    assert!(bench.removed_before > 1, "the segment that it was in can go");
+    bench = bench.restart();
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+}
+
+#[test]
+fn a_damaged_message_that_waits_does_not_keep_a_segment_either() {
+    let mut bench = Bench::new(None);
+    bench.outbox.config.max_messages = 100;
+    bench.outbox.config.max_bytes = 1 << 20;
+    bench.meet(BOB);
+    bench.submit(Target::Node(CAROL)).unwrap();
+    for segment in 2..8 {
+        bench.segment = segment;
+        bench.submit(Target::Node(BOB)).unwrap();
+        let id = bench.sent.last().unwrap().1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Processed);
+    }
+    for _ in 0..3 * MOST_UNREADABLE {
+        bench.sleep(2 * DISK_RETRY);
+    }
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+    assert!(bench.removed_before > 1);
 }
 
 #[test]
