@@ -190,6 +190,10 @@ impl Shared {
 
     fn report_outbox(&self, event: OutboxEvent) {
         let event = match event {
+            OutboxEvent::NotRemembered(peer) => {
+                tracing::warn!(peer = %peer.short(), "the outbox remembers no more peers: what is published while this one is away is not kept for it");
+                return self.counters.refused("too_many_subscribers");
+            }
             OutboxEvent::DeadLetter { number, fate } => {
                 tracing::warn!(number, %fate, "a message is a dead letter");
                 add(&self.counters.dead_lettered, 1);
@@ -368,6 +372,9 @@ impl Shared {
         };
         drop(held);
         add(&self.counters.duplicates, u64::from(outcome == Outcome::Processed));
+        if outcome == Outcome::Refused {
+            self.counters.dropped_for_others(DropReason::InboxFull, 1);
+        }
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
     }
 

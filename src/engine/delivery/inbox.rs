@@ -20,6 +20,8 @@ const SUSPECT: u32 = 3;
 /// So many streams of one sender are remembered: one for each life of its outbox that is not settled,
 /// and each durable subscription.
 const MAX_STREAMS: usize = 4096;
+/// So many senders are remembered; a member of the mesh can have as many ids as it likes.
+const MAX_SENDERS: usize = 4096;
 /// The most gaps in what is processed of one; a sender has far fewer messages on their way.
 const MAX_RANGES: usize = 65_536;
 /// After so many bytes a snapshot takes the place of what is in the journal.
@@ -103,6 +105,8 @@ pub(crate) struct Inbox {
     streams: BTreeMap<usize, Seen>,
     next_place: usize,
     places: HashMap<(NodeId, Stream), usize>,
+    /// How many streams of each sender there are.
+    senders: HashMap<NodeId, usize>,
     next_number: u64,
     pending: HashMap<u64, Pending>,
     /// What runs later, in the order in which it came from a node; and whether it may.
@@ -126,6 +130,7 @@ impl Inbox {
             streams: BTreeMap::new(),
             next_place: 0,
             places: HashMap::new(),
+            senders: HashMap::new(),
             // Never one of an earlier life, whose records may be behind ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
             pending: HashMap::new(),
@@ -154,6 +159,7 @@ impl Inbox {
                 self.epoch = epoch;
                 self.streams.clear();
                 self.places.clear();
+                self.senders.clear();
                 for stream in streams {
                     self.recover_stream(&stream)?;
                 }
@@ -220,6 +226,7 @@ impl Inbox {
         };
         self.streams.insert(place, seen);
         self.places.insert((node, stream.clone()), place);
+        *self.senders.entry(node).or_default() += 1;
         place
     }
 
@@ -229,9 +236,7 @@ impl Inbox {
         let seq = *seq;
         let place = match self.places.get(&(from, stream.clone())) {
             Some(place) => *place,
-            None if self.places.keys().filter(|(node, _)| *node == from).count() >= MAX_STREAMS => {
-                return Verdict::Answer(Outcome::Refused);
-            }
+            None if !self.has_room_for(&from) => return Verdict::Answer(Outcome::Refused),
             None => {
                 let number = self.next_number;
                 self.next_number += 1;
@@ -288,6 +293,14 @@ impl Inbox {
             self.count_begun(place, seq);
         }
         Verdict::RunLater
+    }
+
+    /// Whether another stream of that sender may be remembered.
+    fn has_room_for(&self, from: &NodeId) -> bool {
+        match self.senders.get(from) {
+            Some(streams) => *streams < MAX_STREAMS,
+            None => self.senders.len() < MAX_SENDERS,
+        }
     }
 
     /// Writes that a handler begins; it does when that is done.
@@ -484,6 +497,12 @@ impl Inbox {
         let mut numbers = Vec::new();
         for place in places {
             if let Some(seen) = self.streams.remove(&place) {
+                if let Some(streams) = self.senders.get_mut(&seen.node) {
+                    *streams -= 1;
+                    if *streams == 0 {
+                        self.senders.remove(&seen.node);
+                    }
+                }
                 self.places.remove(&(seen.node, seen.stream));
                 numbers.push(seen.number);
             }
@@ -694,6 +713,28 @@ mod tests {
         assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
         let other = NodeId::from_bytes([8; 32]);
         assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
+    }
+
+    #[test]
+    fn ever_new_senders_are_refused_until_old_ones_have_settled() {
+        let mut bench = Bench::new();
+        let sender = |number: u64| {
+            let mut id = [9; 32];
+            id[..8].copy_from_slice(&number.to_le_bytes());
+            NodeId::from_bytes(id)
+        };
+        let mut first = delivery(1, 1, 1);
+        for number in 0..MAX_SENDERS as u64 {
+            assert_eq!(bench.inbox.handle_delivery(sender(number), &mut first), Verdict::Run);
+        }
+        bench.run();
+        assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+        bench.inbox.handle_ended(sender(0), &first.id, Outcome::Processed);
+        bench.run();
+        bench.restart();
+        assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+        bench.inbox.handle_epochs(sender(0), &[]);
+        assert_eq!(bench.deliver(first), Verdict::Run);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Whom a stored message goes to, when, and what its answer means.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{
@@ -23,6 +24,9 @@ const QUEUE_RETRY: Duration = Duration::from_millis(50);
 pub(super) const MOST_UNREADABLE: u32 = 10;
 /// So many durable subscriptions of one peer are remembered.
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
+/// So many peers are remembered while they are away and nothing is kept for them; a member of the
+/// mesh can have as many ids as it likes. Each new one has all of them stored again.
+pub(super) const MAX_PEERS: usize = if cfg!(test) { 64 } else { 4096 };
 /// What may be sent to a peer and not be answered, in messages.
 const WINDOW_MESSAGES: u64 = 8192;
 
@@ -30,6 +34,16 @@ impl Peer {
     /// Since when its messages have waited for it, or for others to take them.
     fn waits_for_others_since(&self) -> Time {
         self.reassigned_at.unwrap_or(self.down_since)
+    }
+
+    /// Whether there is anything for it.
+    fn is_wanted(&self) -> bool {
+        self.bound > 0 || self.waiting > 0 || !self.ready.is_empty() || !self.paused.is_empty()
+    }
+
+    /// Whether nothing is lost with what is known of it.
+    fn is_forgettable(&self) -> bool {
+        !self.up && self.known_inbox.is_none() && !self.is_wanted()
     }
 }
 
@@ -53,6 +67,7 @@ impl Outbox {
 
     /// What was sent to the peer may have been processed or not.
     pub(crate) fn handle_link_down(&mut self, now: Now, node: NodeId) {
+        self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
         (peer.told_inbox, peer.reassigned_at) = (None, None);
@@ -81,6 +96,9 @@ impl Outbox {
                 self.release(key);
             }
         }
+        if self.peers.get(&node).is_some_and(Peer::is_forgettable) {
+            self.peers.remove(&node);
+        }
     }
 
     /// A peer told of its inbox, or this node of its own, whose epoch is 0 here.
@@ -90,9 +108,24 @@ impl Outbox {
         if *peer.told_inbox.get_or_insert(info.epoch) != info.epoch {
             return;
         }
-        let before = peer.known_inbox.replace(info.epoch);
         peer.inbox = Some(info.epoch);
         peer.active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
+        self.dirty.insert(node);
+        self.waiting_dirty = true;
+        self.remember(node, info);
+        self.resume(node, |_| true);
+    }
+
+    /// Keeps in mind what a peer told, for when it is away.
+    fn remember(&mut self, node: NodeId, info: InboxInfo) {
+        let Some(before) = self.peers.get(&node).map(|peer| peer.known_inbox) else { return };
+        if before.is_none() && !self.has_room_to_remember() {
+            let event = OutboxEvent::NotRemembered(node);
+            return self.actions.push_back(OutboxAction::Report(event));
+        }
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.known_inbox = Some(info.epoch);
+        }
         if before.is_some_and(|before| before != info.epoch) {
             self.actions.push_back(OutboxAction::Report(OutboxEvent::InboxLost(node)));
         }
@@ -117,9 +150,19 @@ impl Outbox {
         if changed {
             self.store_peers(met);
         }
-        self.dirty.insert(node);
-        self.waiting_dirty = true;
-        self.resume(node, |_| true);
+    }
+
+    /// Whether one more peer may be remembered, when those that nothing is kept for are forgotten.
+    fn has_room_to_remember(&mut self) -> bool {
+        let known = |peers: &BTreeMap<_, Peer>| {
+            peers.values().filter(|peer| peer.known_inbox.is_some()).count()
+        };
+        if known(&self.peers) < MAX_PEERS {
+            return true;
+        }
+        let owners: BTreeSet<NodeId> = self.subscriptions.keys().map(|(owner, _)| *owner).collect();
+        self.peers.retain(|node, peer| peer.up || peer.is_wanted() || owners.contains(node));
+        known(&self.peers) < MAX_PEERS
     }
 
     /// Stores what is remembered of peers: whom it has met at once, what changes once a second.
@@ -220,16 +263,35 @@ impl Outbox {
             }
             _ => {
                 self.free(key);
-                if let Target::Node(node) | Target::Subscription(node, _) =
-                    self.targets[target as usize]
-                {
-                    // It is missed from now on, though it was never met.
-                    self.peers.entry(node).or_default();
+                if let Some(node) = self.only_taker(target) {
+                    // It is missed from now on, though it may never have been met.
+                    let missed = Peer { down_since: self.now, ..Peer::default() };
+                    self.peers.entry(node).or_insert(missed).waiting += 1;
                 }
                 self.set_state(key, State::Waiting);
                 self.waiting.entry(target).or_default().push_back(key);
                 self.waiting_dirty = true;
             }
+        }
+    }
+
+    /// The only node that may take what goes there.
+    fn only_taker(&self, target: u32) -> Option<NodeId> {
+        match self.targets[target as usize] {
+            Target::Node(node) | Target::Subscription(node, _) => Some(node),
+            Target::Service(_) => None,
+        }
+    }
+
+    /// It doesn't wait for somebody to be there any more; the queue finds out by itself.
+    fn end_waiting(&mut self, key: PartKey) {
+        let Some(part) = self.part_mut(key).filter(|part| part.state == State::Waiting) else {
+            return;
+        };
+        part.state = State::Idle;
+        let target = part.target;
+        if let Some(peer) = self.only_taker(target).and_then(|node| self.peers.get_mut(&node)) {
+            peer.waiting -= 1;
         }
     }
 
@@ -250,6 +312,7 @@ impl Outbox {
         let Some(entry) = self.entries.get(key.number) else { return };
         let size = u64::from(entry.size);
         match entry.parts[key.part as usize].state {
+            State::Waiting => self.end_waiting(key),
             State::InFlight => {
                 self.set_state(key, State::Idle);
                 if let Some(node) = node
@@ -328,6 +391,7 @@ impl Outbox {
                     break;
                 }
                 queue.pop_front();
+                self.end_waiting(key);
                 let bound = self.bind(key, node, &to);
                 if let Some(part) = self.part_mut(key) {
                     (part.bound, part.state) = (Some(bound), State::Binding);
@@ -538,6 +602,7 @@ impl Outbox {
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Now) {
+        self.now = now.time;
         while let Some((at, key)) = self.timers.first().copied()
             && at <= now.time
         {
@@ -569,16 +634,7 @@ impl Outbox {
     /// The peers that are away and that messages wait for.
     fn missed(&self) -> impl Iterator<Item = (&NodeId, &Peer)> {
         let away = self.peers.iter().filter(|(_, peer)| !peer.up);
-        away.filter(|(node, peer)| peer.bound > 0 || self.waiting_for(node) > 0)
-    }
-
-    /// How many messages wait for a node to be there that never had them.
-    fn waiting_for(&self, node: &NodeId) -> u64 {
-        let of_node = self.waiting.iter().filter(|(target, _)| {
-            matches!(&self.targets[**target as usize],
-                Target::Node(wanted) | Target::Subscription(wanted, _) if wanted == node)
-        });
-        of_node.map(|(_, queue)| queue.len() as u64).sum()
+        away.filter(|(_, peer)| peer.bound > 0 || peer.waiting > 0)
     }
 
     fn handle_wall(&mut self, now: Now, key: PartKey) {
@@ -594,12 +650,11 @@ impl Outbox {
     }
 
     fn handle_absence(&mut self, now: Now, node: NodeId) {
-        let waiting = self.waiting_for(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let absent = now.time.since(peer.down_since);
         if absent >= self.config.gone_after && !peer.told_gone {
             peer.told_gone = true;
-            let messages = peer.bound + waiting;
+            let messages = peer.bound + peer.waiting;
             let gone = OutboxEvent::PeerGone { peer: node, messages };
             self.actions.push_back(OutboxAction::Report(gone));
         }

@@ -127,6 +127,8 @@ pub(crate) enum OutboxEvent {
     },
     /// A peer's inbox is not the one that it was: what it had processed it may process again.
     InboxLost(NodeId),
+    /// It remembers so many peers already that it forgets this one when it goes.
+    NotRemembered(NodeId),
     /// Messages have waited for a peer for long.
     PeerGone {
         peer: NodeId,
@@ -246,6 +248,8 @@ struct Peer {
     in_flight_bytes: u64,
     /// What is bound to it and not settled.
     bound: u64,
+    /// What waits for it to be there, and for no other.
+    waiting: u64,
     down_since: Time,
     /// When its messages were last given to others since then.
     reassigned_at: Option<Time>,
@@ -279,6 +283,8 @@ struct Written {
 #[derive(Debug)]
 pub(crate) struct Outbox {
     config: OutboxConfig,
+    /// When it was told something last.
+    now: Time,
     random: Random,
     entries: Numbered<Entry>,
     next_number: u64,
@@ -346,6 +352,7 @@ impl Outbox {
     pub(crate) fn new(config: OutboxConfig) -> Self {
         let me = Peer { up: true, inbox: Some(0), known_inbox: Some(0), ..Peer::default() };
         Self {
+            now: Time::default(),
             random: Random::new(config.seed),
             entries: Numbered::default(),
             next_number: 1,
@@ -417,6 +424,7 @@ impl Outbox {
         messages: Vec<NewMessage>,
         choose: &mut Choose<'_>,
     ) -> Result<Vec<u64>, Full> {
+        self.now = now.time;
         let size = |message: &NewMessage| {
             let destinations = BASE_COST * message.targets.len().max(1) as u64;
             destinations + message.body.len() as u64 + message.header.extra_len() as u64
@@ -529,6 +537,7 @@ impl Outbox {
         token: u64,
         result: Result<Position, String>,
     ) {
+        self.now = now.time;
         if let Ok(position) = &result {
             self.newest_segment = self.newest_segment.max(position.segment);
         }

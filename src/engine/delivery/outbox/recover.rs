@@ -191,6 +191,7 @@ impl Outbox {
 
     /// The journal has been read: what is in it goes on its way.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
+        self.now = now.time;
         let mut keys = Vec::new();
         for (number, entry) in self.entries.iter() {
             for (at, part) in entry.parts.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
-use super::dispatch::{MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
+use super::dispatch::{MAX_PEERS, MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
 use super::*;
 use crate::address::Destination;
 use crate::message::{IdSource, Kind};
@@ -419,6 +419,54 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
+}
+
+fn minted(number: usize) -> NodeId {
+    let mut id = [9; 32];
+    id[..8].copy_from_slice(&number.to_le_bytes());
+    NodeId::from_bytes(id)
+}
+
+#[test]
+fn peers_that_nothing_is_kept_for_are_forgotten_when_they_go() {
+    let mut bench = Bench::new(None);
+    let name: ServiceName = "billing".parse().unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert_eq!(bench.outbox.peers.len(), 1, "he told of no inbox");
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert!(bench.outbox.peers[&BOB].waiting == 1, "one waits for him");
+
+    // Those with nothing are forgotten for others, those with a subscription are not.
+    for number in 0..MAX_PEERS + 10 {
+        bench.meet(minted(number));
+        bench.lose(minted(number));
+    }
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2 && bench.events.is_empty());
+    for number in 0..MAX_PEERS + 1 {
+        bench.subscribe(minted(number), &[&name], &[]);
+        bench.lose(minted(number));
+    }
+    let left_out = bench.events.iter().filter(|it| matches!(it, OutboxEvent::NotRemembered(_)));
+    assert!(left_out.count() >= 1);
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2);
+    assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len() <= MAX_PEERS);
+}
+
+#[test]
+fn who_was_never_met_is_missed_from_when_something_waits_for_it() {
+    let mut bench = Bench::new(None);
+    bench.sleep(10 * HOUR);
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.sleep(HOUR / 2);
+    assert_eq!(bench.events, []);
+    bench.sleep(HOUR);
+    assert_eq!(bench.events.len(), 1);
+    // Once he is there, nothing waits.
+    bench.meet(BOB);
+    assert_eq!(bench.outbox.peers[&BOB].waiting, 0);
 }
 
 #[test]
