@@ -81,9 +81,7 @@ impl Shared {
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
             OutboxAction::Read(number, position) => {
-                let mut entry = None;
-                store.with_journals(|it| entry = it.outbox.read(position).ok());
-                let frozen = entry.and_then(|entry| Outbox::frozen(&entry, number).ok().flatten());
+                let frozen = store.frozen(position, number);
                 outbox.handle_read(now, number, frozen);
             }
             OutboxAction::RemoveBefore(segment) => {
@@ -155,10 +153,7 @@ impl Shared {
             Source::Memory(message) => return Some(Arc::unwrap_or_clone(message)),
             Source::Journal(position, number) => (position, number),
         };
-        let mut entry = None;
-        store.with_journals(|it| entry = it.outbox.read(position).ok());
-        let frozen = Outbox::frozen(&entry?, number).ok()??;
-        thaw(&frozen, &self.id).ok()
+        thaw(&store.frozen(position, number)?, &self.id).ok()
     }
 
     pub(super) fn choose_instance(

@@ -6,14 +6,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::cell::Credit;
+use super::last_read::LastRead;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
-use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
+use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Position, Sink};
 use crate::message::Message;
 use crate::private;
 use crate::sync::lock;
@@ -101,6 +103,7 @@ pub(crate) struct Store {
     pub(super) inbox: Mutex<Inbox>,
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
+    last_read: Mutex<LastRead>,
     pub(super) waiters: Mutex<HashMap<u64, Waiter>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
@@ -164,6 +167,7 @@ impl Store {
             outbox: Mutex::new(outbox),
             inbox: Mutex::new(inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
+            last_read: Mutex::default(),
             waiters: Mutex::default(),
             ended: Mutex::default(),
             parked: Mutex::default(),
@@ -182,6 +186,15 @@ impl Store {
         if let Some(journals) = &*journals {
             act(journals);
         }
+    }
+
+    /// A message of the outbox, as it was stored; `None` if it can't be read.
+    pub(super) fn frozen(&self, position: Position, number: u64) -> Option<Bytes> {
+        lock(&self.last_read).message(position, number, || {
+            let mut entry = None;
+            self.with_journals(|it| entry = it.outbox.read(position).ok());
+            entry
+        })
     }
 
     /// Writes what is to be written and closes the files.

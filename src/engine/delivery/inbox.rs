@@ -94,7 +94,8 @@ enum Phase {
 #[derive(Debug)]
 enum Pending {
     Opened(usize),
-    Processed(usize, u64),
+    /// Also whether all that is known of its stream is in the entry.
+    Processed(usize, u64, bool),
     Begun(usize, u64),
     Snapshot,
 }
@@ -365,12 +366,13 @@ impl Inbox {
             open.phase = Phase::Storing;
         }
         seen.begun.remove(&seq);
-        let record = match seen.opened {
-            true => InboxRecord::Processed(seen.number, seq),
-            // It may have failed to be written.
-            false => InboxRecord::Opened(seen.record()),
+        // That the stream was opened may have failed to be written.
+        let whole = !seen.opened;
+        let record = match whole {
+            true => InboxRecord::Opened(seen.record()),
+            false => InboxRecord::Processed(seen.number, seq),
         };
-        self.append(&record, Pending::Processed(place, seq), true);
+        self.append(&record, Pending::Processed(place, seq, whole), true);
     }
 
     /// A delivery that was to run never will: its link ended while it waited.
@@ -407,8 +409,13 @@ impl Inbox {
                     seen.opened = result.is_ok();
                 }
             }
-            Some(Pending::Processed(place, seq)) => {
+            Some(Pending::Processed(place, seq, whole)) => {
                 let Some(seen) = self.streams.get_mut(&place) else { return };
+                if result.is_ok() && !whole && !seen.opened {
+                    // What it goes on from may be gone.
+                    return self.store_processed(place, seq);
+                }
+                seen.opened |= whole && result.is_ok();
                 let Some(open) = seen.open.get_mut(&seq) else { return };
                 if result.is_err() {
                     open.phase = Phase::Unstored;
@@ -735,6 +742,47 @@ mod tests {
         assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
         bench.inbox.handle_epochs(sender(0), &[]);
         assert_eq!(bench.deliver(first), Verdict::Run);
+    }
+
+    #[test]
+    fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
+        let mut bench = Bench::new();
+        let last = 200;
+        for seq in (1..=last).step_by(2) {
+            bench.deliver(delivery(seq, 1, 1));
+            bench.end(seq, Outcome::Processed);
+        }
+        let id = |seq| delivery(seq, 1, 1).id;
+        for seq in [2, 4] {
+            bench.deliver(delivery(seq, 1, 1));
+        }
+        for seq in [2, 4] {
+            bench.inbox.handle_ended(SENDER, &id(seq), Outcome::Processed);
+        }
+        // The first fails; the second comes behind it, and goes on from what may be gone.
+        let appends: Vec<_> = std::iter::from_fn(|| bench.inbox.poll_action()).collect();
+        for (failed, append) in [true, false].into_iter().zip(appends) {
+            let InboxAction::Append { token, entry, .. } = append else { panic!() };
+            if !failed {
+                bench.journal.push(entry);
+            }
+            let result = if failed { Err("no".into()) } else { Ok(PLACE) };
+            bench.inbox.handle_appended(token, result);
+        }
+        let before = bench.journal.len();
+        bench.run();
+        assert_eq!(bench.journal.len(), before + 1);
+        assert!(bench.journal[before].len() > 200, "the whole stream");
+        bench.inbox.handle_timeout();
+        bench.deliver(delivery(6, 1, 1));
+        bench.end(6, Outcome::Processed);
+        assert!(bench.journal[before + 1..].iter().all(|entry| entry.len() < 50));
+        assert_eq!(bench.answers.len(), 103);
+        bench.journal.remove(1);
+        bench.restart();
+        for seq in [1, 2, 4, 6] {
+            assert_eq!(bench.deliver(delivery(seq, 1, 2)), Verdict::Answer(Outcome::Processed));
+        }
     }
 
     #[test]

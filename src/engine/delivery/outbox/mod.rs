@@ -820,9 +820,8 @@ impl Outbox {
         let Some(lane) = self.lane(key) else { return };
         let Some(queue) = self.lanes.get_mut(&lane) else { return };
         let was_first = queue.front() == Some(&key);
-        match was_first {
-            true => _ = queue.pop_front(),
-            false => queue.retain(|other| *other != key),
+        if let Ok(place) = queue.binary_search(&key) {
+            queue.remove(place);
         }
         let next = queue.front().copied();
         if next.is_none() {
