@@ -24,7 +24,8 @@ pub(super) struct Resume {
 /// What lies behind the end that the next segment names was never promised. Nor was, in the last
 /// segment, what isn't valid behind all that is: it is the torn tail of a crash. What isn't valid
 /// before something that is counts as damage: it may have been the write that a crash tore, but
-/// nobody can tell, and what is valid is kept.
+/// nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
+/// there is damage as a whole.
 pub(super) fn recover(
     storage: &dyn Storage,
     mut take: impl FnMut(Entry<'_>),
@@ -36,6 +37,13 @@ pub(super) fn recover(
     let seals: HashMap<u64, u64> =
         headers.iter().flatten().map(|header| (header.previous, header.previous_end)).collect();
     let mut resume = Resume { salt, last: numbers.last().copied(), end: HEADER };
+    // Segments are removed from the oldest on: before the first that is there none is missed.
+    let absent =
+        headers.iter().flatten().skip_while(|header| Some(&header.number) == numbers.first());
+    for header in absent.filter(|header| numbers.binary_search(&header.previous).is_err()) {
+        let (segment, to) = (header.previous, header.previous_end);
+        recovery.damaged.push(Damage { segment, from: 0, to });
+    }
     for (number, header) in numbers.iter().copied().zip(headers) {
         let length = storage.length(number)?;
         let is_last = Some(number) == resume.last;

@@ -390,6 +390,33 @@ fn stale_bytes_of_another_segment_are_nothing() {
 }
 
 #[test]
+fn a_segment_that_is_missing_between_others_is_reported() {
+    let (disk, all) = written(60);
+    let numbers: Vec<u64> = lock(&disk.files).keys().copied().collect();
+    let missing = numbers[1];
+    let end = lock(&disk.files).remove(&missing).unwrap().bytes.len() as u64;
+    let (_, found, recovery) = open(&disk);
+    let wanted: Found = all.iter().filter(|(at, _)| at.segment != missing).cloned().collect();
+    assert_eq!(found, wanted);
+    assert_eq!(recovery.damaged, [Damage { segment: missing, from: 0, to: end }]);
+    assert!(recovery.damaged[0].to > HEADER);
+}
+
+#[test]
+fn the_only_segment_with_a_damaged_header_is_reported_as_a_whole() {
+    let (disk, segment, _) = killed(8);
+    let length = lock(&disk.files)[&segment].bytes.len() as u64;
+    disk.change(segment, |bytes| bytes[20] ^= 1);
+    let (journal, found, recovery) = open(&disk);
+    assert_eq!((found.len(), recovery.torn), (0, 0));
+    assert_eq!(recovery.damaged, [Damage { segment, from: 0, to: length }]);
+    append(&journal, b"it goes on").unwrap();
+    drop(journal);
+    let (_, found, recovery) = open(&disk);
+    assert_eq!((found.len(), recovery.damaged.is_empty()), (1, false), "and stays reported");
+}
+
+#[test]
 fn segments_are_removed_and_numbers_are_never_used_again() {
     let (disk, all) = written(60);
     let (journal, ..) = open(&disk);
