@@ -143,6 +143,15 @@ impl Journal {
         Self::open_with(path, options, Box::new(drop), take)
     }
 
+    /// Whether this version can open the journal of a directory, if there is one there. Nothing is
+    /// written.
+    pub(crate) fn check(path: &Path) -> Result<(), JournalError> {
+        match path.is_dir() {
+            true => recovery::check_versions(&Directory::look_at(path)),
+            false => Ok(()),
+        }
+    }
+
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
     pub(crate) fn open_with(
         path: &Path,

@@ -74,6 +74,12 @@ pub(super) fn recover(
     Ok((recovery, resume))
 }
 
+/// Refuses segments of a format that this version doesn't know.
+pub(super) fn check_versions(storage: &dyn Storage) -> Result<(), JournalError> {
+    read_headers(storage, &storage.segments()?)?;
+    Ok(())
+}
+
 fn read_headers(
     storage: &dyn Storage,
     numbers: &[u64],

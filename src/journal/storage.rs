@@ -36,7 +36,8 @@ pub(super) struct Directory {
     path: PathBuf,
     /// The segment that was read from last.
     reading: Mutex<Option<(u64, File)>>,
-    _lock: File,
+    /// `None` if it is only looked at.
+    _lock: Option<File>,
 }
 
 /// Marks a directory as a journal's, and is locked by who uses it.
@@ -74,7 +75,12 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
-        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: file })
+        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: Some(file) })
+    }
+
+    /// Looks at a directory that somebody may use, to write nothing.
+    pub(super) fn look_at(path: &Path) -> Self {
+        Self { path: path.to_owned(), reading: Mutex::default(), _lock: None }
     }
 
     fn segment(&self, number: u64) -> PathBuf {

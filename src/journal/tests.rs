@@ -49,6 +49,10 @@ struct Disk {
     /// Counts down; the write or sync that brings it to zero fails.
     write_fails: AtomicU64,
     sync_fails: AtomicU64,
+    /// Counts down the removals and syncs of the directory; then the machine dies.
+    steps_left: AtomicU64,
+    /// What was left then.
+    frozen: Mutex<Option<Arc<Disk>>>,
 }
 
 /// Whether a countdown comes to its end with this call.
@@ -90,6 +94,14 @@ impl Disk {
             (file.synced, file.linked) = (file.bytes.len(), true);
         }
         Arc::new(Self { files: Mutex::new(left), ..Self::default() })
+    }
+
+    /// One more step towards the end of the machine.
+    fn step(&self) {
+        if fails(&self.steps_left) {
+            let seed = lock(&self.files).len() as u64;
+            *lock(&self.frozen) = Some(self.crash(&mut Random(seed)));
+        }
     }
 
     fn change(&self, number: u64, change: impl FnOnce(&mut Vec<u8>)) {
@@ -140,12 +152,14 @@ impl Storage for Mount {
     fn remove(&self, number: u64) -> io::Result<()> {
         let file = lock(&self.0.files).remove(&number).ok_or(io::ErrorKind::NotFound)?;
         lock(&self.0.removed).insert(number, file);
+        self.0.step();
         Ok(())
     }
 
     fn sync_directory(&self) -> io::Result<()> {
         lock(&self.0.files).values_mut().for_each(|file| file.linked = true);
         lock(&self.0.removed).clear();
+        self.0.step();
         Ok(())
     }
 }
@@ -426,6 +440,66 @@ fn segments_are_removed_and_numbers_are_never_used_again() {
     let (_, found, recovery) = open(&disk);
     let wanted: Found = all.iter().filter(|(at, _)| at.segment > oldest).cloned().collect();
     assert_eq!((found, recovery.damaged), (wanted, vec![]));
+}
+
+#[test]
+fn a_crash_while_segments_are_removed_leaves_a_tail_without_holes() {
+    let mut between = 0;
+    for seed in 0..200 {
+        let mut random = Random(seed);
+        let (disk, all) = written(60);
+        let numbers: Vec<u64> = lock(&disk.files).keys().copied().collect();
+        let kept = numbers[1 + random.below(numbers.len() as u64 - 1) as usize];
+        // Any of the steps may be the last: those behind the crash are made in vain.
+        let steps = random.below(2 * numbers.len() as u64);
+        disk.steps_left.store(steps, Ordering::SeqCst);
+        let (journal, ..) = open(&disk);
+        journal.remove_before(kept);
+        drop(journal);
+        let crashed = lock(&disk.frozen).take().unwrap_or_else(|| disk.crash(&mut random));
+        let (_, found, recovery) = open(&crashed);
+        assert_eq!(recovery.damaged, [], "seed {seed}");
+        assert!(all.ends_with(&found), "seed {seed}");
+        let wanted = all.iter().filter(|(at, _)| at.segment >= kept).count();
+        assert!(found.len() >= wanted, "seed {seed}");
+        between += u64::from(found.len() > wanted && found.len() < all.len());
+    }
+    assert!(between > 0, "no crash came between two removals");
+}
+
+#[test]
+fn a_crash_while_it_is_opened_changes_nothing() {
+    let (first, all) = written(20);
+    for seed in 0..200 {
+        let mut random = Random(seed);
+        let mut disk = first.crash(&mut random);
+        for _ in 0..3 {
+            let countdown = match random.below(2) {
+                0 => &disk.write_fails,
+                _ => &disk.sync_fails,
+            };
+            countdown.store(1 + random.below(2), Ordering::SeqCst);
+            let take = |_: Entry<'_>| {};
+            let storage = Arc::new(Mount(disk.clone()));
+            let opened = Journal::open_on(storage, &small(), Box::new(drop), take);
+            let crashed = disk.crash(&mut random);
+            drop(opened);
+            disk = crashed;
+        }
+        let (_, found, recovery) = open(&disk);
+        assert_eq!((found, recovery.damaged), (all.clone(), vec![]), "seed {seed}");
+    }
+}
+
+#[test]
+fn an_interval_without_end_is_one() {
+    let disk = Arc::new(Disk::default());
+    let options = Options { durability: Durability::Interval(Duration::MAX), ..small() };
+    let storage = Arc::new(Mount(disk));
+    let (journal, _) = Journal::open_on(storage, &options, Box::new(drop), |_| {}).unwrap();
+    for _ in 0..3 {
+        append(&journal, b"never synced").unwrap();
+    }
 }
 
 #[test]

@@ -192,7 +192,8 @@ impl Writer {
                 self.synced = end;
             }
             Durability::Interval(pause) => {
-                self.sync_by.get_or_insert_with(|| Instant::now() + pause);
+                // One that no clock will ever show is never due.
+                self.sync_by = self.sync_by.or_else(|| Instant::now().checked_add(pause));
             }
             Durability::Sync | Durability::OsBuffer => {}
         }

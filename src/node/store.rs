@@ -127,6 +127,10 @@ impl Store {
         now: Now,
     ) -> Result<Self, StoreError> {
         let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+        // Opening writes: neither is opened if the other can't be.
+        for journal in [OUTBOX, INBOX] {
+            Journal::check(&path.join(journal)).map_err(|error| failed(error.into()))?;
+        }
         let node = Arc::new(OnceLock::new());
         let mut outbox = Outbox::new(config);
         let mut unreadable = None;
