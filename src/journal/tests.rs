@@ -49,6 +49,9 @@ struct Disk {
     /// Counts down; the write or sync that brings it to zero fails.
     write_fails: AtomicU64,
     sync_fails: AtomicU64,
+    /// What it holds at the most, in bytes, unless zero; and what is taken of that in advance.
+    capacity: AtomicU64,
+    spare: AtomicU64,
     /// Counts down the removals and syncs of the directory; then the machine dies.
     steps_left: AtomicU64,
     /// What was left then.
@@ -94,6 +97,17 @@ impl Disk {
             (file.synced, file.linked) = (file.bytes.len(), true);
         }
         Arc::new(Self { files: Mutex::new(left), ..Self::default() })
+    }
+
+    /// How many more bytes there is room for.
+    fn room(&self) -> usize {
+        let capacity = match self.capacity.load(Ordering::SeqCst) {
+            0 => u64::MAX,
+            capacity => capacity,
+        };
+        let files: usize = lock(&self.files).values().map(|file| file.bytes.len()).sum();
+        let taken = files as u64 + self.spare.load(Ordering::SeqCst);
+        capacity.saturating_sub(taken).try_into().unwrap_or(usize::MAX)
     }
 
     /// One more step towards the end of the machine.
@@ -162,12 +176,26 @@ impl Storage for Mount {
         self.0.step();
         Ok(())
     }
+
+    fn take_spare(&self, bytes: u64) -> io::Result<()> {
+        let more = bytes - self.0.spare.load(Ordering::SeqCst).min(bytes);
+        if (self.0.room() as u64) < more {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.0.spare.store(bytes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn give_spare(&self) -> io::Result<bool> {
+        Ok(self.0.spare.swap(0, Ordering::SeqCst) > 0)
+    }
 }
 
 impl SegmentFile for Writing {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let full = fails(&self.disk.write_fails);
-        let taken = if full { bytes.len() / 2 } else { bytes.len() };
+        let room = self.disk.room();
+        let full = fails(&self.disk.write_fails) || room < bytes.len();
+        let taken = if full { room.min(bytes.len() / 2) } else { bytes.len() };
         self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
         if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
@@ -348,7 +376,8 @@ fn killed(entries: u64) -> (Arc<Disk>, u64, Found) {
     let (commands, received) = mpsc::channel();
     let payload = |number: u64| format!("entry {number} ").repeat(number as usize % 7).into_bytes();
     for number in 0..3 * entries {
-        let append = Append { payload: payload(number), sync: true, done: Done::Sink(number) };
+        let append =
+            Append { payload: payload(number), sync: true, urgent: true, done: Done::Sink(number) };
         commands.send(Command::Append(append)).unwrap();
         if number % entries == entries - 1 {
             // Ends a write.
@@ -489,6 +518,50 @@ fn a_crash_while_it_is_opened_changes_nothing() {
         let (_, found, recovery) = open(&disk);
         assert_eq!((found, recovery.damaged), (all.clone(), vec![]), "seed {seed}");
     }
+}
+
+#[test]
+fn a_full_disk_still_takes_what_frees_room() {
+    let disk = Arc::new(Disk::default());
+    let options = Options { segment_size: 4000, ..Options::default() };
+    let open = || {
+        let mut found = Found::new();
+        let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
+        let storage = Arc::new(Mount(disk.clone()));
+        let opened = Journal::open_on(storage, &options, Box::new(drop), take);
+        let (journal, recovery) = opened.unwrap();
+        assert_eq!(recovery.damaged, []);
+        (journal, found)
+    };
+    // What needn't be stored.
+    let offer = |journal: &Journal| {
+        let (waiter, wait) = oneshot::channel();
+        let done = Done::Waiter(waiter);
+        journal.send(Append { payload: vec![1; 300], sync: true, urgent: false, done });
+        wait_for(wait).unwrap()
+    };
+    let spare = || disk.spare.load(Ordering::SeqCst);
+    disk.capacity.store(20_000, Ordering::SeqCst);
+    let (journal, _) = open();
+    let mut all = Found::new();
+    while let Ok(position) = offer(&journal) {
+        all.push((position, vec![1; 300]));
+    }
+    assert!(all.len() > 40 && spare() == 0, "{} of them, {} spare", all.len(), spare());
+    let settled = append(&journal, b"settled").unwrap();
+    all.push((settled, b"settled".to_vec()));
+    assert!(offer(&journal).is_err());
+
+    // A restart, with the disk as full as it was.
+    drop(journal);
+    let (journal, found) = open();
+    assert_eq!(found, all);
+    assert!(offer(&journal).is_err());
+    let last = append(&journal, b"more is settled").unwrap();
+    journal.remove_before(last.segment);
+    append(&journal, b"by now they are removed").unwrap();
+    assert!(spare() > 0);
+    offer(&journal).unwrap();
 }
 
 #[test]

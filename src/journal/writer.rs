@@ -14,6 +14,11 @@ use super::{Done, Durability, NotStored, Options, Position, Sink};
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
 /// After so long without anything to write, what was written last gets its mark.
 const IDLE: Duration = Duration::from_secs(1);
+/// After the disk was full, it is asked so often whether there is room again.
+const SPARE_RETRY: Duration = Duration::from_secs(1);
+/// The room that is kept for when the disk is full: such a part of a segment, and in bytes.
+const SPARE_PART: u64 = 16;
+const MOST_SPARE: u64 = 4 * 1024 * 1024;
 
 pub(super) enum Command {
     Append(Append),
@@ -25,7 +30,20 @@ pub(super) struct Append {
     pub(super) payload: Vec<u8>,
     /// Whether it is to be synced before it is done; otherwise it is once the system has it.
     pub(super) sync: bool,
+    /// It may have the room that is kept for when the disk is full.
+    pub(super) urgent: bool,
     pub(super) done: Done,
+}
+
+/// The room that is kept for when the disk is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spare {
+    Kept,
+    /// The disk is full, and only what is urgent is written. The room is taken again when there is
+    /// some, which is looked at then.
+    Given(Instant),
+    /// The disk can't, for another reason than that it is full.
+    None,
 }
 
 pub(super) struct Writer {
@@ -33,6 +51,7 @@ pub(super) struct Writer {
     sink: Sink,
     durability: Durability,
     segment_size: u64,
+    spare: Spare,
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
@@ -61,12 +80,17 @@ impl Writer {
         let previous = resume.last.unwrap_or_default();
         let number = previous + 1;
         let header = Header { salt, number, previous, previous_end: resume.end };
-        let file = begin_segment(&*storage, &header)?;
-        Ok(Self {
+        let mut file = begin_segment(&*storage, &header);
+        if file.as_ref().is_err_and(is_full) && storage.give_spare()? {
+            file = begin_segment(&*storage, &header);
+        }
+        let file = file?;
+        let mut writer = Self {
             storage,
             sink,
             durability: options.durability,
             segment_size: options.segment_size,
+            spare: Spare::None,
             header,
             current: number,
             file: Some(file),
@@ -75,7 +99,9 @@ impl Writer {
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
-        })
+        };
+        writer.take_spare();
+        Ok(writer)
     }
 
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
@@ -118,10 +144,9 @@ impl Writer {
                 Err(_nothing_more) => break,
             }
         }
-        let written = self.write(&gathered).map_err(|error| NotStored(Arc::new(error)));
+        let written = self.store(&gathered);
         let mut for_sink = Vec::new();
-        for (place, append) in gathered.into_iter().enumerate() {
-            let result = written.as_ref().map(|positions| positions[place]).map_err(Clone::clone);
+        for (append, result) in gathered.into_iter().zip(written) {
             match append.done {
                 Done::Waiter(waiter) => _ = waiter.send(result),
                 Done::Sink(token) => for_sink.push((token, result)),
@@ -155,7 +180,71 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, gathered: &[Append]) -> io::Result<Vec<Position>> {
+    /// Writes all of it, or only what is urgent if the disk is full; what became of each.
+    fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+        if let Spare::Given(retry) = self.spare
+            && Instant::now() >= retry
+        {
+            self.take_spare();
+        }
+        let mut error = NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        if !matches!(self.spare, Spare::Given(_)) {
+            match self.write(gathered) {
+                Ok(positions) => return positions.into_iter().map(Ok).collect(),
+                Err(problem) => {
+                    let gave = is_full(&problem) && self.give_spare();
+                    error = NotStored(Arc::new(problem));
+                    if !gave {
+                        return gathered.iter().map(|_| Err(error.clone())).collect();
+                    }
+                }
+            }
+        }
+        let urgent = gathered.iter().filter(|append| append.urgent);
+        let written = self.write(urgent).map_err(|error| NotStored(Arc::new(error)));
+        let mut written = written.map(Vec::into_iter);
+        let results = gathered.iter().map(|append| match &mut written {
+            Ok(positions) if append.urgent => positions.next().ok_or_else(|| error.clone()),
+            Err(problem) if append.urgent => Err(problem.clone()),
+            Ok(_) | Err(_) => Err(error.clone()),
+        });
+        results.collect()
+    }
+
+    /// Takes the room for when the disk is full, if there is as much.
+    fn take_spare(&mut self) {
+        let bytes = (self.segment_size / SPARE_PART).min(MOST_SPARE);
+        self.spare = match self.storage.take_spare(bytes) {
+            Ok(()) => Spare::Kept,
+            Err(error) if is_full(&error) => {
+                tracing::warn!("the disk is full: only what frees room is stored");
+                Spare::Given(Instant::now() + SPARE_RETRY)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no room can be kept for when the disk is full");
+                Spare::None
+            }
+        };
+    }
+
+    /// Gives it up; whether there was any.
+    fn give_spare(&mut self) -> bool {
+        let gave = self.storage.give_spare().unwrap_or_default();
+        if gave {
+            tracing::warn!("the disk is full: only what frees room is stored");
+            self.spare = Spare::Given(Instant::now() + SPARE_RETRY);
+        }
+        gave
+    }
+
+    fn write<'a>(
+        &mut self,
+        gathered: impl IntoIterator<Item = &'a Append, IntoIter: Clone>,
+    ) -> io::Result<Vec<Position>> {
+        let gathered = gathered.into_iter();
+        if gathered.clone().next().is_none() {
+            return Ok(Vec::new());
+        }
         if self.file.is_none() || self.end >= self.segment_size {
             self.turn_over()?;
         }
@@ -166,8 +255,8 @@ impl Writer {
         let mut end = start;
         self.header.encode_record(end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
         end += record_size(8);
-        let mut positions = Vec::with_capacity(gathered.len());
-        for Append { payload, .. } in gathered {
+        let mut positions = Vec::new();
+        for Append { payload, .. } in gathered.clone() {
             let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
             self.header.encode_record(end, ENTRY, payload, &mut self.buf);
             positions.push(Position { segment: self.header.number, offset: end, length });
@@ -182,7 +271,7 @@ impl Writer {
         }
         self.marked = self.synced;
         match self.durability {
-            Durability::Sync if gathered.iter().any(|append| append.sync) => {
+            Durability::Sync if gathered.clone().any(|append| append.sync) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
@@ -202,7 +291,7 @@ impl Writer {
     }
 
     fn is_marked(&self) -> bool {
-        self.file.is_none() || self.synced <= self.marked
+        self.file.is_none() || self.synced <= self.marked || matches!(self.spare, Spare::Given(_))
     }
 
     /// Says behind what is synced that it is: damage to it can't be taken for a torn write then.
@@ -266,7 +355,14 @@ impl Writer {
         if let Err(error) = removed {
             tracing::warn!(%error, "old segments can't be removed");
         }
+        if matches!(self.spare, Spare::Given(_)) {
+            self.take_spare();
+        }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn SegmentFile>> {

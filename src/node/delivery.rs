@@ -76,8 +76,8 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, sync } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync));
+            OutboxAction::Append { token, entry, sync, urgent } => {
+                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync, urgent));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
             OutboxAction::Read(number, position) => {
@@ -277,7 +277,8 @@ impl Shared {
         while let Some(action) = inbox.poll_action() {
             match action {
                 InboxAction::Append { token, entry, sync } => {
-                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync));
+                    // What is processed here lets others free room.
+                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync, true));
                 }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
                 InboxAction::RemoveBefore(segment) => {

@@ -728,7 +728,7 @@ impl World {
         let now = self.clock();
         let entry = &mut self.nodes[node];
         match action {
-            OutboxAction::Append { token, entry: bytes, sync } => {
+            OutboxAction::Append { token, entry: bytes, sync, .. } => {
                 entry.outbox_disk.append(Some(token), bytes, sync);
             }
             OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, false),

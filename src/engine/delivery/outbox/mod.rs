@@ -90,11 +90,13 @@ pub(crate) enum Source {
 /// What the owner of the outbox is to do, in this order.
 #[derive(Debug)]
 pub(crate) enum OutboxAction {
-    /// Append an entry to the journal, and tell of its end by the number.
+    /// Append an entry to the journal, and tell of its end by the number. An urgent one may have
+    /// the last room of the disk: it helps to free some.
     Append {
         token: u64,
         entry: Vec<u8>,
         sync: bool,
+        urgent: bool,
     },
     /// Append an entry that nobody waits for.
     Note(Vec<u8>),
@@ -509,10 +511,12 @@ impl Outbox {
 
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {
         let sync = !matches!(pending, Pending::Settled(..));
+        let urgent = !matches!(pending, Pending::Messages(_) | Pending::Moved(_) | Pending::Peers);
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        self.actions.push_back(OutboxAction::Append { token, entry: record.encode(), sync });
+        let entry = record.encode();
+        self.actions.push_back(OutboxAction::Append { token, entry, sync, urgent });
     }
 
     /// Stores, without a sync, what was settled since the last time.
