@@ -93,6 +93,12 @@ pub struct Recovery {
     pub torn: u64,
 }
 
+/// Corrects the checksums of what may be a segment.
+#[cfg(fuzzing)]
+pub fn correct_checksums(bytes: &mut [u8]) {
+    segment::correct(bytes);
+}
+
 /// A journal that can't be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
