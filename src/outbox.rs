@@ -72,6 +72,7 @@ pub struct ClosedOutbox {
     outbox: Outbox,
     journal: Journal,
     damaged: Vec<(u64, u64, u64)>,
+    torn: u64,
 }
 
 impl ClosedOutbox {
@@ -114,12 +115,18 @@ impl ClosedOutbox {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
         let damaged = recovery.damaged.iter().map(|it| (it.segment, it.from, it.to)).collect();
-        Ok(Self { path, me, outbox, journal, damaged })
+        Ok(Self { path, me, outbox, journal, damaged, torn: recovery.torn })
     }
 
     /// What of it can't be read: file number, first byte, and the one after the last.
     pub fn damaged(&self) -> &[(u64, u64, u64)] {
         &self.damaged
+    }
+
+    /// Bytes of the last write, which a crash tore before anybody was told that it was stored. Whoever
+    /// opens the outbox after the crash sees them, once.
+    pub fn torn(&self) -> u64 {
+        self.torn
     }
 
     /// What it holds, in the order in which it was stored.

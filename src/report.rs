@@ -37,12 +37,15 @@ pub enum DropReason {
     HandlerFailed,
     /// A reply that nobody waited for any more.
     Late,
+    /// The receiver's inbox remembers as much as it may, and not what came from this sender. A
+    /// guaranteed message is tried again.
+    InboxFull,
     /// The receiver gave a reason that this version doesn't know.
     Other,
 }
 
 impl DropReason {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::SlowPeer,
         Self::LinkLost,
         Self::TooLarge,
@@ -55,6 +58,7 @@ impl DropReason {
         Self::Cancelled,
         Self::HandlerFailed,
         Self::Late,
+        Self::InboxFull,
         Self::Other,
     ];
 
@@ -73,6 +77,7 @@ impl DropReason {
             Self::Cancelled => "cancelled",
             Self::HandlerFailed => "handler_failed",
             Self::Late => "late",
+            Self::InboxFull => "inbox_full",
             Self::Other => "other",
         }
     }
@@ -147,7 +152,8 @@ pub struct Counters {
     pub duplicates: u64,
     /// Links that were up at some time.
     pub links: u64,
-    /// Connections that were refused or cut by the front door, by reason.
+    /// Connections that were refused or cut by the front door, by reason; and, as
+    /// `too_many_subscribers`, peers that the outbox doesn't remember.
     pub refused: BTreeMap<String, u64>,
 }
 

@@ -464,6 +464,66 @@ async fn an_outbox_that_is_restored_from_an_old_copy_has_nothing_new_dropped_as_
 }
 
 #[tokio::test]
+async fn an_outbox_that_is_wiped_has_nothing_new_dropped_as_a_duplicate() {
+    let place = Place::new();
+    let bob = place.node("bob").await;
+    let (told, mut seen) = unbounded_channel();
+    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let mut ids = Vec::new();
+    for texts in [["one", "two"], ["three", "four"]] {
+        let alice = place.node("alice").await;
+        ids.push(alice.id());
+        for text in texts {
+            let receipt = alice.send("work", text).guaranteed().await.unwrap();
+            soon(receipt.processed()).await.unwrap();
+            assert_eq!(next(&mut seen).await, fresh(text));
+        }
+        alice.shutdown().await;
+        std::fs::remove_dir_all(place.stores.path().join("alice/outbox")).unwrap();
+    }
+    assert_eq!(ids[0], ids[1], "its identity is kept");
+    assert_eq!(bob.counters().duplicates, 0);
+}
+
+/// The files of a store, and what is in them.
+fn files(dir: &std::path::Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => all.extend(files(&path)),
+            false => all.push((path.clone(), std::fs::read(path).unwrap())),
+        }
+    }
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn a_store_that_is_newer_in_part_is_refused_and_left_as_it_is() {
+    let place = Place::new();
+    for newer in ["inbox", "outbox"] {
+        place.node(newer).await.shutdown().await;
+        let store = place.stores.path().join(newer);
+        let segments = files(&store.join(newer)).into_iter();
+        let mut segments =
+            segments.filter(|(path, _)| path.extension().is_some_and(|it| it == "segment"));
+        let (path, mut bytes) = segments.next().unwrap();
+        bytes[8..12].copy_from_slice(&99u32.to_le_bytes());
+        let check = crc32c::crc32c(&bytes[..44]);
+        bytes[44..48].copy_from_slice(&check.to_le_bytes());
+        std::fs::write(path, bytes).unwrap();
+        let before = files(&store);
+        let Err(StartError::Store(error)) = place.host.config("x").outbox(&store).start().await
+        else {
+            panic!("it started")
+        };
+        assert!(matches!(&error.problem, StoreProblem::Newer(text) if text.contains("99")));
+        assert!(files(&store) == before, "nothing was written");
+    }
+}
+
+#[tokio::test]
 async fn a_receiver_whose_store_is_lost_is_reported_and_gets_what_is_not_settled() {
     let place = Place::new();
     let alice = place.node("alice").await;

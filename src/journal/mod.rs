@@ -6,6 +6,9 @@
 //! meanwhile is one write and one sync, and nothing waits for more to gather.
 //!
 //! What is damaged is reported and left as it is; nothing is ever truncated.
+//!
+//! Some room is kept for when the disk is full, for what has to be written before segments can be
+//! removed.
 
 mod recovery;
 mod segment;
@@ -71,7 +74,8 @@ pub struct Entry<'a> {
     pub payload: &'a [u8],
 }
 
-/// A part of a segment that can't be read, though it was stored.
+/// A part of a segment that can't be read, though it was stored, or may have been: what lies behind
+/// it can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Damage {
     pub segment: u64,
@@ -87,6 +91,12 @@ pub struct Recovery {
     pub damaged: Vec<Damage>,
     /// Bytes of a last write that a crash tore. They had not been stored.
     pub torn: u64,
+}
+
+/// Corrects the checksums of what may be a segment.
+#[cfg(fuzzing)]
+pub fn correct_checksums(bytes: &mut [u8]) {
+    segment::correct(bytes);
 }
 
 /// A journal that can't be opened or read.
@@ -142,6 +152,15 @@ impl Journal {
         Self::open_with(path, options, Box::new(drop), take)
     }
 
+    /// Whether this version can open the journal of a directory, if there is one there. Nothing is
+    /// written.
+    pub(crate) fn check(path: &Path) -> Result<(), JournalError> {
+        match path.is_dir() {
+            true => recovery::check_versions(&Directory::look_at(path)),
+            false => Ok(()),
+        }
+    }
+
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
     pub(crate) fn open_with(
         path: &Path,
@@ -178,7 +197,8 @@ impl Journal {
         payload: Vec<u8>,
     ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
         let (waiter, wait) = oneshot::channel();
-        self.send(Append { payload, sync: true, done: Done::Waiter(waiter) });
+        let done = Done::Waiter(waiter);
+        self.send(Append { payload, sync: true, urgent: true, done });
         async move {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
             wait.await.unwrap_or_else(|_| Err(gone()))
@@ -188,21 +208,23 @@ impl Journal {
     /// Appends an entry and waits until it is stored, on a thread that may wait.
     pub(crate) fn append_blocking(&self, payload: Vec<u8>) -> Result<Position, NotStored> {
         let (waiter, wait) = oneshot::channel();
-        self.send(Append { payload, sync: true, done: Done::Waiter(waiter) });
+        let done = Done::Waiter(waiter);
+        self.send(Append { payload, sync: true, urgent: true, done });
         let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 
     /// Appends an entry; the sink is told its number when it is stored, or once the system has
-    /// it if it needn't be synced.
-    pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool) {
-        self.send(Append { payload, sync, done: Done::Sink(number) });
+    /// it if it needn't be synced. An urgent one may have the room that is kept for when the disk
+    /// is full: it is what frees room.
+    pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool, urgent: bool) {
+        self.send(Append { payload, sync, urgent, done: Done::Sink(number) });
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
     pub(crate) fn note(&self, payload: Vec<u8>) {
-        self.send(Append { payload, sync: false, done: Done::Nobody });
+        self.send(Append { payload, sync: false, urgent: true, done: Done::Nobody });
     }
 
     fn send(&self, append: Append) {

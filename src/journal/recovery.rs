@@ -21,10 +21,11 @@ pub(super) struct Resume {
 
 /// Reads all segments, and hands out the entries in the order in which they were written.
 ///
-/// Behind the end that the next segment names, or in the last segment behind the last mark, what
-/// isn't valid was never promised: it is the torn tail of a crash, and what follows it counts as
-/// torn too, so that what is recovered is what was written up to some point. Before that, what
-/// isn't valid is damage.
+/// What lies behind the end that the next segment names was never promised. Nor was, in the last
+/// segment, what isn't valid behind all that is: it is the torn tail of a crash. What isn't valid
+/// before something that is counts as damage: it may have been the write that a crash tore, but
+/// nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
+/// there is damage as a whole.
 pub(super) fn recover(
     storage: &dyn Storage,
     mut take: impl FnMut(Entry<'_>),
@@ -36,6 +37,13 @@ pub(super) fn recover(
     let seals: HashMap<u64, u64> =
         headers.iter().flatten().map(|header| (header.previous, header.previous_end)).collect();
     let mut resume = Resume { salt, last: numbers.last().copied(), end: HEADER };
+    // Segments are removed from the oldest on: before the first that is there none is missed.
+    let absent =
+        headers.iter().flatten().skip_while(|header| Some(&header.number) == numbers.first());
+    for header in absent.filter(|header| numbers.binary_search(&header.previous).is_err()) {
+        let (segment, to) = (header.previous, header.previous_end);
+        recovery.damaged.push(Damage { segment, from: 0, to });
+    }
     for (number, header) in numbers.iter().copied().zip(headers) {
         let length = storage.length(number)?;
         let is_last = Some(number) == resume.last;
@@ -53,8 +61,8 @@ pub(super) fn recover(
         let segment = Segment { storage, header, length: seal.unwrap_or(length).min(length) };
         let promised = match seal {
             Some(end) => end,
-            // Without a later segment that tells, a first look finds how far it was synced.
-            None => segment.synced()?,
+            // Without a later segment that tells, a first look finds how far it reaches.
+            None => segment.reached()?,
         };
         let end = segment.read(promised, &mut recovery, &mut take)?;
         if seal.is_none() {
@@ -64,6 +72,12 @@ pub(super) fn recover(
         recovery.segments += 1;
     }
     Ok((recovery, resume))
+}
+
+/// Refuses segments of a format that this version doesn't know.
+pub(super) fn check_versions(storage: &dyn Storage) -> Result<(), JournalError> {
+    read_headers(storage, &storage.segments()?)?;
+    Ok(())
 }
 
 fn read_headers(
@@ -91,18 +105,22 @@ struct Segment<'a> {
 }
 
 impl Segment<'_> {
-    /// The furthest position of which a mark says that it was synced.
-    fn synced(&self) -> io::Result<u64> {
-        let mut synced = HEADER.min(self.length);
-        self.scan(|_, found| {
-            if let Some((MARK, mark)) = found
-                && let Ok(mark) = mark.try_into()
-            {
-                synced = synced.max(u64::from_le_bytes(mark).min(self.length));
+    /// The furthest position before which all was written: of a record that is valid, or of which
+    /// a mark says that it was synced.
+    fn reached(&self) -> io::Result<u64> {
+        let mut reached = HEADER.min(self.length);
+        self.scan(|position, found| {
+            if let Some((kind, payload)) = found {
+                reached = reached.max(position);
+                if kind == MARK
+                    && let Ok(mark) = payload.try_into()
+                {
+                    reached = reached.max(u64::from_le_bytes(mark).min(self.length));
+                }
             }
             true
         })?;
-        Ok(synced)
+        Ok(reached)
     }
 
     /// Hands out what is valid; damage is what isn't before `promised`. Where what counts ends.
@@ -118,12 +136,8 @@ impl Segment<'_> {
                 gap.get_or_insert(position);
                 return position < promised;
             };
-            if let Some(from) = gap {
-                if from >= promised {
-                    return false;
-                }
+            if let Some(from) = gap.take() {
                 recovery.damaged.push(Damage { segment: self.header.number, from, to: position });
-                gap = None;
             }
             if kind == ENTRY {
                 recovery.entries += 1;

@@ -143,6 +143,30 @@ pub(super) fn next_place(position: u64) -> u64 {
     position + ALIGN
 }
 
+/// Corrects all checksums of what may be a segment, so that a fuzzer gets behind them.
+#[cfg(fuzzing)]
+pub(super) fn correct(bytes: &mut [u8]) {
+    if bytes.len() < HEADER as usize {
+        return;
+    }
+    bytes[..8].copy_from_slice(MAGIC);
+    let check = crc32c(&bytes[..44]);
+    bytes[44..48].copy_from_slice(&check.to_le_bytes());
+    let Ok(header) = Header::decode(bytes) else { return };
+    let mut at = HEADER as usize;
+    while let Some(record) = bytes.get_mut(at..)
+        && record.len() >= FRAME as usize
+    {
+        let frame = Frame { length: u32_at(record, 4), kind: u32_at(record, 8) };
+        let check = header.check(at as u64, frame);
+        record[..4].copy_from_slice(&check.to_le_bytes());
+        let payload = record.get(FRAME as usize..).and_then(|it| it.get(..frame.length as usize));
+        let Some(crc) = payload.map(|payload| crc32c_append(check, payload)) else { return };
+        record[12..16].copy_from_slice(&crc.to_le_bytes());
+        at += frame.size() as usize;
+    }
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }

@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use crate::identity::random_bytes;
 use crate::private;
 use crate::sync::lock;
 
@@ -22,6 +23,10 @@ pub(super) trait Storage: Send + Sync {
     fn remove(&self, number: u64) -> io::Result<()>;
     /// Makes what was created and removed last.
     fn sync_directory(&self) -> io::Result<()>;
+    /// Takes so many bytes, if it hasn't, to have them when the disk is full.
+    fn take_spare(&self, bytes: u64) -> io::Result<()>;
+    /// Gives them back; whether there were any.
+    fn give_spare(&self) -> io::Result<bool>;
 }
 
 /// A segment that is being written.
@@ -36,12 +41,15 @@ pub(super) struct Directory {
     path: PathBuf,
     /// The segment that was read from last.
     reading: Mutex<Option<(u64, File)>>,
-    _lock: File,
+    /// `None` if it is only looked at.
+    _lock: Option<File>,
 }
 
 /// Marks a directory as a journal's, and is locked by who uses it.
 const LOCK: &str = "journal.lock";
 const SUFFIX: &str = ".segment";
+/// Takes the room that there is to be left when the disk is full.
+const SPARE: &str = "spare";
 
 /// A directory that can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +82,12 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
-        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: file })
+        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: Some(file) })
+    }
+
+    /// Looks at a directory that somebody may use, to write nothing.
+    pub(super) fn look_at(path: &Path) -> Self {
+        Self { path: path.to_owned(), reading: Mutex::default(), _lock: None }
     }
 
     fn segment(&self, number: u64) -> PathBuf {
@@ -140,6 +153,39 @@ impl Storage for Directory {
     fn sync_directory(&self) -> io::Result<()> {
         Ok(())
     }
+
+    fn take_spare(&self, bytes: u64) -> io::Result<()> {
+        let path = self.path.join(SPARE);
+        if fs::metadata(&path).is_ok_and(|spare| spare.len() == bytes) {
+            return Ok(());
+        }
+        let filled = fill(&path, bytes);
+        if filled.is_err() {
+            let _best_effort = fs::remove_file(path);
+        }
+        filled
+    }
+
+    fn give_spare(&self) -> io::Result<bool> {
+        match fs::remove_file(self.path.join(SPARE)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Writes so many bytes, which no file system can store in less.
+fn fill(path: &Path, bytes: u64) -> io::Result<()> {
+    const AT_ONCE: u64 = 64 * 1024;
+    let mut file = File::options().create(true).truncate(true).write(true).open(path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(AT_ONCE);
+        file.write_all(&random_bytes::<{ AT_ONCE as usize }>()[..part as usize])?;
+        left -= part;
+    }
+    Ok(())
 }
 
 impl SegmentFile for File {

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
@@ -12,6 +12,13 @@ use super::{Done, Durability, NotStored, Options, Position, Sink};
 
 /// How much is gathered for one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
+/// After so long without anything to write, what was written last gets its mark.
+const IDLE: Duration = Duration::from_secs(1);
+/// After the disk was full, it is asked so often whether there is room again.
+const SPARE_RETRY: Duration = Duration::from_secs(1);
+/// The room that is kept for when the disk is full: such a part of a segment, and in bytes.
+const SPARE_PART: u64 = 16;
+const MOST_SPARE: u64 = 4 * 1024 * 1024;
 
 pub(super) enum Command {
     Append(Append),
@@ -23,7 +30,20 @@ pub(super) struct Append {
     pub(super) payload: Vec<u8>,
     /// Whether it is to be synced before it is done; otherwise it is once the system has it.
     pub(super) sync: bool,
+    /// It may have the room that is kept for when the disk is full.
+    pub(super) urgent: bool,
     pub(super) done: Done,
+}
+
+/// The room that is kept for when the disk is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spare {
+    Kept,
+    /// The disk is full, and only what is urgent is written. The room is taken again when there is
+    /// some, which is looked at then.
+    Given(Instant),
+    /// The disk can't, for another reason than that it is full.
+    None,
 }
 
 pub(super) struct Writer {
@@ -31,6 +51,7 @@ pub(super) struct Writer {
     sink: Sink,
     durability: Durability,
     segment_size: u64,
+    spare: Spare,
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
@@ -40,6 +61,8 @@ pub(super) struct Writer {
     end: u64,
     /// Up to where the disk has it.
     synced: u64,
+    /// Up to where a mark says so.
+    marked: u64,
     /// When what the disk doesn't have yet has to be synced.
     sync_by: Option<Instant>,
     buf: Vec<u8>,
@@ -57,20 +80,28 @@ impl Writer {
         let previous = resume.last.unwrap_or_default();
         let number = previous + 1;
         let header = Header { salt, number, previous, previous_end: resume.end };
-        let file = begin_segment(&*storage, &header)?;
-        Ok(Self {
+        let mut file = begin_segment(&*storage, &header);
+        if file.as_ref().is_err_and(is_full) && storage.give_spare()? {
+            file = begin_segment(&*storage, &header);
+        }
+        let file = file?;
+        let mut writer = Self {
             storage,
             sink,
             durability: options.durability,
             segment_size: options.segment_size,
+            spare: Spare::None,
             header,
             current: number,
             file: Some(file),
             end: HEADER,
             synced: HEADER,
+            marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
-        })
+        };
+        writer.take_spare();
+        Ok(writer)
     }
 
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
@@ -89,6 +120,10 @@ impl Writer {
             && let Err(error) = self.sync()
         {
             tracing::error!(%error, "the journal can't be synced");
+        }
+        if let Err(error) = self.mark().and_then(|()| self.sync()) {
+            // What it would have said is on the disk.
+            tracing::debug!(%error, "the journal has no last mark");
         }
     }
 
@@ -109,10 +144,9 @@ impl Writer {
                 Err(_nothing_more) => break,
             }
         }
-        let written = self.write(&gathered).map_err(|error| NotStored(Arc::new(error)));
+        let written = self.store(&gathered);
         let mut for_sink = Vec::new();
-        for (place, append) in gathered.into_iter().enumerate() {
-            let result = written.as_ref().map(|positions| positions[place]).map_err(Clone::clone);
+        for (append, result) in gathered.into_iter().zip(written) {
             match append.done {
                 Done::Waiter(waiter) => _ = waiter.send(result),
                 Done::Sink(token) => for_sink.push((token, result)),
@@ -128,12 +162,17 @@ impl Writer {
     /// The next command; syncs when that is due meanwhile.
     fn wait(&mut self, commands: &Receiver<Command>) -> Option<Command> {
         loop {
-            let Some(by) = self.sync_by else { return commands.recv().ok() };
-            match commands.recv_timeout(by.saturating_duration_since(Instant::now())) {
+            let pause = match self.sync_by {
+                Some(by) => by.saturating_duration_since(Instant::now()),
+                None if self.is_marked() => return commands.recv().ok(),
+                None => IDLE,
+            };
+            match commands.recv_timeout(pause) {
                 Ok(command) => return Some(command),
                 Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Err(error) = self.sync() {
+                    let due = self.sync_by.is_some();
+                    if let Err(error) = if due { self.sync() } else { self.mark() } {
                         tracing::error!(%error, "the journal can't be synced");
                     }
                 }
@@ -141,7 +180,71 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, gathered: &[Append]) -> io::Result<Vec<Position>> {
+    /// Writes all of it, or only what is urgent if the disk is full; what became of each.
+    fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+        if let Spare::Given(retry) = self.spare
+            && Instant::now() >= retry
+        {
+            self.take_spare();
+        }
+        let mut error = NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        if !matches!(self.spare, Spare::Given(_)) {
+            match self.write(gathered) {
+                Ok(positions) => return positions.into_iter().map(Ok).collect(),
+                Err(problem) => {
+                    let gave = is_full(&problem) && self.give_spare();
+                    error = NotStored(Arc::new(problem));
+                    if !gave {
+                        return gathered.iter().map(|_| Err(error.clone())).collect();
+                    }
+                }
+            }
+        }
+        let urgent = gathered.iter().filter(|append| append.urgent);
+        let written = self.write(urgent).map_err(|error| NotStored(Arc::new(error)));
+        let mut written = written.map(Vec::into_iter);
+        let results = gathered.iter().map(|append| match &mut written {
+            Ok(positions) if append.urgent => positions.next().ok_or_else(|| error.clone()),
+            Err(problem) if append.urgent => Err(problem.clone()),
+            Ok(_) | Err(_) => Err(error.clone()),
+        });
+        results.collect()
+    }
+
+    /// Takes the room for when the disk is full, if there is as much.
+    fn take_spare(&mut self) {
+        let bytes = (self.segment_size / SPARE_PART).min(MOST_SPARE);
+        self.spare = match self.storage.take_spare(bytes) {
+            Ok(()) => Spare::Kept,
+            Err(error) if is_full(&error) => {
+                tracing::warn!("the disk is full: only what frees room is stored");
+                Spare::Given(Instant::now() + SPARE_RETRY)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no room can be kept for when the disk is full");
+                Spare::None
+            }
+        };
+    }
+
+    /// Gives it up; whether there was any.
+    fn give_spare(&mut self) -> bool {
+        let gave = self.storage.give_spare().unwrap_or_default();
+        if gave {
+            tracing::warn!("the disk is full: only what frees room is stored");
+            self.spare = Spare::Given(Instant::now() + SPARE_RETRY);
+        }
+        gave
+    }
+
+    fn write<'a>(
+        &mut self,
+        gathered: impl IntoIterator<Item = &'a Append, IntoIter: Clone>,
+    ) -> io::Result<Vec<Position>> {
+        let gathered = gathered.into_iter();
+        if gathered.clone().next().is_none() {
+            return Ok(Vec::new());
+        }
         if self.file.is_none() || self.end >= self.segment_size {
             self.turn_over()?;
         }
@@ -152,8 +255,8 @@ impl Writer {
         let mut end = start;
         self.header.encode_record(end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
         end += record_size(8);
-        let mut positions = Vec::with_capacity(gathered.len());
-        for Append { payload, .. } in gathered {
+        let mut positions = Vec::new();
+        for Append { payload, .. } in gathered.clone() {
             let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
             self.header.encode_record(end, ENTRY, payload, &mut self.buf);
             positions.push(Position { segment: self.header.number, offset: end, length });
@@ -166,8 +269,9 @@ impl Writer {
             self.file = None;
             return Err(error);
         }
+        self.marked = self.synced;
         match self.durability {
-            Durability::Sync if gathered.iter().any(|append| append.sync) => {
+            Durability::Sync if gathered.clone().any(|append| append.sync) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
@@ -177,12 +281,34 @@ impl Writer {
                 self.synced = end;
             }
             Durability::Interval(pause) => {
-                self.sync_by.get_or_insert_with(|| Instant::now() + pause);
+                // One that no clock will ever show is never due.
+                self.sync_by = self.sync_by.or_else(|| Instant::now().checked_add(pause));
             }
             Durability::Sync | Durability::OsBuffer => {}
         }
         self.end = end;
         Ok(positions)
+    }
+
+    fn is_marked(&self) -> bool {
+        self.file.is_none() || self.synced <= self.marked || matches!(self.spare, Spare::Given(_))
+    }
+
+    /// Says behind what is synced that it is: damage to it can't be taken for a torn write then.
+    /// While there is more to write, the next write says so.
+    fn mark(&mut self) -> io::Result<()> {
+        let Some(file) = self.file.as_mut().filter(|_| self.synced > self.marked) else {
+            return Ok(());
+        };
+        self.buf.clear();
+        self.header.encode_record(self.end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
+        if let Err(error) = file.append(&self.buf) {
+            self.file = None;
+            return Err(error);
+        }
+        self.end += record_size(8);
+        self.marked = self.synced;
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -212,7 +338,7 @@ impl Writer {
         self.header.number += 1;
         self.file = Some(begin_segment(&*self.storage, &self.header)?);
         self.current = self.header.number;
-        (self.end, self.synced) = (HEADER, HEADER);
+        (self.end, self.synced, self.marked) = (HEADER, HEADER, HEADER);
         Ok(())
     }
 
@@ -229,7 +355,14 @@ impl Writer {
         if let Err(error) = removed {
             tracing::warn!(%error, "old segments can't be removed");
         }
+        if matches!(self.spare, Spare::Given(_)) {
+            self.take_spare();
+        }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn SegmentFile>> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::cell::{Credit, LinkCell};
@@ -15,12 +16,12 @@ use super::store::Store;
 use crate::address::ServiceName;
 use crate::broker::Unsupported;
 use crate::engine::delivery::{
-    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, PartKey, Source, Verdict,
+    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, Source, Verdict,
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
-use crate::journal::{Ended, Position};
-use crate::message::Message;
+use crate::journal::Ended;
+use crate::message::{Header, Message};
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{
@@ -76,23 +77,24 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, sync } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync));
+            OutboxAction::Append { token, entry, sync, urgent } => {
+                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync, urgent));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
             OutboxAction::Read(number, position) => {
-                let mut entry = None;
-                store.with_journals(|it| entry = it.outbox.read(position).ok());
-                let frozen = entry.and_then(|entry| Outbox::frozen(&entry, number).ok().flatten());
-                outbox.handle_read(number, frozen);
+                let frozen = store.frozen(position, number);
+                outbox.handle_read(now, number, frozen);
             }
             OutboxAction::RemoveBefore(segment) => {
                 store.with_journals(|it| it.outbox.remove_before(segment));
             }
             OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
+                let Some(message) = self.stored_message(store, source) else {
+                    tracing::error!(number = key.number, "a stored message can't be read");
+                    return outbox.handle_unreadable(now, key);
+                };
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
-                let sent = self.transmit(store, to, key, source, delivery, left);
-                if let Err(reason) = sent {
+                if let Err(reason) = self.transmit(to, message, delivery, left) {
                     match reason {
                         DropReason::LinkLost => outbox.handle_link_down(now, to),
                         reason => outbox.handle_not_transmitted(now, key, reason),
@@ -126,22 +128,11 @@ impl Shared {
 
     fn transmit(
         self: &Arc<Self>,
-        store: &Store,
         to: NodeId,
-        key: PartKey,
-        source: Source,
+        (mut header, body): (Header, Bytes),
         delivery: Box<Delivery>,
         left_ms: Option<u64>,
     ) -> Result<(), DropReason> {
-        let (mut header, body) = match source {
-            Source::Memory(message) => Arc::unwrap_or_clone(message),
-            Source::Journal(position, number) => {
-                self.read_stored(store, position, number).ok_or_else(|| {
-                    tracing::error!(number = key.number, "a stored message can't be read");
-                    DropReason::Other
-                })?
-            }
-        };
         header.time_to_live = left_ms.map(Duration::from_millis);
         if to == self.id {
             let mut message = Message::new(to, header, body);
@@ -158,16 +149,12 @@ impl Shared {
         Ok(())
     }
 
-    fn read_stored(
-        &self,
-        store: &Store,
-        position: Position,
-        number: u64,
-    ) -> Option<(crate::message::Header, bytes::Bytes)> {
-        let mut entry = None;
-        store.with_journals(|it| entry = it.outbox.read(position).ok());
-        let frozen = Outbox::frozen(&entry?, number).ok()??;
-        thaw(&frozen, &self.id).ok()
+    fn stored_message(&self, store: &Store, source: Source) -> Option<(Header, Bytes)> {
+        let (position, number) = match source {
+            Source::Memory(message) => return Some(Arc::unwrap_or_clone(message)),
+            Source::Journal(position, number) => (position, number),
+        };
+        thaw(&store.frozen(position, number)?, &self.id).ok()
     }
 
     pub(super) fn choose_instance(
@@ -199,6 +186,10 @@ impl Shared {
 
     fn report_outbox(&self, event: OutboxEvent) {
         let event = match event {
+            OutboxEvent::NotRemembered(peer) => {
+                tracing::warn!(peer = %peer.short(), "the outbox remembers no more peers: what is published while this one is away is not kept for it");
+                return self.counters.refused("too_many_subscribers");
+            }
             OutboxEvent::DeadLetter { number, fate } => {
                 tracing::warn!(number, %fate, "a message is a dead letter");
                 add(&self.counters.dead_lettered, 1);
@@ -287,7 +278,8 @@ impl Shared {
         while let Some(action) = inbox.poll_action() {
             match action {
                 InboxAction::Append { token, entry, sync } => {
-                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync));
+                    // What is processed here lets others free room.
+                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync, true));
                 }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
                 InboxAction::RemoveBefore(segment) => {
@@ -377,6 +369,9 @@ impl Shared {
         };
         drop(held);
         add(&self.counters.duplicates, u64::from(outcome == Outcome::Processed));
+        if outcome == Outcome::Refused {
+            self.counters.dropped_for_others(DropReason::InboxFull, 1);
+        }
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
     }
 

@@ -10,6 +10,7 @@ mod draft;
 mod driver;
 mod events;
 mod guaranteed;
+mod last_read;
 mod lease;
 mod publish;
 mod publisher;

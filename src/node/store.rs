@@ -6,14 +6,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::cell::Credit;
+use super::last_read::LastRead;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
-use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Sink};
+use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Position, Sink};
 use crate::message::Message;
 use crate::private;
 use crate::sync::lock;
@@ -81,6 +83,9 @@ pub struct StoreReport {
     /// Parts of files that can't be read though they were stored: file number, first byte, and
     /// the one after the last. What they held is lost; the files are left as they are.
     pub damaged: Vec<(u64, u64, u64)>,
+    /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
+    /// very end of a file was damaged later.
+    pub torn: u64,
 }
 
 /// Who waits for what becomes of a message.
@@ -98,6 +103,7 @@ pub(crate) struct Store {
     pub(super) inbox: Mutex<Inbox>,
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
+    last_read: Mutex<LastRead>,
     pub(super) waiters: Mutex<HashMap<u64, Waiter>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
@@ -121,6 +127,10 @@ impl Store {
         now: Now,
     ) -> Result<Self, StoreError> {
         let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+        // Opening writes: neither is opened if the other can't be.
+        for journal in [OUTBOX, INBOX] {
+            Journal::check(&path.join(journal)).map_err(|error| failed(error.into()))?;
+        }
         let node = Arc::new(OnceLock::new());
         let mut outbox = Outbox::new(config);
         let mut unreadable = None;
@@ -149,7 +159,11 @@ impl Store {
             pending: outbox.pending(),
             dead_letters: outbox.dead_letters(),
             damaged: damaged.map(|it| (it.segment, it.from, it.to)).collect(),
+            torn: recovery.torn + inbox_recovery.torn,
         };
+        if report.torn > 0 {
+            tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is left out");
+        }
         for (file, from, to) in &report.damaged {
             tracing::error!(path = %path.display(), file, from, to, "a part of the store can't be read: what it held is lost");
         }
@@ -157,6 +171,7 @@ impl Store {
             outbox: Mutex::new(outbox),
             inbox: Mutex::new(inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
+            last_read: Mutex::default(),
             waiters: Mutex::default(),
             ended: Mutex::default(),
             parked: Mutex::default(),
@@ -175,6 +190,15 @@ impl Store {
         if let Some(journals) = &*journals {
             act(journals);
         }
+    }
+
+    /// A message of the outbox, as it was stored; `None` if it can't be read.
+    pub(super) fn frozen(&self, position: Position, number: u64) -> Option<Bytes> {
+        lock(&self.last_read).message(position, number, || {
+            let mut entry = None;
+            self.with_journals(|it| entry = it.outbox.read(position).ok());
+            entry
+        })
     }
 
     /// Writes what is to be written and closes the files.

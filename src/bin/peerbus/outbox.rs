@@ -375,13 +375,24 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
             unreadable.push(message.number);
         }
     }
-    let damaged = outbox.damaged();
-    let value = json!({ "messages": messages, "unreadable": unreadable, "damaged": damaged });
-    output::line(folder.json, &value, || match (damaged.len(), unreadable.len()) {
-        (0, 0) => format!("{messages} messages, all can be read"),
-        (parts, gone) => {
-            format!("{messages} messages, {gone} can't be read; {parts} damaged parts: {damaged:?}")
+    let (damaged, torn) = (outbox.damaged(), outbox.torn());
+    let value = json!({
+        "messages": messages,
+        "unreadable": unreadable,
+        "damaged": damaged,
+        "torn": torn,
+    });
+    output::line(folder.json, &value, || {
+        let mut text = match (damaged.len(), unreadable.len()) {
+            (0, 0) => format!("{messages} messages, all can be read"),
+            (parts, gone) => format!(
+                "{messages} messages, {gone} can't be read; {parts} damaged parts: {damaged:?}"
+            ),
+        };
+        if torn > 0 {
+            text += &format!("; a crash tore the last write ({torn} bytes), which is left out");
         }
+        text
     })?;
     ensure!(damaged.is_empty() && unreadable.is_empty(), "the outbox is damaged");
     Ok(())

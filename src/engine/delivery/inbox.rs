@@ -20,6 +20,8 @@ const SUSPECT: u32 = 3;
 /// So many streams of one sender are remembered: one for each life of its outbox that is not settled,
 /// and each durable subscription.
 const MAX_STREAMS: usize = 4096;
+/// So many senders are remembered; a member of the mesh can have as many ids as it likes.
+const MAX_SENDERS: usize = 4096;
 /// The most gaps in what is processed of one; a sender has far fewer messages on their way.
 const MAX_RANGES: usize = 65_536;
 /// After so many bytes a snapshot takes the place of what is in the journal.
@@ -92,7 +94,8 @@ enum Phase {
 #[derive(Debug)]
 enum Pending {
     Opened(usize),
-    Processed(usize, u64),
+    /// Also whether all that is known of its stream is in the entry.
+    Processed(usize, u64, bool),
     Begun(usize, u64),
     Snapshot,
 }
@@ -103,6 +106,8 @@ pub(crate) struct Inbox {
     streams: BTreeMap<usize, Seen>,
     next_place: usize,
     places: HashMap<(NodeId, Stream), usize>,
+    /// How many streams of each sender there are.
+    senders: HashMap<NodeId, usize>,
     next_number: u64,
     pending: HashMap<u64, Pending>,
     /// What runs later, in the order in which it came from a node; and whether it may.
@@ -126,6 +131,7 @@ impl Inbox {
             streams: BTreeMap::new(),
             next_place: 0,
             places: HashMap::new(),
+            senders: HashMap::new(),
             // Never one of an earlier life, whose records may be behind ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
             pending: HashMap::new(),
@@ -154,6 +160,7 @@ impl Inbox {
                 self.epoch = epoch;
                 self.streams.clear();
                 self.places.clear();
+                self.senders.clear();
                 for stream in streams {
                     self.recover_stream(&stream)?;
                 }
@@ -220,6 +227,7 @@ impl Inbox {
         };
         self.streams.insert(place, seen);
         self.places.insert((node, stream.clone()), place);
+        *self.senders.entry(node).or_default() += 1;
         place
     }
 
@@ -229,9 +237,7 @@ impl Inbox {
         let seq = *seq;
         let place = match self.places.get(&(from, stream.clone())) {
             Some(place) => *place,
-            None if self.places.keys().filter(|(node, _)| *node == from).count() >= MAX_STREAMS => {
-                return Verdict::Answer(Outcome::Refused);
-            }
+            None if !self.has_room_for(&from) => return Verdict::Answer(Outcome::Refused),
             None => {
                 let number = self.next_number;
                 self.next_number += 1;
@@ -256,7 +262,13 @@ impl Inbox {
             return Verdict::Answer(Outcome::Processed);
         }
         if seen.processed.iter().len() >= MAX_RANGES {
-            return Verdict::Answer(Outcome::Refused);
+            // The lowest that its sender has is always taken, or the gaps would never close.
+            if seq > seen.floor && !seen.processed.touches(seq) {
+                return Verdict::Answer(Outcome::Refused);
+            }
+            if seq < seen.floor {
+                seen.processed.remove_below(seen.floor);
+            }
         }
         // Below the floor it was settled once, and nobody knows how: its sender's outbox is an
         // older copy.
@@ -282,6 +294,14 @@ impl Inbox {
             self.count_begun(place, seq);
         }
         Verdict::RunLater
+    }
+
+    /// Whether another stream of that sender may be remembered.
+    fn has_room_for(&self, from: &NodeId) -> bool {
+        match self.senders.get(from) {
+            Some(streams) => *streams < MAX_STREAMS,
+            None => self.senders.len() < MAX_SENDERS,
+        }
     }
 
     /// Writes that a handler begins; it does when that is done.
@@ -346,12 +366,13 @@ impl Inbox {
             open.phase = Phase::Storing;
         }
         seen.begun.remove(&seq);
-        let record = match seen.opened {
-            true => InboxRecord::Processed(seen.number, seq),
-            // It may have failed to be written.
-            false => InboxRecord::Opened(seen.record()),
+        // That the stream was opened may have failed to be written.
+        let whole = !seen.opened;
+        let record = match whole {
+            true => InboxRecord::Opened(seen.record()),
+            false => InboxRecord::Processed(seen.number, seq),
         };
-        self.append(&record, Pending::Processed(place, seq), true);
+        self.append(&record, Pending::Processed(place, seq, whole), true);
     }
 
     /// A delivery that was to run never will: its link ended while it waited.
@@ -388,8 +409,13 @@ impl Inbox {
                     seen.opened = result.is_ok();
                 }
             }
-            Some(Pending::Processed(place, seq)) => {
+            Some(Pending::Processed(place, seq, whole)) => {
                 let Some(seen) = self.streams.get_mut(&place) else { return };
+                if result.is_ok() && !whole && !seen.opened {
+                    // What it goes on from may be gone.
+                    return self.store_processed(place, seq);
+                }
+                seen.opened |= whole && result.is_ok();
                 let Some(open) = seen.open.get_mut(&seq) else { return };
                 if result.is_err() {
                     open.phase = Phase::Unstored;
@@ -478,6 +504,12 @@ impl Inbox {
         let mut numbers = Vec::new();
         for place in places {
             if let Some(seen) = self.streams.remove(&place) {
+                if let Some(streams) = self.senders.get_mut(&seen.node) {
+                    *streams -= 1;
+                    if *streams == 0 {
+                        self.senders.remove(&seen.node);
+                    }
+                }
                 self.places.remove(&(seen.node, seen.stream));
                 numbers.push(seen.number);
             }
@@ -688,6 +720,92 @@ mod tests {
         assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
         let other = NodeId::from_bytes([8; 32]);
         assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
+    }
+
+    #[test]
+    fn ever_new_senders_are_refused_until_old_ones_have_settled() {
+        let mut bench = Bench::new();
+        let sender = |number: u64| {
+            let mut id = [9; 32];
+            id[..8].copy_from_slice(&number.to_le_bytes());
+            NodeId::from_bytes(id)
+        };
+        let mut first = delivery(1, 1, 1);
+        for number in 0..MAX_SENDERS as u64 {
+            assert_eq!(bench.inbox.handle_delivery(sender(number), &mut first), Verdict::Run);
+        }
+        bench.run();
+        assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+        bench.inbox.handle_ended(sender(0), &first.id, Outcome::Processed);
+        bench.run();
+        bench.restart();
+        assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+        bench.inbox.handle_epochs(sender(0), &[]);
+        assert_eq!(bench.deliver(first), Verdict::Run);
+    }
+
+    #[test]
+    fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
+        let mut bench = Bench::new();
+        let last = 200;
+        for seq in (1..=last).step_by(2) {
+            bench.deliver(delivery(seq, 1, 1));
+            bench.end(seq, Outcome::Processed);
+        }
+        let id = |seq| delivery(seq, 1, 1).id;
+        for seq in [2, 4] {
+            bench.deliver(delivery(seq, 1, 1));
+        }
+        for seq in [2, 4] {
+            bench.inbox.handle_ended(SENDER, &id(seq), Outcome::Processed);
+        }
+        // The first fails; the second comes behind it, and goes on from what may be gone.
+        let appends: Vec<_> = std::iter::from_fn(|| bench.inbox.poll_action()).collect();
+        for (failed, append) in [true, false].into_iter().zip(appends) {
+            let InboxAction::Append { token, entry, .. } = append else { panic!() };
+            if !failed {
+                bench.journal.push(entry);
+            }
+            let result = if failed { Err("no".into()) } else { Ok(PLACE) };
+            bench.inbox.handle_appended(token, result);
+        }
+        let before = bench.journal.len();
+        bench.run();
+        assert_eq!(bench.journal.len(), before + 1);
+        assert!(bench.journal[before].len() > 200, "the whole stream");
+        bench.inbox.handle_timeout();
+        bench.deliver(delivery(6, 1, 1));
+        bench.end(6, Outcome::Processed);
+        assert!(bench.journal[before + 1..].iter().all(|entry| entry.len() < 50));
+        assert_eq!(bench.answers.len(), 103);
+        bench.journal.remove(1);
+        bench.restart();
+        for seq in [1, 2, 4, 6] {
+            assert_eq!(bench.deliver(delivery(seq, 1, 2)), Verdict::Answer(Outcome::Processed));
+        }
+    }
+
+    #[test]
+    fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
+        let mut bench = Bench::new();
+        let last = 2 * MAX_RANGES as u64;
+        for seq in (2..=last).step_by(2) {
+            assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(Outcome::Refused));
+        for seq in [last + 1, 3, 1] {
+            assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run, "{seq}");
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(last + 3, 5, 1)), Verdict::Run, "there is room again");
+        // The first of all, though its neighbours are not processed.
+        let mut bench = Bench::new();
+        for seq in (3..=last + 1).step_by(2) {
+            bench.deliver(delivery(seq, 1, 1));
+            bench.end(seq, Outcome::Processed);
+        }
+        assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
     }
 
     #[test]

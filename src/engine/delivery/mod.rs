@@ -100,4 +100,7 @@ pub enum Fate {
     /// It is longer than its receiver takes.
     #[error("it is longer than its receiver takes")]
     TooLarge,
+    /// What is stored of it can't be read any more: its body is lost.
+    #[error("what is stored of it can't be read")]
+    Unreadable,
 }

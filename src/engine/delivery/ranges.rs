@@ -14,6 +14,11 @@ impl Ranges {
         self.ranges.range(..=number).next_back().is_some_and(|(_, last)| number <= *last)
     }
 
+    /// Whether a neighbour of that number is in it, so that adding it makes no new range.
+    pub(crate) fn touches(&self, number: u64) -> bool {
+        self.contains(number.saturating_sub(1)) || self.contains(number.saturating_add(1))
+    }
+
     /// Adds a number; whether it is new.
     pub(crate) fn insert(&mut self, number: u64) -> bool {
         if self.contains(number) {

@@ -167,6 +167,8 @@ pub(super) enum OutboxRecord {
     Dead(u64, u32, Option<Fate>),
     /// All that is remembered of peers.
     Peers(Vec<PeerRecord>),
+    /// Message and part: it was never sent to the node that it was bound to, and is free again.
+    Freed(Vec<(u64, u32)>),
 }
 
 impl OutboxRecord {
@@ -178,6 +180,7 @@ impl OutboxRecord {
             Self::Failed(number, part, failures) => with_kind(3, &(number, part, failures)),
             Self::Dead(number, part, fate) => with_kind(4, &(number, part, fate)),
             Self::Peers(peers) => with_kind(5, peers),
+            Self::Freed(freed) => with_kind(6, freed),
         }
     }
 
@@ -196,6 +199,7 @@ impl OutboxRecord {
                 Self::Dead(number, part, fate)
             }
             5 => Self::Peers(decode(rest)?),
+            6 => Self::Freed(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

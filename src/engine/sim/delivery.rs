@@ -611,7 +611,7 @@ impl World {
                 self.seen.failed += 1;
                 assert_eq!(sent.nature, Nature::Poison);
             }
-            Err(Fate::TooLarge) => panic!("nothing is"),
+            Err(Fate::TooLarge | Fate::Unreadable) => panic!("nothing is"),
         }
         sent.done = Some(result);
     }
@@ -725,9 +725,10 @@ impl World {
     }
 
     fn perform_outbox(&mut self, node: usize, action: OutboxAction) {
+        let now = self.clock();
         let entry = &mut self.nodes[node];
         match action {
-            OutboxAction::Append { token, entry: bytes, sync } => {
+            OutboxAction::Append { token, entry: bytes, sync, .. } => {
                 entry.outbox_disk.append(Some(token), bytes, sync);
             }
             OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, false),
@@ -736,7 +737,7 @@ impl World {
                 self.seen.moved += 1;
                 let bytes = entry.outbox_disk.at(position).expect("it is kept");
                 let frozen = Outbox::frozen(bytes, number).unwrap();
-                entry.life.as_mut().expect("it acts").outbox.handle_read(number, frozen);
+                entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, frozen);
             }
             OutboxAction::Transmit { to, source, delivery, .. } => {
                 let message = match source {

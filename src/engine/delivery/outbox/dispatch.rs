@@ -1,9 +1,10 @@
 //! Whom a stored message goes to, when, and what its answer means.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{
-    Bound, Choose, Outbox, OutboxAction, OutboxEvent, Part, PartKey, Pending, Source, State,
+    Bound, Choose, Outbox, OutboxAction, OutboxEvent, Part, PartKey, Peer, Pending, Source, State,
 };
 use crate::address::ServiceName;
 use crate::engine::Time;
@@ -19,10 +20,32 @@ const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
+/// A message that can't be read so often in a row is lost.
+pub(super) const MOST_UNREADABLE: u32 = 10;
 /// So many durable subscriptions of one peer are remembered.
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
+/// So many peers are remembered while they are away and nothing is kept for them; a member of the
+/// mesh can have as many ids as it likes. Each new one has all of them stored again.
+pub(super) const MAX_PEERS: usize = if cfg!(test) { 64 } else { 4096 };
 /// What may be sent to a peer and not be answered, in messages.
 const WINDOW_MESSAGES: u64 = 8192;
+
+impl Peer {
+    /// Since when its messages have waited for it, or for others to take them.
+    fn waits_for_others_since(&self) -> Time {
+        self.reassigned_at.unwrap_or(self.down_since)
+    }
+
+    /// Whether there is anything for it.
+    fn is_wanted(&self) -> bool {
+        self.bound > 0 || self.waiting > 0 || !self.ready.is_empty() || !self.paused.is_empty()
+    }
+
+    /// Whether nothing is lost with what is known of it.
+    fn is_forgettable(&self) -> bool {
+        !self.up && self.known_inbox.is_none() && !self.is_wanted()
+    }
+}
 
 impl Outbox {
     // What is known of peers.
@@ -44,9 +67,10 @@ impl Outbox {
 
     /// What was sent to the peer may have been processed or not.
     pub(crate) fn handle_link_down(&mut self, now: Now, node: NodeId) {
+        self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
-        peer.told_inbox = None;
+        (peer.told_inbox, peer.reassigned_at) = (None, None);
         peer.active.clear();
         let ready = std::mem::take(&mut peer.ready);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
@@ -72,6 +96,9 @@ impl Outbox {
                 self.release(key);
             }
         }
+        if self.peers.get(&node).is_some_and(Peer::is_forgettable) {
+            self.peers.remove(&node);
+        }
     }
 
     /// A peer told of its inbox, or this node of its own, whose epoch is 0 here.
@@ -81,9 +108,24 @@ impl Outbox {
         if *peer.told_inbox.get_or_insert(info.epoch) != info.epoch {
             return;
         }
-        let before = peer.known_inbox.replace(info.epoch);
         peer.inbox = Some(info.epoch);
         peer.active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
+        self.dirty.insert(node);
+        self.waiting_dirty = true;
+        self.remember(node, info);
+        self.resume(node, |_| true);
+    }
+
+    /// Keeps in mind what a peer told, for when it is away.
+    fn remember(&mut self, node: NodeId, info: InboxInfo) {
+        let Some(before) = self.peers.get(&node).map(|peer| peer.known_inbox) else { return };
+        if before.is_none() && !self.has_room_to_remember() {
+            let event = OutboxEvent::NotRemembered(node);
+            return self.actions.push_back(OutboxAction::Report(event));
+        }
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.known_inbox = Some(info.epoch);
+        }
         if before.is_some_and(|before| before != info.epoch) {
             self.actions.push_back(OutboxAction::Report(OutboxEvent::InboxLost(node)));
         }
@@ -108,9 +150,19 @@ impl Outbox {
         if changed {
             self.store_peers(met);
         }
-        self.dirty.insert(node);
-        self.waiting_dirty = true;
-        self.resume(node, |_| true);
+    }
+
+    /// Whether one more peer may be remembered, when those that nothing is kept for are forgotten.
+    fn has_room_to_remember(&mut self) -> bool {
+        let known = |peers: &BTreeMap<_, Peer>| {
+            peers.values().filter(|peer| peer.known_inbox.is_some()).count()
+        };
+        if known(&self.peers) < MAX_PEERS {
+            return true;
+        }
+        let owners: BTreeSet<NodeId> = self.subscriptions.keys().map(|(owner, _)| *owner).collect();
+        self.peers.retain(|node, peer| peer.up || peer.is_wanted() || owners.contains(node));
+        known(&self.peers) < MAX_PEERS
     }
 
     /// Stores what is remembered of peers: whom it has met at once, what changes once a second.
@@ -204,23 +256,42 @@ impl Outbox {
             return self.set_state(key, State::Blocked);
         }
         let Some(part) = self.part(key) else { return };
-        let (target, never_sent) = (part.target, part.attempts == 0 && !part.redelivered);
+        let (target, never_sent) = (part.target, part.was_never_sent());
         match self.node_of(key) {
             Some(node) if !never_sent || self.is_reachable(&node) => {
                 self.make_ready(key);
             }
             _ => {
-                self.unbind(key);
-                if let Target::Node(node) | Target::Subscription(node, _) =
-                    self.targets[target as usize]
-                {
-                    // It is missed from now on, though it was never met.
-                    self.peers.entry(node).or_default();
+                self.free(key);
+                if let Some(node) = self.only_taker(target) {
+                    // It is missed from now on, though it may never have been met.
+                    let missed = Peer { down_since: self.now, ..Peer::default() };
+                    self.peers.entry(node).or_insert(missed).waiting += 1;
                 }
                 self.set_state(key, State::Waiting);
                 self.waiting.entry(target).or_default().push_back(key);
                 self.waiting_dirty = true;
             }
+        }
+    }
+
+    /// The only node that may take what goes there.
+    fn only_taker(&self, target: u32) -> Option<NodeId> {
+        match self.targets[target as usize] {
+            Target::Node(node) | Target::Subscription(node, _) => Some(node),
+            Target::Service(_) => None,
+        }
+    }
+
+    /// It doesn't wait for somebody to be there any more; the queue finds out by itself.
+    fn end_waiting(&mut self, key: PartKey) {
+        let Some(part) = self.part_mut(key).filter(|part| part.state == State::Waiting) else {
+            return;
+        };
+        part.state = State::Idle;
+        let target = part.target;
+        if let Some(peer) = self.only_taker(target).and_then(|node| self.peers.get_mut(&node)) {
+            peer.waiting -= 1;
         }
     }
 
@@ -241,6 +312,7 @@ impl Outbox {
         let Some(entry) = self.entries.get(key.number) else { return };
         let size = u64::from(entry.size);
         match entry.parts[key.part as usize].state {
+            State::Waiting => self.end_waiting(key),
             State::InFlight => {
                 self.set_state(key, State::Idle);
                 if let Some(node) = node
@@ -287,6 +359,7 @@ impl Outbox {
 
     /// Sends what can go. To be called after anything was told.
     pub(crate) fn pump(&mut self, choose: &mut Choose<'_>) {
+        self.store_freed();
         if std::mem::take(&mut self.waiting_dirty) {
             self.bind_waiting(choose);
         }
@@ -312,13 +385,13 @@ impl Outbox {
                 let order = self.order(key.number).cloned();
                 let to = self.targets[target as usize].clone();
                 let Some(node) = self.taker(&to, order.as_deref(), choose) else { break };
-                let busy = |peer: &super::Peer| {
-                    peer.in_flight + peer.ready.len() as u64 >= WINDOW_MESSAGES
-                };
+                let busy =
+                    |peer: &Peer| peer.in_flight + peer.ready.len() as u64 >= WINDOW_MESSAGES;
                 if self.peers.get(&node).is_some_and(busy) || keys.len() as u64 >= WINDOW_MESSAGES {
                     break;
                 }
                 queue.pop_front();
+                self.end_waiting(key);
                 let bound = self.bind(key, node, &to);
                 if let Some(part) = self.part_mut(key) {
                     (part.bound, part.state) = (Some(bound), State::Binding);
@@ -405,7 +478,7 @@ impl Outbox {
         self.actions.push_back(transmit);
     }
 
-    /// It could not be handed to its link, or not be read.
+    /// It could not be handed to its link.
     pub(crate) fn handle_not_transmitted(&mut self, now: Now, key: PartKey, reason: DropReason) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {
             return;
@@ -419,6 +492,28 @@ impl Outbox {
         }
     }
 
+    /// What is stored of it can't be read. That may pass; if it doesn't, it is a dead letter.
+    pub(crate) fn handle_unreadable(&mut self, now: Now, key: PartKey) {
+        if self.part(key).is_none_or(|part| part.state != State::InFlight) {
+            return;
+        }
+        self.stop(key);
+        if let Some(part) = self.part_mut(key) {
+            part.attempts -= 1;
+        }
+        match self.count_unreadable(key.number) {
+            MOST_UNREADABLE.. => self.kill(key, Fate::Unreadable),
+            times => self.pause(now, key, times - 1, false),
+        }
+    }
+
+    /// How often in a row it could not be read by now.
+    pub(super) fn count_unreadable(&mut self, number: u64) -> u32 {
+        let times = self.unreadable.entry(number).or_default();
+        *times = times.saturating_add(1);
+        *times
+    }
+
     /// A peer says what became of a delivery; whether it was known.
     pub(crate) fn handle_answer(&mut self, now: Now, from: NodeId, answer: Answer) -> bool {
         let DeliveryId { stream, seq } = answer.id;
@@ -428,7 +523,7 @@ impl Outbox {
             return false;
         };
         let Some(part) = self.part(key) else { return false };
-        if part.attempts == 0 && !part.redelivered {
+        if part.was_never_sent() {
             // An answer to what was never sent.
             return true;
         }
@@ -446,6 +541,7 @@ impl Outbox {
             return true;
         }
         let (target, attempts) = (part.target, part.attempts);
+        self.unreadable.remove(&key.number);
         self.stop(key);
         match answer.outcome {
             Outcome::Processed => unreachable!("it was settled above"),
@@ -498,13 +594,15 @@ impl Outbox {
     pub(super) fn peer_timeout(&self) -> Option<Time> {
         let due = self.missed().flat_map(|(_, peer)| {
             let gone = (!peer.told_gone).then(|| peer.down_since + self.config.gone_after);
-            let reassign = self.config.reassign_after.map(|after| peer.down_since + after);
+            let reassign =
+                self.config.reassign_after.map(|after| peer.waits_for_others_since() + after);
             [gone, reassign]
         });
         due.flatten().min()
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Now) {
+        self.now = now.time;
         while let Some((at, key)) = self.timers.first().copied()
             && at <= now.time
         {
@@ -519,6 +617,7 @@ impl Outbox {
             }
         }
         self.disk_retry.take_if(|at| *at <= now.time);
+        self.compact_retry.take_if(|at| *at <= now.time);
         if self.peers_retry.take_if(|at| *at <= now.time).is_some() && self.peers_dirty {
             self.store_peers(false);
         }
@@ -533,18 +632,9 @@ impl Outbox {
     }
 
     /// The peers that are away and that messages wait for.
-    fn missed(&self) -> impl Iterator<Item = (&NodeId, &super::Peer)> {
+    fn missed(&self) -> impl Iterator<Item = (&NodeId, &Peer)> {
         let away = self.peers.iter().filter(|(_, peer)| !peer.up);
-        away.filter(|(node, peer)| peer.bound > 0 || self.waiting_for(node) > 0)
-    }
-
-    /// How many messages wait for a node to be there that never had them.
-    fn waiting_for(&self, node: &NodeId) -> u64 {
-        let of_node = self.waiting.iter().filter(|(target, _)| {
-            matches!(&self.targets[**target as usize],
-                Target::Node(wanted) | Target::Subscription(wanted, _) if wanted == node)
-        });
-        of_node.map(|(_, queue)| queue.len() as u64).sum()
+        away.filter(|(_, peer)| peer.bound > 0 || peer.waiting > 0)
     }
 
     fn handle_wall(&mut self, now: Now, key: PartKey) {
@@ -560,33 +650,33 @@ impl Outbox {
     }
 
     fn handle_absence(&mut self, now: Now, node: NodeId) {
-        let waiting = self.waiting_for(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
         let absent = now.time.since(peer.down_since);
         if absent >= self.config.gone_after && !peer.told_gone {
             peer.told_gone = true;
-            let messages = peer.bound + waiting;
+            let messages = peer.bound + peer.waiting;
             let gone = OutboxEvent::PeerGone { peer: node, messages };
             self.actions.push_back(OutboxAction::Report(gone));
         }
-        if self.config.reassign_after.is_none_or(|after| absent < after) {
+        let waited = now.time.since(peer.waits_for_others_since());
+        if self.config.reassign_after.is_none_or(|after| waited < after) {
             return;
         }
-        // Only once for each absence.
-        if let Some(peer) = self.peers.get_mut(&node) {
-            peer.down_since = now.time;
-        }
+        peer.reassigned_at = Some(now.time);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
         let keys: Vec<PartKey> =
             of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key)).collect();
         for key in keys {
             let Some(part) = self.part(key) else { continue };
             let moves = matches!(self.targets[part.target as usize], Target::Service(_))
-                && matches!(part.state, State::Ready | State::Paused { .. })
+                && matches!(part.state, State::Ready | State::Paused { .. } | State::Blocked)
                 && self.node_of(key) == Some(node);
             if moves {
                 self.stop(key);
-                self.reassign(key);
+                match self.part(key).is_some_and(Part::was_never_sent) {
+                    true => self.free(key),
+                    false => self.reassign(key),
+                }
                 self.release(key);
             }
         }

@@ -90,11 +90,13 @@ pub(crate) enum Source {
 /// What the owner of the outbox is to do, in this order.
 #[derive(Debug)]
 pub(crate) enum OutboxAction {
-    /// Append an entry to the journal, and tell of its end by the number.
+    /// Append an entry to the journal, and tell of its end by the number. An urgent one may have
+    /// the last room of the disk: it helps to free some.
     Append {
         token: u64,
         entry: Vec<u8>,
         sync: bool,
+        urgent: bool,
     },
     /// Append an entry that nobody waits for.
     Note(Vec<u8>),
@@ -127,6 +129,8 @@ pub(crate) enum OutboxEvent {
     },
     /// A peer's inbox is not the one that it was: what it had processed it may process again.
     InboxLost(NodeId),
+    /// It remembers so many peers already that it forgets this one when it goes.
+    NotRemembered(NodeId),
     /// Messages have waited for a peer for long.
     PeerGone {
         peer: NodeId,
@@ -147,6 +151,9 @@ const DISK_RETRY: Duration = Duration::from_secs(1);
 
 /// How much of what was stored just now is kept in memory until it is sent, in bytes.
 const MAX_CACHED: u64 = 16 * 1024 * 1024;
+
+/// In one entry of the journal.
+const MOST_FREED: usize = 4096;
 
 #[derive(Debug)]
 struct Entry {
@@ -175,6 +182,13 @@ struct Part {
     attempts: u32,
     /// A handler may have had it.
     redelivered: bool,
+}
+
+impl Part {
+    /// No handler can have had it.
+    fn was_never_sent(&self) -> bool {
+        self.attempts == 0 && !self.redelivered
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,7 +250,11 @@ struct Peer {
     in_flight_bytes: u64,
     /// What is bound to it and not settled.
     bound: u64,
+    /// What waits for it to be there, and for no other.
+    waiting: u64,
     down_since: Time,
+    /// When its messages were last given to others since then.
+    reassigned_at: Option<Time>,
     told_gone: bool,
 }
 
@@ -267,6 +285,8 @@ struct Written {
 #[derive(Debug)]
 pub(crate) struct Outbox {
     config: OutboxConfig,
+    /// When it was told something last.
+    now: Time,
     random: Random,
     entries: Numbered<Entry>,
     next_number: u64,
@@ -291,6 +311,8 @@ pub(crate) struct Outbox {
     lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
     /// Other nodes that a message was bound to.
     former: HashMap<PartKey, Vec<Bound>>,
+    /// What was taken from its node without ever having been sent, which is to be stored.
+    freed: Vec<(u64, u32)>,
     /// What could not be stored as dead letters yet.
     dying: HashMap<PartKey, Fate>,
     /// What is remembered of peers is being stored.
@@ -321,7 +343,10 @@ pub(crate) struct Outbox {
     removing: bool,
     /// How many messages are being moved out of the oldest segment.
     moving: u64,
-    compacts: bool,
+    /// Not before then, since a message could not be read.
+    compact_retry: Option<Time>,
+    /// How often in a row messages could not be read, by their numbers.
+    unreadable: HashMap<u64, u32>,
     actions: VecDeque<OutboxAction>,
 }
 
@@ -329,6 +354,7 @@ impl Outbox {
     pub(crate) fn new(config: OutboxConfig) -> Self {
         let me = Peer { up: true, inbox: Some(0), known_inbox: Some(0), ..Peer::default() };
         Self {
+            now: Time::default(),
             random: Random::new(config.seed),
             entries: Numbered::default(),
             next_number: 1,
@@ -347,6 +373,7 @@ impl Outbox {
             paused: BTreeSet::new(),
             lanes: HashMap::new(),
             former: HashMap::new(),
+            freed: Vec::new(),
             dying: HashMap::new(),
             peers_pending: false,
             peers_dirty: false,
@@ -366,7 +393,8 @@ impl Outbox {
             removed_before: 0,
             removing: false,
             moving: 0,
-            compacts: true,
+            compact_retry: None,
+            unreadable: HashMap::new(),
             actions: VecDeque::new(),
             config,
         }
@@ -398,6 +426,7 @@ impl Outbox {
         messages: Vec<NewMessage>,
         choose: &mut Choose<'_>,
     ) -> Result<Vec<u64>, Full> {
+        self.now = now.time;
         let size = |message: &NewMessage| {
             let destinations = BASE_COST * message.targets.len().max(1) as u64;
             destinations + message.body.len() as u64 + message.header.extra_len() as u64
@@ -420,8 +449,15 @@ impl Outbox {
             let mut part_records = Vec::new();
             for (part, target) in targets.into_iter().enumerate() {
                 let key = PartKey { number, part: part as u32 };
-                // What is bound may have been sent, as far as the next life knows.
-                let node = match later || self.is_queued_for(&target) {
+                let in_target = self.target_number(target.clone());
+                // What is bound may have been sent, as far as the next life knows; and what is
+                // behind its key would keep a number that its receiver waits for.
+                let waits = later
+                    || self.waiting.contains_key(&in_target)
+                    || order
+                        .as_ref()
+                        .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
+                let node = match waits {
                     true => None,
                     false => self.taker(&target, order.as_deref(), choose),
                 };
@@ -436,14 +472,13 @@ impl Outbox {
                     settled: false,
                     dead: None,
                 });
-                let target = self.target_number(target);
                 if let Some(order) = &order {
-                    self.lanes.entry((target, order.clone())).or_default().push_back(key);
+                    self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
                 }
                 let state = State::Storing;
                 self.open += 1;
                 parts.push(Part {
-                    target,
+                    target: in_target,
                     bound,
                     state,
                     failures: 0,
@@ -474,17 +509,14 @@ impl Outbox {
         Ok(numbers)
     }
 
-    /// Whether others wait for that already: what comes later doesn't overtake them.
-    fn is_queued_for(&self, target: &Target) -> bool {
-        self.target_numbers.get(target).is_some_and(|number| self.waiting.contains_key(number))
-    }
-
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {
         let sync = !matches!(pending, Pending::Settled(..));
+        let urgent = !matches!(pending, Pending::Messages(_) | Pending::Moved(_) | Pending::Peers);
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        self.actions.push_back(OutboxAction::Append { token, entry: record.encode(), sync });
+        let entry = record.encode();
+        self.actions.push_back(OutboxAction::Append { token, entry, sync, urgent });
     }
 
     /// Stores, without a sync, what was settled since the last time.
@@ -509,6 +541,7 @@ impl Outbox {
         token: u64,
         result: Result<Position, String>,
     ) {
+        self.now = now.time;
         if let Ok(position) = &result {
             self.newest_segment = self.newest_segment.max(position.segment);
         }
@@ -655,6 +688,7 @@ impl Outbox {
 
     fn forget(&mut self, number: u64) {
         let Some(entry) = self.entries.remove(number) else { return };
+        self.unreadable.remove(&number);
         self.bytes -= u64::from(entry.size);
         if entry.cached.is_some() {
             self.cached_bytes -= u64::from(entry.size);
@@ -733,6 +767,21 @@ impl Outbox {
         }
     }
 
+    /// The same for one that was never sent, which the next life is told.
+    fn free(&mut self, key: PartKey) {
+        if self.node_of(key).is_some() {
+            self.unbind(key);
+            self.freed.push((key.number, key.part));
+        }
+    }
+
+    /// Stores, without a sync, what is free. It comes before what it is bound to next.
+    fn store_freed(&mut self) {
+        for freed in std::mem::take(&mut self.freed).chunks(MOST_FREED) {
+            self.note(&OutboxRecord::Freed(freed.to_vec()));
+        }
+    }
+
     fn release_number(&mut self, bound: Bound) {
         self.leave_node(bound);
         self.streams[bound.stream as usize].outstanding.remove(bound.seq);
@@ -775,9 +824,8 @@ impl Outbox {
         let Some(lane) = self.lane(key) else { return };
         let Some(queue) = self.lanes.get_mut(&lane) else { return };
         let was_first = queue.front() == Some(&key);
-        match was_first {
-            true => _ = queue.pop_front(),
-            false => queue.retain(|other| *other != key),
+        if let Ok(place) = queue.binary_search(&key) {
+            queue.remove(place);
         }
         let next = queue.front().copied();
         if next.is_none() {
@@ -884,7 +932,7 @@ impl Outbox {
         let timer = self.timers.first().map(|(at, _)| *at);
         let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);
         let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
-        let timers = timers.chain(self.disk_retry);
+        let timers = timers.chain(self.disk_retry).chain(self.compact_retry);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }
 }

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
+#[cfg(test)]
+use crate::engine::delivery::record::Raw;
 use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PartRecord, PeerRecord};
 use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
 use crate::identity::NodeId;
@@ -47,6 +49,15 @@ impl Outbox {
                     self.unbind(key);
                     if let Some(binding) = binding {
                         self.rebind(key, &binding);
+                    }
+                }
+            }
+            OutboxRecord::Freed(freed) => {
+                for (number, part) in freed {
+                    let key = PartKey { number, part };
+                    self.unbind(key);
+                    if let Some(part) = self.part_mut(key) {
+                        part.redelivered = false;
                     }
                 }
             }
@@ -182,6 +193,7 @@ impl Outbox {
 
     /// The journal has been read: what is in it goes on its way.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
+        self.now = now.time;
         let mut keys = Vec::new();
         for (number, entry) in self.entries.iter() {
             for (at, part) in entry.parts.iter().enumerate() {
@@ -223,10 +235,30 @@ impl Outbox {
 
     /// The bytes of a message, from the journal's entry that it is in; `frozen` as it was stored.
     pub(crate) fn frozen(entry: &[u8], number: u64) -> Result<Option<Bytes>, RecordError> {
+        let mut all = Self::all_frozen(entry)?.into_iter();
+        Ok(all.find(|(other, _)| *other == number).map(|(_, frozen)| frozen))
+    }
+
+    /// The same of all messages that are in an entry, by their numbers.
+    pub(crate) fn all_frozen(entry: &[u8]) -> Result<Vec<(u64, Bytes)>, RecordError> {
         let OutboxRecord::Messages(messages) = OutboxRecord::decode(entry)? else {
-            return Ok(None);
+            return Ok(Vec::new());
         };
-        let found = messages.into_iter().find(|message| message.number == number);
-        Ok(found.map(|message| message.frozen.0))
+        Ok(messages.into_iter().map(|message| (message.number, message.frozen.0)).collect())
+    }
+
+    /// An entry of so many messages, as a transaction stores them.
+    #[cfg(test)]
+    pub(crate) fn example_transaction(messages: u64) -> (Position, Vec<u8>) {
+        let message = |number: u64| MessageRecord {
+            number,
+            parts: Vec::new(),
+            expires_at: None,
+            not_before: None,
+            order: None,
+            frozen: Raw(number.to_string().into()),
+        };
+        let entry = OutboxRecord::Messages((1..=messages).map(message).collect()).encode();
+        (Position { segment: 1, offset: 48, length: entry.len() as u32 }, entry)
     }
 }

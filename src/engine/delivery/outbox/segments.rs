@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 
-use super::{Outbox, OutboxAction, Pending, State};
-use crate::engine::delivery::Fate;
+use super::dispatch::MOST_UNREADABLE;
+use super::{DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
 use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
+use crate::engine::delivery::{Fate, Now};
 use crate::journal::Position;
 
 impl Outbox {
@@ -44,8 +45,8 @@ impl Outbox {
             return;
         };
         let needed = self.bytes / self.config.segment_size.max(1);
-        let waits = self.moving > 0 || self.disk_retry.is_some();
-        if waits || !self.compacts || self.newest_segment - oldest <= 2 + 2 * needed {
+        let waits = self.moving > 0 || self.disk_retry.is_some() || self.compact_retry.is_some();
+        if waits || self.newest_segment - oldest <= 2 + 2 * needed {
             return;
         }
         let here = self.entries.iter().filter_map(|(number, entry)| {
@@ -61,16 +62,47 @@ impl Outbox {
     }
 
     /// A message that was to be read is this; `None` if it can't be read.
-    pub(crate) fn handle_read(&mut self, number: u64, frozen: Option<Bytes>) {
-        let (Some(frozen), Some(entry)) = (frozen, self.entries.get(number)) else {
-            self.moving -= 1;
-            // One that is damaged stays where it is, and all that is after it.
-            self.compacts &= self.entries.get(number).is_none();
-            return;
+    pub(crate) fn handle_read(&mut self, now: Now, number: u64, frozen: Option<Bytes>) {
+        self.moving -= 1;
+        match frozen {
+            Some(frozen) => self.move_message(number, frozen),
+            None => self.give_up_unread(now, number),
+        }
+    }
+
+    /// What can't be read is tried some more times, then it is a dead letter without a body, which
+    /// doesn't keep the segment.
+    fn give_up_unread(&mut self, now: Now, number: u64) {
+        let Some(entry) = self.entries.get(number) else { return };
+        let waits = |part: &Part| {
+            matches!(
+                part.state,
+                State::Scheduled
+                    | State::Blocked
+                    | State::Waiting
+                    | State::Ready
+                    | State::Paused { .. }
+            )
         };
+        let parts = (0u32..).zip(&entry.parts).filter(|(_, part)| waits(part));
+        let waiting: Vec<_> = parts.map(|(part, _)| PartKey { number, part }).collect();
+        let ended = |part: &Part| matches!(part.state, State::Dead(_) | State::Settled);
+        let is_over = entry.parts.iter().all(ended);
+        let is_lost = self.count_unreadable(number) >= MOST_UNREADABLE;
+        if is_lost && is_over {
+            return self.move_message(number, Bytes::new());
+        }
+        self.compact_retry = Some(now.time + DISK_RETRY);
+        if is_lost {
+            waiting.into_iter().for_each(|key| self.kill(key, Fate::Unreadable));
+        }
+    }
+
+    /// Stores a message once more, as it stands.
+    fn move_message(&mut self, number: u64, frozen: Bytes) {
+        let Some(entry) = self.entries.get(number) else { return };
         if entry.parts.iter().any(|part| part.state == State::Dying) {
             // What says so is in the journal by now, and this would undo it.
-            self.moving -= 1;
             return;
         }
         let parts = entry.parts.iter().map(|part| {
@@ -93,6 +125,7 @@ impl Outbox {
             order: self.order(number).map(|order| order.to_string()),
             frozen: Raw(frozen),
         };
+        self.moving += 1;
         self.append(&OutboxRecord::Messages(vec![record]), Pending::Moved(number));
     }
 

@@ -1,6 +1,6 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
-use super::dispatch::MAX_SUBSCRIPTIONS;
+use super::dispatch::{MAX_PEERS, MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
 use super::*;
 use crate::address::Destination;
 use crate::message::{IdSource, Kind};
@@ -24,6 +24,12 @@ struct Bench {
     /// The disk refuses everything.
     full: bool,
     refused: usize,
+    /// What is to be sent can't be read.
+    damaged: bool,
+    reads: usize,
+    /// What is appended lies there.
+    segment: u64,
+    removed_before: u64,
 }
 
 impl Bench {
@@ -52,6 +58,10 @@ impl Bench {
             events: Vec::new(),
             full: false,
             refused: 0,
+            damaged: false,
+            reads: 0,
+            segment: 1,
+            removed_before: 0,
         }
     }
 
@@ -73,9 +83,19 @@ impl Bench {
                     self.outbox.handle_appended(now, token, Err("the disk is full".into()));
                 }
                 OutboxAction::Append { token, entry, .. } => {
-                    let position = Position { segment: 1, offset: token, length: 0 };
+                    let position = Position { segment: self.segment, offset: token, length: 0 };
                     self.journal.push((position, entry));
                     self.outbox.handle_appended(now, token, Ok(position));
+                }
+                OutboxAction::Note(entry) => {
+                    let offset = self.journal.len() as u64;
+                    self.journal.push((Position { segment: 1, offset, length: 0 }, entry));
+                }
+                OutboxAction::RemoveBefore(segment) => self.removed_before = segment,
+                OutboxAction::Read(number, _) => self.outbox.handle_read(now, number, None),
+                OutboxAction::Transmit { key, .. } if self.damaged => {
+                    self.reads += 1;
+                    self.outbox.handle_unreadable(now, key);
                 }
                 OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
                 OutboxAction::Done(number, result) => self.done.push((number, result)),
@@ -83,6 +103,18 @@ impl Bench {
                 _ => {}
             }
         }
+    }
+
+    /// The next life, from what is in the journal.
+    fn restart(self) -> Self {
+        let mut next = Self { journal: self.journal, ..Self::new(None) };
+        let epoch = self.outbox.config.epoch + 1;
+        next.outbox = Outbox::new(OutboxConfig { epoch, ..self.outbox.config });
+        for (position, entry) in &next.journal {
+            next.outbox.recover(*position, entry).unwrap();
+        }
+        next.outbox.handle_recovered(next.now());
+        next
     }
 
     fn message(&self, target: Target) -> NewMessage {
@@ -199,6 +231,70 @@ fn a_message_that_was_never_sent_goes_to_whoever_is_there() {
 }
 
 #[test]
+fn what_was_never_sent_goes_to_whoever_is_there_also_after_a_restart() {
+    let mut bench = Bench::new(None);
+    bench.outbox.config.window_bytes = 1;
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    for _ in 0..2 {
+        bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    }
+    assert_eq!(bench.sent.len(), 1, "his window is full");
+    bench.lose(BOB);
+    bench = bench.restart();
+    bench.serving = vec![CAROL];
+    bench.meet(CAROL);
+    let [(to, second)] = &bench.sent[..] else { panic!("{:?}", bench.sent) };
+    assert_eq!((*to, second.redelivered), (CAROL, false));
+    // Of the first nobody knows whether it was processed.
+    bench.meet(BOB);
+    let (to, first) = bench.sent.last().unwrap();
+    assert_eq!((*to, first.redelivered), (BOB, true));
+}
+
+#[test]
+fn what_is_behind_its_key_goes_to_others_with_what_it_is_behind() {
+    let minute = Duration::from_secs(60);
+    let service = || Target::Service("work".parse().unwrap());
+    let mut bench = Bench::new(Some(minute));
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    bench.key = Some("in order");
+    bench.submit(service()).unwrap();
+    let second = bench.submit(service()).unwrap();
+    // An earlier version gave it to him when it was stored.
+    let key = PartKey { number: second, part: 0 };
+    let bound = bench.outbox.reassign_to(key, Some(BOB)).unwrap();
+    bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, bound));
+    bench = bench.restart();
+    bench.serving = vec![BOB, CAROL];
+    bench.meet(CAROL);
+    bench.sleep(2 * minute);
+    let (to, first) = bench.sent.last().unwrap().clone();
+    assert_eq!((to, bench.sent.len()), (CAROL, 1));
+    bench.answer(CAROL, &first.id, first.attempt, Outcome::Processed);
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    assert_eq!(bench.sent.len(), 2);
+}
+
+#[test]
+fn what_is_behind_its_key_takes_no_number_before_its_turn() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.key = Some("hot");
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.key = None;
+    bench.submit(Target::Node(BOB)).unwrap();
+    let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
+    assert_eq!(numbers, [1, 2], "the one behind its key makes no gap");
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, Outcome::Processed);
+    let (_, second) = bench.sent.last().unwrap();
+    assert_eq!((second.id.seq, second.redelivered), (3, false));
+}
+
+#[test]
 fn a_peer_that_messages_wait_for_is_reported_once() {
     let mut bench = Bench::new(None);
     bench.submit(Target::Node(BOB)).unwrap();
@@ -207,6 +303,18 @@ fn a_peer_that_messages_wait_for_is_reported_once() {
     bench.sleep(HOUR);
     bench.sleep(HOUR);
     assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+}
+
+#[test]
+fn a_peer_whose_messages_go_to_others_is_reported_too() {
+    let mut bench = Bench::new(Some(HOUR / 4));
+    bench.submit(Target::Node(BOB)).unwrap();
+    for _ in 0..10 {
+        bench.sleep(HOUR / 8);
+    }
+    assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+    let due = bench.outbox.peer_timeout().unwrap();
+    assert!(due > bench.now().time, "and is not looked at all the time");
 }
 
 #[test]
@@ -239,6 +347,56 @@ fn a_failing_message_is_retried_ever_more_rarely_and_becomes_a_dead_letter() {
 }
 
 #[test]
+fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
+    let minute = Duration::from_secs(60);
+    let mut bench = Bench::new(None);
+    bench.outbox.config.max_messages = 100;
+    bench.outbox.config.max_bytes = 1 << 20;
+    bench.damaged = true;
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    assert_eq!(bench.reads, 1);
+    bench.sleep(Duration::from_millis(1));
+    for _ in 0..20 {
+        bench.sleep(minute);
+    }
+    assert_eq!(bench.reads, MOST_UNREADABLE as usize, "and not for ever");
+    assert_eq!(bench.done, [(1, Err(Fate::Unreadable))]);
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+    bench.damaged = false;
+    for segment in 2..8 {
+        bench.segment = segment;
+        bench.submit(Target::Node(BOB)).unwrap();
+        let id = bench.sent.last().unwrap().1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Processed);
+    }
+    bench.sleep(minute);
+    assert!(bench.removed_before > 1, "the segment that it was in can go");
+    bench = bench.restart();
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+}
+
+#[test]
+fn a_damaged_message_that_waits_does_not_keep_a_segment_either() {
+    let mut bench = Bench::new(None);
+    bench.outbox.config.max_messages = 100;
+    bench.outbox.config.max_bytes = 1 << 20;
+    bench.meet(BOB);
+    bench.submit(Target::Node(CAROL)).unwrap();
+    for segment in 2..8 {
+        bench.segment = segment;
+        bench.submit(Target::Node(BOB)).unwrap();
+        let id = bench.sent.last().unwrap().1.id.clone();
+        bench.answer(BOB, &id, 1, Outcome::Processed);
+    }
+    for _ in 0..3 * MOST_UNREADABLE {
+        bench.sleep(2 * DISK_RETRY);
+    }
+    assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
+    assert!(bench.removed_before > 1);
+}
+
+#[test]
 fn a_peer_that_comes_back_is_tried_at_once() {
     let mut bench = Bench::new(None);
     bench.meet(BOB);
@@ -261,6 +419,54 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
+}
+
+fn minted(number: usize) -> NodeId {
+    let mut id = [9; 32];
+    id[..8].copy_from_slice(&number.to_le_bytes());
+    NodeId::from_bytes(id)
+}
+
+#[test]
+fn peers_that_nothing_is_kept_for_are_forgotten_when_they_go() {
+    let mut bench = Bench::new(None);
+    let name: ServiceName = "billing".parse().unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert_eq!(bench.outbox.peers.len(), 1, "he told of no inbox");
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert!(bench.outbox.peers[&BOB].waiting == 1, "one waits for him");
+
+    // Those with nothing are forgotten for others, those with a subscription are not.
+    for number in 0..MAX_PEERS + 10 {
+        bench.meet(minted(number));
+        bench.lose(minted(number));
+    }
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2 && bench.events.is_empty());
+    for number in 0..MAX_PEERS + 1 {
+        bench.subscribe(minted(number), &[&name], &[]);
+        bench.lose(minted(number));
+    }
+    let left_out = bench.events.iter().filter(|it| matches!(it, OutboxEvent::NotRemembered(_)));
+    assert!(left_out.count() >= 1);
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2);
+    assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len() <= MAX_PEERS);
+}
+
+#[test]
+fn who_was_never_met_is_missed_from_when_something_waits_for_it() {
+    let mut bench = Bench::new(None);
+    bench.sleep(10 * HOUR);
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.sleep(HOUR / 2);
+    assert_eq!(bench.events, []);
+    bench.sleep(HOUR);
+    assert_eq!(bench.events.len(), 1);
+    // Once he is there, nothing waits.
+    bench.meet(BOB);
+    assert_eq!(bench.outbox.peers[&BOB].waiting, 0);
 }
 
 #[test]
@@ -327,14 +533,7 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
                 let entry = bench.outbox.replay(first).unwrap();
                 bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry));
             }
-            let config = bench.outbox.config.clone();
-            let journal = std::mem::take(&mut bench.journal);
-            bench = Bench { journal, ..Bench::new(None) };
-            bench.outbox = Outbox::new(config);
-            for (position, entry) in &bench.journal {
-                bench.outbox.recover(*position, entry).unwrap();
-            }
-            bench.outbox.handle_recovered(bench.now());
+            bench = bench.restart();
             bench.meet(BOB);
             let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
             match (hold, replayed) {
