@@ -21,6 +21,8 @@ const DIR: &str = "PEERBUS_TEST_DIR";
 const LIFE: &str = "PEERBUS_TEST_LIFE";
 /// So many messages are stored at least.
 const MESSAGES: usize = 100_000;
+/// No more is stored while so many wait, or a store would take longer to open than a process lives.
+const BACKLOG: u64 = 2_000;
 
 fn env(name: &str) -> String {
     std::env::var(name).unwrap()
@@ -66,7 +68,7 @@ async fn send(dir: &Path, more: bool) {
             if node.outbox_size().0 == 0 {
                 return;
             }
-        } else {
+        } else if node.outbox_size().0 < BACKLOG {
             let bodies: Vec<String> =
                 (0..64).map(|n| format!("{}-{}", env(LIFE), round * 64 + n)).collect();
             let sent = bodies.iter().map(|body| {

@@ -80,6 +80,12 @@ pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
     }
 }
 
+/// Whether nobody listens on a socket. Asked before it is dialled, since the socket library tries a
+/// dead one again and again, and a folder full of them would hold up the living.
+pub(crate) fn is_dead(path: &Path) -> bool {
+    platform::refuses(path)
+}
+
 /// Removes the socket of a process that is gone. One that listens is never touched.
 pub(crate) fn remove_if_stale(path: &Path) {
     let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();

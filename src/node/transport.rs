@@ -28,7 +28,10 @@ impl Transport {
     ) -> Result<(), DialError> {
         match (self, addresses.first()) {
             (Self::Sockets { port: Some(port), .. }, Some(Address::Local(path))) => {
-                let dialled = port.dial(target, path).await;
+                let dialled = match local::is_dead(path) {
+                    true => Err(DialError("nobody listens on the socket".into())),
+                    false => port.dial(target, path).await,
+                };
                 if dialled.is_err() {
                     local::remove_if_stale(path);
                 }
