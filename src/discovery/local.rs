@@ -80,20 +80,19 @@ pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
     }
 }
 
-/// Whether nobody listens on a socket. Asked before it is dialled, since the socket library tries a
-/// dead one again and again, and a folder full of them would hold up the living.
-pub(crate) fn is_dead(path: &Path) -> bool {
-    platform::refuses(path)
-}
-
-/// Removes the socket of a process that is gone. One that listens is never touched.
-pub(crate) fn remove_if_stale(path: &Path) {
-    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    let old = age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER);
-    if old && platform::refuses(path) {
-        tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
-        let _gone_already = fs::remove_file(path);
+/// Whether nobody listens on a socket; one that has been dead for a while is removed. Asked before
+/// it is dialled, since the socket library tries a dead one again and again, and a folder full of
+/// them would hold up the living.
+pub(crate) async fn is_dead(path: &Path) -> bool {
+    let dead = platform::refuses(path).await;
+    if dead {
+        let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        if age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER) {
+            tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
+            let _gone_already = fs::remove_file(path);
+        }
     }
+    dead
 }
 
 #[cfg(unix)]
@@ -124,8 +123,8 @@ mod platform {
         Ok(())
     }
 
-    pub(super) fn refuses(path: &Path) -> bool {
-        let connected = std::os::unix::net::UnixStream::connect(path);
+    pub(super) async fn refuses(path: &Path) -> bool {
+        let connected = tokio::net::UnixStream::connect(path).await;
         connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     }
 }
@@ -140,7 +139,7 @@ mod platform {
 
     pub(super) use crate::private::create_folder as create_private;
 
-    pub(super) fn refuses(_: &Path) -> bool {
+    pub(super) async fn refuses(_: &Path) -> bool {
         false
     }
 }
@@ -161,8 +160,8 @@ mod tests {
         assert!(error.to_string().contains("chmod 700"), "{error}");
     }
 
-    #[test]
-    fn a_dead_socket_is_removed_once_it_is_old_and_a_live_one_never() {
+    #[tokio::test]
+    async fn a_dead_socket_is_removed_once_it_is_old_and_a_live_one_never() {
         let dir = tempfile::tempdir().unwrap();
         let age = |path: &Path| {
             let old = std::time::SystemTime::now() - 2 * STALE_AFTER;
@@ -172,12 +171,11 @@ mod tests {
         let _listener = UnixListener::bind(&live).unwrap();
         let dead = dir.path().join("dead.sock");
         drop(UnixListener::bind(&dead).unwrap());
-        remove_if_stale(&dead);
+        assert!(is_dead(&dead).await);
         assert!(dead.exists(), "it may be about to listen");
         age(&live);
         age(&dead);
-        remove_if_stale(&live);
-        remove_if_stale(&dead);
+        assert!(!is_dead(&live).await && is_dead(&dead).await);
         assert!(live.exists() && !dead.exists());
     }
 

@@ -28,14 +28,10 @@ impl Transport {
     ) -> Result<(), DialError> {
         match (self, addresses.first()) {
             (Self::Sockets { port: Some(port), .. }, Some(Address::Local(path))) => {
-                let dialled = match local::is_dead(path) {
+                match local::is_dead(path).await {
                     true => Err(DialError("nobody listens on the socket".into())),
                     false => port.dial(target, path).await,
-                };
-                if dialled.is_err() {
-                    local::remove_if_stale(path);
                 }
-                dialled
             }
             (Self::Sockets { door, .. }, _) => door.dial(target, addresses).await,
             (Self::Memory(port), Some(Address::Memory(number))) => port.dial(target, *number),
