@@ -10,6 +10,9 @@ use clap::ValueEnum;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
+/// How long a far side may take to end.
+const ENDING: Duration = Duration::from_secs(10);
+
 /// Which cores the two processes of a contender run on. The kernel may put both on one, where a
 /// wake-up is cheap, or on two, where it isn't, and keep to that; so the same program can be
 /// three times as slow as itself.
@@ -110,14 +113,7 @@ impl Far {
         subcommand: &str,
         args: impl IntoIterator<Item = A>,
     ) -> anyhow::Result<Self> {
-        let child = Command::new(std::env::current_exe()?)
-            .args(["bench", subcommand])
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()?;
-        let mut far = Self::of(child)?;
+        let mut far = Self::spawn(subcommand, args)?;
         far.address = far.line().await.context("the far side did not start")?;
         Ok(far)
     }
@@ -129,20 +125,23 @@ impl Far {
         task: &str,
         within: Duration,
     ) -> anyhow::Result<Self> {
-        let child = Command::new(std::env::current_exe()?)
+        let mut far = Self::spawn(subcommand, args)?;
+        far.tell(task).await?;
+        far.address = far.line_within(within).await.context("the far side did not start")?;
+        Ok(far)
+    }
+
+    fn spawn<A: AsRef<OsStr>>(
+        subcommand: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
             .args(["bench", subcommand])
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
-        let mut far = Self::of(child)?;
-        far.tell(task).await?;
-        far.address = far.line_within(within).await.context("the far side did not start")?;
-        Ok(far)
-    }
-
-    fn of(mut child: Child) -> anyhow::Result<Self> {
         let stdin = child.stdin.take().context("the far side has no input")?;
         let stdout = child.stdout.take().context("the far side has no output")?;
         let lines = BufReader::new(stdout).lines();
@@ -151,6 +150,13 @@ impl Far {
 
     pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
+    }
+
+    /// Tells it to end, and waits until it has, for as long as that is worth waiting for.
+    pub(crate) async fn end(&mut self) -> anyhow::Result<()> {
+        self.tell("end").await?;
+        let _killed_when_dropped = tokio::time::timeout(ENDING, self.child.wait()).await;
+        Ok(())
     }
 
     /// Ends it as a crash does.

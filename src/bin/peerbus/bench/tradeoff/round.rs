@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::actor::{Part, Role};
 use super::relay::Relay;
@@ -19,8 +19,8 @@ use crate::scratch::Scratch;
 const WARM_UP: Duration = Duration::from_millis(500);
 /// How long after the last message another one is waited for.
 const QUIET: Duration = Duration::from_millis(1500);
-/// The same for what is guaranteed, which comes again after a while.
-const QUIET_GUARANTEED: Duration = Duration::from_secs(12);
+/// The same for what is guaranteed, behind a fault: it comes again after a while.
+const QUIET_AFTER_FAULT: Duration = Duration::from_secs(12);
 /// How long a process may take to be ready, or to answer.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -204,7 +204,7 @@ impl Cast<'_> {
         }
         let received = self.tallies(start, &mut sent).await?;
         for far in self.senders.iter_mut().chain(self.receivers.iter_mut().map(|it| &mut it.far)) {
-            far.tell("end").await?;
+            far.end().await?;
         }
         Ok(Round { received, sent, cpu, memory, wire, start, mended })
     }
@@ -253,7 +253,11 @@ impl Cast<'_> {
         if self.workload.pattern == Pattern::Request {
             return Ok(());
         }
-        let quiet = if self.is_guaranteed() { QUIET_GUARANTEED } else { QUIET };
+        // What is sent as fast as it goes has no gaps; what fails comes again after a while.
+        let quiet = match self.is_guaranteed() && self.workload.fault.is_some() {
+            true => QUIET_AFTER_FAULT,
+            false => QUIET,
+        };
         let (mut before, mut since) = (u64::MAX, Instant::now());
         // As many as there may be, unless some are lost.
         let wanted = match self.workload.rate {
@@ -279,18 +283,10 @@ impl Cast<'_> {
             }
             if count != before {
                 (before, since) = (count, Instant::now());
-            } else if since.elapsed() > quiet.min(self.quiet()) {
+            } else if since.elapsed() > quiet {
                 return Ok(());
             }
             usage.sleep_until(Instant::now() + Duration::from_nanos(MOMENT)).await;
-        }
-    }
-
-    /// What is sent as fast as it goes has no gaps; what fails comes again after a while.
-    fn quiet(&self) -> Duration {
-        match self.workload.fault {
-            Some(_) => QUIET_GUARANTEED,
-            None => QUIET,
         }
     }
 
@@ -316,9 +312,4 @@ async fn start(part: &Part, placement: Placement, near: bool) -> anyhow::Result<
     let cpu = placement.cores().map(|(first, second)| if near { first } else { second });
     let args = cpu.into_iter().flat_map(|cpu| ["--cpu".to_owned(), cpu.to_string()]);
     Far::start_with("actor", args, &serde_json::to_string(part)?, PATIENCE).await
-}
-
-/// A moment for what has ended to be gone.
-pub(super) async fn pause() {
-    sleep(Duration::from_millis(100)).await;
 }
