@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{Host, SOON, soon, wait_for};
+use common::{Host, SOON, echo, soon, wait_for};
 use peerbus::{
     Body, BrokerKind, Call, DeliveryError, DropReason, EmbeddedBroker, Event, HandlerError, NodeId,
     OutboxError, Overflow, RequestError, SendError, ServeError, SubscribeError,
 };
 use tokio::sync::mpsc;
-use world::{Carrier, World, collect, echo};
+use world::{Carrier, World, collect};
 
 async fn subscribers_get_what_they_ask_for(world: World) {
     let (alice, bob) = (world.node("alice").await, world.node("bob").await);

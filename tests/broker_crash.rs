@@ -10,9 +10,9 @@ mod world;
 use std::process::Command;
 use std::time::Duration;
 
-use common::{SOON, soon, wait_for};
+use common::{SOON, echo, soon, wait_for};
 use peerbus::{DownCause, EmbeddedBroker, Event, NodeId};
-use world::{Carrier, World, collect, echo};
+use world::{Carrier, World, collect};
 
 /// Ends the broker as a crash does, and has it back.
 async fn restart(world: &mut World) {

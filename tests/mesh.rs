@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{Host, SOON, soon, wait_for};
+use common::{Host, SOON, echo, soon, wait_for};
 use peerbus::{
     Address, Body, Call, DownCause, DropReason, Event, HandlerError, Kind, Node, RequestError,
     SendError, Source,
@@ -18,10 +18,6 @@ use tokio::sync::Notify;
 async fn meet(a: &Node, b: &Node) {
     a.wait_for_peers(1, SOON).await.unwrap();
     b.wait_for_peers(1, SOON).await.unwrap();
-}
-
-async fn echo(call: Call) -> Result<Body, HandlerError> {
-    Ok(call.message.body.into())
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use peerbus::{Config, Event, Events, Node};
+use peerbus::{Body, Call, Config, Event, Events, HandlerError, Node};
 use tempfile::TempDir;
 
 /// Long enough for any machine; a test that works never waits this long.
@@ -61,6 +61,11 @@ pub(crate) async fn wait_for<T>(
         }
     };
     tokio::time::timeout(SOON, wait).await.expect("the event comes")
+}
+
+/// A handler that replies with what it got.
+pub(crate) async fn echo(call: Call) -> Result<Body, HandlerError> {
+    Ok(call.message.body.into())
 }
 
 pub(crate) async fn soon<F: Future>(future: F) -> F::Output {

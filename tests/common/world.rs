@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use peerbus::{Body, Call, Config, EmbeddedBroker, HandlerError, Node};
+use peerbus::{Call, Config, EmbeddedBroker, HandlerError, Node};
 use tokio::sync::mpsc;
 
 use crate::common::Host;
@@ -95,10 +95,6 @@ impl World {
     pub(crate) fn is_mesh(&self) -> bool {
         matches!(self.carrier, Carrier::Mesh)
     }
-}
-
-pub(crate) async fn echo(call: Call) -> Result<Body, HandlerError> {
-    Ok(call.message.body.into())
 }
 
 /// A handler that hands on what it gets.
