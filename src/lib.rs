@@ -80,6 +80,7 @@ mod address;
     allow(dead_code, reason = "the embedded broker has no use for what the real ones can do")
 )]
 mod broker;
+mod clock;
 mod config;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub mod database;

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 
 use crate::address::{Destination, Topic};
+use crate::clock::coarse_unix_ms;
 use crate::identity::NodeId;
 use crate::wire::{BASE_COST, Delivery};
 
@@ -126,21 +127,8 @@ impl IdSource {
     }
 
     pub(crate) fn next_now(&self) -> MessageId {
-        self.next(unix_ms())
+        self.next(coarse_unix_ms())
     }
-}
-
-/// Milliseconds since 1970, by the clock that the kernel keeps for those who want it cheap: it
-/// moves once a tick, every 1 to 10 ms, and takes a fifth of the time to read.
-#[cfg(target_os = "linux")]
-fn unix_ms() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
-    u64::try_from(now.tv_sec * 1000 + now.tv_nsec / 1_000_000).unwrap_or_default()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 /// What a message is to its receiver (Hohpe and Woolf, *Enterprise Integration Patterns*).

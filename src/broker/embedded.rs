@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_core::Stream;
 use futures_util::StreamExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, timeout};
 use zeromq::{
@@ -15,11 +15,12 @@ use zeromq::{
     SocketSend, ZmqMessage,
 };
 
-use super::hub::{SILENCE, WINDOW, cost, number, op, text, to_io};
-use super::session::{ConnectError, Failed, Lost};
+use super::hub::{SILENCE, WINDOW, cost, number, op, text};
+use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
 use super::{BrokerUrl, Incoming, Me, Order, StoreFailure, Via};
 use crate::address::Recipient;
 use crate::identity::random_bytes;
+use crate::link::zmq::to_io;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -27,8 +28,6 @@ use crate::wire::Parcel;
 
 /// How often each side says that it is there.
 const PING: Duration = Duration::from_secs(1);
-/// How long the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How much is taken before the broker is told.
 const TELL_TAKEN: u64 = WINDOW / 16;
 
@@ -37,7 +36,7 @@ pub(crate) struct Session {
     outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
     /// Told of each thing that the broker has done.
     done: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
-    down: watch::Receiver<Option<String>>,
+    ending: Ending,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -80,7 +79,7 @@ impl Session {
         };
         let (outgoing, orders) = mpsc::unbounded_channel();
         let (tell_done, done) = mpsc::unbounded_channel();
-        let (tell_down, down) = watch::channel(None);
+        let ending = Ending::new();
         let reader = Reader {
             incoming: incoming.clone(),
             outgoing: outgoing.clone(),
@@ -88,11 +87,11 @@ impl Session {
             taken: 0,
         };
         let tasks = vec![
-            tokio::spawn(write(sender, orders, tell_down.clone())),
-            tokio::spawn(reader.run(receiver, monitor, tell_down)),
+            tokio::spawn(write(sender, orders, ending.clone())),
+            tokio::spawn(reader.run(receiver, monitor, ending.clone())),
         ];
         let done = tokio::sync::Mutex::new(done);
-        Ok(Self { title, outgoing, done, down, tasks: Mutex::new(tasks) })
+        Ok(Self { title, outgoing, done, ending, tasks: Mutex::new(tasks) })
     }
 
     pub(super) fn title(&self) -> String {
@@ -143,15 +142,13 @@ impl Session {
         self.say(frames);
         match timeout(ANSWER, done.recv()).await {
             Ok(Some(())) => Ok(()),
-            Ok(None) => Err(Failed::Lost(Lost("the connection was closed".into()))),
-            Err(_) => Err(Failed::Lost(Lost("no answer within 5 s".into()))),
+            Ok(None) => Err(Failed::lost("the connection was closed")),
+            Err(_) => Err(Failed::lost("no answer within 5 s")),
         }
     }
 
     pub(super) async fn lost(&self) -> Lost {
-        let mut down = self.down.clone();
-        let told = down.wait_for(Option::is_some).await;
-        Lost(told.ok().and_then(|text| text.clone()).unwrap_or_else(|| "it ended".into()))
+        self.ending.lost().await
     }
 
     pub(super) async fn close(&self) {
@@ -178,7 +175,7 @@ async fn send(sender: &mut DealerSendHalf, frames: Vec<Bytes>) -> std::io::Resul
 async fn write(
     mut sender: DealerSendHalf,
     mut orders: mpsc::UnboundedReceiver<Vec<Bytes>>,
-    down: watch::Sender<Option<String>>,
+    ending: Ending,
 ) {
     let mut pings = interval(PING);
     loop {
@@ -191,7 +188,7 @@ async fn write(
         };
         let is_goodbye = *frames[0] == *b"B";
         if let Err(error) = send(&mut sender, frames).await {
-            down.send_replace(Some(error.to_string()));
+            ending.tell(error);
             return;
         }
         if is_goodbye {
@@ -213,7 +210,7 @@ impl Reader {
         mut self,
         mut receiver: DealerRecvHalf,
         mut monitor: impl Stream<Item = SocketEvent> + Unpin,
-        down: watch::Sender<Option<String>>,
+        ending: Ending,
     ) {
         let mut pings = interval(PING);
         let mut heard = Instant::now();
@@ -240,7 +237,7 @@ impl Reader {
                 }
             }
         };
-        down.send_replace(Some(why));
+        ending.tell(why);
     }
 
     fn handle(&mut self, frames: Vec<Bytes>) {

@@ -19,7 +19,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -296,11 +295,7 @@ impl Hub {
         let takers: Vec<Name> = takers.map(|(_, name)| name.clone()).collect();
         for taker in takers {
             let message = vec![op(b"P"), topic.clone(), head.clone(), body.clone()];
-            if !self.send(&taker, message).await
-                && let Some(client) = self.clients.get_mut(from)
-            {
-                client.untold += 1;
-            }
+            self.hand_on(from, &taker, message).await;
         }
     }
 
@@ -314,14 +309,17 @@ impl Hub {
 
     async fn send_or_return(&mut self, from: &Name, to: Option<Name>, id: &Bytes, message: Frames) {
         match to {
-            Some(to) => {
-                if !self.send(&to, message).await
-                    && let Some(client) = self.clients.get_mut(from)
-                {
-                    client.untold += 1;
-                }
-            }
+            Some(to) => self.hand_on(from, &to, message).await,
             None => _ = self.send(from, vec![op(b"R"), id.clone()]).await,
+        }
+    }
+
+    /// Sends a message on; one that is dropped is told to its sender later.
+    async fn hand_on(&mut self, from: &Name, to: &Name, message: Frames) {
+        if !self.send(to, message).await
+            && let Some(client) = self.clients.get_mut(from)
+        {
+            client.untold += 1;
         }
     }
 
@@ -460,12 +458,4 @@ pub(super) fn number(bytes: &Bytes) -> u64 {
 
 pub(super) fn text(bytes: &Bytes) -> Option<&str> {
     std::str::from_utf8(bytes).ok()
-}
-
-/// Says what a library's error is to the system.
-pub(super) fn to_io(error: zeromq::ZmqError) -> io::Error {
-    match error {
-        zeromq::ZmqError::Network(error) => error,
-        other => io::Error::other(other.to_string()),
-    }
 }

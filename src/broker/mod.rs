@@ -30,6 +30,7 @@ pub(crate) use room::{Pace, Room, State};
 pub use url::{BrokerKind, BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
+use crate::engine::delivery::{MAX_FAILURES, longest_pause};
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
@@ -158,11 +159,42 @@ pub(crate) trait Incoming: Send + Sync {
     fn handle_dropped(&self, reason: DropReason, count: u64);
 }
 
-/// How long a message whose handler failed is left alone: 200 ms, doubling to 60 s.
-pub(crate) fn backoff(attempt: u32) -> Duration {
-    let doubled = 200u64.saturating_mul(1 << attempt.saturating_sub(1).min(16));
-    Duration::from_millis(doubled.min(60_000))
+/// What a broker is to do with a message that it keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    Forget,
+    /// Keep it as a dead letter, for that reason.
+    Bury(String),
+    /// Deliver it again after that time.
+    Again(Duration),
 }
 
-/// So many failures of its handler make a guaranteed message a dead letter.
-pub(crate) const MAX_FAILURES: u32 = 10;
+impl Outcome {
+    /// What follows from the outcome of an attempt; `None` is one that nobody tells.
+    pub(crate) fn end(outcome: Option<Self>, attempt: u32) -> End {
+        match outcome {
+            Some(Self::Processed) => End::Forget,
+            Some(Self::Failed(reason)) if attempt >= MAX_FAILURES => End::Bury(reason),
+            Some(Self::Rejected(reason)) => End::Bury(reason),
+            Some(Self::Expired) => End::Bury("it expired".into()),
+            Some(Self::Later(wait)) => End::Again(wait),
+            Some(Self::Failed(_) | Self::Refused) | None => {
+                End::Again(longest_pause(attempt.saturating_sub(1)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_is_left_alone_ever_longer_and_buried_in_the_end() {
+        let failed = |attempt| Outcome::end(Some(Outcome::Failed("no".into())), attempt);
+        assert_eq!(failed(1), End::Again(Duration::from_millis(200)));
+        assert_eq!(failed(2), End::Again(Duration::from_millis(400)));
+        assert_eq!(failed(MAX_FAILURES), End::Bury("no".into()));
+        assert_eq!(Outcome::end(None, u32::MAX), End::Again(Duration::from_secs(60)));
+    }
+}

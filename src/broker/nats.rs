@@ -26,15 +26,14 @@ use bytes::Bytes;
 use data_encoding::BASE64_NOPAD;
 use futures_util::{FutureExt, StreamExt};
 use percent_encoding::percent_decode_str;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::session::{ConnectError, Failed, Lost};
-use super::{
-    BrokerUrl, Guaranteed, Incoming, Kept, MAX_FAILURES, Me, Order, Outcome, StoreFailure, Via,
-};
+use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
+use super::{BrokerUrl, End, Guaranteed, Incoming, Kept, Me, Order, Outcome, StoreFailure, Via};
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
+use crate::engine::delivery::longest_pause;
 use crate::identity::NodeId;
 use crate::sync::lock;
 use crate::wire::Parcel;
@@ -44,8 +43,6 @@ const HEAD: &str = "peerbus";
 /// The header of a dead letter that says why it is one.
 const REASON: &str = "peerbus-reason";
 const GROUP: &str = "peerbus";
-/// How long the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How many guaranteed messages are asked for at a time.
 const BATCH: usize = 500;
 
@@ -55,7 +52,7 @@ pub(crate) struct Session {
     names: Names,
     me: Me,
     incoming: Arc<dyn Incoming>,
-    down: watch::Receiver<Option<String>>,
+    ending: Ending,
     tasks: Mutex<HashMap<Task, AbortHandle>>,
 }
 
@@ -124,24 +121,19 @@ impl Session {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
-        let (tell, down) = watch::channel(None);
+        let ending = Ending::new();
+        let tell = ending.clone();
         let mut options = ConnectOptions::new()
             .name(format!("peerbus {} {}", me.name, me.id.short()))
             // Another session restores what this one had.
             .max_reconnects(1)
             .connection_timeout(ANSWER)
             .event_callback(move |event| {
-                let why = match &event {
-                    async_nats::Event::Disconnected => Some("the connection was closed".into()),
-                    async_nats::Event::Closed => Some("the connection has ended".into()),
-                    async_nats::Event::ClientError(error) => Some(error.to_string()),
-                    other => {
-                        tracing::debug!(event = %other, "NATS");
-                        None
-                    }
-                };
-                if why.is_some() {
-                    tell.send_replace(why);
+                match event {
+                    async_nats::Event::Disconnected => tell.tell("the connection was closed"),
+                    async_nats::Event::Closed => tell.tell("the connection has ended"),
+                    async_nats::Event::ClientError(error) => tell.tell(error),
+                    other => tracing::debug!(event = %other, "NATS"),
                 }
                 async {}
             });
@@ -169,7 +161,7 @@ impl Session {
             names,
             me: me.clone(),
             incoming: incoming.clone(),
-            down,
+            ending,
             tasks: Mutex::default(),
         };
         session.listen().await.map_err(ConnectError::passing)?;
@@ -220,18 +212,18 @@ impl Session {
     pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
         match order {
             order @ (Order::Publish(..) | Order::Call(..) | Order::Reply(..) | Order::Tell(_)) => {
-                self.publish(order).await.map_err(lost)
+                self.publish(order).await.map_err(Failed::lost)
             }
             Order::Subscribe(pattern) => {
                 let subject = self.names.topic(pattern.as_str());
-                let subscriber = self.client.subscribe(subject).await.map_err(lost)?;
+                let subscriber = self.client.subscribe(subject).await.map_err(Failed::lost)?;
                 let start = self.names.topic("").len();
                 let wanted = pattern.clone();
                 self.forward(Task::Topics(pattern), subscriber, move |subject| {
                     let topic = subject.get(start..)?.parse().ok()?;
                     Some(Via::Topic(topic, Some(wanted.clone())))
                 });
-                self.client.flush().await.map_err(lost)
+                self.client.flush().await.map_err(Failed::lost)
             }
             Order::Unsubscribe(pattern) => {
                 self.end(&Task::Topics(pattern));
@@ -241,7 +233,7 @@ impl Session {
             Order::Withdraw(name) => {
                 self.end(&Task::Service(name.clone()));
                 self.end(&Task::Work(name));
-                self.client.flush().await.map_err(lost)
+                self.client.flush().await.map_err(Failed::lost)
             }
             Order::Consume(name, pattern, concurrency) => {
                 self.consume(name, &pattern, concurrency).await
@@ -293,9 +285,9 @@ impl Session {
             let subscriber = self.client.queue_subscribe(subject, GROUP.into()).await;
             let via = Via::Service(name.clone());
             let forwarded = move |_: &str| Some(via.clone());
-            self.forward(Task::Service(name.clone()), subscriber.map_err(lost)?, forwarded);
+            self.forward(Task::Service(name.clone()), subscriber.map_err(Failed::lost)?, forwarded);
         }
-        self.client.flush().await.map_err(lost)?;
+        self.client.flush().await.map_err(Failed::lost)?;
         let Some(streams) = &self.jetstream else { return Ok(()) };
         let (channel, via) = match name == ServiceName::node_inbox() {
             true => (self.me.id.to_string(), Via::Inbox),
@@ -430,9 +422,7 @@ impl Session {
     }
 
     pub(super) async fn lost(&self) -> Lost {
-        let mut down = self.down.clone();
-        let told = down.wait_for(Option::is_some).await;
-        Lost(told.ok().and_then(|text| text.clone()).unwrap_or_else(|| "it ended".into()))
+        self.ending.lost().await
     }
 
     pub(super) async fn close(&self) {
@@ -517,33 +507,34 @@ async fn settle(
             }
         }
     };
-    let again = || AckKind::Nak(Some(super::backoff(attempt)));
-    let (kind, dead) = match outcome {
-        Ok(Outcome::Processed) => (AckKind::Ack, None),
-        Ok(Outcome::Failed(text)) if attempt >= MAX_FAILURES => (AckKind::Term, Some(text)),
-        Ok(Outcome::Rejected(text)) => (AckKind::Term, Some(text)),
-        Ok(Outcome::Expired) => (AckKind::Term, Some("it expired".into())),
-        Ok(Outcome::Later(wait)) => (AckKind::Nak(Some(wait)), None),
-        Ok(Outcome::Failed(_) | Outcome::Refused) | Err(_) => (again(), None),
+    let kind = match Outcome::end(outcome.ok(), attempt) {
+        End::Forget => AckKind::Ack,
+        End::Again(wait) => AckKind::Nak(Some(wait)),
+        End::Bury(reason) => match bury(&message, &reason, &context, &names).await {
+            Ok(()) => AckKind::Term,
+            Err(error) => {
+                tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
+                AckKind::Nak(Some(longest_pause(attempt.saturating_sub(1))))
+            }
+        },
     };
-    if let Some(reason) = dead {
-        let mut headers = message.headers.clone().unwrap_or_default();
-        headers.insert(REASON, reason.replace(['\r', '\n'], " "));
-        let subject = names.dead(&message.subject);
-        let buried = context.publish_with_headers(subject, headers, message.payload.clone()).await;
-        let buried = match buried {
-            Ok(confirmed) => confirmed.await.map(drop),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = buried {
-            tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
-            let _lost = message.ack_with(again()).await;
-            return;
-        }
-    }
     if let Err(error) = message.ack_with(kind).await {
         tracing::debug!(%error, "an acknowledgement was lost; its message comes again");
     }
+}
+
+/// Stores a dead letter.
+async fn bury(
+    message: &jetstream::Message,
+    reason: &str,
+    context: &jetstream::Context,
+    names: &Names,
+) -> Result<(), jetstream::context::PublishError> {
+    let mut headers = message.headers.clone().unwrap_or_default();
+    headers.insert(REASON, reason.replace(['\r', '\n'], " "));
+    let subject = names.dead(&message.subject);
+    let buried = context.publish_with_headers(subject, headers, message.payload.clone()).await?;
+    buried.await.map(drop)
 }
 
 /// A part of a URL without its escapes (RFC 3986).
@@ -575,10 +566,6 @@ fn escape(name: &str) -> String {
         }
     }
     escaped
-}
-
-fn lost(error: impl std::fmt::Display) -> Failed {
-    Failed::Lost(Lost::because(error))
 }
 
 fn refused(error: impl std::fmt::Display) -> Failed {

@@ -15,7 +15,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -32,15 +32,15 @@ use lapin::{
     Acker, BasicProperties, Channel, Connection, ConnectionProperties, DefaultConnectionBuilder,
     ErrorKind, Event, ExchangeKind,
 };
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::session::{ConnectError, Failed, Lost};
-use super::{
-    BrokerUrl, Guaranteed, Incoming, Kept, MAX_FAILURES, Me, Order, Outcome, StoreFailure, Via,
-};
+use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
+use super::{BrokerUrl, End, Guaranteed, Incoming, Kept, Me, Order, Outcome, StoreFailure, Via};
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
+use crate::clock::unix_ms;
+use crate::engine::delivery::MAX_FAILURES;
 use crate::message::MessageId;
 use crate::sync::lock;
 use crate::wire::Parcel;
@@ -50,15 +50,12 @@ const HEAD: &str = "peerbus";
 const ORPHANED_MS: i32 = 60_000;
 /// How much may wait in a node's queue, in bytes; the oldest go first.
 const INBOX_BYTES: i64 = 64 * 1024 * 1024;
-/// How long the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
 /// Between signs of life, in seconds.
 const HEARTBEAT: u16 = 5;
 const PERSISTENT: u8 = 2;
 
 pub(crate) struct Session {
     connection: Connection,
-    title: String,
     names: Names,
     me: Me,
     incoming: Arc<dyn Incoming>,
@@ -70,7 +67,7 @@ pub(crate) struct Session {
     storing: Channel,
     declaring: tokio::sync::Mutex<Channel>,
     declared: Mutex<HashSet<String>>,
-    down: watch::Receiver<Option<String>>,
+    ending: Ending,
     tasks: Mutex<HashMap<Task, Running>>,
 }
 
@@ -163,13 +160,14 @@ impl Session {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> lapin::Result<Self> {
-        let (tell, down) = watch::channel(None);
+        let ending = Ending::new();
+        let tell = ending.clone();
         let mut events = Box::pin(connection.events_listener());
         let watching = tokio::spawn(async move {
             while let Some(event) = events.next().await {
                 match event {
                     Event::Error(error) => {
-                        tell.send_replace(Some(error.to_string()));
+                        tell.tell(error);
                         return;
                     }
                     Event::ConnectionBlocked(reason) => {
@@ -178,7 +176,7 @@ impl Session {
                     other => tracing::debug!(?other, "RabbitMQ"),
                 }
             }
-            tell.send_replace(Some("the connection has ended".into()));
+            tell.tell("the connection has ended");
         });
         let confirming = async || {
             let channel = connection.create_channel().await?;
@@ -188,7 +186,6 @@ impl Session {
         let (calls, storing) = (confirming().await?, confirming().await?);
         let watching = Running { task: watching.abort_handle(), channel: None };
         Ok(Self {
-            title: "RabbitMQ".into(),
             names: Names { prefix: format!("peerbus.{}", me.mesh) },
             me: me.clone(),
             incoming: incoming.clone(),
@@ -197,7 +194,7 @@ impl Session {
             storing,
             declaring: tokio::sync::Mutex::new(connection.create_channel().await?),
             declared: Mutex::default(),
-            down,
+            ending,
             tasks: Mutex::new(HashMap::from([(Task::Watch, watching)])),
             connection,
         })
@@ -218,11 +215,11 @@ impl Session {
         arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(INBOX_BYTES));
         self.declare_queue(&inbox, QueueDeclareOptions::default(), arguments).await?;
         self.bind(&inbox, "all", "").await?;
-        let channel = self.connection.create_channel().await.map_err(lost)?;
+        let channel = self.connection.create_channel().await.map_err(Failed::lost)?;
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let consumer =
             channel.basic_consume(short(&inbox)?, "".into(), options, FieldTable::default());
-        let mut consumer = consumer.await.map_err(lost)?;
+        let mut consumer = consumer.await.map_err(Failed::lost)?;
         let (incoming, events) = (self.incoming.clone(), self.names.of("events"));
         let all = self.names.of("all");
         let task = tokio::spawn(async move {
@@ -244,7 +241,7 @@ impl Session {
     }
 
     pub(super) fn title(&self) -> String {
-        self.title.clone()
+        "RabbitMQ".into()
     }
 
     fn inbox(&self) -> String {
@@ -273,7 +270,7 @@ impl Session {
                 let (key, none) = (short(&binding(&pattern)?)?, FieldTable::default());
                 let unbound =
                     self.declaring.lock().await.queue_unbind(queue, exchange, key, none).await;
-                unbound.map_err(lost)
+                unbound.map_err(Failed::lost)
             }
             Order::Serve(name, concurrency) => self.serve(name, concurrency).await,
             Order::Withdraw(name) => {
@@ -297,7 +294,7 @@ impl Session {
                 let queue = short(&self.names.durable(&self.me, &name))?;
                 let channel = self.declaring.lock().await;
                 let deleted = channel.queue_delete(queue, QueueDeleteOptions::default()).await;
-                deleted.map(drop).map_err(lost)
+                deleted.map(drop).map_err(Failed::lost)
             }
             Order::Store(message) => self.store(*message).await,
         }
@@ -307,7 +304,7 @@ impl Session {
         let (properties, options) = (properties(&parcel), BasicPublishOptions::default());
         let (exchange, key) = (short(exchange)?, short(key)?);
         let sent = self.plain.basic_publish(exchange, key, options, &parcel.body, properties).await;
-        sent.map(drop).map_err(lost)
+        sent.map(drop).map_err(Failed::lost)
     }
 
     async fn call(
@@ -325,7 +322,7 @@ impl Session {
         let queue = short(queue)?;
         let sent =
             self.calls.basic_publish("".into(), queue, options, &parcel.body, properties).await;
-        let (confirmed, incoming) = (sent.map_err(lost)?, self.incoming.clone());
+        let (confirmed, incoming) = (sent.map_err(Failed::lost)?, self.incoming.clone());
         tokio::spawn(async move {
             if let Ok(confirmation) = confirmed.await
                 && confirmation.take_message().is_some()
@@ -405,9 +402,9 @@ impl Session {
         queue: &str,
         concurrency: u32,
     ) -> Result<(Channel, lapin::Consumer), Failed> {
-        let channel = self.connection.create_channel().await.map_err(lost)?;
+        let channel = self.connection.create_channel().await.map_err(Failed::lost)?;
         let prefetch = concurrency.saturating_mul(2).clamp(1, 4096) as u16;
-        channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(lost)?;
+        channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(Failed::lost)?;
         let options = BasicConsumeOptions::default();
         let consumer =
             channel.basic_consume(short(queue)?, "".into(), options, FieldTable::default());
@@ -443,7 +440,7 @@ impl Session {
             Ok(confirmed) => confirmed,
             Err(error) => {
                 let _gave_up = stored.send(Err(StoreFailure::Lost));
-                return Err(lost(error));
+                return Err(Failed::lost(error));
             }
         };
         tokio::spawn(async move {
@@ -495,7 +492,7 @@ impl Session {
         let Err(error) = result else { return Ok(()) };
         let failed = refused(name, &error);
         if matches!(failed, Failed::Refused(_)) {
-            let fresh = self.connection.create_channel().await.map_err(lost)?;
+            let fresh = self.connection.create_channel().await.map_err(Failed::lost)?;
             *self.declaring.lock().await = fresh;
         }
         Err(failed)
@@ -505,7 +502,7 @@ impl Session {
         let (queue, exchange) = (short(queue)?, short(&self.names.of(exchange))?);
         let (options, none) = (QueueBindOptions::default(), FieldTable::default());
         let channel = self.declaring.lock().await;
-        channel.queue_bind(queue, exchange, short(key)?, options, none).await.map_err(lost)
+        channel.queue_bind(queue, exchange, short(key)?, options, none).await.map_err(Failed::lost)
     }
 
     fn keep(&self, task: Task, running: AbortHandle, channel: Channel) {
@@ -529,9 +526,7 @@ impl Session {
     }
 
     pub(super) async fn lost(&self) -> Lost {
-        let mut down = self.down.clone();
-        let told = down.wait_for(Option::is_some).await;
-        Lost(told.ok().and_then(|text| text.clone()).unwrap_or_else(|| "it ended".into()))
+        self.ending.lost().await
     }
 
     pub(super) async fn close(&self) {
@@ -555,16 +550,13 @@ impl Drop for Session {
 
 /// Tells the broker what became of a guaranteed message.
 async fn settle(acker: Acker, attempt: u32, ended: oneshot::Receiver<Outcome>) {
-    let told = match ended.await {
-        Ok(Outcome::Processed) => acker.ack(BasicAckOptions::default()).await,
-        Ok(Outcome::Rejected(reason)) => bury(&acker, &reason).await,
-        Ok(Outcome::Expired) => bury(&acker, "it expired").await,
-        Ok(Outcome::Failed(reason)) if attempt >= MAX_FAILURES => bury(&acker, &reason).await,
-        again => {
-            let wait = match again {
-                Ok(Outcome::Later(wait)) => wait,
-                _ => super::backoff(attempt),
-            };
+    let told = match Outcome::end(ended.await.ok(), attempt) {
+        End::Forget => acker.ack(BasicAckOptions::default()).await,
+        End::Bury(reason) => {
+            tracing::warn!(reason, "a message is a dead letter");
+            acker.reject(BasicRejectOptions { requeue: false }).await
+        }
+        End::Again(wait) => {
             // The broker has no delay of its own; it keeps the message for this node meanwhile.
             sleep(wait).await;
             acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
@@ -573,11 +565,6 @@ async fn settle(acker: Acker, attempt: u32, ended: oneshot::Receiver<Outcome>) {
     if let Err(error) = told {
         tracing::debug!(%error, "an acknowledgement was lost; its message comes again");
     }
-}
-
-async fn bury(acker: &Acker, reason: &str) -> lapin::Result<bool> {
-    tracing::warn!(reason, "a message is a dead letter");
-    acker.reject(BasicRejectOptions { requeue: false }).await
 }
 
 fn durable() -> QueueDeclareOptions {
@@ -639,18 +626,10 @@ fn parcel(delivery: Delivery) -> Parcel {
     Parcel { head, body: delivery.data.into() }
 }
 
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
-}
-
 fn short(text: &str) -> Result<ShortString, Failed> {
     ShortString::try_new(text).map_err(|_| {
         Failed::Refused(format!("{text}: over the 255 bytes that a name may have there"))
     })
-}
-
-fn lost(error: impl std::fmt::Display) -> Failed {
-    Failed::Lost(Lost::because(error))
 }
 
 /// A soft error is about one thing; anything else ends the connection.
@@ -659,7 +638,7 @@ fn refused(name: &str, error: &lapin::Error) -> Failed {
         ErrorKind::ProtocolError(told) if error.is_amqp_soft_error() => {
             Failed::Refused(format!("{name}: {}", told.get_message()))
         }
-        _ => lost(error),
+        _ => Failed::lost(error),
     }
 }
 

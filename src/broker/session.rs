@@ -1,6 +1,9 @@
 //! One connection to a broker, whatever its kind.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 #[cfg(feature = "nats")]
 use super::nats;
@@ -30,9 +33,27 @@ impl ConnectError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lost(pub(crate) String);
 
-impl Lost {
-    pub(crate) fn because(error: impl std::fmt::Display) -> Self {
-        Self(error.to_string())
+/// How long a broker may take to answer.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
+
+/// Tells of the end of a connection, once it is known why.
+#[derive(Clone)]
+pub(super) struct Ending(watch::Sender<Option<String>>);
+
+impl Ending {
+    pub(super) fn new() -> Self {
+        Self(watch::Sender::new(None))
+    }
+
+    pub(super) fn tell(&self, why: impl std::fmt::Display) {
+        self.0.send_replace(Some(why.to_string()));
+    }
+
+    /// Waits for it.
+    pub(super) async fn lost(&self) -> Lost {
+        let mut told = self.0.subscribe();
+        let why = told.wait_for(Option::is_some).await;
+        Lost(why.ok().and_then(|why| why.clone()).unwrap_or_else(|| "it ended".into()))
     }
 }
 
@@ -43,6 +64,12 @@ pub(crate) enum Failed {
     Lost(Lost),
     /// The broker refuses this one thing: an operator has to look.
     Refused(String),
+}
+
+impl Failed {
+    pub(super) fn lost(error: impl std::fmt::Display) -> Self {
+        Self::Lost(Lost(error.to_string()))
+    }
 }
 
 pub(crate) enum Session {

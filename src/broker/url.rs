@@ -146,10 +146,8 @@ impl FromStr for BrokerUrl {
 impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, rest) = self.text.split_once("://").unwrap_or_default();
-        match rest.rsplit_once('@') {
-            Some((_secret, rest)) => write!(f, "{scheme}://{rest}"),
-            None => write!(f, "{scheme}://{rest}"),
-        }
+        let shown = rest.rsplit_once('@').map_or(rest, |(_secret, rest)| rest);
+        write!(f, "{scheme}://{shown}")
     }
 }
 

@@ -184,7 +184,7 @@ fn endpoint(path: &Path) -> String {
     format!("ipc://{}", path.display())
 }
 
-fn to_io(error: ZmqError) -> io::Error {
+pub(crate) fn to_io(error: ZmqError) -> io::Error {
     match error {
         ZmqError::Network(error) => error,
         other => io::Error::other(other.to_string()),

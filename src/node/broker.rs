@@ -9,7 +9,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::counters::add;
-use super::delivery::unix_ms;
 use super::events::{DownCause, Event};
 use super::guaranteed::{OutboxError, Receipt};
 use super::run::Run;
@@ -19,6 +18,7 @@ use crate::address::{Destination, Pattern, Recipient, ServiceName, Topic};
 use crate::broker::{
     Incoming, Kept, Order, Outcome, Pace, Room, State, StoreFailure, Ticket, Unsupported, Via,
 };
+use crate::clock::unix_ms;
 use crate::engine::LinkId;
 use crate::engine::delivery::NewMessage;
 use crate::identity::{Incarnation, NodeId};
@@ -26,7 +26,7 @@ use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::peer::{Address, PeerInfo, Source, Unreachable};
 use crate::report::DropReason;
 use crate::sync::lock;
-use crate::wire::{Delivery, DeliveryId, Envelope, Parcel, Payload, Stream};
+use crate::wire::{Delivery, DeliveryId, Envelope, Parcel, Payload, Stream, Unpacked};
 
 /// Stands for the link of what goes by a broker.
 pub(super) const BROKER: LinkId = LinkId(u64::MAX);
@@ -360,7 +360,8 @@ impl Shared {
     }
 
     fn handle_kept(self: &Arc<Self>, broker: &Brokered, via: Via, parcel: Parcel, kept: Kept) {
-        let Some((from, envelope, expires_at, not_before)) = self.unpack(&via, parcel) else {
+        let Some(Unpacked { from, envelope, expires_at, not_before }) = self.unpack(&via, parcel)
+        else {
             let _gone = kept.outcome.send(Outcome::Rejected("it can't be read".into()));
             return;
         };
@@ -414,11 +415,7 @@ impl Shared {
     }
 
     /// What a parcel holds. One without a head comes from another program.
-    fn unpack(
-        &self,
-        via: &Via,
-        parcel: Parcel,
-    ) -> Option<(NodeId, Envelope, Option<u64>, Option<u64>)> {
+    fn unpack(&self, via: &Via, parcel: Parcel) -> Option<Unpacked> {
         if parcel.head.is_empty() {
             let (destination, kind) = match via {
                 Via::Topic(topic, _) => (Destination::Topic(topic.clone()), Kind::Event),
@@ -431,16 +428,15 @@ impl Shared {
                 Kind::Event => Payload::Event(parcel.body),
                 Kind::Command | Kind::Document => Payload::Call(parcel.body),
             };
-            return Some((NodeId::BROKER, Envelope { header, payload }, None, None));
+            let (from, envelope) = (NodeId::BROKER, Envelope { header, payload });
+            return Some(Unpacked { from, envelope, expires_at: None, not_before: None });
         }
-        match parcel.unpack(&self.id, self.config.max_body) {
-            Ok(it) => Some((it.from, it.envelope, it.expires_at, it.not_before)),
-            Err(error) => {
-                tracing::debug!(%error, "a message that can't be read came from the broker");
-                self.counters.refused("protocol");
-                None
-            }
+        let unpacked = parcel.unpack(&self.id, self.config.max_body);
+        if let Err(error) = &unpacked {
+            tracing::debug!(%error, "a message that can't be read came from the broker");
+            self.counters.refused("protocol");
         }
+        unpacked.ok()
     }
 
     fn handle_broker_state(self: &Arc<Self>, broker: &Brokered, state: &State) {
@@ -489,7 +485,7 @@ impl BrokerGate {
 impl Incoming for BrokerGate {
     fn handle_message(&self, via: Via, parcel: Parcel, ticket: Option<Ticket>) {
         self.with(|shared, broker| {
-            if let Some((from, envelope, ..)) = shared.unpack(&via, parcel) {
+            if let Some(Unpacked { from, envelope, .. }) = shared.unpack(&via, parcel) {
                 shared.handle_from_broker(broker, via, from, envelope, ticket);
             }
         });

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -15,6 +15,7 @@ use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
 use crate::broker::Unsupported;
+use crate::clock::unix_ms;
 use crate::engine::delivery::{
     Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, Source, Verdict,
 };
@@ -33,11 +34,6 @@ struct Candidate {
     node: NodeId,
     load: u64,
     concurrency: u32,
-}
-
-/// Milliseconds since 1970, by the clock on the wall.
-pub(crate) fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 impl Shared {
@@ -385,21 +381,19 @@ impl Shared {
 
     /// The handler of a guaranteed message ended, or it has none.
     pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: Outcome) {
-        if let (Some(broker), Some(id)) = (self.broker(), delivery_id(message)) {
-            return self.settle_by_broker(broker, id, Some(outcome));
-        }
-        if let Some(id) = delivery_id(message) {
-            self.with_inbox(|inbox| inbox.handle_ended(message.from, id, outcome));
+        let Some(id) = delivery_id(message) else { return };
+        match self.broker() {
+            Some(broker) => self.settle_by_broker(broker, id, Some(outcome)),
+            None => _ = self.with_inbox(|inbox| inbox.handle_ended(message.from, id, outcome)),
         }
     }
 
     /// A guaranteed message is no longer in the queue of its handler.
     pub(crate) fn unqueue_delivery(self: &Arc<Self>, message: &Message) {
-        if let (Some(broker), Some(id)) = (self.broker(), delivery_id(message)) {
-            return self.settle_by_broker(broker, id, None);
-        }
-        if let Some(id) = delivery_id(message) {
-            self.with_inbox(|inbox| inbox.handle_unqueued(message.from, id));
+        let Some(id) = delivery_id(message) else { return };
+        match self.broker() {
+            Some(broker) => self.settle_by_broker(broker, id, None),
+            None => _ = self.with_inbox(|inbox| inbox.handle_unqueued(message.from, id)),
         }
     }
 

@@ -8,12 +8,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 use super::broker::Brokered;
-use super::delivery::{DeliveryError, unix_ms};
+use super::delivery::DeliveryError;
 use super::draft::{BodyError, Draft};
 use super::shared::Shared;
 use super::store::Waiter;
 use crate::address::{AddressError, Destination};
 use crate::broker::{BrokerKind, Unsupported};
+use crate::clock::unix_ms;
 use crate::engine::delivery::{Fate, NewMessage, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::broker::{BrokerGate, Brokered};
-use super::delivery::unix_ms;
 use super::driver;
 use super::receive::NodeAcceptor;
 use super::shared::{DoorWatch, Shared};
@@ -15,9 +14,10 @@ use super::store::{self, Store, StoreError};
 use super::transport::Transport;
 use super::{Inner, Node};
 use crate::broker::{BrokerUrl, BrokerUrlError, Me, Room};
+use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
-use crate::engine::delivery::{Now, OutboxConfig};
+use crate::engine::delivery::{MAX_FAILURES, Now, OutboxConfig};
 use crate::engine::{Mesh, MeshConfig, Sighting, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
@@ -170,9 +170,6 @@ async fn open_store(
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| StartError::Config(error.to_string()))??)
 }
-
-/// So many failures of its handler make a guaranteed message a dead letter.
-const MAX_FAILURES: u32 = 10;
 
 /// Connects to the broker; one that can't be reached now is tried again and again.
 async fn start_broker(shared: &Arc<Shared>, url: &str) -> Result<(), StartError> {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::pack::{ArrayWriter, Reader};
 use super::record::{Inheritance, ReadContext, read_record, write_message};
-use super::{Envelope, Payload, Record, WireError};
+use super::{Envelope, Record, WireError};
 use crate::identity::NodeId;
 
 /// The version of the head.
@@ -43,14 +43,7 @@ impl Parcel {
         expires_at: Option<u64>,
         not_before: Option<u64>,
     ) -> Self {
-        let body = match &mut envelope.payload {
-            Payload::Event(body)
-            | Payload::Call(body)
-            | Payload::Request(body)
-            | Payload::Reply(body)
-            | Payload::Guaranteed(body, _) => std::mem::take(body),
-            Payload::Failed(_) => Bytes::new(),
-        };
+        let body = envelope.payload.body_mut().map(std::mem::take).unwrap_or_default();
         let (mut record, mut head) = (Vec::with_capacity(64), Vec::with_capacity(128));
         write_message(&mut record, &envelope, &mut Inheritance::default(), me);
         let mut fields = ArrayWriter::new(&mut head);
@@ -83,13 +76,8 @@ impl Parcel {
         let inherited = &mut Inheritance::default();
         match read_record(&record, &record, context, inherited, &mut || None)? {
             Record::Message(mut envelope) => {
-                match &mut envelope.payload {
-                    Payload::Event(body)
-                    | Payload::Call(body)
-                    | Payload::Request(body)
-                    | Payload::Reply(body)
-                    | Payload::Guaranteed(body, _) => *body = self.body,
-                    Payload::Failed(_) => {}
+                if let Some(body) = envelope.payload.body_mut() {
+                    *body = self.body;
                 }
                 Ok(Unpacked { from, envelope, expires_at, not_before })
             }
@@ -107,7 +95,7 @@ mod tests {
     use super::*;
     use crate::address::Destination;
     use crate::message::{Header, Kind, MessageId};
-    use crate::wire::Failure;
+    use crate::wire::{Failure, Payload};
     use proptest::prelude::*;
 
     const ME: NodeId = NodeId::from_bytes([1; 32]);

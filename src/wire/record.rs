@@ -58,6 +58,18 @@ pub(crate) enum Payload {
 }
 
 impl Payload {
+    /// The body; `None` for what has none of its user's.
+    pub(super) fn body_mut(&mut self) -> Option<&mut Bytes> {
+        match self {
+            Self::Event(body)
+            | Self::Call(body)
+            | Self::Request(body)
+            | Self::Reply(body)
+            | Self::Guaranteed(body, _) => Some(body),
+            Self::Failed(_) => None,
+        }
+    }
+
     fn body_len(&self) -> usize {
         match self {
             Self::Event(body)

@@ -27,12 +27,26 @@ pub(crate) use record::RecordError;
 #[cfg(fuzzing)]
 pub(crate) use record::check as check_record;
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::identity::NodeId;
 use crate::wire::Stream;
+
+/// So many failures of its handler make a message a dead letter.
+pub(crate) const MAX_FAILURES: u32 = 10;
+
+/// Between attempts: doubling.
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+
+/// How long a message is left alone, at the most, that has been tried so often before.
+pub(crate) fn longest_pause(times_before: u32) -> Duration {
+    FIRST_RETRY.saturating_mul(1 << times_before.min(16)).min(LONGEST_RETRY)
+}
 
 /// Now, by the clock that never jumps and by the one on the wall, which only expiry and schedules
 /// go by.

@@ -10,14 +10,11 @@ use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::engine::delivery::record::{BindingRecord, NodeBytes};
 use crate::engine::delivery::record::{OutboxRecord, PeerRecord};
-use crate::engine::delivery::{Fate, Now, Target};
+use crate::engine::delivery::{Fate, Now, Target, longest_pause};
 use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::wire::{Answer, Control, Delivery, DeliveryId, InboxInfo, Outcome};
 
-/// After a first failure.
-const FIRST_RETRY: Duration = Duration::from_millis(200);
-const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
 /// A message that can't be read so often in a row is lost.
@@ -338,8 +335,7 @@ impl Outbox {
 
     /// Tries again after a while, doubling with each time before, and with full jitter.
     pub(super) fn pause(&mut self, now: Now, key: PartKey, times_before: u32, refused: bool) {
-        let longest = FIRST_RETRY.saturating_mul(1 << times_before.min(16)).min(LONGEST_RETRY);
-        let until = now.time + longest.mul_f64(self.random.unit());
+        let until = now.time + longest_pause(times_before).mul_f64(self.random.unit());
         self.pause_until(key, until, refused);
     }
 
