@@ -63,7 +63,10 @@ struct Target {
 
 /// Backoff between attempts: doubling, with jitter over its upper half.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
-const LONGEST_RETRY: Duration = Duration::from_secs(10);
+/// Where it ends, in each lane. What this host and the configuration name is few, and somebody
+/// waits for it: one that comes back shall be found within a second.
+const LONGEST_RETRY: [Duration; LANES] =
+    [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(10)];
 /// For a target that refused us for good reason: another mesh, another protocol.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
 /// How long the larger id leaves the dialling of an announced node to the smaller one, so that
@@ -299,7 +302,7 @@ impl Dialer {
         {
             target.gone = true;
         }
-        let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY).mul_f64(jitter));
+        let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY[lane]).mul_f64(jitter));
         self.enter(key, State::Waiting { until: now + wait });
     }
 
