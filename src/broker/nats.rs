@@ -35,6 +35,7 @@ use super::{BrokerUrl, End, Guaranteed, Incoming, Kept, Me, Order, Outcome, Stor
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::engine::delivery::longest_pause;
 use crate::identity::NodeId;
+use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::Parcel;
 
@@ -122,7 +123,7 @@ impl Session {
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
         let ending = Ending::new();
-        let tell = ending.clone();
+        let (tell, receiver) = (ending.clone(), incoming.clone());
         let mut options = ConnectOptions::new()
             .name(format!("peerbus {} {}", me.name, me.id.short()))
             // Another session restores what this one had.
@@ -133,6 +134,11 @@ impl Session {
                     async_nats::Event::Disconnected => tell.tell("the connection was closed"),
                     async_nats::Event::Closed => tell.tell("the connection has ended"),
                     async_nats::Event::ClientError(error) => tell.tell(error),
+                    // Its own queue, in which messages wait for this session, is full. It may not
+                    // tell of each.
+                    async_nats::Event::SlowConsumer(_) => {
+                        receiver.handle_dropped(DropReason::SlowSubscriber, 1);
+                    }
                     other => tracing::debug!(event = %other, "NATS"),
                 }
                 async {}
