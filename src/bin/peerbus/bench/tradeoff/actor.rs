@@ -9,27 +9,21 @@ use anyhow::{Context, bail};
 use clap::Args;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use peerbus::{Address, Call, Config, HandlerError, Node, Overflow, Trust};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
-use tokio::task::unconstrained;
+use tokio::task::{JoinSet, unconstrained};
 
+use super::client::{Client, Flow, Library, Note};
+use super::pace::Pace;
 use super::tally::{Counter, Log, Sent, Stamp, count, now};
 use super::workload::Pattern;
 use crate::bench::process::affinity;
-
-const TOPIC: &str = "bench.topic";
-const SERVICE: &str = "bench.work";
-const SUBSCRIPTION: &str = "bench";
-/// How long the others may take to be there.
-const MEETING: Duration = Duration::from_secs(60);
-/// How long a sender waits for room, or for a reply.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What it is told at its start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Part {
     pub(super) role: Role,
+    pub(super) library: Library,
     pub(super) pattern: Pattern,
     pub(super) guaranteed: bool,
     pub(super) mesh: String,
@@ -94,40 +88,10 @@ impl Actor {
 }
 
 impl Part {
-    async fn start(&self) -> anyhow::Result<Node> {
-        let config = Node::builder()
-            .mesh(self.mesh.parse()?)
-            .runtime_dir(&self.runtime)
-            .request_deadline(PATIENCE)
-            // A node that is told to take what it can is not to lose it to a queue of its own.
-            .subscription_queue(256 * 1024 * 1024);
-        let config = match (&self.broker, self.guaranteed) {
-            (Some(url), _) => self.over_broker(config, url),
-            (None, guaranteed) => self.over_mesh(config, guaranteed),
-        };
-        Ok(config.start().await?)
-    }
-
-    fn over_broker(&self, config: Config, url: &str) -> Config {
-        let config = config.broker(url).identity(self.dir.join("identity"));
-        match std::env::var_os("PEERBUS_BROKER_CA") {
-            Some(ca) if self.tls => config.broker_ca(ca),
-            _ => config,
-        }
-    }
-
-    fn over_mesh(&self, config: Config, guaranteed: bool) -> Config {
-        let trust = match self.tls {
-            true => Trust::ThisHost,
-            false => Trust::Open { anywhere: false },
-        };
-        let config = config.trust(trust).local(false).mdns(false).gossip(false);
-        let config = self.listen.into_iter().fold(config, Config::listen);
-        let config = self.peers.iter().map(|addr| Address::Tcp(*addr)).fold(config, Config::peer);
-        match guaranteed {
-            true => config.outbox(self.dir.join("store")).outbox_messages(10_000_000),
-            false => config,
-        }
+    /// The certificates that vouch for the broker.
+    pub(super) fn ca(&self) -> Option<PathBuf> {
+        self.broker.as_ref().filter(|_| self.tls)?;
+        Some(std::env::var_os("PEERBUS_BROKER_CA")?.into())
     }
 }
 
@@ -158,41 +122,15 @@ async fn receive(
     log: Option<PathBuf>,
     mut lines: Lines<BufReader<Stdin>>,
 ) -> anyhow::Result<()> {
-    let node = part.start().await?;
+    let client = Client::connect(&part).await?;
     let book: Shared = Arc::default();
     if let Some(path) = &log {
         *book.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(Book::Logging(Log::open(path)?));
     }
     let noting = book.clone();
-    let handler = move |call: Call| {
-        note(&noting, &call.message.body);
-        let reply = if call.wants_reply() { call.message.body } else { bytes::Bytes::new() };
-        std::future::ready(Ok::<_, HandlerError>(reply))
-    };
-    let (mut service, mut consumer) = (None, None);
-    match (part.pattern, part.guaranteed) {
-        (Pattern::Publish, false) => {
-            let overflow = match part.broker {
-                Some(_) => Overflow::DropNewest,
-                None => Overflow::HoldBack,
-            };
-            let mut events = node.subscribe_with(TOPIC, overflow)?;
-            let book = book.clone();
-            tokio::spawn(unconstrained(async move {
-                while let Some(message) = events.recv().await {
-                    note(&book, &message.body);
-                }
-            }));
-        }
-        (Pattern::Publish, true) => {
-            consumer = Some(node.consume(SUBSCRIPTION, TOPIC, handler).start()?);
-        }
-        (Pattern::Work | Pattern::Request, _) => {
-            service = Some(node.serve(SERVICE, handler).start()?);
-        }
-    }
-    match node.listening().first() {
+    let noting: Note = Arc::new(move |body| note(&noting, body));
+    match client.receive(noting).await? {
         Some(addr) => println!("{addr}"),
         None => println!("ready"),
     }
@@ -213,15 +151,14 @@ async fn receive(
             (other, _) => bail!("{other:?} makes no sense now"),
         }
     }
-    drop((service, consumer));
-    node.shutdown_within(Duration::from_secs(1)).await;
+    client.close().await;
     Ok(())
 }
 
 /// What a sender does with one message.
 #[derive(Clone)]
 struct Sender {
-    node: Node,
+    client: Client,
     part: Arc<Part>,
     number: u32,
     ended: Arc<Mutex<Ended>>,
@@ -239,50 +176,31 @@ impl Sender {
         act(&mut self.ended.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Sends one, and waits for what its sender can know.
-    async fn send(&self, stamp: Stamp) {
-        let body = stamp.body(self.part.size);
-        let (node, guaranteed) = (&self.node, self.part.guaranteed);
-        let failed = match (self.part.pattern, guaranteed) {
-            (Pattern::Publish, true) => {
-                node.publish(TOPIC, body).guaranteed().await.err().map(|error| error.to_string())
-            }
-            (Pattern::Work, true) => {
-                node.send(SERVICE, body).guaranteed().await.err().map(|error| error.to_string())
-            }
-            (Pattern::Work, false) => {
-                node.send(SERVICE, body).await.err().map(|error| error.to_string())
-            }
-            (Pattern::Request, _) => match node.request(SERVICE, body).deadline(PATIENCE).await {
-                Ok(_) => {
-                    let at = now();
-                    if !stamp.warm {
-                        self.with(|ended| {
-                            ended.replies.iter_mut().for_each(|replies| replies.add(stamp, at));
-                        });
-                    }
-                    None
-                }
-                Err(error) => Some(error.to_string()),
-            },
-            (Pattern::Publish, false) => {
-                self.publish_now(stamp);
-                None
-            }
-        };
-        if let (Some(error), false) = (failed, stamp.warm) {
-            tracing::debug!(error, "not sent");
-            self.with(|ended| ended.told += 1);
-        }
+    /// Whether its messages are events that nobody stores, which are published one by one.
+    fn is_flow(&self) -> bool {
+        self.part.pattern == Pattern::Publish && !self.part.guaranteed
     }
 
-    fn publish_now(&self, stamp: Stamp) {
-        let heard = match self.node.publish(TOPIC, stamp.body(self.part.size)).now() {
-            Ok(report) => !report.is_unheard(),
-            Err(_) => false,
-        };
-        // What is dropped is in the counters.
-        if !heard && !stamp.warm {
+    /// Sends one, and waits for what its sender can know.
+    async fn send(&self, stamp: Stamp) {
+        let sent = self.client.send(stamp.body(self.part.size)).await;
+        let at = now();
+        if stamp.warm {
+            return;
+        }
+        self.with(|ended| match sent {
+            Ok(()) => ended.replies.iter_mut().for_each(|replies| replies.add(stamp, at)),
+            Err(error) => {
+                tracing::debug!(%error, "not sent");
+                ended.told += 1;
+            }
+        });
+    }
+
+    /// Publishes one. What is dropped later is told later.
+    async fn publish(&self, flow: &mut Flow, stamp: Stamp, wait: bool) {
+        let left = flow.publish(stamp.body(self.part.size), wait).await;
+        if !left && !stamp.warm {
             self.with(|ended| ended.told += 1);
         }
     }
@@ -301,26 +219,19 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
     let Role::Sender { number, receivers, rate, window, warm_up, lasts } = part.role.clone() else {
         bail!("it is no sender");
     };
-    let node = part.start().await?;
-    match (part.pattern, part.guaranteed) {
-        (Pattern::Publish, true) => node.wait_for_consumers(TOPIC, receivers, MEETING).await,
-        (Pattern::Publish, false) => node.wait_for_subscribers(TOPIC, receivers, MEETING).await,
-        (Pattern::Work | Pattern::Request, _) => {
-            node.wait_for_instances(SERVICE, receivers, MEETING).await
-        }
-    }
-    .context("the receivers were not met")?;
+    let client = Client::connect(&part).await?;
+    client.meet(receivers).await?;
     println!("ready");
     let line = lines.next_line().await?.context("it was never told to begin")?;
     let start: u64 = line.strip_prefix("begin ").context("it was not told when")?.parse()?;
     let part = Arc::new(part);
-    let sender = Sender { node: node.clone(), part, number, ended: Arc::default() };
+    let sender = Sender { client, part, number, ended: Arc::default() };
     let before = start.saturating_sub(warm_up.as_nanos() as u64);
     run(&sender, Schedule { start: before, end: start, rate, warm: true }, window).await?;
     if sender.part.pattern == Pattern::Request {
         sender.with(|ended| ended.replies = Some(Counter::new(start)));
     }
-    let lost_before = lost(&node);
+    let told_before = sender.client.told();
     let end = start + lasts.as_nanos() as u64;
     let due = run(&sender, Schedule { start, end, rate, warm: false }, window).await?;
     // What was dropped later is told later.
@@ -328,19 +239,13 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
     anyhow::ensure!(line == "report", "{line:?} makes no sense now");
     let mut sent = Sent { sent: due.iter().sum(), due, ..Sent::default() };
     sender.with(|ended| {
-        sent.told = ended.told + lost(&node) - lost_before;
+        sent.told = ended.told + sender.client.told() - told_before;
         sent.replies = ended.replies.take().map(Counter::finish);
     });
     println!("{}", serde_json::to_string(&sent)?);
     while lines.next_line().await?.is_some_and(|line| line != "end") {}
-    node.shutdown_within(Duration::from_secs(1)).await;
+    sender.client.close().await;
     Ok(())
-}
-
-/// What this node has been told is lost, or may be.
-fn lost(node: &Node) -> u64 {
-    let counters = node.counters();
-    counters.dropped_total() + counters.in_doubt
 }
 
 /// Sends by a schedule, to its end; when messages were due.
@@ -350,55 +255,37 @@ async fn run(sender: &Sender, schedule: Schedule, window: usize) -> anyhow::Resu
         tokio::time::sleep(Duration::from_nanos(schedule.start - now)).await;
     }
     match schedule.rate {
-        Some(rate) => {
-            let sender = sender.clone();
-            let runtime = tokio::runtime::Handle::current();
-            tokio::task::spawn_blocking(move || pace(&sender, &schedule, rate, &runtime))
-                .await
-                .context("the pace was lost")
-        }
-        None => Ok(rush(sender, &schedule, window).await),
+        Some(rate) => pace(sender, &schedule, rate).await,
+        None => rush(sender, &schedule, window).await,
     }
 }
 
-/// Sends each message when it is due, on a thread of its own, since a runtime's timers count in
-/// milliseconds. What is late counts from when it was due.
-fn pace(
-    sender: &Sender,
-    schedule: &Schedule,
-    rate: f64,
-    runtime: &tokio::runtime::Handle,
-) -> Vec<u64> {
-    let _entered = runtime.enter();
-    let (mut moments, mut waiting) = (Vec::new(), Vec::new());
+/// Sends each message when it is due. What is late counts from when it was due.
+async fn pace(sender: &Sender, schedule: &Schedule, rate: f64) -> anyhow::Result<Vec<u64>> {
+    let (mut pace, mut flow) = (Pace::new()?, sender.client.flow()?);
+    let (mut moments, mut waiting) = (Vec::new(), JoinSet::new());
     for seq in 0.. {
         let due = schedule.start + (seq as f64 * 1e9 / rate) as u64;
         if due >= schedule.end {
             break;
         }
-        if let Some(early) = due.checked_sub(now()) {
-            std::thread::sleep(Duration::from_nanos(early));
-        }
+        pace.wait_until(due).await?;
         count(&mut moments, due - schedule.start);
         let stamp = Stamp { seq, due, sender: sender.number, warm: schedule.warm };
-        match (sender.part.pattern, sender.part.guaranteed) {
-            (Pattern::Publish, false) => sender.publish_now(stamp),
-            _ => {
-                let sender = sender.clone();
-                waiting.push(runtime.spawn(async move { sender.send(stamp).await }));
-            }
+        if sender.is_flow() {
+            sender.publish(&mut flow, stamp, false).await;
+            continue;
         }
+        let sender = sender.clone();
+        waiting.spawn(async move { sender.send(stamp).await });
+        while waiting.try_join_next().is_some() {}
     }
-    runtime.block_on(async {
-        for sent in waiting {
-            let _panicked = sent.await;
-        }
-    });
-    moments
+    waiting.join_all().await;
+    Ok(moments)
 }
 
 /// Sends as fast as it goes, so many at a time; events one after the other, waiting for room.
-async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> Vec<u64> {
+async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> anyhow::Result<Vec<u64>> {
     let mut moments = Vec::new();
     let mut seq = 0;
     let mut next = |moments: &mut Vec<u64>| {
@@ -410,15 +297,12 @@ async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> Vec<u64> {
         seq += 1;
         Some(Stamp { seq: seq - 1, due, sender: sender.number, warm: schedule.warm })
     };
-    if (sender.part.pattern, sender.part.guaranteed) == (Pattern::Publish, false) {
-        let Ok(mut publisher) = sender.node.publisher(TOPIC) else { return moments };
+    if sender.is_flow() {
+        let mut flow = sender.client.flow()?;
         while let Some(stamp) = next(&mut moments) {
-            let published = publisher.publish(stamp.body(sender.part.size)).within(PATIENCE).await;
-            if !stamp.warm && published.map_or(true, |report| report.is_unheard()) {
-                sender.with(|ended| ended.told += 1);
-            }
+            sender.publish(&mut flow, stamp, true).await;
         }
-        return moments;
+        return Ok(moments);
     }
     let mut waiting = FuturesUnordered::new();
     loop {
@@ -428,7 +312,7 @@ async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> Vec<u64> {
         }
         // Thousands of futures in one task would all be polled for nothing when it has to yield.
         if unconstrained(waiting.next()).await.is_none() {
-            return moments;
+            return Ok(moments);
         }
     }
 }

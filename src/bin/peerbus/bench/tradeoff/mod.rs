@@ -2,8 +2,10 @@
 
 mod actor;
 mod charts;
+mod client;
 mod compare;
 mod html;
+mod pace;
 mod relay;
 mod report;
 mod round;

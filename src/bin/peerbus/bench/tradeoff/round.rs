@@ -99,6 +99,7 @@ impl Cast<'_> {
         Ok(Part {
             runtime: self.dir.to_owned(),
             role,
+            library: self.system.library(),
             pattern: self.workload.pattern,
             guaranteed: self.is_guaranteed(),
             mesh: self.mesh.clone(),

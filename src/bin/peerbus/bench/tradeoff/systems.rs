@@ -9,10 +9,11 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
+use super::client::Library;
 use super::workload::{Guaranteed, Pattern, Workload};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum SystemName {
     /// Nodes and nothing between them
     Mesh,
@@ -28,10 +29,18 @@ pub(crate) enum SystemName {
     Rabbitmq,
     /// RabbitMQ, with quorum queues
     Quorum,
+    /// NATS by async-nats, nothing of ours around it
+    NatsClient,
+    /// The same, with JetStream
+    JetstreamClient,
+    /// RabbitMQ by lapin, nothing of ours around it
+    RabbitmqClient,
+    /// The same, with quorum queues
+    QuorumClient,
 }
 
 impl SystemName {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Mesh,
         Self::Outbox,
         Self::Embedded,
@@ -39,6 +48,10 @@ impl SystemName {
         Self::Jetstream,
         Self::Rabbitmq,
         Self::Quorum,
+        Self::NatsClient,
+        Self::JetstreamClient,
+        Self::RabbitmqClient,
+        Self::QuorumClient,
     ];
 
     pub(super) fn as_str(self) -> &'static str {
@@ -50,6 +63,10 @@ impl SystemName {
             Self::Jetstream => "jetstream",
             Self::Rabbitmq => "rabbitmq",
             Self::Quorum => "quorum",
+            Self::NatsClient => "nats-client",
+            Self::JetstreamClient => "jetstream-client",
+            Self::RabbitmqClient => "rabbitmq-client",
+            Self::QuorumClient => "quorum-client",
         }
     }
 
@@ -62,12 +79,26 @@ impl SystemName {
             Self::Jetstream => "NATS, JetStream, sync_interval: always",
             Self::Rabbitmq => "RabbitMQ, classic queues",
             Self::Quorum => "RabbitMQ, quorum queues with confirms",
+            Self::NatsClient => "NATS, async-nats alone",
+            Self::JetstreamClient => "NATS, JetStream, async-nats alone",
+            Self::RabbitmqClient => "RabbitMQ, lapin alone",
+            Self::QuorumClient => "RabbitMQ, quorum queues, lapin alone",
         }
     }
 
     /// Whether it is there to keep messages.
     pub(super) fn is_guaranteed(self) -> bool {
-        matches!(self, Self::Outbox | Self::Jetstream | Self::Quorum)
+        use SystemName::{Jetstream, JetstreamClient, Outbox, Quorum, QuorumClient};
+        matches!(self, Outbox | Jetstream | Quorum | JetstreamClient | QuorumClient)
+    }
+
+    /// Whose calls its senders and receivers make.
+    pub(super) fn library(self) -> Library {
+        match self {
+            Self::NatsClient | Self::JetstreamClient => Library::Nats,
+            Self::RabbitmqClient | Self::QuorumClient => Library::RabbitMq,
+            _ => Library::Peerbus,
+        }
     }
 
     pub(super) fn is_mesh(self) -> bool {
@@ -83,20 +114,13 @@ impl SystemName {
                 "synced at the sender before it counts as sent, and at the receiver before it \
                  counts as processed, which the sender is told"
             }
-            (Self::Embedded | Self::Nats | Self::Rabbitmq, Pattern::Request) => {
-                "in memory of the broker; the reply confirms"
-            }
-            (Self::Embedded, _) => "in memory of the broker; its drops are told to the sender",
-            (Self::Nats, _) => "in memory of the server; nobody confirms",
-            (Self::Rabbitmq, _) => "in memory of the broker; nobody confirms",
-            (Self::Jetstream, _) => {
-                "synced at the server before it confirms; at least once, the sender is not told of \
-                 processing"
-            }
-            (Self::Quorum, _) => {
+            (Self::Jetstream | Self::Quorum | Self::JetstreamClient | Self::QuorumClient, _) => {
                 "synced at the broker before it confirms; at least once, the sender is not told of \
                  processing"
             }
+            (_, Pattern::Request) => "in memory of the broker; the reply confirms",
+            (Self::Embedded, _) => "in memory of the broker; its drops are told to the sender",
+            (_, _) => "in memory of the broker; nobody confirms",
         }
     }
 
@@ -108,7 +132,13 @@ impl SystemName {
             Guaranteed::Yes => self.is_guaranteed(),
             Guaranteed::Both => true,
         };
-        chosen && keeps && !(workload.tls && self == Self::Embedded)
+        // Nothing of ours restores what a bare client had.
+        let copes = self.library() == Library::Peerbus || workload.fault.is_none();
+        // They keep what is sent to a queue.
+        let fits = self.library() == Library::Peerbus
+            || !self.is_guaranteed()
+            || (workload.guaranteed != Guaranteed::No && workload.pattern == Pattern::Work);
+        chosen && keeps && copes && fits && !(workload.tls && self == Self::Embedded)
     }
 
     /// What it calls itself.
@@ -123,14 +153,20 @@ impl SystemName {
         let trouble = node.unreachable().first().map(|it| it.last_error.clone());
         node.shutdown().await;
         met.with_context(|| trouble.unwrap_or_default())?;
-        Ok(name.unwrap_or_default())
+        let name = name.unwrap_or_default();
+        match (self.server(), std::env::var("PEERBUS_RABBITMQ_VERSION")) {
+            (Some("rabbitmq"), Ok(version)) => Ok(format!("{name} {version}")),
+            _ => Ok(name),
+        }
     }
 
     /// The name that the script `brokers` has for its server.
     fn server(self) -> Option<&'static str> {
         match self {
-            Self::Nats | Self::Jetstream => Some("nats"),
-            Self::Rabbitmq | Self::Quorum => Some("rabbitmq"),
+            Self::Nats | Self::Jetstream | Self::NatsClient | Self::JetstreamClient => Some("nats"),
+            Self::Rabbitmq | Self::Quorum | Self::RabbitmqClient | Self::QuorumClient => {
+                Some("rabbitmq")
+            }
             Self::Mesh | Self::Outbox | Self::Embedded => None,
         }
     }

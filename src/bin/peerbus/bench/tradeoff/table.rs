@@ -2,6 +2,9 @@
 
 use super::report::{Outcome, Report, Spread};
 
+/// Of the column with the systems' names.
+const WIDE: usize = 17;
+
 pub(super) fn text(report: &Report) -> String {
     let machine = &report.machine;
     let mut text = format!(
@@ -14,10 +17,10 @@ pub(super) fn text(report: &Report) -> String {
         report.date
     );
     for system in &report.systems {
-        text += &format!("  {:<10} {}, {}\n", system.name, system.title, system.version);
+        text += &format!("  {:<WIDE$} {}, {}\n", system.name, system.title, system.version);
     }
     for skipped in &report.skipped {
-        text += &format!("  {:<10} skipped: {}\n", skipped.system, skipped.reason);
+        text += &format!("  {:<WIDE$} skipped: {}\n", skipped.system, skipped.reason);
     }
     for compared in &report.workloads {
         if compared.results.is_empty() {
@@ -28,7 +31,7 @@ pub(super) fn text(report: &Report) -> String {
             text += &format!("{} from {} s to {} s\n", fault.what, fault.from, fault.to);
         }
         text += &format!(
-            "\n{:<10}{:>10}{:>10}{:>10}{:>10}{:>12}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>9}{:>9}\n",
+            "\n{:<WIDE$}{:>10}{:>10}{:>10}{:>10}{:>12}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>9}{:>9}\n",
             "",
             "p50",
             "p99",
@@ -47,7 +50,7 @@ pub(super) fn text(report: &Report) -> String {
         compared.results.iter().for_each(|outcome| text += &row(outcome));
         text.push('\n');
         for outcome in &compared.results {
-            text += &format!("  {:<10}{}\n", outcome.system, outcome.promise);
+            text += &format!("  {:<WIDE$}{}\n", outcome.system, outcome.promise);
         }
     }
     text += "\nLatencies count from when a message was due, so waiting counts. Medians over the rounds.";
@@ -59,7 +62,7 @@ pub(super) fn text(report: &Report) -> String {
 
 fn row(outcome: &Outcome) -> String {
     format!(
-        "{:<10}{:>10}{:>10}{:>10}{:>10}{:>12}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>9}{:>9}\n",
+        "{:<WIDE$}{:>10}{:>10}{:>10}{:>10}{:>12}{:>9}{:>8}{:>8}{:>10}{:>10}{:>7}{:>9}{:>9}\n",
         outcome.system,
         time(outcome.p50_us),
         time(outcome.p99_us),

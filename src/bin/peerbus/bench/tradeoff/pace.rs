@@ -1,0 +1,69 @@
+//! When messages are due, to the microsecond: a runtime's own timers count in milliseconds.
+
+#[cfg(target_os = "linux")]
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+use super::tally::now;
+
+/// Wakes its task at times of the machine's monotonic clock, by the runtime's own poll and not by
+/// a thread of its own, whose wake-ups would be part of what is measured.
+#[cfg(target_os = "linux")]
+pub(super) struct Pace(tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>);
+
+#[cfg(target_os = "linux")]
+impl Pace {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        #[allow(deprecated, reason = "its successor is unsafe, for descriptors that nobody owns")]
+        let timer = tokio::io::unix::AsyncFd::new(timer)?;
+        Ok(Self(timer))
+    }
+
+    /// If it is `due` already, only lets the others run.
+    pub(super) async fn wait_until(&mut self, due: u64) -> std::io::Result<()> {
+        if due <= now() {
+            tokio::task::yield_now().await;
+            return Ok(());
+        }
+        let once = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: Timespec {
+                tv_sec: (due / 1_000_000_000) as _,
+                tv_nsec: (due % 1_000_000_000) as _,
+            },
+        };
+        timerfd_settime(self.0.get_ref(), TimerfdTimerFlags::ABSTIME, &once)?;
+        loop {
+            let mut ready = self.0.readable_mut().await?;
+            let read = |timer: &mut tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>| {
+                Ok(rustix::io::read(timer.get_ref(), &mut [0; 8])?)
+            };
+            if let Ok(read) = ready.try_io(read) {
+                return read.map(drop);
+            }
+        }
+    }
+}
+
+/// Where there is no timer that can be polled: to the millisecond.
+#[cfg(not(target_os = "linux"))]
+pub(super) struct Pace;
+
+#[cfg(not(target_os = "linux"))]
+impl Pace {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    pub(super) async fn wait_until(&mut self, due: u64) -> std::io::Result<()> {
+        match due.checked_sub(now()) {
+            Some(early) => tokio::time::sleep(std::time::Duration::from_nanos(early)).await,
+            None => tokio::task::yield_now().await,
+        }
+        Ok(())
+    }
+}
