@@ -16,7 +16,8 @@ use super::service::LOCAL;
 use super::shared::{Outcome as RequestOutcome, Shared};
 use crate::address::{Destination, Pattern, Recipient, ServiceName, Topic};
 use crate::broker::{
-    Incoming, Kept, Order, Outcome, Pace, Room, State, StoreFailure, Ticket, Unsupported, Via,
+    BrokerKind, Incoming, Kept, Order, Outcome, Pace, Room, State, StoreFailure, Ticket,
+    Unsupported, Via,
 };
 use crate::clock::unix_ms;
 use crate::engine::LinkId;
@@ -74,6 +75,14 @@ impl Brokered {
     /// What the broker can't do, as an error.
     pub(super) fn lacks(&self, what: &'static str) -> Unsupported {
         Unsupported { broker: self.room.kind(), what }
+    }
+
+    /// Whether it keeps guaranteed messages.
+    pub(crate) fn can_keep(&self) -> Result<(), Unsupported> {
+        match self.room.kind() {
+            BrokerKind::Embedded => Err(self.lacks("guaranteed messages")),
+            BrokerKind::Nats | BrokerKind::RabbitMq => Ok(()),
+        }
     }
 
     fn address(&self) -> Address {

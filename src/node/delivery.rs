@@ -103,20 +103,23 @@ impl Shared {
                     add(&self.counters.stored, 1);
                 }
                 let mut waiters = lock(&store.waiters);
-                let failed = result.is_err();
-                let waiter = waiters.get_mut(&number).and_then(|waiter| waiter.stored.take());
-                if failed {
+                let stored = waiters.get_mut(&number).map(|it| std::mem::take(&mut it.stored));
+                if result.is_err() {
                     waiters.remove(&number);
                 }
                 drop(waiters);
-                let _nobody_waits = waiter.map(|waiter| waiter.send(result));
+                for waiter in stored.into_iter().flatten() {
+                    let _nobody_waits = waiter.send(result.clone());
+                }
             }
             OutboxAction::Done(number, result) => {
                 if result.is_ok() {
                     add(&self.counters.settled, 1);
                 }
-                let waiter = lock(&store.waiters).remove(&number);
-                let _nobody_waits = waiter.map(|waiter| waiter.done.send(result));
+                let waiters = lock(&store.waiters).remove(&number);
+                for waiter in waiters.into_iter().flat_map(|waiters| waiters.done) {
+                    let _nobody_waits = waiter.send(result.clone());
+                }
             }
             OutboxAction::Report(event) => self.report_outbox(event),
         }

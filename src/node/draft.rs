@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::shared::Shared;
 use crate::address::Destination;
 use crate::identity::NodeId;
-use crate::message::{Body, Extra, Header, Kind, MessageId};
+use crate::message::{Body, Extra, Header, IdSource, Kind, MessageId};
 use crate::wire::MAX_HEADER;
 
 /// What any message may carry besides its body. Most carry nothing, and those that are published
@@ -19,6 +19,8 @@ pub(crate) struct Draft {
 
 #[derive(Debug, Default, Clone)]
 pub(super) struct Rare {
+    /// Its id, if it has one already.
+    pub(super) id: Option<MessageId>,
     pub(super) ttl: Option<Duration>,
     pub(super) reply_to: Option<NodeId>,
     pub(super) correlation_id: Option<MessageId>,
@@ -32,6 +34,11 @@ impl Draft {
             draft.extra().content_type = Some(content_type.to_owned());
         }
         draft
+    }
+
+    /// Its id, or the next one.
+    pub(super) fn id(&self, ids: &IdSource) -> MessageId {
+        self.rare.as_ref().and_then(|rare| rare.id).unwrap_or_else(|| ids.next_now())
     }
 
     pub(super) fn rare(&mut self) -> &mut Rare {

@@ -11,11 +11,11 @@ use super::broker::Brokered;
 use super::delivery::DeliveryError;
 use super::draft::{BodyError, Draft};
 use super::shared::Shared;
-use super::store::Waiter;
+use super::store::Waiters;
 use crate::address::{AddressError, Destination};
 use crate::broker::{BrokerKind, Unsupported};
 use crate::clock::unix_ms;
-use crate::engine::delivery::{Fate, NewMessage, Target};
+use crate::engine::delivery::{Fate, NewMessage, Submitted, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;
 
@@ -58,17 +58,16 @@ pub struct Guaranteed<'a> {
     destination: Result<Destination, AddressError>,
     draft: Draft,
     not_before: Option<SystemTime>,
-    /// Its id, if it has one already.
-    id: Option<MessageId>,
+    once: bool,
 }
 
 impl<'a> Guaranteed<'a> {
-    pub(super) fn new(
+    pub(crate) fn new(
         shared: &'a Arc<Shared>,
         destination: Result<Destination, AddressError>,
         draft: Draft,
     ) -> Self {
-        Self { shared, destination, draft, not_before: None, id: None }
+        Self { shared, destination, draft, not_before: None, once: false }
     }
 
     /// Makes it a dead letter if it is not processed by then; without it, it is tried for ever.
@@ -81,6 +80,19 @@ impl<'a> Guaranteed<'a> {
     /// Holds it back until then, by the clock on the wall.
     pub fn not_before(mut self, time: SystemTime) -> Self {
         self.not_before = Some(time);
+        self
+    }
+
+    /// Gives it an id, and stores it only if none with that id was stored: for whoever may have to
+    /// send something again without knowing whether it has been stored, as after a crash. The
+    /// receipt then tells of the one that was stored first.
+    ///
+    /// An outbox remembers the id while the message waits in it, and then for as long as the
+    /// four segments of its journal that follow, of up to 64 MiB each. NATS does so for two
+    /// minutes (its `duplicate_window`); RabbitMQ can't.
+    pub fn once(mut self, id: MessageId) -> Self {
+        self.draft.rare().id = Some(id);
+        self.once = true;
         self
     }
 
@@ -100,7 +112,7 @@ impl<'a> Guaranteed<'a> {
             (extra.ordering_key, extra.content_type) = (key, content_type.clone());
         }
         let (shared, destination) = (node.shared(), Ok(destination));
-        Self { id: Some(id), ..Self::new(shared, destination, draft) }
+        Self::new(shared, destination, draft).once(id)
     }
 
     /// Checks it, and finds out where it goes.
@@ -122,7 +134,7 @@ impl<'a> Guaranteed<'a> {
             Destination::Service(name) => (Kind::Command, vec![Target::Service(name.clone())]),
             Destination::Node(node) => (Kind::Command, vec![Target::Node(*node)]),
         };
-        let id = self.id.unwrap_or_else(|| shared.ids.next_now());
+        let id = self.draft.id(&shared.ids);
         let mut header = self.draft.header(id, usual, destination);
         let expires_at = header.time_to_live.take();
         let expires_at = expires_at.map(|time| unix_ms().saturating_add(time.as_millis() as u64));
@@ -130,22 +142,25 @@ impl<'a> Guaranteed<'a> {
             .not_before
             .map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64);
         let body = self.draft.body.bytes;
-        Ok((id, NewMessage { header, body, targets, expires_at, not_before }))
+        Ok((id, NewMessage { header, body, targets, expires_at, not_before, once: self.once }))
     }
 }
 
 impl Guaranteed<'_> {
     fn check_broker(&self, broker: &Brokered) -> Result<(), Unsupported> {
         let to_topic = matches!(self.destination, Ok(Destination::Topic(_)));
+        broker.can_keep()?;
         match broker.room.kind() {
-            BrokerKind::Embedded => Err(broker.lacks("guaranteed messages")),
             BrokerKind::RabbitMq if self.not_before.is_some() => {
                 Err(broker.lacks("messages that are held back until a time"))
+            }
+            BrokerKind::RabbitMq if self.once => {
+                Err(broker.lacks("a memory of the ids of what it has stored"))
             }
             _ if self.draft.ordering_key().is_some() && !to_topic => {
                 Err(broker.lacks(super::ORDERED_SERVICES))
             }
-            BrokerKind::Nats | BrokerKind::RabbitMq => Ok(()),
+            BrokerKind::Embedded | BrokerKind::Nats | BrokerKind::RabbitMq => Ok(()),
         }
     }
 }
@@ -275,32 +290,51 @@ async fn store(
     if wanted.is_empty() {
         return Ok(receipts);
     }
-    let (stored, wait) = oneshot::channel();
-    let mut stored = Some(stored);
     let submitted = shared.with_outbox(|outbox, now| {
         let choose = &mut |name: &_, order: Option<&str>, load: &dyn Fn(&_) -> _| {
             shared.choose_instance(name, order, load)
         };
-        let numbers = outbox.submit(now, wanted, choose)?;
+        let submitted = outbox.submit(now, wanted, choose)?;
         let mut waiters = lock(&store.waiters);
         let sent = receipts.iter_mut().filter(|receipt| receipt.destinations > 0);
-        for (number, receipt) in numbers.into_iter().zip(sent) {
+        let (mut waits, mut waits_for_new) = (Vec::new(), false);
+        for (submitted, receipt) in submitted.into_iter().zip(sent) {
             let (done, outcome) = oneshot::channel();
+            let (number, waits_too) = match submitted {
+                // The new ones are stored together.
+                Submitted::New(number) => (number, !std::mem::replace(&mut waits_for_new, true)),
+                Submitted::Pending { number, stored } => (number, !stored),
+                Submitted::Processed => continue,
+                Submitted::Dead(fate) => {
+                    let _kept = done.send(Err(fate));
+                    receipt.done = Some(outcome);
+                    continue;
+                }
+            };
             receipt.done = Some(outcome);
-            waiters.insert(number, Waiter { stored: stored.take(), done });
+            let waiters: &mut Waiters = waiters.entry(number).or_default();
+            waiters.done.push(done);
+            if waits_too {
+                let (stored, wait) = oneshot::channel();
+                waiters.stored.push(stored);
+                waits.push(wait);
+            }
         }
-        Ok(())
+        Ok(waits)
     });
-    match submitted {
-        Some(Ok(())) => {}
+    let waits = match submitted {
+        Some(Ok(waits)) => waits,
         Some(Err(crate::engine::delivery::Full { messages, bytes })) => {
             return Err(OutboxError::OutboxFull { messages, bytes });
         }
         None => return Err(OutboxError::NoOutbox),
+    };
+    for wait in waits {
+        match wait.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(OutboxError::NotStored(error)),
+            Err(_) => return Err(OutboxError::ShutDown),
+        }
     }
-    match wait.await {
-        Ok(Ok(())) => Ok(receipts),
-        Ok(Err(error)) => Err(OutboxError::NotStored(error)),
-        Err(_) => Err(OutboxError::ShutDown),
-    }
+    Ok(receipts)
 }

@@ -145,7 +145,7 @@ impl<'a> Publish<'a> {
         if self.shared.is_stopping() {
             return Err(PublishError::ShutDown);
         }
-        let id = self.shared.ids.next_now();
+        let id = self.draft.id(&self.shared.ids);
         let header = (!self.draft.is_plain())
             .then(|| self.draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())));
         let message = Ready { id, header: header.map(Box::new), body: self.draft.body.bytes };

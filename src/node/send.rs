@@ -97,7 +97,7 @@ impl<'a> Send<'a> {
         }
         let to = self.shared.find(&recipient, self.draft.ordering_key()).await;
         let to = to.ok_or_else(|| SendError::NoService(recipient.clone()))?;
-        let id = self.shared.ids.next_now();
+        let id = self.draft.id(&self.shared.ids);
         let header = self.draft.header(id, Kind::Command, recipient.into());
         let node = to.node(self.shared);
         self.shared.hand_over(&to, header, self.draft.body, false).map_err(|reason| {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use super::cell::Credit;
@@ -89,10 +90,10 @@ pub struct StoreReport {
 }
 
 /// Who waits for what becomes of a message.
-#[derive(Debug)]
-pub(crate) struct Waiter {
-    pub(crate) stored: Option<oneshot::Sender<Result<(), String>>>,
-    pub(crate) done: oneshot::Sender<Result<(), Fate>>,
+#[derive(Debug, Default)]
+pub(crate) struct Waiters {
+    pub(crate) stored: SmallVec<[oneshot::Sender<Result<(), String>>; 1]>,
+    pub(crate) done: SmallVec<[oneshot::Sender<Result<(), Fate>>; 1]>,
 }
 
 /// A message, and the credit that it holds.
@@ -104,7 +105,7 @@ pub(crate) struct Store {
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
     last_read: Mutex<LastRead>,
-    pub(super) waiters: Mutex<HashMap<u64, Waiter>>,
+    pub(super) waiters: Mutex<HashMap<u64, Waiters>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
     /// Redelivered messages, until it is written that their handlers begin.

@@ -22,6 +22,7 @@ mod record;
 pub(crate) use inbox::{Inbox, InboxAction, Verdict};
 pub(crate) use outbox::{
     Contents, Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
+    Submitted,
 };
 pub(crate) use record::RecordError;
 #[cfg(fuzzing)]

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::{Binding, Fate, Target};
 use crate::address::{Pattern, ServiceName};
 use crate::identity::NodeId;
+use crate::message::MessageId;
 use crate::wire::Stream;
 
 /// An entry of a journal that this version can't read.
@@ -169,6 +170,9 @@ pub(super) enum OutboxRecord {
     Peers(Vec<PeerRecord>),
     /// Message and part: it was never sent to the node that it was bound to, and is free again.
     Freed(Vec<(u64, u32)>),
+    /// The same as [`OutboxRecord::Messages`], with the ids of those that are stored once, and their
+    /// numbers.
+    Once(Vec<MessageRecord>, Vec<(MessageId, u64)>),
 }
 
 impl OutboxRecord {
@@ -181,6 +185,10 @@ impl OutboxRecord {
             Self::Dead(number, part, fate) => with_kind(4, &(number, part, fate)),
             Self::Peers(peers) => with_kind(5, peers),
             Self::Freed(freed) => with_kind(6, freed),
+            Self::Once(messages, ids) => {
+                let ids = ids.iter().map(|(id, number)| (id.to_bytes(), number));
+                with_kind(7, &(messages, ids.collect::<Vec<_>>()))
+            }
         }
     }
 
@@ -200,6 +208,11 @@ impl OutboxRecord {
             }
             5 => Self::Peers(decode(rest)?),
             6 => Self::Freed(decode(rest)?),
+            7 => {
+                let (messages, ids): (_, Vec<(_, u64)>) = decode(rest)?;
+                let ids = ids.into_iter().map(|(id, number)| (MessageId::from_bytes(id), number));
+                Self::Once(messages, ids.collect())
+            }
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

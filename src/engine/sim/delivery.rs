@@ -569,12 +569,13 @@ impl World {
         let not_before = self.random.once_in(8).then_some(soon / 2 + now.unix_ms / 2);
         let parts = targets.len();
         let body = Bytes::from_static(b"a body");
-        let new = NewMessage { header, body, targets, expires_at, not_before };
-        let numbers = life
+        let once = false;
+        let new = NewMessage { header, body, targets, expires_at, not_before, once };
+        let submitted = life
             .outbox
             .submit(now, vec![new], &mut |_, _, load| least_loaded(&serving, load))
             .unwrap();
-        life.numbers.insert(numbers[0], message);
+        life.numbers.insert(submitted[0].number(), message);
         let (stored, done, may_end_again) = (false, None, false);
         let sent = Sent { sender: node, nature, lane, parts, stored, done, may_end_again };
         self.sent.insert(message, sent);

@@ -9,11 +9,13 @@
 
 mod admin;
 mod dispatch;
+mod once;
 mod recover;
 mod segments;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use once::Submitted;
 pub(crate) use recover::Contents;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -31,7 +33,7 @@ use crate::engine::Time;
 use crate::engine::random::Random;
 use crate::identity::NodeId;
 use crate::journal::Position;
-use crate::message::Header;
+use crate::message::{Header, MessageId};
 use crate::wire::{BASE_COST, Control, Delivery, Stream, freeze};
 
 /// How an outbox behaves.
@@ -66,6 +68,8 @@ pub(crate) struct NewMessage {
     /// In ms since 1970.
     pub(crate) expires_at: Option<u64>,
     pub(crate) not_before: Option<u64>,
+    /// It is not stored if another one with its id was.
+    pub(crate) once: bool,
 }
 
 /// Chooses the instance of a service: of those for which the last argument has a load.
@@ -261,7 +265,8 @@ struct Peer {
 /// What waits for the journal.
 #[derive(Debug)]
 enum Pending {
-    Messages(Vec<u64>),
+    /// Their numbers, and the ids of those that are stored once.
+    Messages(Vec<u64>, Vec<(MessageId, u64)>),
     Bound(Vec<PartKey>),
     Dead(PartKey, Box<Fate>),
     /// A message that was in an old segment.
@@ -336,6 +341,8 @@ pub(crate) struct Outbox {
     unreleased: Vec<Bound>,
     /// The same, by the entries that say so, which have been written but perhaps not synced.
     written: VecDeque<Written>,
+    /// Messages that are stored once.
+    once: once::Once,
     /// How many messages are in each segment.
     live: BTreeMap<u64, u64>,
     newest_segment: u64,
@@ -388,6 +395,7 @@ impl Outbox {
             settled: Vec::new(),
             unreleased: Vec::new(),
             written: VecDeque::new(),
+            once: once::Once::default(),
             live: BTreeMap::new(),
             newest_segment: 0,
             removed_before: 0,
@@ -416,11 +424,24 @@ impl Outbox {
         self.dead
     }
 
-    /// Takes messages: all of them are stored, or none. Returns their numbers.
+    /// Takes messages: all of them are stored, or none.
     ///
     /// # Errors
     /// [`Full`] if there is no room for them.
     pub(crate) fn submit(
+        &mut self,
+        now: Now,
+        messages: Vec<NewMessage>,
+        choose: &mut Choose<'_>,
+    ) -> Result<Vec<Submitted>, Full> {
+        let before: Vec<_> = messages.iter().map(|it| self.submitted_before(it)).collect();
+        let new = messages.into_iter().zip(&before).filter(|(_, before)| before.is_none());
+        let new = self.take_in(now, new.map(|(message, _)| message).collect(), choose)?;
+        let mut new = new.into_iter().map(Submitted::New);
+        Ok(before.into_iter().filter_map(|before| before.or_else(|| new.next())).collect())
+    }
+
+    fn take_in(
         &mut self,
         now: Now,
         messages: Vec<NewMessage>,
@@ -436,13 +457,17 @@ impl Outbox {
         if count > self.config.max_messages || self.bytes + bytes > self.config.max_bytes {
             return Err(Full { messages: self.entries.len() as u64, bytes: self.bytes });
         }
-        let (mut numbers, mut records) = (Vec::new(), Vec::new());
+        let (mut numbers, mut records, mut ids) = (Vec::new(), Vec::new(), Vec::new());
         for message in messages {
             let number = self.next_number;
             self.next_number += 1;
             let frozen = freeze(&message.header, &message.body, &self.config.me);
             let size = size(&message);
-            let NewMessage { header, body, targets, expires_at, not_before } = message;
+            let NewMessage { header, body, targets, expires_at, not_before, once } = message;
+            if once {
+                self.once.submit(header.id, number);
+                ids.push((header.id, number));
+            }
             let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
             let later = not_before.is_some_and(|at| at > now.unix_ms);
             let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
@@ -505,13 +530,19 @@ impl Outbox {
             self.entries.insert(number, entry);
             numbers.push(number);
         }
-        self.append(&OutboxRecord::Messages(records), Pending::Messages(numbers.clone()));
+        let record = match ids.is_empty() {
+            true => OutboxRecord::Messages(records),
+            false => OutboxRecord::Once(records, ids.clone()),
+        };
+        if !numbers.is_empty() {
+            self.append(&record, Pending::Messages(numbers.clone(), ids));
+        }
         Ok(numbers)
     }
 
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {
         let sync = !matches!(pending, Pending::Settled(..));
-        let urgent = !matches!(pending, Pending::Messages(_) | Pending::Moved(_) | Pending::Peers);
+        let urgent = !matches!(pending, Pending::Messages(..) | Pending::Moved(_) | Pending::Peers);
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
@@ -564,12 +595,14 @@ impl Outbox {
         }
         match (self.pending.remove(&token), result) {
             (None, _) => {}
-            (Some(Pending::Messages(numbers)), Ok(position)) => {
+            (Some(Pending::Messages(numbers, ids)), Ok(position)) => {
+                ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
                 for number in numbers {
                     self.handle_stored(now, number, position);
                 }
             }
-            (Some(Pending::Messages(numbers)), Err(error)) => {
+            (Some(Pending::Messages(numbers, ids)), Err(error)) => {
+                ids.iter().for_each(|(id, _)| self.once.forget(id));
                 for number in numbers {
                     self.discard(number);
                     self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
@@ -620,6 +653,7 @@ impl Outbox {
             (Some(Pending::Removal(before)), Ok(_)) => {
                 self.removing = false;
                 self.removed_before = before;
+                self.once.forget_before(before);
                 self.actions.push_back(OutboxAction::RemoveBefore(before));
             }
             (Some(Pending::Removal(_)), Err(_)) => {

@@ -42,6 +42,12 @@ impl Outbox {
                     self.recover_message(position, &message)?;
                 }
             }
+            OutboxRecord::Once(messages, ids) => {
+                for message in messages {
+                    self.recover_message(position, &message)?;
+                }
+                ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
+            }
             OutboxRecord::Bound(bound) => {
                 for (number, part, binding) in bound {
                     let key = PartKey { number, part };
@@ -241,8 +247,9 @@ impl Outbox {
 
     /// The same of all messages that are in an entry, by their numbers.
     pub(crate) fn all_frozen(entry: &[u8]) -> Result<Vec<(u64, Bytes)>, RecordError> {
-        let OutboxRecord::Messages(messages) = OutboxRecord::decode(entry)? else {
-            return Ok(Vec::new());
+        let messages = match OutboxRecord::decode(entry)? {
+            OutboxRecord::Messages(messages) | OutboxRecord::Once(messages, _) => messages,
+            _ => return Ok(Vec::new()),
         };
         Ok(messages.into_iter().map(|message| (message.number, message.frozen.0)).collect())
     }

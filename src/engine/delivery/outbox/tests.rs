@@ -123,14 +123,14 @@ impl Bench {
         header.extra_mut().ordering_key = self.key.map(str::to_owned);
         let body = Bytes::from_static(b"a body");
         let (targets, expires_at, not_before) = (vec![target], None, None);
-        NewMessage { header, body, targets, expires_at, not_before }
+        NewMessage { header, body, targets, expires_at, not_before, once: false }
     }
 
     fn submit(&mut self, target: Target) -> Result<u64, Full> {
         let message = self.message(target);
-        let numbers = self.outbox.submit(self.now(), vec![message], &mut |_, _, _| None)?;
+        let submitted = self.outbox.submit(self.now(), vec![message], &mut |_, _, _| None)?;
         self.run();
-        Ok(numbers[0])
+        Ok(submitted[0].number())
     }
 
     fn meet(&mut self, node: NodeId) {
@@ -482,7 +482,7 @@ fn a_subscription_that_is_ended_leaves_nothing_behind() {
     assert_eq!(bench.sent.len(), 1, "it is on its way");
     // One more is being stored.
     let choose: &mut Choose<'_> = &mut |_, _, _| None;
-    let storing = bench.outbox.submit(bench.now(), vec![message], choose).unwrap()[0];
+    let storing = bench.outbox.submit(bench.now(), vec![message], choose).unwrap()[0].number();
     bench.subscribe(BOB, &[], &[&name]);
     assert_eq!(bench.done, [(kept, Ok(())), (storing, Ok(()))]);
     assert_eq!(bench.outbox.pending(), 0);
@@ -635,4 +635,61 @@ fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
     assert_eq!(bench.journal.len(), stored + 1, "whom it meets is stored, and no more for now");
     bench.sleep(2 * DISK_RETRY);
     assert_eq!(bench.journal.len(), stored + 2, "what it is now");
+}
+
+#[test]
+fn what_is_stored_once_is_stored_once_also_after_a_restart() {
+    let mut bench = Bench::new(None);
+    let submit = |bench: &mut Bench, id| {
+        let mut message = bench.message(Target::Node(BOB));
+        (message.header.id, message.once) = (id, true);
+        let submitted = bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None);
+        submitted.unwrap().remove(0)
+    };
+    let mut ids = IdSource::new(1);
+    let (id, other) = (ids.next(1), ids.next(1));
+    let first = submit(&mut bench, id).number();
+    assert_eq!(submit(&mut bench, id), Submitted::Pending { number: first, stored: false });
+    bench.run();
+    assert_eq!(submit(&mut bench, id), Submitted::Pending { number: first, stored: true });
+    assert_ne!(submit(&mut bench, other).number(), first);
+    bench.run();
+
+    bench.meet(BOB);
+    for sent in std::mem::take(&mut bench.sent) {
+        assert!(bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed));
+    }
+    assert_eq!(bench.outbox.pending(), 0);
+    assert_eq!(submit(&mut bench, id), Submitted::Processed);
+    let mut bench = bench.restart();
+    assert_eq!(submit(&mut bench, id), Submitted::Processed);
+}
+
+#[test]
+fn an_id_is_remembered_for_four_segments() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    let id = IdSource::new(1).next(1);
+    let mut message = bench.message(Target::Node(BOB));
+    (message.header.id, message.once) = (id, true);
+    for segment in 1..=7 {
+        bench.segment = segment;
+        let before = bench.outbox.submitted_before(&message);
+        let removed = bench.removed_before;
+        assert_eq!(
+            before.is_some(),
+            (2..=6).contains(&segment),
+            "{segment}: {before:?}, {removed}"
+        );
+        if segment == 1 {
+            let message = vec![message.clone()];
+            bench.outbox.submit(bench.now(), message, &mut |_, _, _| None).unwrap();
+            bench.run();
+        } else {
+            bench.submit(Target::Node(BOB)).unwrap();
+        }
+        for sent in std::mem::take(&mut bench.sent) {
+            bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed);
+        }
+    }
 }
