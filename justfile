@@ -38,7 +38,7 @@ databases:
 
 # Broker mode over NATS and RabbitMQ, which it installs if they are missing
 brokers:
-    ./brokers run cargo test --all-features --test broker --test broker_crash
+    ./brokers run cargo test --all-features --test broker --test broker_crash --test bridge
 
 # A plain ZeroMQ client in Python, with a Python of its own
 plain-client:

@@ -70,6 +70,13 @@ pub enum AddressError {
     },
 }
 
+/// What is parsed already can be given wherever text can.
+impl From<std::convert::Infallible> for AddressError {
+    fn from(never: std::convert::Infallible) -> Self {
+        match never {}
+    }
+}
+
 const TOKENS: &str = "tokens take any printable characters but blanks, `*`, `>` and `$`";
 
 fn is_token_char(c: char) -> bool {

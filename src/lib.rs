@@ -75,6 +75,7 @@
 //! that are the nodes' ids. [`Trust::Open`] turns that off.
 
 mod address;
+mod bridge;
 #[cfg_attr(
     not(all(feature = "nats", feature = "rabbitmq")),
     allow(dead_code, reason = "the embedded broker has no use for what the real ones can do")
@@ -116,6 +117,7 @@ pub use address::{
     AddressError, Destination, IntoRecipient, MAX_ADDRESS_LEN, MAX_TOKENS, MeshName, Pattern,
     Recipient, ServiceName, Topic,
 };
+pub use bridge::{Bridge, BridgeBuilder, BridgeError, Crossed};
 pub use broker::{
     BrokerKind, BrokerReport, BrokerUrl, BrokerUrlError, EmbeddedBroker, EmbeddedBrokerError,
     Unsupported,

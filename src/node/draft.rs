@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::shared::Shared;
 use crate::address::Destination;
 use crate::identity::NodeId;
-use crate::message::{Body, Extra, Header, IdSource, Kind, MessageId};
+use crate::message::{Body, Extra, Header, IdSource, Kind, Message, MessageId};
 use crate::wire::MAX_HEADER;
 
 /// What any message may carry besides its body. Most carry nothing, and those that are published
@@ -34,6 +34,28 @@ impl Draft {
             draft.extra().content_type = Some(content_type.to_owned());
         }
         draft
+    }
+
+    /// A message that was received, to be sent once more under its id; where answers to it go is
+    /// left out.
+    pub(crate) fn copy_of(message: &Message) -> Self {
+        let header = &message.header;
+        let rare = Rare {
+            id: Some(header.id),
+            ttl: header.time_to_live,
+            reply_to: None,
+            correlation_id: header.correlation_id,
+            extra: header.extra.clone(),
+        };
+        let body = message.body.clone().into();
+        Self { kind: Some(header.kind), body, rare: Some(Box::new(rare)) }
+    }
+
+    /// Sets a user header, in place of what it was.
+    pub(crate) fn set_header(&mut self, name: &str, value: String) {
+        let headers = &mut self.extra().headers;
+        headers.retain(|(other, _)| other != name);
+        headers.push((name.to_owned(), value));
     }
 
     /// Its id, or the next one.

@@ -29,8 +29,10 @@ mod transport;
 pub use consumer::{Consume, Consumer};
 pub use delivery::DeliveryError;
 pub use draft::BodyError;
+pub(crate) use draft::Draft;
 pub use events::{DownCause, Event, Events};
 pub use guaranteed::{Guaranteed, OutboxError, Receipt, Transaction};
+pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
 pub use request::{Request, RequestError};
@@ -58,7 +60,6 @@ use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
 use crate::sync::lock;
 use broker::{Ask, Brokered};
-use draft::Draft;
 use shared::Shared;
 
 /// What brokers lack, in words.
@@ -121,7 +122,7 @@ impl Node {
         Config::default()
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.inner.shared
     }
 

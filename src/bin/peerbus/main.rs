@@ -1,6 +1,7 @@
 //! The `peerbus` command: nodes to run, messages to send, a demo and a benchmark.
 
 mod bench;
+mod bridge;
 mod broker;
 mod demo;
 mod keygen;
@@ -49,6 +50,8 @@ enum Command {
     Request(request::Request),
     /// Run a broker, to compare brokerless messaging with
     Broker(broker::BrokerCommand),
+    /// Join a mesh to a broker
+    Bridge(bridge::BridgeCommand),
     /// Make an identity: a key pair whose public half is a node's id
     Keygen(keygen::Keygen),
     /// List the peers that can be reached
@@ -95,6 +98,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(serve) => serve.run().await,
         Command::Request(request) => request.run().await,
         Command::Broker(broker) => broker.run().await,
+        Command::Bridge(bridge) => bridge.run().await,
         Command::Keygen(keygen) => keygen.run(),
         Command::Peers(peers) => peers.run().await,
         // It waits for the disk.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use peerbus::{Address, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Trust};
+use peerbus::{Address, Config, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Trust};
 use serde_json::json;
 
 use crate::trust::TrustOptions;
@@ -64,6 +64,40 @@ pub(crate) struct NodeOptions {
 
 impl NodeOptions {
     pub(crate) async fn start(&self) -> anyhow::Result<Node> {
+        let config = match &self.broker {
+            Some(url) => self.over_broker(self.config()?, url),
+            None => self.config()?,
+        };
+        config.start().await.context("the node can't start")
+    }
+
+    /// A node of the mesh, and one of the broker with the same name and identity.
+    pub(crate) async fn start_both(&self) -> anyhow::Result<(Node, Node)> {
+        let url = self.broker.as_ref().context("--broker URL says to which broker")?;
+        let inner = self.config()?.start().await.context("the node of the mesh can't start")?;
+        let mut outer = Node::builder().mesh(self.mesh.clone()).name(inner.name());
+        if let Some(path) = self.kept_identity() {
+            outer = outer.identity(path);
+        }
+        let outer = self.over_broker(outer, url).start().await;
+        Ok((inner, outer.context("the node of the broker can't start")?))
+    }
+
+    /// Where the node's identity is kept, if it is.
+    fn kept_identity(&self) -> Option<PathBuf> {
+        let in_store = || Some(self.outbox.as_ref()?.join("identity"));
+        self.identity.clone().or_else(in_store)
+    }
+
+    fn over_broker(&self, config: Config, url: &str) -> Config {
+        let config = config.broker(url);
+        match &self.broker_ca {
+            Some(path) => config.broker_ca(path),
+            None => config,
+        }
+    }
+
+    fn config(&self) -> anyhow::Result<Config> {
         let mut config = Node::builder()
             .trust(self.trust.trust()?)
             .mesh(self.mesh.clone())
@@ -71,12 +105,6 @@ impl NodeOptions {
             .gossip(!self.no_gossip);
         if let Some(rules) = self.trust.rules()? {
             config = config.rules(rules);
-        }
-        if let Some(url) = &self.broker {
-            config = config.broker(url);
-        }
-        if let Some(path) = &self.broker_ca {
-            config = config.broker_ca(path);
         }
         if self.no_local {
             config = config.local(false);
@@ -91,12 +119,11 @@ impl NodeOptions {
             config = config.outbox(dir);
         }
         config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
-        config = self.peer.iter().cloned().fold(config, peerbus::Config::peer);
-        config = self.advertise.iter().cloned().fold(config, peerbus::Config::advertise);
+        config = self.peer.iter().cloned().fold(config, Config::peer);
+        config = self.advertise.iter().cloned().fold(config, Config::advertise);
         config = self.interface.iter().fold(config, |config, name| config.interface(name));
         let excluded = self.exclude_interface.iter();
-        config = excluded.fold(config, |config, name| config.exclude_interface(name));
-        config.start().await.context("the node can't start")
+        Ok(excluded.fold(config, |config, name| config.exclude_interface(name)))
     }
 
     /// How to get beyond this host, if this node doesn't.

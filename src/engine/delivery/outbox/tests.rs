@@ -646,7 +646,7 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
         let submitted = bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None);
         submitted.unwrap().remove(0)
     };
-    let mut ids = IdSource::new(1);
+    let ids = IdSource::new(1);
     let (id, other) = (ids.next(1), ids.next(1));
     let first = submit(&mut bench, id).number();
     assert_eq!(submit(&mut bench, id), Submitted::Pending { number: first, stored: false });

@@ -1,0 +1,485 @@
+//! A bridge: chosen topics and services of one mesh or broker, also on another (the Messaging
+//! Bridge of Hohpe and Woolf).
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use crate::address::{AddressError, Pattern, Recipient, ServiceName};
+use crate::broker::{BrokerKind, Unsupported};
+use crate::identity::NodeId;
+use crate::message::{Body, Message, MessageId};
+use crate::node::{
+    Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Request,
+    RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
+};
+use crate::sync::lock;
+
+/// How long an event waits for room on the other side before it is dropped, and counted.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How many messages are remembered by the side that they came from.
+const REMEMBERED: usize = 65_536;
+
+/// Why a bridge can't be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BridgeError {
+    /// A pattern or name can't be parsed.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// A service is to cross in both directions.
+    #[error("the service {0} can't be exported and imported: requests for it would go in circles")]
+    BothWays(ServiceName),
+    /// A node can't subscribe.
+    #[error(transparent)]
+    Subscribe(#[from] SubscribeError),
+    /// A node can't serve, or consume durably.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// A node can't take guaranteed messages.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+}
+
+/// What is to cross. [`BridgeBuilder::start`] opens the bridge.
+#[must_use = "a bridge is open once it is started"]
+pub struct BridgeBuilder {
+    inner: Node,
+    outer: Node,
+    events: Vec<(Way, Result<Pattern, AddressError>)>,
+    services: Vec<(Way, Result<ServiceName, AddressError>)>,
+    guaranteed: bool,
+}
+
+/// Which way something crosses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Way {
+    /// From the inner node's side to the outer one's.
+    Export,
+    Import,
+}
+
+impl BridgeBuilder {
+    /// Publishes on the outer side what is published on the inner one.
+    pub fn export<P>(mut self, pattern: P) -> Self
+    where
+        P: TryInto<Pattern>,
+        P::Error: Into<AddressError>,
+    {
+        self.events.push((Way::Export, pattern.try_into().map_err(Into::into)));
+        self
+    }
+
+    /// Publishes on the inner side what is published on the outer one.
+    pub fn import<P>(mut self, pattern: P) -> Self
+    where
+        P: TryInto<Pattern>,
+        P::Error: Into<AddressError>,
+    {
+        self.events.push((Way::Import, pattern.try_into().map_err(Into::into)));
+        self
+    }
+
+    /// Serves on the outer side what is served on the inner one.
+    pub fn export_service<N>(mut self, name: N) -> Self
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+    {
+        self.services.push((Way::Export, name.try_into().map_err(Into::into)));
+        self
+    }
+
+    /// Serves on the inner side what is served on the outer one.
+    pub fn import_service<N>(mut self, name: N) -> Self
+    where
+        N: TryInto<ServiceName>,
+        N::Error: Into<AddressError>,
+    {
+        self.services.push((Way::Import, name.try_into().map_err(Into::into)));
+        self
+    }
+
+    /// Whether guaranteed events cross too: by durable subscriptions of both nodes, which need
+    /// what those need ([`Node::consume`]). Guaranteed messages to services cross in any case, if
+    /// the nodes can take them. Not by default.
+    pub fn guaranteed(mut self, guaranteed: bool) -> Self {
+        self.guaranteed = guaranteed;
+        self
+    }
+
+    /// Opens the bridge.
+    ///
+    /// # Errors
+    /// [`BridgeError`] if something can't be parsed, can't be taken by one of the nodes, or would
+    /// go in circles.
+    pub fn start(self) -> Result<Bridge, BridgeError> {
+        let id = self.inner.id();
+        let seen = Arc::new(Seen::default());
+        let crossing = |way: Way| {
+            let (from, to) = match way {
+                Way::Export => (&self.inner, &self.outer),
+                Way::Import => (&self.outer, &self.inner),
+            };
+            let (from, to, counts) = (from.clone(), to.clone(), Counts::default());
+            Arc::new(Crossing { way, from, to, bridge: id, seen: seen.clone(), counts })
+        };
+        let (export, import) = (crossing(Way::Export), crossing(Way::Import));
+        let crossing = |way: Way| match way {
+            Way::Export => export.clone(),
+            Way::Import => import.clone(),
+        };
+        let mut names = HashMap::new();
+        let mut bridge = Bridge {
+            tasks: JoinSet::new(),
+            consumers: Vec::new(),
+            services: Vec::new(),
+            export: export.clone(),
+            import: import.clone(),
+        };
+        for (way, name) in self.services {
+            let name = name?;
+            if *names.entry(name.clone()).or_insert(way) != way {
+                return Err(BridgeError::BothWays(name));
+            }
+            // Its calls cross the other way.
+            let calls = match way {
+                Way::Export => import.clone(),
+                Way::Import => export.clone(),
+            };
+            bridge.services.push(calls.serve(name)?);
+        }
+        for (way, pattern) in self.events {
+            let (crossing, pattern) = (crossing(way), pattern?);
+            if self.guaranteed {
+                bridge.consumers.push(crossing.clone().consume(pattern.clone())?);
+            }
+            let events = crossing.from.subscribe_with(pattern, Overflow::DropNewest)?;
+            bridge.tasks.spawn(crossing.carry(events));
+        }
+        Ok(bridge)
+    }
+}
+
+/// What has crossed a bridge, and what has not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Crossed {
+    /// Events, one-way messages and requests that were handed on to the other side.
+    pub passed: u64,
+    /// Messages that had crossed this bridge before, or came from the other side: left where they
+    /// are.
+    pub echoes: u64,
+    /// Events that the other side had no room for, or could not take. Others are told to their
+    /// senders.
+    pub dropped: u64,
+}
+
+/// An open bridge. Dropping it closes it; the nodes live on.
+#[must_use = "dropping it closes the bridge"]
+pub struct Bridge {
+    /// They end when the bridge is dropped.
+    tasks: JoinSet<()>,
+    consumers: Vec<Consumer>,
+    services: Vec<Service>,
+    export: Arc<Crossing>,
+    import: Arc<Crossing>,
+}
+
+impl Bridge {
+    /// The user header with the ids of the bridges that a message came by, the first one first: of
+    /// their inner nodes, with commas between.
+    pub const VIA: &str = "peerbus-via";
+    /// The user header with the id of the node that sent a message, before it crossed any bridge.
+    pub const FROM: &str = "peerbus-from";
+
+    /// A bridge between the sides of two nodes, which both belong to it: `inner` on a mesh, say,
+    /// and `outer` on a broker ([`Config::broker`](crate::Config::broker)), or in a mesh of another
+    /// name.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use peerbus::{Bridge, Node};
+    ///
+    /// let mesh = Node::builder().start().await?;
+    /// let broker = Node::builder().broker("nats://localhost:4222").start().await?;
+    /// let bridge = Bridge::between(&mesh, &broker)
+    ///     .export("orders.>") // what the mesh publishes, the broker's subscribers hear
+    ///     .import("prices.>")
+    ///     .export_service("stock") // whoever is at the broker may ask the mesh's instances
+    ///     .start()?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// A message that crosses is the bridge's on the other side: that is who sent it, who is
+    /// allowed to by the other side's rules, and whom its sender may trust. Header, key and body
+    /// cross as they are, and the id too, except that of a request; what has no meaning on the other
+    /// side, the address for an answer, doesn't. The user headers [`Bridge::FROM`] and
+    /// [`Bridge::VIA`] name the first sender and the bridges.
+    ///
+    /// **No loops.** A message never crosses a bridge that it came by, however many bridges there
+    /// are and however they are restarted. Among the last 65,536, one that has come from one side
+    /// is left alone when it comes back from the other, as by a second bridge beside this one.
+    ///
+    /// **Guaranteed messages** are stored on the other side before they count as processed on
+    /// this one. A bridge that is killed in between gets them again; an outbox and NATS store each
+    /// only once ([`Guaranteed::once`](crate::Guaranteed::once)), while RabbitMQ can't, and its
+    /// consumers then see one id twice.
+    pub fn between(inner: &Node, outer: &Node) -> BridgeBuilder {
+        BridgeBuilder {
+            inner: inner.clone(),
+            outer: outer.clone(),
+            events: Vec::new(),
+            services: Vec::new(),
+            guaranteed: false,
+        }
+    }
+
+    /// What has crossed from the inner to the outer side; calls of a service that is imported do.
+    pub fn exported(&self) -> Crossed {
+        self.export.counts.crossed()
+    }
+
+    /// What has crossed from the outer to the inner side; calls of a service that is exported do.
+    pub fn imported(&self) -> Crossed {
+        self.import.counts.crossed()
+    }
+
+    /// Closes the bridge, and waits until the calls and the guaranteed events that are on it have
+    /// crossed; of other events, those that wait for it are dropped.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the bridge at once.
+    pub async fn close(mut self) {
+        self.tasks.shutdown().await;
+        for service in self.services.drain(..) {
+            service.drain().await;
+        }
+        for consumer in self.consumers.drain(..) {
+            consumer.drain().await;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Counts {
+    passed: AtomicU64,
+    echoes: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl Counts {
+    fn crossed(&self) -> Crossed {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Crossed {
+            passed: read(&self.passed),
+            echoes: read(&self.echoes),
+            dropped: read(&self.dropped),
+        }
+    }
+}
+
+/// From which side messages have come, for the last of them.
+#[derive(Default)]
+struct Seen(Mutex<(HashMap<MessageId, Way>, VecDeque<MessageId>)>);
+
+impl Seen {
+    /// Whether it came from the other side before.
+    fn is_echo(&self, id: MessageId, way: Way) -> bool {
+        let (ways, order) = &mut *lock(&self.0);
+        if let Some(before) = ways.get(&id) {
+            return *before != way;
+        }
+        if order.len() == REMEMBERED
+            && let Some(oldest) = order.pop_front()
+        {
+            ways.remove(&oldest);
+        }
+        order.push_back(id);
+        ways.insert(id, way);
+        false
+    }
+}
+
+/// One of the two ways across.
+struct Crossing {
+    way: Way,
+    from: Node,
+    to: Node,
+    bridge: NodeId,
+    seen: Arc<Seen>,
+    counts: Counts,
+}
+
+impl Crossing {
+    /// The message as it is to be sent on the other side; `None` if it is not.
+    fn admit(&self, message: &Message) -> Option<Draft> {
+        let extra = message.header.extra.as_deref();
+        let headers = extra.map_or(&[][..], |extra| &extra.headers);
+        let header = |name: &str| headers.iter().find(|(found, _)| found == name);
+        let via = header(Bridge::VIA).map_or("", |(_, via)| via);
+        let bridge = self.bridge.to_string();
+        if via.split(',').any(|id| id == bridge) || self.seen.is_echo(message.header.id, self.way) {
+            self.counts.echoes.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        let mut draft = Draft::copy_of(message);
+        let via = if via.is_empty() { bridge } else { format!("{via},{bridge}") };
+        draft.set_header(Bridge::VIA, via);
+        if header(Bridge::FROM).is_none() {
+            draft.set_header(Bridge::FROM, message.from.to_string());
+        }
+        Some(draft)
+    }
+
+    fn count_passed(&self) {
+        self.counts.passed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    async fn carry(self: Arc<Self>, mut events: Subscription) {
+        while let Some(message) = events.recv().await {
+            let Some(topic) = message.topic().cloned() else { continue };
+            let Some(draft) = self.admit(&message) else { continue };
+            let event = Publish { shared: self.to.shared(), to: Ok(To::Topic(topic)), draft };
+            match event.within(PATIENCE).await {
+                Ok(report) if report.dropped.is_empty() => self.count_passed(),
+                Ok(_) | Err(_) => _ = self.counts.dropped.fetch_add(1, Ordering::Relaxed),
+            }
+        }
+    }
+
+    /// Takes guaranteed events.
+    fn consume(self: Arc<Self>, pattern: Pattern) -> Result<Consumer, BridgeError> {
+        self.can_keep()?;
+        let from = self.from.clone();
+        // The same name whenever it is opened, whatever else crosses.
+        let name = format!("bridge-{:08x}", crc32c::crc32c(pattern.as_str().as_bytes()));
+        let handler = move |call: Call| {
+            let crossing = self.clone();
+            async move {
+                match crossing.admit(&call.message) {
+                    Some(draft) => crossing.keep(&call.message, draft).await,
+                    None => Ok(()),
+                }
+            }
+        };
+        Ok(from.consume(name, pattern, handler).start()?)
+    }
+
+    /// Whether the other side keeps guaranteed messages.
+    fn can_keep(&self) -> Result<(), BridgeError> {
+        match self.to.shared().broker() {
+            Some(broker) => broker.can_keep().map_err(BridgeError::from),
+            None if self.to.shared().store.is_none() => Err(ServeError::NoStore.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the other side keep a message.
+    async fn keep(&self, message: &Message, draft: Draft) -> Result<(), HandlerError> {
+        let destination = message.header.destination.clone();
+        let kept = Guaranteed::new(self.to.shared(), Ok(destination), draft);
+        // The draft has the message's id.
+        let kept = match self.to.shared().broker().map(|broker| broker.room.kind()) {
+            Some(BrokerKind::RabbitMq) => kept,
+            _ => kept.once(message.header.id),
+        };
+        match kept.await {
+            Ok(_receipt) => {
+                self.count_passed();
+                Ok(())
+            }
+            // Trying again changes nothing.
+            Err(error @ (OutboxError::Unsupported(_) | OutboxError::TooLarge(_))) => {
+                Err(HandlerError::reject("bridge", error.to_string()))
+            }
+            Err(error) => Err(HandlerError::new("bridge", error.to_string())),
+        }
+    }
+
+    /// Takes calls to a service of the other side.
+    fn serve(self: Arc<Self>, name: ServiceName) -> Result<Service, BridgeError> {
+        let from = self.from.clone();
+        let served = name.clone();
+        let handler = move |call: Call| {
+            let (crossing, name) = (self.clone(), served.clone());
+            async move { crossing.call(call, name).await }
+        };
+        Ok(from.serve(name, handler).start()?)
+    }
+
+    /// Hands a call on to who serves that name there, and brings back the reply.
+    async fn call(&self, call: Call, name: ServiceName) -> Result<Body, HandlerError> {
+        let Some(draft) = self.admit(&call.message) else {
+            return Err(HandlerError::reject("bridge", "the call has crossed this bridge before"));
+        };
+        let (shared, recipient) = (self.to.shared(), Recipient::Service(name));
+        if call.message.delivery.is_some() {
+            self.keep(&call.message, draft).await?;
+            return Ok(Body::default());
+        }
+        if !call.wants_reply() {
+            let sent = Send { shared, recipient: Ok(recipient), draft }.await;
+            return match sent {
+                Ok(_) => {
+                    self.count_passed();
+                    Ok(Body::default())
+                }
+                Err(error @ SendError::NoService(_)) => {
+                    Err(HandlerError::new("no_service", error.to_string()))
+                }
+                Err(error) => Err(HandlerError::new("bridge", error.to_string())),
+            };
+        }
+        let deadline = call.time_left().unwrap_or(shared.config.request_deadline);
+        let request = Request { shared, recipient: Ok(recipient), draft, deadline };
+        let reply = tokio::select! {
+            reply = request => reply,
+            // Dropped, a request is taken back.
+            () = call.cancelled() => return Err(HandlerError::new("cancelled", "the caller gave up")),
+        };
+        match reply {
+            Ok(message) => {
+                self.count_passed();
+                Ok(message.body.into())
+            }
+            Err(RequestError::Handler(declined)) => Err(declined),
+            Err(error @ RequestError::NoService(_)) => {
+                Err(HandlerError::new("no_service", error.to_string()))
+            }
+            Err(error) => Err(HandlerError::new("bridge", error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::IdSource;
+
+    #[test]
+    fn what_comes_back_from_the_other_side_is_an_echo_and_what_comes_again_is_not() {
+        let (seen, ids) = (Seen::default(), IdSource::new(1));
+        let (one, other) = (ids.next(1), ids.next(1));
+        assert!(!seen.is_echo(one, Way::Export));
+        assert!(!seen.is_echo(one, Way::Export), "it is tried again");
+        assert!(seen.is_echo(one, Way::Import));
+        assert!(!seen.is_echo(other, Way::Import));
+        assert!(seen.is_echo(other, Way::Export));
+    }
+
+    #[test]
+    fn only_so_many_are_remembered() {
+        let (seen, ids) = (Seen::default(), IdSource::new(1));
+        let first = ids.next(1);
+        seen.is_echo(first, Way::Export);
+        for _ in 0..REMEMBERED {
+            seen.is_echo(ids.next(1), Way::Export);
+        }
+        assert!(!seen.is_echo(first, Way::Import));
+        assert_eq!(lock(&seen.0).1.len(), REMEMBERED);
+    }
+}
