@@ -36,7 +36,7 @@ pub(super) type Note = Arc<dyn Fn(&[u8]) + Send + Sync>;
 pub(super) enum Client {
     Node(node::Client),
     #[cfg(feature = "nats")]
-    Nats(nats::Client),
+    Nats(Arc<nats::Client>),
     #[cfg(feature = "rabbitmq")]
     RabbitMq(rabbitmq::Client),
 }
@@ -46,7 +46,7 @@ impl Client {
         match part.library {
             Library::Peerbus => Ok(Self::Node(node::Client::connect(part).await?)),
             #[cfg(feature = "nats")]
-            Library::Nats => Ok(Self::Nats(nats::Client::connect(part).await?)),
+            Library::Nats => Ok(Self::Nats(Arc::new(nats::Client::connect(part).await?))),
             #[cfg(feature = "rabbitmq")]
             Library::RabbitMq => Ok(Self::RabbitMq(rabbitmq::Client::connect(part).await?)),
             #[cfg(not(all(feature = "nats", feature = "rabbitmq")))]
@@ -126,7 +126,7 @@ impl Client {
 pub(super) enum Flow {
     Node(peerbus::Publisher),
     #[cfg(feature = "nats")]
-    Nats(nats::Client),
+    Nats(Arc<nats::Client>),
     #[cfg(feature = "rabbitmq")]
     RabbitMq(rabbitmq::Client),
 }

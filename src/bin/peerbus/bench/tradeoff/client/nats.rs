@@ -14,7 +14,6 @@ use crate::bench::tradeoff::workload::Pattern;
 
 const GROUP: &str = "workers";
 
-#[derive(Clone)]
 pub(in super::super) struct Client {
     client: async_nats::Client,
     jetstream: jetstream::Context,
@@ -34,7 +33,7 @@ impl Client {
             options = options.user_and_password(user.into(), password.into());
         }
         if let Some(ca) = part.ca() {
-            options = options.add_root_certificates(ca.into());
+            options = options.add_root_certificates(ca);
         }
         let client = options.connect(server).await?;
         let name = match part.pattern {
@@ -119,7 +118,7 @@ impl Client {
         Ok(())
     }
 
-    pub(super) async fn close(self) {
+    pub(super) async fn close(&self) {
         let flushed = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;
         let _too_late = flushed;
         if self.guaranteed {
