@@ -40,6 +40,10 @@ databases:
 brokers:
     ./brokers run cargo test --all-features --test broker --test broker_crash --test bridge
 
+# The comparison's page in a real browser, which it installs if there is none
+page:
+    .ci/with-browser cargo test --test report_page
+
 # A plain ZeroMQ client in Python, with a Python of its own
 plain-client:
     .ci/with-python cargo test --test plain_client

@@ -183,6 +183,154 @@ fn each_benchmark_runs_and_names_its_reference() {
     assert!(!nobody_reads.status.success() && error.contains("has to read"), "{error}");
 }
 
+const COMPARED: &str = r#"
+[[workload]]
+name = "ask"
+pattern = "request"
+seconds = 0.1
+
+[[workload]]
+name = "work"
+pattern = "work"
+rate = 500
+workers = 2
+seconds = 0.2
+
+[[workload]]
+name = "kept"
+guaranteed = "both"
+rate = 500
+seconds = "600ms"
+fault = { kill = "receiver", after = "200ms", for = "100ms" }
+"#;
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_comparison_counts_what_each_system_does_and_makes_a_page() {
+    let shell = Shell::new();
+    let (dir, file) = (shell.dir.path().to_str().unwrap(), shell.dir.path().join("w.toml"));
+    let page = shell.dir.path().join("page.html");
+    std::fs::write(&file, COMPARED).unwrap();
+    let output = shell
+        .command(&["bench", "tradeoff", file.to_str().unwrap(), "--rounds=1", "--json"])
+        .args(["--system=mesh", "--system=outbox", "--system=embedded", "--system=nats"])
+        .args(["--dir", dir, "--html", page.to_str().unwrap()])
+        .env_remove("PEERBUS_NATS")
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(report["skipped"][0]["system"], "nats");
+    let of = |workload: usize, system: &str| {
+        let results = report["workloads"][workload]["results"].as_array().unwrap();
+        results.iter().find(|it| it["system"] == system).cloned()
+    };
+    for system in ["mesh", "embedded"] {
+        let (asked, worked) = (of(0, system).unwrap(), of(1, system).unwrap());
+        assert!(asked["p50_us"]["median"].as_f64().unwrap() > 0.0, "{asked}");
+        assert_eq!((&worked["lost"], &worked["duplicated"]), (&0.into(), &0.into()), "{worked}");
+        let killed = of(2, system).unwrap();
+        assert!(killed["lost"].as_u64().unwrap() > 0, "nobody was there: {killed}");
+    }
+    assert!(of(0, "outbox").is_none(), "a request is not guaranteed");
+    let kept = of(2, "outbox").unwrap();
+    assert_eq!((&kept["lost"], &kept["duplicated"]), (&0.into(), &0.into()), "{kept}");
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("the receiver is killed") && page.ends_with("</html>\n"));
+}
+
+/// The processes that one has started.
+#[cfg(target_os = "linux")]
+fn children(pid: u32) -> Vec<(u32, String)> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let pids = lists.flat_map(|list| {
+        list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>()
+    });
+    pids.map(|pid| {
+        (pid, std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default())
+    })
+    .collect()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
+    let shell = Shell::new();
+    let (dir, file) = (shell.dir.path().to_str().unwrap(), shell.dir.path().join("w.toml"));
+    let long =
+        COMPARED.replace("rate = 500\nworkers = 2\nseconds = 0.2", "rate = 5\nseconds = 600");
+    std::fs::write(&file, long).unwrap();
+    let bench = shell
+        .command(&["bench", "tradeoff", file.to_str().unwrap(), "--rounds=1", "--json"])
+        .args(["--system=embedded", "--dir", dir])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The second broker, once its nodes are there.
+    let mut first = None;
+    let second = loop {
+        let children = children(bench.id());
+        let named = |name: &str| {
+            children.iter().find(|(_, command)| command.contains(name)).map(|(pid, _)| *pid)
+        };
+        if let Some(broker) = named("\0broker\0")
+            && named("\0actor\0").is_some()
+            && *first.get_or_insert(broker) != broker
+        {
+            break broker;
+        }
+        std::thread::yield_now();
+    };
+    let killed = Command::new("kill").args(["-9", &second.to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = bench.wait_with_output().unwrap();
+    fails(&output, "work over the embedded broker, round 1: the broker ended");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["workloads"][0]["results"][0]["system"], "embedded");
+    assert_eq!(report["workloads"][1]["results"], serde_json::json!([]));
+    assert!(report["cut_short"].as_str().unwrap().contains("the broker ended"));
+    // Nothing of it is left.
+    let left: Vec<_> = std::fs::read_dir(shell.dir.path()).unwrap().flatten().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+}
+
+#[test]
+fn a_wrong_broker_or_workload_is_explained() {
+    let shell = Shell::new();
+    fails(&shell.run(&["pub", "a", "b", "--broker", "nast://x"]), "peerbus, nats, tls, amqp and");
+    if !cfg!(feature = "nats") {
+        fails(&shell.run(&["pub", "a", "b", "--broker", "nats://x"]), "feature `nats`");
+    }
+    if !cfg!(feature = "rabbitmq") {
+        fails(&shell.run(&["pub", "a", "b", "--broker", "amqp://x"]), "feature `rabbitmq`");
+    }
+    // Nobody listens where somebody did.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nowhere = format!("peerbus://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let output = shell.run(&["pub", "a", "b", "--wait", "500ms", "--broker", &nowhere]);
+    fails(&output, "can't be reached");
+    let told = String::from_utf8_lossy(&output.stderr).matches("can't be reached").count();
+    assert_eq!(told, 2, "once in the log, and by the command: {output:?}");
+    fails(&shell.run(&["broker", "--listen", "0.0.0.0:0"]), "loopback only");
+    fails(&shell.run(&["bridge", "--export", "a"]), "--broker URL");
+    fails(&shell.run(&["bridge", "--broker", &nowhere]), "nothing is to cross");
+    fails(&shell.run(&["bench", "tradeoff", "nofile.toml"]), "nofile.toml");
+    fails(&shell.run(&["bench", "tradeoff", "--workload", "nope"]), "there are request,");
+    let file = shell.dir.path().join("w.toml");
+    for (line, wanted) in [
+        ("sized = 5", "unknown field `sized`"),
+        ("size = 5", "24 to 1048576"),
+        ("rate = 0", "above 0"),
+        ("pattern = \"request\"\nguaranteed = true", "is not guaranteed"),
+        ("fault = { kill = \"link\", after = 1, for = 5 }", "the fault lasts until"),
+    ] {
+        std::fs::write(&file, format!("[[workload]]\nname = \"w\"\n{line}\n")).unwrap();
+        fails(&shell.run(&["bench", "tradeoff", file.to_str().unwrap()]), wanted);
+    }
+}
+
 #[test]
 fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     let shell = Shell::new();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_core::Stream;
 use futures_util::StreamExt;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, timeout};
@@ -46,6 +47,10 @@ impl Session {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
+        // The crate would try for as long as it may, and not say why it can't.
+        let probe = timeout(ANSWER, TcpStream::connect((url.host(), url.port()))).await;
+        let probe = probe.map_err(|_| ConnectError::passing("no answer within 5 s"))?;
+        drop(probe.map_err(ConnectError::passing)?);
         let mut options = SocketOptions::default();
         let identity = Bytes::copy_from_slice(&random_bytes::<16>());
         options

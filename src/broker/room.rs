@@ -378,7 +378,7 @@ impl Keeper {
             Ok(session) => Ok(Some(session)),
             Err(error) if error.for_good => Err(error),
             Err(error) => {
-                self.room.set_state(&*self.incoming, State::Down { error: error.text });
+                self.tell_unreachable(error.text);
                 Ok(None)
             }
         }
@@ -388,6 +388,18 @@ impl Keeper {
         let connecting = Session::connect(&self.room.url, &self.me, &self.incoming);
         let late = |_| Err(ConnectError::passing("no answer within 10 s"));
         timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(late)
+    }
+
+    /// It is tried again and again; who reads the log needn't hear of each time.
+    fn tell_unreachable(&self, error: String) {
+        let room = &self.room;
+        match room.state() {
+            State::Down { error: before } if before == error => {
+                tracing::debug!(broker = %room.url, error, "the broker can't be reached");
+            }
+            _ => tracing::warn!(broker = %room.url, error, "the broker can't be reached"),
+        }
+        room.set_state(&*self.incoming, State::Down { error });
     }
 
     /// Keeps a session until the room is closed.
@@ -411,8 +423,7 @@ impl Keeper {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(broker = %room.url, error = error.text, "the broker can't be reached");
-                    room.set_state(&*self.incoming, State::Down { error: error.text });
+                    self.tell_unreachable(error.text);
                 }
             }
             tokio::select! {

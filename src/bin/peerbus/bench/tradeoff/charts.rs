@@ -8,14 +8,19 @@ const WIDTH: f64 = 560.0;
 
 /// How one system is drawn wherever it appears, so that neither colour nor order has to tell.
 struct Look {
-    class: &'static str,
+    class: String,
     dash: &'static str,
     /// The outline of its marker around the origin.
     marker: &'static str,
 }
 
+/// A broker's own client looks like its broker, dotted and hollow.
 fn look(system: &str) -> Look {
-    let (class, dash, marker) = match system {
+    let (broker, is_bare) = match system.strip_suffix("-client") {
+        Some(broker) => (broker, true),
+        None => (system, false),
+    };
+    let (class, dash, marker) = match broker {
         "mesh" => ("mesh", "none", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z"),
         "outbox" => ("outbox", "8 4", "M-4.2-4.2h8.4v8.4h-8.4z"),
         "embedded" => ("embedded", "2 3", "M0-5.8L5.8 0 0 5.8-5.8 0z"),
@@ -33,7 +38,10 @@ fn look(system: &str) -> Look {
         ),
         _ => ("other", "1 3", "M-5.5-1.8h11v3.6h-11z"),
     };
-    Look { class, dash, marker }
+    match is_bare {
+        true => Look { class: format!("{class} bare"), dash: "1 3", marker },
+        false => Look { class: class.to_owned(), dash, marker },
+    }
 }
 
 impl Look {

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tokio::time::{Instant, sleep_until};
 
 use super::actor::{Part, Role};
 use super::relay::Relay;
 use super::systems::{Broker, SystemName};
 use super::tally::{Log, MOMENT, Sent, Tally, now};
-use super::usage::Usage;
+use super::usage::{Usage, ended};
 use super::workload::{Guaranteed, Pattern, Rate, Target, Workload};
 use crate::bench::process::{Far, Placement};
 use crate::scratch::Scratch;
@@ -78,14 +78,26 @@ pub(super) async fn run(
         receivers: Vec::new(),
         senders: Vec::new(),
     };
-    for place in 0..workload.receivers() {
-        cast.add_receiver(place).await.context("a receiver")?;
+    // Nothing that goes by a broker ends for its own part when that does.
+    let broker = match (&cast.broker, workload.fault) {
+        (Some(_), Some(fault)) if fault.kill == Target::Broker => Vec::new(),
+        (Some(broker), _) => broker.pids().await?,
+        (None, _) => Vec::new(),
+    };
+    let running = async {
+        for place in 0..workload.receivers() {
+            cast.add_receiver(place).await.context("a receiver")?;
+        }
+        for place in 0..workload.publishers {
+            cast.add_sender(place).await.context("a sender")?;
+        }
+        // They meet each other before they say that they are ready.
+        cast.measure().await
+    };
+    tokio::select! {
+        round = running => round,
+        () = ended(broker) => bail!("the broker ended in the midst of it"),
     }
-    for place in 0..workload.publishers {
-        cast.add_sender(place).await.context("a sender")?;
-    }
-    // They meet each other before they say that they are ready.
-    cast.measure().await
 }
 
 impl Cast<'_> {

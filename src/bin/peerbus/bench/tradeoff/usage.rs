@@ -76,6 +76,16 @@ impl Usage {
     }
 }
 
+/// Ends when any of these processes has; never if none is known.
+pub(super) async fn ended(pids: Vec<u32>) {
+    if pids.is_empty() {
+        std::future::pending::<()>().await;
+    }
+    while pids.iter().all(|pid| resident(*pid).is_some()) {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
 /// The processor time of a process, in seconds (`proc(5)`).
 fn cpu(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -95,7 +105,7 @@ fn ticks_per_second() -> f64 {
     100.0
 }
 
-/// The resident memory of a process, in bytes.
+/// The resident memory of a process, in bytes; one that has ended has none.
 fn resident(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
