@@ -10,8 +10,12 @@
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
 
+#[cfg(test)]
+pub(crate) mod crashing;
 mod recovery;
 mod segment;
+#[cfg(test)]
+pub(crate) mod stepped;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -177,13 +181,7 @@ impl Journal {
         sink: Sink,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
-        let (recovery, resume) = recover(&*storage, take)?;
-        // What is handed out now must not be gone after the next crash.
-        for segment in storage.segments()? {
-            storage.sync(segment)?;
-        }
-        let salt = resume.salt.unwrap_or_else(random_u64);
-        let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+        let (writer, salt, recovery) = begin(&storage, options, sink, take)?;
         let (commands, received) = mpsc::channel();
         let thread = std::thread::Builder::new().name("peerbus-journal".into());
         let writer = thread.spawn(move || writer.run(&received))?;
@@ -233,14 +231,7 @@ impl Journal {
 
     /// Reads an entry that was stored.
     pub fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
-        let (salt, number) = (self.salt, position.segment);
-        let header = segment::Header { salt, number, previous: 0, previous_end: 0 };
-        let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
-        let read = self.storage.read(position.segment, position.offset, &mut bytes)?;
-        let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);
-        let bytes = bytes.ok_or(JournalError::Damaged)?;
-        let frame = header.decode_frame(position.offset, bytes).ok_or(JournalError::Damaged)?;
-        Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
+        read_entry(&*self.storage, self.salt, position)
     }
 
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
@@ -248,6 +239,37 @@ impl Journal {
     pub fn remove_before(&self, segment: u64) {
         let _closed = self.commands.send(Command::RemoveBefore(segment));
     }
+}
+
+/// Hands out what is in a journal, and begins a segment behind it; also its salt.
+fn begin(
+    storage: &Arc<dyn Storage>,
+    options: &Options,
+    sink: Sink,
+    take: impl FnMut(Entry<'_>),
+) -> Result<(Writer, u64, Recovery), JournalError> {
+    let (recovery, resume) = recover(&**storage, take)?;
+    // What is handed out now must not be gone after the next crash.
+    for segment in storage.segments()? {
+        storage.sync(segment)?;
+    }
+    let salt = resume.salt.unwrap_or_else(random_u64);
+    let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+    Ok((writer, salt, recovery))
+}
+
+fn read_entry(
+    storage: &dyn Storage,
+    salt: u64,
+    position: Position,
+) -> Result<Vec<u8>, JournalError> {
+    let header = segment::Header { salt, number: position.segment, previous: 0, previous_end: 0 };
+    let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
+    let read = storage.read(position.segment, position.offset, &mut bytes)?;
+    let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);
+    let bytes = bytes.ok_or(JournalError::Damaged)?;
+    let frame = header.decode_frame(position.offset, bytes).ok_or(JournalError::Damaged)?;
+    Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
 }
 
 impl Drop for Journal {

@@ -181,7 +181,7 @@ impl Writer {
     }
 
     /// Writes all of it, or only what is urgent if the disk is full; what became of each.
-    fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+    pub(super) fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
         if let Spare::Given(retry) = self.spare
             && Instant::now() >= retry
         {
@@ -342,7 +342,7 @@ impl Writer {
         Ok(())
     }
 
-    fn remove_before(&mut self, segment: u64) {
+    pub(super) fn remove_before(&mut self, segment: u64) {
         let removed = self.storage.segments().and_then(|segments| {
             let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
             for old in old {

@@ -3,7 +3,7 @@
 //! `world` moves batches and time, and breaks things; `node` is the engine's shell, as thin as
 //! it can be; `ledger` checks the promises; `tests` runs seeds. `crowd` is another world, of
 //! nothing but meshes, so that there can be many of them; `delivery` is one of outboxes and
-//! inboxes, on a `disk` that fails.
+//! inboxes, on a `disk` that fails, with their real journals on it.
 
 mod crowd;
 mod delivery;
