@@ -90,7 +90,7 @@ impl Shared {
                     return outbox.handle_unreadable(now, key);
                 };
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
-                if let Err(reason) = self.transmit(to, message, delivery, left) {
+                if let Err(reason) = self.transmit(store, to, message, delivery, left) {
                     match reason {
                         DropReason::LinkLost => outbox.handle_link_down(now, to),
                         reason => outbox.handle_not_transmitted(now, key, reason),
@@ -124,6 +124,7 @@ impl Shared {
 
     fn transmit(
         self: &Arc<Self>,
+        store: &Store,
         to: NodeId,
         (mut header, body): (Header, Bytes),
         delivery: Box<Delivery>,
@@ -133,9 +134,7 @@ impl Shared {
         if to == self.id {
             let mut message = Message::new(to, header, body);
             message.delivery = Some(delivery);
-            let shared = self.clone();
-            // Not here: the outbox is locked.
-            self.runtime.spawn(async move { shared.handle_delivery(message, None) });
+            self.loop_back(store, message);
             return Ok(());
         }
         let routing = self.routing.load();

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 
 use super::cell::Credit;
 use super::last_read::LastRead;
+use super::loopback::Loopback;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
@@ -109,6 +110,7 @@ pub(crate) struct Store {
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
     /// Redelivered messages, until it is written that their handlers begin.
     pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
+    pub(super) loopback: Mutex<Loopback>,
     node: Arc<OnceLock<Weak<Shared>>>,
     pub(super) report: StoreReport,
 }
@@ -175,6 +177,7 @@ impl Store {
             waiters: Mutex::default(),
             ended: Mutex::default(),
             parked: Mutex::default(),
+            loopback: Mutex::default(),
             node,
             report,
         })
