@@ -144,9 +144,17 @@ impl Disk {
             0 => u64::MAX,
             capacity => capacity,
         };
+        capacity.saturating_sub(self.taken()).try_into().unwrap_or(usize::MAX)
+    }
+
+    /// From now on there is no more room than what is taken.
+    pub(crate) fn fill(&self) {
+        self.capacity.store(self.taken(), Ordering::SeqCst);
+    }
+
+    fn taken(&self) -> u64 {
         let files: usize = lock(&self.files).values().map(|file| file.bytes.len()).sum();
-        let taken = files as u64 + self.spare.load(Ordering::SeqCst);
-        capacity.saturating_sub(taken).try_into().unwrap_or(usize::MAX)
+        files as u64 + self.spare.load(Ordering::SeqCst)
     }
 
     /// One more step towards the end of the machine.

@@ -196,7 +196,7 @@ impl Journal {
     ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, done });
+        self.send(Append { payload, sync: true, urgent: true, first: false, done });
         async move {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
             wait.await.unwrap_or_else(|_| Err(gone()))
@@ -207,7 +207,7 @@ impl Journal {
     pub(crate) fn append_blocking(&self, payload: Vec<u8>) -> Result<Position, NotStored> {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, done });
+        self.send(Append { payload, sync: true, urgent: true, first: false, done });
         let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
@@ -216,13 +216,22 @@ impl Journal {
     /// it if it needn't be synced. An urgent one may have the room that is kept for when the disk
     /// is full: it is what frees room.
     pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool, urgent: bool) {
-        self.send(Append { payload, sync, urgent, done: Done::Sink(number) });
+        self.send(Append { payload, sync, urgent, first: false, done: Done::Sink(number) });
+    }
+
+    /// Appends an urgent entry as the first of a segment, so that all that is before it can be
+    /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
+    /// than the length of this one comes between them.
+    pub(crate) fn append_first_for_sink(&self, number: u64, payload: Vec<u8>) {
+        let done = Done::Sink(number);
+        self.send(Append { payload, sync: true, urgent: true, first: true, done });
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
     pub(crate) fn note(&self, payload: Vec<u8>) {
-        self.send(Append { payload, sync: false, urgent: true, done: Done::Nobody });
+        let done = Done::Nobody;
+        self.send(Append { payload, sync: false, urgent: true, first: false, done });
     }
 
     fn send(&self, append: Append) {

@@ -7,6 +7,16 @@ use super::storage::Storage;
 use super::writer::{Append, Writer};
 use super::{Done, Entry, JournalError, NotStored, Options, Position, Recovery, begin, read_entry};
 
+/// How an entry is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EntryKind {
+    /// As the first of a segment, and synced.
+    First,
+    Synced,
+    /// It needn't be synced.
+    Note,
+}
+
 /// The journal.
 pub(crate) struct Stepped {
     storage: Arc<dyn Storage>,
@@ -26,13 +36,16 @@ impl Stepped {
         Ok((Self { storage, salt, writer }, recovery))
     }
 
-    /// Writes payloads, each with whether it is to be synced, as one write.
+    /// Writes what was gathered.
     pub(crate) fn write(
         &mut self,
-        payloads: impl Iterator<Item = (Vec<u8>, bool)>,
+        gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
     ) -> Vec<Result<Position, NotStored>> {
-        let append = |(payload, sync)| Append { payload, sync, urgent: true, done: Done::Nobody };
-        self.writer.store(&payloads.map(append).collect::<Vec<_>>())
+        let append = |(payload, kind)| {
+            let (sync, first) = (kind != EntryKind::Note, kind == EntryKind::First);
+            Append { payload, sync, urgent: true, first, done: Done::Nobody }
+        };
+        self.writer.store(&gathered.map(append).collect::<Vec<_>>())
     }
 
     /// Reads an entry that was stored.

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::crashing::{Disk, FileState, Mount, Random};
 use super::segment::{FRAME, HEADER, Header, VERSION};
+use super::stepped::{EntryKind, Stepped};
 use super::writer::{Append, Command, Writer};
 use super::*;
 use crate::sync::lock;
@@ -177,8 +178,8 @@ fn killed(entries: u64) -> (Arc<Disk>, u64, Found) {
     let (commands, received) = mpsc::channel();
     let payload = |number: u64| format!("entry {number} ").repeat(number as usize % 7).into_bytes();
     for number in 0..3 * entries {
-        let append =
-            Append { payload: payload(number), sync: true, urgent: true, done: Done::Sink(number) };
+        let (payload, done) = (payload(number), Done::Sink(number));
+        let append = Append { payload, sync: true, urgent: true, first: false, done };
         commands.send(Command::Append(append)).unwrap();
         if number % entries == entries - 1 {
             // Ends a write.
@@ -338,7 +339,8 @@ fn a_full_disk_still_takes_what_frees_room() {
     let offer = |journal: &Journal| {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        journal.send(Append { payload: vec![1; 300], sync: true, urgent: false, done });
+        let payload = vec![1; 300];
+        journal.send(Append { payload, sync: true, urgent: false, first: false, done });
         wait_for(wait).unwrap()
     };
     let spare = || disk.spare.load(Ordering::SeqCst);
@@ -363,6 +365,30 @@ fn a_full_disk_still_takes_what_frees_room() {
     append(&journal, b"by now they are removed").unwrap();
     assert!(spare() > 0);
     offer(&journal).unwrap();
+}
+
+#[test]
+fn a_full_disk_takes_what_begins_a_segment_though_it_has_grown() {
+    let disk = Arc::new(Disk::default());
+    let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();
+    let mut write = |bytes: u64, kind| {
+        let payload = vec![1; bytes as usize];
+        journal.write(std::iter::once((payload, kind))).remove(0)
+    };
+    let mib = 1024 * 1024;
+    let before = write(5 * mib, EntryKind::First).unwrap();
+    assert_eq!(disk.spare.load(Ordering::SeqCst), 15 * mib);
+    disk.fill();
+    for _ in 0..4 {
+        write(mib, EntryKind::Synced).unwrap();
+    }
+    let snapshot = write(9 * mib, EntryKind::First).unwrap();
+    assert!(snapshot.segment > before.segment && snapshot.offset < HEADER + 100, "{snapshot:?}");
+    write(100, EntryKind::Synced).unwrap();
+    drop(journal);
+    let mut found = Vec::new();
+    Stepped::open(&disk, &Options::default(), |entry| found.push(entry.position)).unwrap();
+    assert_eq!(found.len(), 7);
 }
 
 #[test]

@@ -276,6 +276,9 @@ impl Shared {
                     // What is processed here lets others free room.
                     store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync, true));
                 }
+                InboxAction::AppendSnapshot { token, entry } => {
+                    store.with_journals(|it| it.inbox.append_first_for_sink(token, entry));
+                }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
                 InboxAction::RemoveBefore(segment) => {
                     store.with_journals(|it| it.inbox.remove_before(segment));

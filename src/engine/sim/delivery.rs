@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Random;
-use super::disk::{Crash, Disk, SEGMENT};
+use super::disk::{Crash, Disk, SEGMENT, kind};
 use crate::address::Destination;
 use crate::engine::Time;
 use crate::engine::delivery::{
@@ -17,6 +17,7 @@ use crate::engine::delivery::{
 };
 use crate::identity::NodeId;
 use crate::journal::Entry;
+use crate::journal::stepped::EntryKind;
 use crate::message::{Header, IdSource, Kind, MessageId};
 use crate::wire::{Answer, Control, Delivery, DeliveryId, InboxInfo, Outcome, thaw};
 
@@ -48,6 +49,9 @@ pub(super) struct Seen {
     pub(super) holes: u64,
     pub(super) failed_writes: u64,
     pub(super) moved: u64,
+    pub(super) lives: u64,
+    /// Of inboxes; each life begins with one.
+    pub(super) snapshots: u64,
     pub(super) cuts: u64,
     pub(super) clock_jumps: u64,
 }
@@ -292,7 +296,8 @@ impl World {
             gone_after: Duration::from_secs(3600),
         };
         let entry = &mut self.nodes[node];
-        let (mut outbox, mut inbox) = (Outbox::new(config), Inbox::new(inbox_epoch));
+        let (mut outbox, mut inbox) =
+            (Outbox::new(config), Inbox::new(inbox_epoch).with_snapshots_after(SEGMENT));
         let mut numbers = HashMap::new();
         let take = |it: Entry<'_>| outbox.recover(it.position, it.payload).unwrap();
         let outbox_read = entry.outbox_disk.open(take);
@@ -319,6 +324,7 @@ impl World {
             }
         }
         inbox.handle_recovered();
+        self.seen.lives += 1;
         let (waiting, running) = (HashMap::new(), HashSet::new());
         entry.life = Some(Life {
             outbox,
@@ -739,9 +745,9 @@ impl World {
         let entry = &mut self.nodes[node];
         match action {
             OutboxAction::Append { token, entry: bytes, sync, .. } => {
-                entry.outbox_disk.append(Some(token), bytes, sync);
+                entry.outbox_disk.append(Some(token), bytes, kind(sync));
             }
-            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, false),
+            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, EntryKind::Note),
             OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
             OutboxAction::Read(number, position) => {
                 self.seen.moved += 1;
@@ -790,9 +796,13 @@ impl World {
         let life = entry.life.as_mut().expect("it acts");
         match action {
             InboxAction::Append { token, entry: bytes, sync } => {
-                entry.inbox_disk.append(Some(token), bytes, sync);
+                entry.inbox_disk.append(Some(token), bytes, kind(sync));
             }
-            InboxAction::Note(bytes) => entry.inbox_disk.append(None, bytes, false),
+            InboxAction::AppendSnapshot { token, entry: bytes } => {
+                self.seen.snapshots += 1;
+                entry.inbox_disk.append(Some(token), bytes, EntryKind::First);
+            }
+            InboxAction::Note(bytes) => entry.inbox_disk.append(None, bytes, EntryKind::Note),
             InboxAction::RemoveBefore(segment) => entry.inbox_disk.remove_before(segment),
             InboxAction::Answer(to, answer) => {
                 let message = life.waiting.remove(&(to, answer.id.clone()));
@@ -835,7 +845,7 @@ fn a_thousand_faulty_runs_process_what_was_stored_once_and_in_order() {
 }
 
 impl Seen {
-    fn all(&self) -> [(&'static str, u64); 22] {
+    fn all(&self) -> [(&'static str, u64); 23] {
         [
             ("messages stored", self.stored),
             ("messages that could not be stored", self.not_stored),
@@ -857,6 +867,7 @@ impl Seen {
             ("journals with holes", self.holes),
             ("failed writes", self.failed_writes),
             ("messages moved to a newer segment", self.moved),
+            ("snapshots of inboxes that live", self.snapshots.saturating_sub(self.lives)),
             ("cuts", self.cuts),
             ("clock jumps", self.clock_jumps),
         ]
@@ -883,6 +894,8 @@ impl Seen {
         self.holes += other.holes;
         self.failed_writes += other.failed_writes;
         self.moved += other.moved;
+        self.lives += other.lives;
+        self.snapshots += other.snapshots;
         self.cuts += other.cuts;
         self.clock_jumps += other.clock_jumps;
     }

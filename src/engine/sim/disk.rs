@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::Random;
 use crate::journal::crashing::{Disk as Bytes, Lost};
-use crate::journal::stepped::Stepped;
+use crate::journal::stepped::{EntryKind, Stepped};
 use crate::journal::{Entry, NotStored, Options, Position, Recovery};
 
 /// What ends without warning.
@@ -22,7 +22,7 @@ pub(super) enum Crash {
 struct Write {
     token: Option<u64>,
     bytes: Vec<u8>,
-    sync: bool,
+    kind: EntryKind,
 }
 
 enum Step {
@@ -52,8 +52,8 @@ impl Disk {
         recovery
     }
 
-    pub(super) fn append(&mut self, token: Option<u64>, bytes: Vec<u8>, sync: bool) {
-        self.waiting.push_back(Step::Write(Write { token, bytes, sync }));
+    pub(super) fn append(&mut self, token: Option<u64>, bytes: Vec<u8>, kind: EntryKind) {
+        self.waiting.push_back(Step::Write(Write { token, bytes, kind }));
     }
 
     pub(super) fn remove_before(&mut self, segment: u64) {
@@ -101,7 +101,7 @@ impl Disk {
     fn write(&mut self) -> Vec<Result<Position, NotStored>> {
         let writes = std::mem::take(&mut self.being_written).into_iter();
         let journal = self.journal.as_mut().expect("it is open");
-        journal.write(writes.map(|write| (write.bytes, write.sync)))
+        journal.write(writes.map(|write| (write.bytes, write.kind)))
     }
 
     fn fail_no_more(&self) {
@@ -113,6 +113,11 @@ impl Disk {
     pub(super) fn crash(&mut self, crash: Crash, random: &mut Random) -> Lost {
         self.waiting.clear();
         if !self.being_written.is_empty() {
+            // Nothing comes behind what is being written, as after a write that fails.
+            let behind = self.being_written.iter().skip(1);
+            if let Some(next) = behind.map(|it| it.kind).position(|it| it == EntryKind::First) {
+                self.being_written.truncate(next + 1);
+            }
             // Some of it reached the file, or all, and was not synced.
             self.bytes.write_fails.store(random.below(2), Ordering::SeqCst);
             self.bytes.sync_fails.store(1, Ordering::SeqCst);
@@ -130,4 +135,8 @@ impl Disk {
     pub(super) fn at(&self, position: Position) -> Option<Vec<u8>> {
         self.journal.as_ref()?.read(position).ok()
     }
+}
+
+pub(super) fn kind(sync: bool) -> EntryKind {
+    if sync { EntryKind::Synced } else { EntryKind::Note }
 }
