@@ -392,6 +392,29 @@ fn a_full_disk_takes_what_begins_a_segment_though_it_has_grown() {
 }
 
 #[test]
+fn what_takes_the_place_of_removed_segments_outlasts_them_though_nothing_needs_a_sync() {
+    for durability in [Durability::OsBuffer, Durability::Interval(Duration::MAX)] {
+        let options = Options { durability, ..Options::default() };
+        for seed in 0..20 {
+            let disk = Arc::new(Disk::default());
+            let (mut journal, _) = Stepped::open(&disk, &options, |_| {}).unwrap();
+            let mut write = |text: &str, kind| {
+                let payload = text.as_bytes().to_vec();
+                journal.write(std::iter::once((payload, kind))).remove(0).unwrap()
+            };
+            write("all of it", EntryKind::First);
+            write("one more", EntryKind::Synced);
+            let all = write("all of it again", EntryKind::First);
+            journal.remove_before(all.segment);
+            let mut found = Vec::new();
+            let take = |entry: Entry<'_>| found.push(entry.payload.to_vec());
+            Stepped::open(&disk.crash(seed), &options, take).unwrap();
+            assert_eq!(found.last().map(Vec::as_slice), Some(&b"all of it again"[..]), "{seed}");
+        }
+    }
+}
+
+#[test]
 fn an_interval_without_end_is_one() {
     let disk = Arc::new(Disk::default());
     let options = Options { durability: Durability::Interval(Duration::MAX), ..small() };

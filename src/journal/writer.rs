@@ -372,7 +372,9 @@ impl Writer {
     }
 
     pub(super) fn remove_before(&mut self, segment: u64) {
-        let removed = self.storage.segments().and_then(|segments| {
+        // What makes them unwanted has to outlast them, however late it may be synced otherwise.
+        let synced = self.sync();
+        let removed = synced.and_then(|()| self.storage.segments()).and_then(|segments| {
             let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
             for old in old {
                 // One at a time, so that what is left after a crash has no holes.
