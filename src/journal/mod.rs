@@ -165,6 +165,15 @@ impl Journal {
         }
     }
 
+    /// Reads the journal of a directory that nobody has open; what is in it is handed to `take`.
+    /// Nothing is written.
+    pub(crate) fn look_at(
+        path: &Path,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<Recovery, JournalError> {
+        Ok(recover(&Directory::look_at(path), take)?.0)
+    }
+
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
     pub(crate) fn open_with(
         path: &Path,
