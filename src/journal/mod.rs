@@ -7,6 +7,11 @@
 //!
 //! What is damaged is reported and left as it is; nothing is ever truncated.
 //!
+//! One damage can't be told from a torn write: that to the very last record, of a process that was
+//! killed within a second of writing it. Nothing behind the record says that it was synced: the
+//! next write would, or the mark that comes after a second without one, or at the end. It is
+//! reported as torn, and what it held is lost.
+//!
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
 
@@ -93,7 +98,8 @@ pub struct Recovery {
     pub segments: u64,
     pub entries: u64,
     pub damaged: Vec<Damage>,
-    /// Bytes of a last write that a crash tore. They had not been stored.
+    /// Bytes of a last write that a crash tore. They had not been stored, unless the very last
+    /// record was damaged after it was.
     pub torn: u64,
 }
 

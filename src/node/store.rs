@@ -85,7 +85,8 @@ pub struct StoreReport {
     /// the one after the last. What they held is lost; the files are left as they are.
     pub damaged: Vec<(u64, u64, u64)>,
     /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
-    /// very end of a file was damaged later.
+    /// very last entry of a file was damaged later: if its process was killed within a second of
+    /// writing it, that looks the same.
     pub torn: u64,
 }
 
