@@ -137,7 +137,7 @@ pub use node::{
     RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
     StoreError, StoreProblem, StoreReport, SubscribeError, Subscription, Transaction, WaitError,
 };
-pub use outbox::{ClosedOutbox, StoredMessage};
+pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};
 pub use trust::{

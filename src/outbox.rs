@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use crate::address::{Pattern, ServiceName};
-use crate::engine::delivery::{Contents, Fate, Outbox, OutboxConfig, PartKey, Target};
+use crate::engine::delivery::{Contents, Fate, Inbox, Outbox, OutboxConfig, PartKey, Target};
 use crate::identity::{Identity, NodeId, random_u64};
 use crate::journal::{Journal, Options, Position};
 use crate::message::Header;
@@ -54,6 +54,19 @@ impl From<Contents> for StoredMessage {
             position: contents.position,
         }
     }
+}
+
+/// What reading an inbox found: the record of what its node has processed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InboxReport {
+    /// How many entries it has.
+    pub entries: u64,
+    /// What of it can't be read: file number, first byte, and the one after the last. What it said
+    /// to be processed may be processed once more.
+    pub damaged: Vec<(u64, u64, u64)>,
+    /// Bytes at its end that a crash tore, as of [`ClosedOutbox::torn`].
+    pub torn: u64,
 }
 
 /// An outbox that is opened while its node doesn't run.
@@ -123,10 +136,36 @@ impl ClosedOutbox {
         &self.damaged
     }
 
-    /// Bytes of the last write, which a crash tore before anybody was told that it was stored. Whoever
-    /// opens the outbox after the crash sees them, once.
+    /// Bytes of the last write, which a crash tore before anybody was told that it was stored.
+    /// Whoever opens the outbox after the crash sees them, once. Damage to the very last entry, of
+    /// a process that was killed within a second of writing it, looks the same.
     pub fn torn(&self) -> u64 {
         self.torn
+    }
+
+    /// Reads the inbox that lies beside it, and changes nothing; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be read, or a newer version wrote it.
+    pub fn check_inbox(&self) -> Result<Option<InboxReport>, StoreError> {
+        let failed = |problem| StoreError { path: self.path.clone(), problem };
+        let folder = self.path.join(store::INBOX);
+        if !folder.is_dir() {
+            return Ok(None);
+        }
+        // Whoever wants to open it opens the outbox first, which is locked.
+        let (mut inbox, mut unreadable) = (Inbox::new(random_u64()), None);
+        let take = |entry: crate::journal::Entry<'_>| {
+            if let Err(error) = inbox.recover(entry.payload) {
+                unreadable.get_or_insert(error);
+            }
+        };
+        let recovery = Journal::look_at(&folder, take).map_err(|error| failed(error.into()))?;
+        if let Some(error) = unreadable {
+            return Err(failed(StoreProblem::Newer(error.to_string())));
+        }
+        let damaged = recovery.damaged.iter().map(|it| (it.segment, it.from, it.to)).collect();
+        Ok(Some(InboxReport { entries: recovery.entries, damaged, torn: recovery.torn }))
     }
 
     /// What it holds, in the order in which it was stored.

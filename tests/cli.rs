@@ -378,6 +378,28 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
 }
 
 #[test]
+fn damage_to_an_inbox_is_found_as_that_to_an_outbox_is() {
+    let shell = Shell::new();
+    let store = shell.dir.path().join("store");
+    let dir = store.to_str().unwrap();
+    let args = ["send", "billing", "one", "--no-mdns", "--wait", "0s", "--outbox", dir];
+    stdout(&shell.run(&args));
+    let verify = || shell.run(&["outbox", "verify", dir]);
+    let sound = stdout(&verify());
+    assert_eq!(sound, "1 messages, all can be read\nthe inbox: 1 entries, all can be read\n");
+
+    let segment = store.join("inbox/0000000000000001.segment");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[90] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    fails(&verify(), "the inbox is damaged");
+    let verified = shell.run(&["outbox", "verify", dir, "--json"]);
+    let verified: serde_json::Value = serde_json::from_slice(&verified.stdout).unwrap();
+    assert_eq!((&verified["messages"], &verified["damaged"]), (&1.into(), &serde_json::json!([])));
+    assert_eq!(verified["inbox"]["damaged"][0][0], 1, "{verified}");
+}
+
+#[test]
 fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     let shell = Shell::new();
     let folder = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();

@@ -576,6 +576,24 @@ async fn what_waited_for_a_service_of_its_own_node_goes_there_after_a_restart() 
     alice.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn messages_of_a_node_to_itself_come_one_by_one_in_their_order() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let (told, mut seen) = unbounded_channel();
+    let consume = alice.consume("billing", "orders.>", teller(&told));
+    let _consumer = consume.concurrency(1).start().unwrap();
+    let sent = (0..5000).map(|n| format!("{n}"));
+    let publish = |text: &String| alice.publish("orders.new", text.clone()).guaranteed();
+    let stored = sent.clone().map(|text| publish(&text).into_future());
+    let stored = futures_util::future::join_all(stored).await;
+    assert!(stored.iter().all(|receipt| receipt.is_ok()));
+    for text in sent {
+        assert_eq!(next(&mut seen).await, fresh(&text));
+    }
+    alice.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_subscription_that_drains_leaves_its_successor_alone() {
     let place = Place::new();

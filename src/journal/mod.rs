@@ -7,11 +7,20 @@
 //!
 //! What is damaged is reported and left as it is; nothing is ever truncated.
 //!
+//! One damage can't be told from a torn write: that to the very last record, of a process that was
+//! killed within a second of writing it. Nothing behind the record says that it was synced: the
+//! next write would, or the mark that comes after a second without one, or at the end. It is
+//! reported as torn, and what it held is lost.
+//!
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
 
+#[cfg(test)]
+pub(crate) mod crashing;
 mod recovery;
 mod segment;
+#[cfg(test)]
+pub(crate) mod stepped;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -89,7 +98,8 @@ pub struct Recovery {
     pub segments: u64,
     pub entries: u64,
     pub damaged: Vec<Damage>,
-    /// Bytes of a last write that a crash tore. They had not been stored.
+    /// Bytes of a last write that a crash tore. They had not been stored, unless the very last
+    /// record was damaged after it was.
     pub torn: u64,
 }
 
@@ -161,6 +171,15 @@ impl Journal {
         }
     }
 
+    /// Reads the journal of a directory that nobody has open; what is in it is handed to `take`.
+    /// Nothing is written.
+    pub(crate) fn look_at(
+        path: &Path,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<Recovery, JournalError> {
+        Ok(recover(&Directory::look_at(path), take)?.0)
+    }
+
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
     pub(crate) fn open_with(
         path: &Path,
@@ -177,13 +196,7 @@ impl Journal {
         sink: Sink,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
-        let (recovery, resume) = recover(&*storage, take)?;
-        // What is handed out now must not be gone after the next crash.
-        for segment in storage.segments()? {
-            storage.sync(segment)?;
-        }
-        let salt = resume.salt.unwrap_or_else(random_u64);
-        let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+        let (writer, salt, recovery) = begin(&storage, options, sink, take)?;
         let (commands, received) = mpsc::channel();
         let thread = std::thread::Builder::new().name("peerbus-journal".into());
         let writer = thread.spawn(move || writer.run(&received))?;
@@ -198,7 +211,7 @@ impl Journal {
     ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, done });
+        self.send(Append { payload, sync: true, urgent: true, first: false, done });
         async move {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
             wait.await.unwrap_or_else(|_| Err(gone()))
@@ -209,7 +222,7 @@ impl Journal {
     pub(crate) fn append_blocking(&self, payload: Vec<u8>) -> Result<Position, NotStored> {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, done });
+        self.send(Append { payload, sync: true, urgent: true, first: false, done });
         let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
@@ -218,13 +231,22 @@ impl Journal {
     /// it if it needn't be synced. An urgent one may have the room that is kept for when the disk
     /// is full: it is what frees room.
     pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool, urgent: bool) {
-        self.send(Append { payload, sync, urgent, done: Done::Sink(number) });
+        self.send(Append { payload, sync, urgent, first: false, done: Done::Sink(number) });
+    }
+
+    /// Appends an urgent entry as the first of a segment, so that all that is before it can be
+    /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
+    /// than the length of this one comes between them.
+    pub(crate) fn append_first_for_sink(&self, number: u64, payload: Vec<u8>) {
+        let done = Done::Sink(number);
+        self.send(Append { payload, sync: true, urgent: true, first: true, done });
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
     pub(crate) fn note(&self, payload: Vec<u8>) {
-        self.send(Append { payload, sync: false, urgent: true, done: Done::Nobody });
+        let done = Done::Nobody;
+        self.send(Append { payload, sync: false, urgent: true, first: false, done });
     }
 
     fn send(&self, append: Append) {
@@ -233,14 +255,7 @@ impl Journal {
 
     /// Reads an entry that was stored.
     pub fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
-        let (salt, number) = (self.salt, position.segment);
-        let header = segment::Header { salt, number, previous: 0, previous_end: 0 };
-        let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
-        let read = self.storage.read(position.segment, position.offset, &mut bytes)?;
-        let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);
-        let bytes = bytes.ok_or(JournalError::Damaged)?;
-        let frame = header.decode_frame(position.offset, bytes).ok_or(JournalError::Damaged)?;
-        Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
+        read_entry(&*self.storage, self.salt, position)
     }
 
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
@@ -248,6 +263,37 @@ impl Journal {
     pub fn remove_before(&self, segment: u64) {
         let _closed = self.commands.send(Command::RemoveBefore(segment));
     }
+}
+
+/// Hands out what is in a journal, and begins a segment behind it; also its salt.
+fn begin(
+    storage: &Arc<dyn Storage>,
+    options: &Options,
+    sink: Sink,
+    take: impl FnMut(Entry<'_>),
+) -> Result<(Writer, u64, Recovery), JournalError> {
+    let (recovery, resume) = recover(&**storage, take)?;
+    // What is handed out now must not be gone after the next crash.
+    for segment in storage.segments()? {
+        storage.sync(segment)?;
+    }
+    let salt = resume.salt.unwrap_or_else(random_u64);
+    let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+    Ok((writer, salt, recovery))
+}
+
+fn read_entry(
+    storage: &dyn Storage,
+    salt: u64,
+    position: Position,
+) -> Result<Vec<u8>, JournalError> {
+    let header = segment::Header { salt, number: position.segment, previous: 0, previous_end: 0 };
+    let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
+    let read = storage.read(position.segment, position.offset, &mut bytes)?;
+    let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);
+    let bytes = bytes.ok_or(JournalError::Damaged)?;
+    let frame = header.decode_frame(position.offset, bytes).ok_or(JournalError::Damaged)?;
+    Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
 }
 
 impl Drop for Journal {

@@ -22,7 +22,8 @@ pub(super) struct Resume {
 /// Reads all segments, and hands out the entries in the order in which they were written.
 ///
 /// What lies behind the end that the next segment names was never promised. Nor was, in the last
-/// segment, what isn't valid behind all that is: it is the torn tail of a crash. What isn't valid
+/// segment, what isn't valid behind all that is, or that a mark says to be synced: it is the torn
+/// tail of a crash, or, if no mark came behind it, a last record that was damaged later. What isn't valid
 /// before something that is counts as damage: it may have been the write that a crash tore, but
 /// nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
 /// there is damage as a whole.

@@ -1,215 +1,17 @@
 //! A disk that crashes, fails and lies still under the journal's feet.
 
-use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use futures_util::FutureExt;
 use proptest::prelude::*;
 
+use super::crashing::{Disk, FileState, Mount, Random};
 use super::segment::{FRAME, HEADER, Header, VERSION};
-use super::storage::SegmentFile;
+use super::stepped::{EntryKind, Stepped};
 use super::writer::{Append, Command, Writer};
 use super::*;
 use crate::sync::lock;
-
-/// How much a disk writes at once; what a crash tears, it tears here.
-const SECTOR: usize = 64;
-
-/// Numbers from a seed (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound.max(1)
-    }
-}
-
-#[derive(Clone, Default)]
-struct FileState {
-    bytes: Vec<u8>,
-    /// How much of it a crash leaves for sure.
-    synced: usize,
-    /// Its name is on the disk.
-    linked: bool,
-    /// From where on a crash may have torn it.
-    unsure: Option<usize>,
-}
-
-/// A disk in memory.
-#[derive(Default)]
-struct Disk {
-    files: Mutex<BTreeMap<u64, FileState>>,
-    /// Files whose removal is not on the disk yet.
-    removed: Mutex<BTreeMap<u64, FileState>>,
-    /// Counts down; the write or sync that brings it to zero fails.
-    write_fails: AtomicU64,
-    sync_fails: AtomicU64,
-    /// What it holds at the most, in bytes, unless zero; and what is taken of that in advance.
-    capacity: AtomicU64,
-    spare: AtomicU64,
-    /// Counts down the removals and syncs of the directory; then the machine dies.
-    steps_left: AtomicU64,
-    /// What was left then.
-    frozen: Mutex<Option<Arc<Disk>>>,
-}
-
-/// Whether a countdown comes to its end with this call.
-fn fails(countdown: &AtomicU64) -> bool {
-    countdown.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) == Ok(1)
-}
-
-impl Disk {
-    /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
-    fn crash(&self, random: &mut Random) -> Arc<Self> {
-        let mut left = BTreeMap::new();
-        for (number, file) in &*lock(&self.files) {
-            if !file.linked && random.below(2) == 0 {
-                continue;
-            }
-            let mut file = file.clone();
-            if file.synced < file.bytes.len() {
-                file.unsure.get_or_insert(file.synced);
-            }
-            let reached = random.below((file.bytes.len() - file.synced) as u64 + 1) as usize;
-            file.bytes.truncate(file.synced + reached);
-            let mut at = file.synced;
-            while at < file.bytes.len() {
-                let end = (at / SECTOR + 1) * SECTOR;
-                let end = end.min(file.bytes.len());
-                if random.below(3) == 0 {
-                    file.bytes[at..end].fill(0);
-                }
-                at = end;
-            }
-            left.insert(*number, file);
-        }
-        for (number, file) in &*lock(&self.removed) {
-            if random.below(2) == 0 {
-                left.insert(*number, file.clone());
-            }
-        }
-        for file in left.values_mut() {
-            (file.synced, file.linked) = (file.bytes.len(), true);
-        }
-        Arc::new(Self { files: Mutex::new(left), ..Self::default() })
-    }
-
-    /// How many more bytes there is room for.
-    fn room(&self) -> usize {
-        let capacity = match self.capacity.load(Ordering::SeqCst) {
-            0 => u64::MAX,
-            capacity => capacity,
-        };
-        let files: usize = lock(&self.files).values().map(|file| file.bytes.len()).sum();
-        let taken = files as u64 + self.spare.load(Ordering::SeqCst);
-        capacity.saturating_sub(taken).try_into().unwrap_or(usize::MAX)
-    }
-
-    /// One more step towards the end of the machine.
-    fn step(&self) {
-        if fails(&self.steps_left) {
-            let seed = lock(&self.files).len() as u64;
-            *lock(&self.frozen) = Some(self.crash(&mut Random(seed)));
-        }
-    }
-
-    fn change(&self, number: u64, change: impl FnOnce(&mut Vec<u8>)) {
-        change(&mut lock(&self.files).get_mut(&number).unwrap().bytes);
-    }
-}
-
-struct Writing {
-    disk: Arc<Disk>,
-    number: u64,
-}
-
-/// The disk as the journal sees it.
-struct Mount(Arc<Disk>);
-
-impl Storage for Mount {
-    fn segments(&self) -> io::Result<Vec<u64>> {
-        Ok(lock(&self.0.files).keys().copied().collect())
-    }
-
-    fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
-        let before = lock(&self.0.files).insert(number, FileState::default());
-        assert!(before.is_none(), "segment {number} is written twice");
-        Ok(Box::new(Writing { disk: self.0.clone(), number }))
-    }
-
-    fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
-        let files = lock(&self.0.files);
-        let bytes = files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.get(at as usize..);
-        let bytes = bytes.unwrap_or_default();
-        let count = bytes.len().min(buf.len());
-        buf[..count].copy_from_slice(&bytes[..count]);
-        Ok(count)
-    }
-
-    fn length(&self, number: u64) -> io::Result<u64> {
-        let files = lock(&self.0.files);
-        Ok(files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.len() as u64)
-    }
-
-    fn sync(&self, number: u64) -> io::Result<()> {
-        let mut files = lock(&self.0.files);
-        let file = files.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
-        file.synced = file.bytes.len();
-        Ok(())
-    }
-
-    fn remove(&self, number: u64) -> io::Result<()> {
-        let file = lock(&self.0.files).remove(&number).ok_or(io::ErrorKind::NotFound)?;
-        lock(&self.0.removed).insert(number, file);
-        self.0.step();
-        Ok(())
-    }
-
-    fn sync_directory(&self) -> io::Result<()> {
-        lock(&self.0.files).values_mut().for_each(|file| file.linked = true);
-        lock(&self.0.removed).clear();
-        self.0.step();
-        Ok(())
-    }
-
-    fn take_spare(&self, bytes: u64) -> io::Result<()> {
-        let more = bytes - self.0.spare.load(Ordering::SeqCst).min(bytes);
-        if (self.0.room() as u64) < more {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        self.0.spare.store(bytes, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn give_spare(&self) -> io::Result<bool> {
-        Ok(self.0.spare.swap(0, Ordering::SeqCst) > 0)
-    }
-}
-
-impl SegmentFile for Writing {
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let room = self.disk.room();
-        let full = fails(&self.disk.write_fails) || room < bytes.len();
-        let taken = if full { room.min(bytes.len() / 2) } else { bytes.len() };
-        self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
-        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        if fails(&self.disk.sync_fails) {
-            return Err(io::Error::other("the disk failed"));
-        }
-        if let Some(file) = lock(&self.disk.files).get_mut(&self.number) {
-            file.synced = file.bytes.len();
-        }
-        Ok(())
-    }
-}
 
 fn small() -> Options {
     Options { segment_size: 1500, ..Options::default() }
@@ -306,7 +108,7 @@ fn what_was_stored_is_there_after_any_crash() {
                 maybe.push((answer.is_some_and(|answer| answer.is_ok()), payload));
             }
             // The machine dies while the writer is anywhere.
-            let crashed = disk.crash(&mut random);
+            let crashed = disk.crash(random.next());
             drop(journal);
             disk = crashed;
         }
@@ -376,8 +178,8 @@ fn killed(entries: u64) -> (Arc<Disk>, u64, Found) {
     let (commands, received) = mpsc::channel();
     let payload = |number: u64| format!("entry {number} ").repeat(number as usize % 7).into_bytes();
     for number in 0..3 * entries {
-        let append =
-            Append { payload: payload(number), sync: true, urgent: true, done: Done::Sink(number) };
+        let (payload, done) = (payload(number), Done::Sink(number));
+        let append = Append { payload, sync: true, urgent: true, first: false, done };
         commands.send(Command::Append(append)).unwrap();
         if number % entries == entries - 1 {
             // Ends a write.
@@ -485,7 +287,7 @@ fn a_crash_while_segments_are_removed_leaves_a_tail_without_holes() {
         let (journal, ..) = open(&disk);
         journal.remove_before(kept);
         drop(journal);
-        let crashed = lock(&disk.frozen).take().unwrap_or_else(|| disk.crash(&mut random));
+        let crashed = lock(&disk.frozen).take().unwrap_or_else(|| disk.crash(random.next()));
         let (_, found, recovery) = open(&crashed);
         assert_eq!(recovery.damaged, [], "seed {seed}");
         assert!(all.ends_with(&found), "seed {seed}");
@@ -501,7 +303,7 @@ fn a_crash_while_it_is_opened_changes_nothing() {
     let (first, all) = written(20);
     for seed in 0..200 {
         let mut random = Random(seed);
-        let mut disk = first.crash(&mut random);
+        let mut disk = first.crash(random.next());
         for _ in 0..3 {
             let countdown = match random.below(2) {
                 0 => &disk.write_fails,
@@ -511,7 +313,7 @@ fn a_crash_while_it_is_opened_changes_nothing() {
             let take = |_: Entry<'_>| {};
             let storage = Arc::new(Mount(disk.clone()));
             let opened = Journal::open_on(storage, &small(), Box::new(drop), take);
-            let crashed = disk.crash(&mut random);
+            let crashed = disk.crash(random.next());
             drop(opened);
             disk = crashed;
         }
@@ -537,7 +339,8 @@ fn a_full_disk_still_takes_what_frees_room() {
     let offer = |journal: &Journal| {
         let (waiter, wait) = oneshot::channel();
         let done = Done::Waiter(waiter);
-        journal.send(Append { payload: vec![1; 300], sync: true, urgent: false, done });
+        let payload = vec![1; 300];
+        journal.send(Append { payload, sync: true, urgent: false, first: false, done });
         wait_for(wait).unwrap()
     };
     let spare = || disk.spare.load(Ordering::SeqCst);
@@ -562,6 +365,53 @@ fn a_full_disk_still_takes_what_frees_room() {
     append(&journal, b"by now they are removed").unwrap();
     assert!(spare() > 0);
     offer(&journal).unwrap();
+}
+
+#[test]
+fn a_full_disk_takes_what_begins_a_segment_though_it_has_grown() {
+    let disk = Arc::new(Disk::default());
+    let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();
+    let mut write = |bytes: u64, kind| {
+        let payload = vec![1; bytes as usize];
+        journal.write(std::iter::once((payload, kind))).remove(0)
+    };
+    let mib = 1024 * 1024;
+    let before = write(5 * mib, EntryKind::First).unwrap();
+    assert_eq!(disk.spare.load(Ordering::SeqCst), 15 * mib);
+    disk.fill();
+    for _ in 0..4 {
+        write(mib, EntryKind::Synced).unwrap();
+    }
+    let snapshot = write(9 * mib, EntryKind::First).unwrap();
+    assert!(snapshot.segment > before.segment && snapshot.offset < HEADER + 100, "{snapshot:?}");
+    write(100, EntryKind::Synced).unwrap();
+    drop(journal);
+    let mut found = Vec::new();
+    Stepped::open(&disk, &Options::default(), |entry| found.push(entry.position)).unwrap();
+    assert_eq!(found.len(), 7);
+}
+
+#[test]
+fn what_takes_the_place_of_removed_segments_outlasts_them_though_nothing_needs_a_sync() {
+    for durability in [Durability::OsBuffer, Durability::Interval(Duration::MAX)] {
+        let options = Options { durability, ..Options::default() };
+        for seed in 0..20 {
+            let disk = Arc::new(Disk::default());
+            let (mut journal, _) = Stepped::open(&disk, &options, |_| {}).unwrap();
+            let mut write = |text: &str, kind| {
+                let payload = text.as_bytes().to_vec();
+                journal.write(std::iter::once((payload, kind))).remove(0).unwrap()
+            };
+            write("all of it", EntryKind::First);
+            write("one more", EntryKind::Synced);
+            let all = write("all of it again", EntryKind::First);
+            journal.remove_before(all.segment);
+            let mut found = Vec::new();
+            let take = |entry: Entry<'_>| found.push(entry.payload.to_vec());
+            Stepped::open(&disk.crash(seed), &options, take).unwrap();
+            assert_eq!(found.last().map(Vec::as_slice), Some(&b"all of it again"[..]), "{seed}");
+        }
+    }
 }
 
 #[test]
@@ -632,8 +482,8 @@ proptest! {
         let disk = Arc::new(Disk::default());
         let header = Header { salt: 1, number: 1, previous: 0, previous_end: 0 }.encode();
         let start = if with_header { header } else { Vec::new() };
-        let file = FileState { bytes: [start, bytes].concat(), ..FileState::default() };
-        lock(&disk.files).insert(1, file);
+        lock(&disk.files).insert(1, FileState::default());
+        disk.change(1, |file| *file = [start, bytes].concat());
         let (recovery, _) = recover(&Mount(disk), |_| {}).unwrap();
         prop_assert_eq!(recovery.entries, 0);
     }

@@ -19,6 +19,10 @@ const SPARE_RETRY: Duration = Duration::from_secs(1);
 /// The room that is kept for when the disk is full: such a part of a segment, and in bytes.
 const SPARE_PART: u64 = 16;
 const MOST_SPARE: u64 = 4 * 1024 * 1024;
+/// Or so often what a segment began with, rounded up: as much again may come behind it, and then
+/// what the next one begins with, which can be as long as both.
+const SPARE_FIRSTS: u64 = 3;
+const SPARE_STEP: u64 = 1024 * 1024;
 
 pub(super) enum Command {
     Append(Append),
@@ -32,6 +36,8 @@ pub(super) struct Append {
     pub(super) sync: bool,
     /// It may have the room that is kept for when the disk is full.
     pub(super) urgent: bool,
+    /// It begins a segment.
+    pub(super) first: bool,
     pub(super) done: Done,
 }
 
@@ -52,6 +58,8 @@ pub(super) struct Writer {
     durability: Durability,
     segment_size: u64,
     spare: Spare,
+    /// How long the last entry is that was to begin a segment, in bytes.
+    first: u64,
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
@@ -91,6 +99,7 @@ impl Writer {
             durability: options.durability,
             segment_size: options.segment_size,
             spare: Spare::None,
+            first: 0,
             header,
             current: number,
             file: Some(file),
@@ -181,7 +190,12 @@ impl Writer {
     }
 
     /// Writes all of it, or only what is urgent if the disk is full; what became of each.
-    fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+    pub(super) fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+        let of_one_segment = gathered.chunk_by(|_, next| !next.first);
+        of_one_segment.flat_map(|together| self.store_together(together)).collect()
+    }
+
+    fn store_together(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
         if let Spare::Given(retry) = self.spare
             && Instant::now() >= retry
         {
@@ -190,7 +204,12 @@ impl Writer {
         let mut error = NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
         if !matches!(self.spare, Spare::Given(_)) {
             match self.write(gathered) {
-                Ok(positions) => return positions.into_iter().map(Ok).collect(),
+                Ok(positions) => {
+                    if gathered.first().is_some_and(|append| append.first) {
+                        self.take_spare();
+                    }
+                    return positions.into_iter().map(Ok).collect();
+                }
                 Err(problem) => {
                     let gave = is_full(&problem) && self.give_spare();
                     error = NotStored(Arc::new(problem));
@@ -211,9 +230,17 @@ impl Writer {
         results.collect()
     }
 
+    fn wanted_spare(&self) -> u64 {
+        let usual = (self.segment_size / SPARE_PART).min(MOST_SPARE);
+        match SPARE_FIRSTS * self.first {
+            more if more > usual => more.next_multiple_of(SPARE_STEP),
+            _ => usual,
+        }
+    }
+
     /// Takes the room for when the disk is full, if there is as much.
     fn take_spare(&mut self) {
-        let bytes = (self.segment_size / SPARE_PART).min(MOST_SPARE);
+        let bytes = self.wanted_spare();
         self.spare = match self.storage.take_spare(bytes) {
             Ok(()) => Spare::Kept,
             Err(error) if is_full(&error) => {
@@ -242,10 +269,9 @@ impl Writer {
         gathered: impl IntoIterator<Item = &'a Append, IntoIter: Clone>,
     ) -> io::Result<Vec<Position>> {
         let gathered = gathered.into_iter();
-        if gathered.clone().next().is_none() {
-            return Ok(Vec::new());
-        }
-        if self.file.is_none() || self.end >= self.segment_size {
+        let Some(first) = gathered.clone().next() else { return Ok(Vec::new()) };
+        let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
+        if self.file.is_none() || is_over {
             self.turn_over()?;
         }
         let (Some(file), start) = (self.file.as_mut(), self.end) else {
@@ -285,6 +311,9 @@ impl Writer {
                 self.sync_by = self.sync_by.or_else(|| Instant::now().checked_add(pause));
             }
             Durability::Sync | Durability::OsBuffer => {}
+        }
+        if first.first {
+            self.first = first.payload.len() as u64;
         }
         self.end = end;
         Ok(positions)
@@ -342,8 +371,10 @@ impl Writer {
         Ok(())
     }
 
-    fn remove_before(&mut self, segment: u64) {
-        let removed = self.storage.segments().and_then(|segments| {
+    pub(super) fn remove_before(&mut self, segment: u64) {
+        // What makes them unwanted has to outlast them, however late it may be synced otherwise.
+        let synced = self.sync();
+        let removed = synced.and_then(|()| self.storage.segments()).and_then(|segments| {
             let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
             for old in old {
                 // One at a time, so that what is left after a crash has no holes.

@@ -90,7 +90,7 @@ impl Shared {
                     return outbox.handle_unreadable(now, key);
                 };
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
-                if let Err(reason) = self.transmit(to, message, delivery, left) {
+                if let Err(reason) = self.transmit(store, to, message, delivery, left) {
                     match reason {
                         DropReason::LinkLost => outbox.handle_link_down(now, to),
                         reason => outbox.handle_not_transmitted(now, key, reason),
@@ -127,6 +127,7 @@ impl Shared {
 
     fn transmit(
         self: &Arc<Self>,
+        store: &Store,
         to: NodeId,
         (mut header, body): (Header, Bytes),
         delivery: Box<Delivery>,
@@ -136,9 +137,7 @@ impl Shared {
         if to == self.id {
             let mut message = Message::new(to, header, body);
             message.delivery = Some(delivery);
-            let shared = self.clone();
-            // Not here: the outbox is locked.
-            self.runtime.spawn(async move { shared.handle_delivery(message, None) });
+            self.loop_back(store, message);
             return Ok(());
         }
         let routing = self.routing.load();
@@ -279,6 +278,9 @@ impl Shared {
                 InboxAction::Append { token, entry, sync } => {
                     // What is processed here lets others free room.
                     store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync, true));
+                }
+                InboxAction::AppendSnapshot { token, entry } => {
+                    store.with_journals(|it| it.inbox.append_first_for_sink(token, entry));
                 }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
                 InboxAction::RemoveBefore(segment) => {

@@ -12,6 +12,7 @@ mod events;
 mod guaranteed;
 mod last_read;
 mod lease;
+mod loopback;
 mod publish;
 mod publisher;
 mod receive;

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use super::cell::Credit;
 use super::last_read::LastRead;
+use super::loopback::Loopback;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
@@ -85,7 +86,8 @@ pub struct StoreReport {
     /// the one after the last. What they held is lost; the files are left as they are.
     pub damaged: Vec<(u64, u64, u64)>,
     /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
-    /// very end of a file was damaged later.
+    /// very last entry of a file was damaged later: if its process was killed within a second of
+    /// writing it, that looks the same.
     pub torn: u64,
 }
 
@@ -110,6 +112,7 @@ pub(crate) struct Store {
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
     /// Redelivered messages, until it is written that their handlers begin.
     pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
+    pub(super) loopback: Mutex<Loopback>,
     node: Arc<OnceLock<Weak<Shared>>>,
     pub(super) report: StoreReport,
 }
@@ -176,6 +179,7 @@ impl Store {
             waiters: Mutex::default(),
             ended: Mutex::default(),
             parked: Mutex::default(),
+            loopback: Mutex::default(),
             node,
             report,
         })

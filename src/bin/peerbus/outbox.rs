@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
-use peerbus::{ClosedOutbox, NodeId, ServiceName, StoredMessage, Target};
+use peerbus::{ClosedOutbox, InboxReport, NodeId, ServiceName, StoredMessage, Target};
 use serde_json::{Value, json};
 
 use crate::output;
@@ -27,7 +27,7 @@ pub(crate) enum Outbox {
     Reassign(Reassign),
     /// Forget a durable subscription whose node is gone for good, and what is kept for it
     Forget(Forget),
-    /// Read all of it, and say what is damaged
+    /// Read all of it and of the inbox beside it, and say what is damaged
     Verify(Folder),
 }
 
@@ -376,24 +376,42 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
         }
     }
     let (damaged, torn) = (outbox.damaged(), outbox.torn());
+    let inbox = outbox.check_inbox()?;
     let value = json!({
         "messages": messages,
         "unreadable": unreadable,
         "damaged": damaged,
         "torn": torn,
+        "inbox": inbox.as_ref().map(|inbox| json!({
+            "entries": inbox.entries, "damaged": inbox.damaged, "torn": inbox.torn,
+        })),
     });
     output::line(folder.json, &value, || {
-        let mut text = match (damaged.len(), unreadable.len()) {
+        let text = match (damaged.len(), unreadable.len()) {
             (0, 0) => format!("{messages} messages, all can be read"),
             (parts, gone) => format!(
                 "{messages} messages, {gone} can't be read; {parts} damaged parts: {damaged:?}"
             ),
         };
-        if torn > 0 {
-            text += &format!("; a crash tore the last write ({torn} bytes), which is left out");
-        }
-        text
+        text + &torn_end(torn) + &inbox.as_ref().map(describe_inbox).unwrap_or_default()
     })?;
     ensure!(damaged.is_empty() && unreadable.is_empty(), "the outbox is damaged");
+    ensure!(inbox.is_none_or(|inbox| inbox.damaged.is_empty()), "the inbox is damaged");
     Ok(())
+}
+
+fn describe_inbox(inbox: &InboxReport) -> String {
+    let InboxReport { entries, damaged, torn, .. } = inbox;
+    let text = match damaged.len() {
+        0 => format!("\nthe inbox: {entries} entries, all can be read"),
+        parts => format!("\nthe inbox: {entries} entries; {parts} damaged parts: {damaged:?}"),
+    };
+    text + &torn_end(*torn)
+}
+
+fn torn_end(bytes: u64) -> String {
+    match bytes {
+        0 => String::new(),
+        _ => format!("; a crash tore the last write ({bytes} bytes), which is left out"),
+    }
 }

@@ -24,8 +24,12 @@ const MAX_STREAMS: usize = 4096;
 const MAX_SENDERS: usize = 4096;
 /// The most gaps in what is processed of one; a sender has far fewer messages on their way.
 const MAX_RANGES: usize = 65_536;
-/// After so many bytes a snapshot takes the place of what is in the journal.
-const SNAPSHOT_AFTER: u64 = 16 * 1024 * 1024;
+/// After so many bytes a snapshot takes the place of what is in the journal, or after as many as
+/// the last one had: so the next is at most twice as long, and there is room for it on a full disk.
+const SNAPSHOT_AFTER: u64 = 1024 * 1024;
+/// What an entry takes in the journal besides its bytes, at the most: its frame, and the mark
+/// before it.
+const ENTRY_COST: u64 = 48;
 
 /// What becomes of a delivery that arrives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +52,11 @@ pub(crate) enum InboxAction {
         token: u64,
         entry: Vec<u8>,
         sync: bool,
+    },
+    /// The same for all that is known, as the first entry of a segment.
+    AppendSnapshot {
+        token: u64,
+        entry: Vec<u8>,
     },
     Note(Vec<u8>),
     /// The segments before that one are no longer wanted.
@@ -100,6 +109,14 @@ enum Pending {
     Snapshot,
 }
 
+#[derive(Debug, PartialEq, Eq)]
+enum SnapshotPhase {
+    Stored,
+    Storing,
+    /// It could not be stored, which is tried again.
+    Unstored,
+}
+
 #[derive(Debug)]
 pub(crate) struct Inbox {
     epoch: u64,
@@ -118,8 +135,11 @@ pub(crate) struct Inbox {
     /// What is in that phase.
     unstored: BTreeSet<(usize, u64)>,
     next_token: u64,
+    snapshot_after: u64,
     since_snapshot: u64,
-    snapshot_pending: bool,
+    /// How long the last one was.
+    snapshot_size: u64,
+    snapshot: SnapshotPhase,
     actions: VecDeque<InboxAction>,
 }
 
@@ -140,10 +160,18 @@ impl Inbox {
             suspect: None,
             unstored: BTreeSet::new(),
             next_token: 1,
+            snapshot_after: SNAPSHOT_AFTER,
             since_snapshot: 0,
-            snapshot_pending: false,
+            snapshot_size: 0,
+            snapshot: SnapshotPhase::Stored,
             actions: VecDeque::new(),
         }
+    }
+
+    /// An inbox that takes snapshots more often.
+    #[cfg(test)]
+    pub(crate) fn with_snapshots_after(self, snapshot_after: u64) -> Self {
+        Self { snapshot_after, ..self }
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -440,10 +468,12 @@ impl Inbox {
                 }
             }
             Some(Pending::Snapshot) => {
-                self.snapshot_pending = false;
-                if let Ok(position) = result {
-                    self.actions.push_back(InboxAction::RemoveBefore(position.segment));
-                }
+                let Ok(position) = result else {
+                    self.snapshot = SnapshotPhase::Unstored;
+                    return;
+                };
+                self.snapshot = SnapshotPhase::Stored;
+                self.actions.push_back(InboxAction::RemoveBefore(position.segment));
             }
         }
     }
@@ -475,11 +505,14 @@ impl Inbox {
 
     /// Whether the disk refused something that is to be tried again.
     pub(crate) fn has_unstored(&self) -> bool {
-        !self.unstored.is_empty()
+        !self.unstored.is_empty() || self.snapshot == SnapshotPhase::Unstored
     }
 
     /// Tries again what the disk refused. To be called a second later.
     pub(crate) fn handle_timeout(&mut self) {
+        if self.snapshot == SnapshotPhase::Unstored {
+            self.take_snapshot();
+        }
         for (place, seq) in std::mem::take(&mut self.unstored) {
             self.store_processed(place, seq);
         }
@@ -522,24 +555,29 @@ impl Inbox {
         self.pending.is_empty()
     }
 
-    fn append(&mut self, record: &InboxRecord, pending: Pending, sync: bool) -> u64 {
+    fn append(&mut self, record: &InboxRecord, pending: Pending, sync: bool) {
+        let token = self.token_for(pending);
+        let entry = record.encode();
+        self.since_snapshot += ENTRY_COST + entry.len() as u64;
+        self.actions.push_back(InboxAction::Append { token, entry, sync });
+    }
+
+    fn token_for(&mut self, pending: Pending) -> u64 {
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        let entry = record.encode();
-        self.since_snapshot += entry.len() as u64;
-        self.actions.push_back(InboxAction::Append { token, entry, sync });
         token
     }
 
     fn note(&mut self, record: &InboxRecord) {
         let entry = record.encode();
-        self.since_snapshot += entry.len() as u64;
+        self.since_snapshot += ENTRY_COST + entry.len() as u64;
         self.actions.push_back(InboxAction::Note(entry));
     }
 
     fn snapshot_if_due(&mut self) {
-        if self.since_snapshot >= SNAPSHOT_AFTER && !self.snapshot_pending {
+        let due = self.since_snapshot >= self.snapshot_after.max(self.snapshot_size);
+        if due && self.snapshot == SnapshotPhase::Stored {
             self.take_snapshot();
         }
     }
@@ -548,14 +586,17 @@ impl Inbox {
     fn take_snapshot(&mut self) {
         let streams = self.streams.values().map(Seen::record).collect();
         let snapshot = InboxRecord::Snapshot(self.epoch, streams);
-        self.append(&snapshot, Pending::Snapshot, true);
+        let (token, entry) = (self.token_for(Pending::Snapshot), snapshot.encode());
+        self.snapshot_size = entry.len() as u64;
+        self.since_snapshot = 0;
+        self.snapshot = SnapshotPhase::Storing;
+        self.actions.push_back(InboxAction::AppendSnapshot { token, entry });
         let counts = self.streams.values().flat_map(|seen| {
             seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
         });
         for count in counts.collect::<Vec<_>>() {
             self.note(&count);
         }
-        (self.since_snapshot, self.snapshot_pending) = (0, true);
     }
 
     pub(crate) fn poll_action(&mut self) -> Option<InboxAction> {
@@ -615,7 +656,8 @@ mod tests {
         fn run(&mut self) {
             while let Some(action) = self.inbox.poll_action() {
                 match action {
-                    InboxAction::Append { token, entry, .. } => {
+                    InboxAction::Append { token, entry, .. }
+                    | InboxAction::AppendSnapshot { token, entry } => {
                         self.journal.push(entry);
                         self.inbox.handle_appended(token, Ok(PLACE));
                     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::Random;
-use super::disk::{Crash, Disk};
+use super::disk::{Crash, Disk, SEGMENT, kind};
 use crate::address::Destination;
 use crate::engine::Time;
 use crate::engine::delivery::{
@@ -16,6 +16,8 @@ use crate::engine::delivery::{
     Source, Target, Verdict,
 };
 use crate::identity::NodeId;
+use crate::journal::Entry;
+use crate::journal::stepped::EntryKind;
 use crate::message::{Header, IdSource, Kind, MessageId};
 use crate::wire::{Answer, Control, Delivery, DeliveryId, InboxInfo, Outcome, thaw};
 
@@ -40,9 +42,16 @@ pub(super) struct Seen {
     pub(super) killers: u64,
     pub(super) crashes: u64,
     pub(super) power_cuts: u64,
+    pub(super) cut_files: u64,
+    pub(super) lost_sectors: u64,
+    pub(super) torn_sectors: u64,
     pub(super) torn: u64,
+    pub(super) holes: u64,
     pub(super) failed_writes: u64,
     pub(super) moved: u64,
+    pub(super) lives: u64,
+    /// Of inboxes; each life begins with one.
+    pub(super) snapshots: u64,
     pub(super) cuts: u64,
     pub(super) clock_jumps: u64,
 }
@@ -282,23 +291,25 @@ impl World {
             window_bytes: 600,
             max_failures: 10,
             hold_keys: false,
-            segment_size: 1000,
+            segment_size: SEGMENT,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),
         };
         let entry = &mut self.nodes[node];
-        let (mut outbox, mut inbox) = (Outbox::new(config), Inbox::new(inbox_epoch));
+        let (mut outbox, mut inbox) =
+            (Outbox::new(config), Inbox::new(inbox_epoch).with_snapshots_after(SEGMENT));
         let mut numbers = HashMap::new();
-        for (position, payload) in entry.outbox_disk.read() {
-            outbox.recover(position, payload).unwrap();
-        }
+        let take = |it: Entry<'_>| outbox.recover(it.position, it.payload).unwrap();
+        let outbox_read = entry.outbox_disk.open(take);
         for Contents { number, position, .. } in outbox.contents() {
             let bytes = entry.outbox_disk.at(position.expect("it is stored")).expect("it is kept");
-            let frozen = Outbox::frozen(bytes, number).unwrap().unwrap();
+            let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
             numbers.insert(number, thaw(&frozen, &id(node)).unwrap().0.id);
         }
-        for (_, payload) in entry.inbox_disk.read() {
-            inbox.recover(payload).unwrap();
+        let inbox_read = entry.inbox_disk.open(|it| inbox.recover(it.payload).unwrap());
+        for read in [outbox_read, inbox_read] {
+            self.seen.torn += u64::from(read.torn > 0);
+            self.seen.holes += u64::from(!read.damaged.is_empty());
         }
         outbox.handle_recovered(now);
         let contents: Vec<_> = outbox.contents().collect();
@@ -313,6 +324,7 @@ impl World {
             }
         }
         inbox.handle_recovered();
+        self.seen.lives += 1;
         let (waiting, running) = (HashMap::new(), HashSet::new());
         entry.life = Some(Life {
             outbox,
@@ -338,7 +350,10 @@ impl World {
         entry.lives += 1;
         self.seen.crashes += 1;
         for disk in [&mut entry.outbox_disk, &mut entry.inbox_disk] {
-            self.seen.torn += disk.crash(crash, &mut self.random);
+            let lost = disk.crash(crash, &mut self.random);
+            self.seen.cut_files += lost.cut;
+            self.seen.lost_sectors += lost.sectors;
+            self.seen.torn_sectors += lost.torn;
         }
         if crash == Crash::Machine {
             self.seen.power_cuts += 1;
@@ -629,8 +644,9 @@ impl World {
             Which::Inbox => inbox_disk,
         };
         let fails = disk.failing && !self.random.once_in(3);
-        self.seen.failed_writes += u64::from(fails);
-        for (token, result) in disk.finish(fails) {
+        let written = disk.finish(fails, &mut self.random);
+        self.seen.failed_writes += u64::from(written.iter().any(|(_, result)| result.is_err()));
+        for (token, result) in written {
             match which {
                 Which::Outbox => life.outbox.handle_appended(now, token, result),
                 Which::Inbox => life.inbox.handle_appended(token, result),
@@ -730,14 +746,14 @@ impl World {
         let entry = &mut self.nodes[node];
         match action {
             OutboxAction::Append { token, entry: bytes, sync, .. } => {
-                entry.outbox_disk.append(Some(token), bytes, sync);
+                entry.outbox_disk.append(Some(token), bytes, kind(sync));
             }
-            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, false),
+            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, EntryKind::Note),
             OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
             OutboxAction::Read(number, position) => {
                 self.seen.moved += 1;
                 let bytes = entry.outbox_disk.at(position).expect("it is kept");
-                let frozen = Outbox::frozen(bytes, number).unwrap();
+                let frozen = Outbox::frozen(&bytes, number).unwrap();
                 entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, frozen);
             }
             OutboxAction::Transmit { to, source, delivery, .. } => {
@@ -745,7 +761,7 @@ impl World {
                     Source::Memory(message) => message.0.id,
                     Source::Journal(position, number) => {
                         let bytes = entry.outbox_disk.at(position).expect("it is kept");
-                        let frozen = Outbox::frozen(bytes, number).unwrap().unwrap();
+                        let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
                         thaw(&frozen, &id(node)).unwrap().0.id
                     }
                 };
@@ -781,9 +797,13 @@ impl World {
         let life = entry.life.as_mut().expect("it acts");
         match action {
             InboxAction::Append { token, entry: bytes, sync } => {
-                entry.inbox_disk.append(Some(token), bytes, sync);
+                entry.inbox_disk.append(Some(token), bytes, kind(sync));
             }
-            InboxAction::Note(bytes) => entry.inbox_disk.append(None, bytes, false),
+            InboxAction::AppendSnapshot { token, entry: bytes } => {
+                self.seen.snapshots += 1;
+                entry.inbox_disk.append(Some(token), bytes, EntryKind::First);
+            }
+            InboxAction::Note(bytes) => entry.inbox_disk.append(None, bytes, EntryKind::Note),
             InboxAction::RemoveBefore(segment) => entry.inbox_disk.remove_before(segment),
             InboxAction::Answer(to, answer) => {
                 let message = life.waiting.remove(&(to, answer.id.clone()));
@@ -826,7 +846,7 @@ fn a_thousand_faulty_runs_process_what_was_stored_once_and_in_order() {
 }
 
 impl Seen {
-    fn all(&self) -> [(&'static str, u64); 18] {
+    fn all(&self) -> [(&'static str, u64); 23] {
         [
             ("messages stored", self.stored),
             ("messages that could not be stored", self.not_stored),
@@ -841,9 +861,14 @@ impl Seen {
             ("messages that kill their process", self.killers),
             ("crashes", self.crashes),
             ("power cuts", self.power_cuts),
-            ("entries lost with the power", self.torn),
+            ("files cut short with the power", self.cut_files),
+            ("sectors lost with the power", self.lost_sectors),
+            ("sectors torn with the power", self.torn_sectors),
+            ("journals with a torn tail", self.torn),
+            ("journals with holes", self.holes),
             ("failed writes", self.failed_writes),
             ("messages moved to a newer segment", self.moved),
+            ("snapshots of inboxes that live", self.snapshots.saturating_sub(self.lives)),
             ("cuts", self.cuts),
             ("clock jumps", self.clock_jumps),
         ]
@@ -863,9 +888,15 @@ impl Seen {
         self.killers += other.killers;
         self.crashes += other.crashes;
         self.power_cuts += other.power_cuts;
+        self.cut_files += other.cut_files;
+        self.lost_sectors += other.lost_sectors;
+        self.torn_sectors += other.torn_sectors;
         self.torn += other.torn;
+        self.holes += other.holes;
         self.failed_writes += other.failed_writes;
         self.moved += other.moved;
+        self.lives += other.lives;
+        self.snapshots += other.snapshots;
         self.cuts += other.cuts;
         self.clock_jumps += other.clock_jumps;
     }

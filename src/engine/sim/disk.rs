@@ -1,10 +1,14 @@
-//! A disk with a journal on it, as its user sees it: entries that are written in groups, that a
-//! crash may lose unless they were synced, and that may fail to be written.
+//! A disk with a real journal on it, which writes in groups: a crash tears what was not synced,
+//! and writes may fail.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Random;
-use crate::journal::Position;
+use crate::journal::crashing::{Disk as Bytes, Lost};
+use crate::journal::stepped::{EntryKind, Stepped};
+use crate::journal::{Entry, NotStored, Options, Position, Recovery};
 
 /// What ends without warning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,99 +19,124 @@ pub(super) enum Crash {
     Machine,
 }
 
-#[derive(Debug)]
 struct Write {
     token: Option<u64>,
     bytes: Vec<u8>,
-    sync: bool,
+    kind: EntryKind,
 }
 
-#[derive(Debug, Default)]
+enum Step {
+    Write(Write),
+    RemoveBefore(u64),
+}
+
+#[derive(Default)]
 pub(super) struct Disk {
-    entries: Vec<(Position, Vec<u8>)>,
-    /// So many of them are synced.
-    synced: usize,
-    appended: u64,
-    waiting: VecDeque<Write>,
+    bytes: Arc<Bytes>,
+    /// `None` while nobody has it open.
+    journal: Option<Stepped>,
+    waiting: VecDeque<Step>,
     being_written: Vec<Write>,
     pub(super) failing: bool,
 }
 
-/// How many entries a segment takes.
-const SEGMENT: u64 = 20;
+/// About how large a segment is, in bytes.
+pub(super) const SEGMENT: u64 = 3000;
 
 impl Disk {
-    pub(super) fn append(&mut self, token: Option<u64>, bytes: Vec<u8>, sync: bool) {
-        self.waiting.push_back(Write { token, bytes, sync });
+    /// Hands out what is on it, and goes on from there.
+    pub(super) fn open(&mut self, take: impl FnMut(Entry<'_>)) -> Recovery {
+        let options = Options { segment_size: SEGMENT, ..Options::default() };
+        let (journal, recovery) = Stepped::open(&self.bytes, &options, take).unwrap();
+        self.journal = Some(journal);
+        recovery
+    }
+
+    pub(super) fn append(&mut self, token: Option<u64>, bytes: Vec<u8>, kind: EntryKind) {
+        self.waiting.push_back(Step::Write(Write { token, bytes, kind }));
+    }
+
+    pub(super) fn remove_before(&mut self, segment: u64) {
+        self.waiting.push_back(Step::RemoveBefore(segment));
     }
 
     /// Begins to write what waits; whether there is anything, and nothing is written already.
     pub(super) fn begin(&mut self) -> bool {
-        if !self.being_written.is_empty() || self.waiting.is_empty() {
+        if !self.being_written.is_empty() {
             return false;
         }
-        self.being_written = self.waiting.drain(..).collect();
-        true
+        while let Some(Step::RemoveBefore(segment)) = self.waiting.front() {
+            let journal = self.journal.as_mut().expect("it is open");
+            journal.remove_before(*segment);
+            self.waiting.pop_front();
+        }
+        while let Some(Step::Write(_)) = self.waiting.front()
+            && let Some(Step::Write(write)) = self.waiting.pop_front()
+        {
+            self.being_written.push(write);
+        }
+        !self.being_written.is_empty()
     }
 
     /// What was being written is written, or could not be.
-    pub(super) fn finish(&mut self, fails: bool) -> Vec<(u64, Result<Position, String>)> {
-        let writes = std::mem::take(&mut self.being_written);
-        let sync = writes.iter().any(|write| write.sync);
-        let mut results = Vec::new();
-        for Write { token, bytes, .. } in writes {
-            let result = match fails {
-                true => Err("the disk fails".to_owned()),
-                false => Ok(self.keep(bytes)),
+    pub(super) fn finish(
+        &mut self,
+        fails: bool,
+        random: &mut Random,
+    ) -> Vec<(u64, Result<Position, String>)> {
+        if fails {
+            let countdown = match random.once_in(2) {
+                true => &self.bytes.write_fails,
+                false => &self.bytes.sync_fails,
             };
-            results.extend(token.map(|token| (token, result)));
+            countdown.store(1, Ordering::SeqCst);
         }
-        if sync && !fails {
-            self.synced = self.entries.len();
-        }
-        results
+        let tokens: Vec<_> = self.being_written.iter().map(|write| write.token).collect();
+        let results = self.write().into_iter().map(|it| it.map_err(|error| error.to_string()));
+        self.fail_no_more();
+        let results = tokens.into_iter().zip(results);
+        results.filter_map(|(token, result)| Some((token?, result))).collect()
     }
 
-    fn keep(&mut self, bytes: Vec<u8>) -> Position {
-        self.appended += 1;
-        let (segment, length) = (1 + self.appended / SEGMENT, bytes.len() as u32);
-        let position = Position { segment, offset: self.appended, length };
-        self.entries.push((position, bytes));
-        position
+    fn write(&mut self) -> Vec<Result<Position, NotStored>> {
+        let writes = std::mem::take(&mut self.being_written).into_iter();
+        let journal = self.journal.as_mut().expect("it is open");
+        journal.write(writes.map(|write| (write.bytes, write.kind)))
     }
 
-    /// Loses what a crash loses; how many entries that were written are gone.
-    pub(super) fn crash(&mut self, crash: Crash, random: &mut Random) -> u64 {
+    fn fail_no_more(&self) {
+        self.bytes.write_fails.store(0, Ordering::SeqCst);
+        self.bytes.sync_fails.store(0, Ordering::SeqCst);
+    }
+
+    /// Ends who has it open; what that took from it.
+    pub(super) fn crash(&mut self, crash: Crash, random: &mut Random) -> Lost {
         self.waiting.clear();
-        // Some of what was being written may have reached the file.
-        let writes = std::mem::take(&mut self.being_written);
-        let reached = random.below(writes.len() as u64 + 1) as usize;
-        for write in writes.into_iter().take(reached) {
-            self.keep(write.bytes);
+        if !self.being_written.is_empty() {
+            // Nothing comes behind what is being written, as after a write that fails.
+            let behind = self.being_written.iter().skip(1);
+            if let Some(next) = behind.map(|it| it.kind).position(|it| it == EntryKind::First) {
+                self.being_written.truncate(next + 1);
+            }
+            // Some of it reached the file, or all, and was not synced.
+            self.bytes.write_fails.store(random.below(2), Ordering::SeqCst);
+            self.bytes.sync_fails.store(1, Ordering::SeqCst);
+            self.write();
+            self.fail_no_more();
         }
-        let written = self.entries.len();
-        if crash == Crash::Machine {
-            let unsynced = (written - self.synced) as u64;
-            self.entries.truncate(self.synced + random.below(unsynced + 1) as usize);
+        self.journal = None;
+        if crash == Crash::Process {
+            return Lost::default();
         }
-        self.synced = self.entries.len();
-        // The next life begins another segment.
-        self.appended = (self.appended / SEGMENT + 1) * SEGMENT;
-        (written - self.entries.len()) as u64
+        self.bytes = self.bytes.crash(random.next());
+        self.bytes.lost
     }
 
-    pub(super) fn remove_before(&mut self, segment: u64) {
-        let before = self.entries.len();
-        self.entries.retain(|(position, _)| position.segment >= segment);
-        self.synced = self.synced.saturating_sub(before - self.entries.len());
+    pub(super) fn at(&self, position: Position) -> Option<Vec<u8>> {
+        self.journal.as_ref()?.read(position).ok()
     }
+}
 
-    pub(super) fn read(&self) -> impl Iterator<Item = (Position, &[u8])> {
-        self.entries.iter().map(|(position, bytes)| (*position, &bytes[..]))
-    }
-
-    pub(super) fn at(&self, position: Position) -> Option<&[u8]> {
-        let found = self.entries.iter().find(|(other, _)| *other == position);
-        found.map(|(_, bytes)| &bytes[..])
-    }
+pub(super) fn kind(sync: bool) -> EntryKind {
+    if sync { EntryKind::Synced } else { EntryKind::Note }
 }

@@ -3,11 +3,13 @@
 //! `world` moves batches and time, and breaks things; `node` is the engine's shell, as thin as
 //! it can be; `ledger` checks the promises; `tests` runs seeds. `crowd` is another world, of
 //! nothing but meshes, so that there can be many of them; `delivery` is one of outboxes and
-//! inboxes, on a `disk` that fails.
+//! inboxes, on a `disk` that fails, with their real journals on it; `full_disk` has one inbox on a
+//! disk without room.
 
 mod crowd;
 mod delivery;
 mod disk;
+mod full_disk;
 mod ledger;
 mod node;
 mod tests;

@@ -1,0 +1,260 @@
+//! A disk in memory that crashes, fails and is full on purpose: of what was not synced a crash
+//! leaves any part.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::storage::{SegmentFile, Storage};
+use crate::sync::lock;
+
+/// A disk writes these in any order, and a crash tears the one that is being written; in bytes.
+/// Some disks have small ones, so that short writes span several.
+const SECTORS: [usize; 2] = [64, 512];
+
+/// Numbers from a seed (SplitMix64).
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+}
+
+#[derive(Clone, Default)]
+pub(super) struct FileState {
+    pub(super) bytes: Vec<u8>,
+    /// How much of it a crash leaves for sure.
+    synced: usize,
+    /// Its name is on the disk.
+    linked: bool,
+    /// From where on a crash may have torn it.
+    pub(super) unsure: Option<usize>,
+}
+
+impl FileState {
+    /// Takes what a crash takes.
+    fn crash(&mut self, random: &mut Random, lost: &mut Lost) {
+        if self.synced < self.bytes.len() {
+            self.unsure.get_or_insert(self.synced);
+        }
+        let unsynced = self.bytes.len() - self.synced;
+        let reached = random.below(unsynced as u64 + 1) as usize;
+        lost.cut += u64::from(reached < unsynced);
+        self.bytes.truncate(self.synced + reached);
+        let size = SECTORS[random.below(SECTORS.len() as u64) as usize];
+        let mut at = self.synced;
+        while at < self.bytes.len() {
+            let end = ((at / size + 1) * size).min(self.bytes.len());
+            let sector = &mut self.bytes[at..end];
+            let (before, behind) = sector.split_at_mut(random.below(sector.len() as u64) as usize);
+            match random.below(6) {
+                0 => {
+                    sector.fill(0);
+                    lost.sectors += 1;
+                }
+                1 => {
+                    before.fill(0);
+                    lost.torn += 1;
+                }
+                2 => {
+                    behind.fill(0);
+                    lost.torn += 1;
+                }
+                _ => {}
+            }
+            at = end;
+        }
+    }
+}
+
+/// What a crash took.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Lost {
+    /// Files that are shorter than they were.
+    pub(crate) cut: u64,
+    /// Sectors that are all zeros.
+    pub(crate) sectors: u64,
+    /// Sectors of which a part is zeros.
+    pub(crate) torn: u64,
+}
+
+/// The disk.
+#[derive(Default)]
+pub(crate) struct Disk {
+    pub(super) files: Mutex<BTreeMap<u64, FileState>>,
+    /// Files whose removal is not on the disk yet.
+    removed: Mutex<BTreeMap<u64, FileState>>,
+    /// Counts down; the write or sync that brings it to zero fails. Any part of such a write may
+    /// reach the file.
+    pub(crate) write_fails: AtomicU64,
+    pub(crate) sync_fails: AtomicU64,
+    /// What it holds at the most, in bytes, unless zero; and what is taken of that in advance.
+    pub(super) capacity: AtomicU64,
+    pub(super) spare: AtomicU64,
+    /// Counts down the removals and syncs of the directory; then the machine dies.
+    pub(super) steps_left: AtomicU64,
+    /// What was left then.
+    pub(super) frozen: Mutex<Option<Arc<Disk>>>,
+    /// What the crash took that left this.
+    pub(crate) lost: Lost,
+}
+
+/// Whether a countdown comes to its end with this call.
+fn fails(countdown: &AtomicU64) -> bool {
+    countdown.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) == Ok(1)
+}
+
+impl Disk {
+    /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
+    pub(crate) fn crash(&self, seed: u64) -> Arc<Self> {
+        let (mut random, mut lost) = (Random(seed), Lost::default());
+        let mut left = BTreeMap::new();
+        for (number, file) in &*lock(&self.files) {
+            if !file.linked && random.below(2) == 0 {
+                continue;
+            }
+            let mut file = file.clone();
+            file.crash(&mut random, &mut lost);
+            left.insert(*number, file);
+        }
+        for (number, file) in &*lock(&self.removed) {
+            if random.below(2) == 0 {
+                left.insert(*number, file.clone());
+            }
+        }
+        for file in left.values_mut() {
+            (file.synced, file.linked) = (file.bytes.len(), true);
+        }
+        Arc::new(Self { files: Mutex::new(left), lost, ..Self::default() })
+    }
+
+    /// How many more bytes there is room for.
+    fn room(&self) -> usize {
+        let capacity = match self.capacity.load(Ordering::SeqCst) {
+            0 => u64::MAX,
+            capacity => capacity,
+        };
+        capacity.saturating_sub(self.taken()).try_into().unwrap_or(usize::MAX)
+    }
+
+    /// From now on there is no more room than what is taken.
+    pub(crate) fn fill(&self) {
+        self.capacity.store(self.taken(), Ordering::SeqCst);
+    }
+
+    fn taken(&self) -> u64 {
+        let files: usize = lock(&self.files).values().map(|file| file.bytes.len()).sum();
+        files as u64 + self.spare.load(Ordering::SeqCst)
+    }
+
+    /// One more step towards the end of the machine.
+    fn step(&self) {
+        if fails(&self.steps_left) {
+            let seed = lock(&self.files).len() as u64;
+            *lock(&self.frozen) = Some(self.crash(seed));
+        }
+    }
+
+    pub(super) fn change(&self, number: u64, change: impl FnOnce(&mut Vec<u8>)) {
+        change(&mut lock(&self.files).get_mut(&number).unwrap().bytes);
+    }
+}
+
+struct Writing {
+    disk: Arc<Disk>,
+    number: u64,
+}
+
+/// The disk as the journal sees it.
+pub(super) struct Mount(pub(super) Arc<Disk>);
+
+impl Storage for Mount {
+    fn segments(&self) -> io::Result<Vec<u64>> {
+        Ok(lock(&self.0.files).keys().copied().collect())
+    }
+
+    fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
+        let before = lock(&self.0.files).insert(number, FileState::default());
+        assert!(before.is_none(), "segment {number} is written twice");
+        Ok(Box::new(Writing { disk: self.0.clone(), number }))
+    }
+
+    fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let files = lock(&self.0.files);
+        let bytes = files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.get(at as usize..);
+        let bytes = bytes.unwrap_or_default();
+        let count = bytes.len().min(buf.len());
+        buf[..count].copy_from_slice(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn length(&self, number: u64) -> io::Result<u64> {
+        let files = lock(&self.0.files);
+        Ok(files.get(&number).ok_or(io::ErrorKind::NotFound)?.bytes.len() as u64)
+    }
+
+    fn sync(&self, number: u64) -> io::Result<()> {
+        let mut files = lock(&self.0.files);
+        let file = files.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
+        file.synced = file.bytes.len();
+        Ok(())
+    }
+
+    fn remove(&self, number: u64) -> io::Result<()> {
+        let file = lock(&self.0.files).remove(&number).ok_or(io::ErrorKind::NotFound)?;
+        lock(&self.0.removed).insert(number, file);
+        self.0.step();
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> io::Result<()> {
+        lock(&self.0.files).values_mut().for_each(|file| file.linked = true);
+        lock(&self.0.removed).clear();
+        self.0.step();
+        Ok(())
+    }
+
+    fn take_spare(&self, bytes: u64) -> io::Result<()> {
+        let more = bytes - self.0.spare.load(Ordering::SeqCst).min(bytes);
+        if (self.0.room() as u64) < more {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.0.spare.store(bytes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn give_spare(&self) -> io::Result<bool> {
+        Ok(self.0.spare.swap(0, Ordering::SeqCst) > 0)
+    }
+}
+
+impl SegmentFile for Writing {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let room = self.disk.room();
+        let full = fails(&self.disk.write_fails) || room < bytes.len();
+        let reached = Random(bytes.len() as u64).below(room.min(bytes.len()) as u64 + 1) as usize;
+        let taken = if full { reached } else { bytes.len() };
+        self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
+        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if fails(&self.disk.sync_fails) {
+            return Err(io::Error::other("the disk failed"));
+        }
+        if let Some(file) = lock(&self.disk.files).get_mut(&self.number) {
+            file.synced = file.bytes.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,60 @@
+//! A journal without a thread, on a disk that crashes: it writes when it is told to.
+
+use std::sync::Arc;
+
+use super::crashing::{Disk, Mount};
+use super::storage::Storage;
+use super::writer::{Append, Writer};
+use super::{Done, Entry, JournalError, NotStored, Options, Position, Recovery, begin, read_entry};
+
+/// How an entry is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EntryKind {
+    /// As the first of a segment, and synced.
+    First,
+    Synced,
+    /// It needn't be synced.
+    Note,
+}
+
+/// The journal.
+pub(crate) struct Stepped {
+    storage: Arc<dyn Storage>,
+    salt: u64,
+    writer: Writer,
+}
+
+impl Stepped {
+    /// Opens the journal of a disk; what is in it is handed to `take`.
+    pub(crate) fn open(
+        disk: &Arc<Disk>,
+        options: &Options,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        let storage: Arc<dyn Storage> = Arc::new(Mount(disk.clone()));
+        let (writer, salt, recovery) = begin(&storage, options, Box::new(drop), take)?;
+        Ok((Self { storage, salt, writer }, recovery))
+    }
+
+    /// Writes what was gathered.
+    pub(crate) fn write(
+        &mut self,
+        gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
+    ) -> Vec<Result<Position, NotStored>> {
+        let append = |(payload, kind)| {
+            let (sync, first) = (kind != EntryKind::Note, kind == EntryKind::First);
+            Append { payload, sync, urgent: true, first, done: Done::Nobody }
+        };
+        self.writer.store(&gathered.map(append).collect::<Vec<_>>())
+    }
+
+    /// Reads an entry that was stored.
+    pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
+        read_entry(&*self.storage, self.salt, position)
+    }
+
+    /// Removes the segments before that one.
+    pub(crate) fn remove_before(&mut self, segment: u64) {
+        self.writer.remove_before(segment);
+    }
+}
