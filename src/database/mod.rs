@@ -16,8 +16,9 @@
 //!  └────────────────────┘                                   └─────────────────────┘
 //! ```
 //!
-//! A relay that crashes between the two hands a message to the outbox twice, with the same id:
-//! the far side needs the inbox.
+//! A relay that crashes between the two hands a message to the outbox again, with the same id, and
+//! that stores it once ([`Guaranteed::once`]). The far side needs the inbox still: for a handler
+//! that was killed before its Ok was stored, and whose message comes again.
 
 #[cfg(feature = "postgres")]
 pub mod postgres;

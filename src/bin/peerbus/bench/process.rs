@@ -138,6 +138,8 @@ impl Far {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["bench", subcommand])
             .args(args)
+            // What breaks is wanted, or ends it.
+            .env("PEERBUS_LOG", std::env::var("PEERBUS_LOG").unwrap_or("error".into()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -1,6 +1,7 @@
 //! All workloads over all systems, in turn, and what comes of it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::Context;
@@ -58,6 +59,7 @@ impl Comparison {
         }
         let mut number = 0;
         for (place, workload) in self.workloads.iter().enumerate() {
+            let rounds = workload.rounds.map_or(rounds, NonZeroU32::get);
             for round in 1..=rounds {
                 for (which, system) in self.systems.iter().enumerate() {
                     if !system.takes_part(workload) {
@@ -219,7 +221,13 @@ fn machine(dir: &Path) -> anyhow::Result<Machine> {
         processor: after(&read("/proc/cpuinfo"), "model name").unwrap_or("unknown".into()),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
         memory_mib: memory / 1024,
-        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        // Without what its distributor adds.
+        kernel: read("/proc/sys/kernel/osrelease")
+            .split('-')
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
         fdatasync_us: syncs.percentile(500),
     })
 }

@@ -48,7 +48,7 @@ pub(crate) struct Tradeoff {
     /// Only this system; repeatable
     #[arg(long, value_enum, value_name = "NAME")]
     system: Vec<SystemName>,
-    /// Rounds
+    /// Rounds, unless a workload has its own
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// How long each round lasts, in place of what the file says; workloads with a fault keep theirs

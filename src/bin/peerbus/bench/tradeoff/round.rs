@@ -19,8 +19,9 @@ use crate::scratch::Scratch;
 const WARM_UP: Duration = Duration::from_millis(500);
 /// How long after the last message another one is waited for.
 const QUIET: Duration = Duration::from_millis(1500);
-/// The same for what is guaranteed, behind a fault: it comes again after a while.
-const QUIET_AFTER_FAULT: Duration = Duration::from_secs(12);
+/// The same for what is guaranteed, behind a fault: it comes again when its lease has ended, which
+/// is after 30 s.
+const QUIET_AFTER_FAULT: Duration = Duration::from_secs(35);
 /// How long a process may take to be ready, or to answer.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -291,7 +292,7 @@ impl Cast<'_> {
                     }
                 };
             }
-            if wanted.is_some_and(|wanted| count >= wanted) && self.workload.fault.is_none() {
+            if wanted.is_some_and(|wanted| count >= wanted) && self.has_all(wanted)? {
                 return Ok(());
             }
             if count != before {
@@ -301,6 +302,16 @@ impl Cast<'_> {
             }
             usage.sleep_until(Instant::now() + Duration::from_nanos(MOMENT)).await;
         }
+    }
+
+    /// Whether each message has come: what is written down holds some more than once.
+    fn has_all(&self, wanted: Option<u64>) -> anyhow::Result<bool> {
+        let mut count = 0;
+        for log in self.receivers.iter().filter_map(|receiver| receiver.log.as_ref()) {
+            count += Log::tally(log, 0)?.received;
+        }
+        let counted = self.receivers.iter().any(|receiver| receiver.log.is_none());
+        Ok(counted || wanted.is_some_and(|wanted| count >= wanted))
     }
 
     async fn tallies(&mut self, start: u64, sent: &mut [Sent]) -> anyhow::Result<Vec<Tally>> {

@@ -1,5 +1,6 @@
 //! Workloads: what is to be compared, from a TOML file.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub(super) struct Workload {
     #[serde(deserialize_with = "duration")]
     pub(super) seconds: Duration,
     pub(super) fault: Option<Fault>,
+    /// How many rounds, in place of what the command says.
+    pub(super) rounds: Option<NonZeroU32>,
     /// The systems that take part: all that can.
     pub(super) systems: Option<Vec<SystemName>>,
 }
@@ -62,6 +65,7 @@ impl Default for Workload {
             tls: false,
             seconds: Duration::from_secs(2),
             fault: None,
+            rounds: None,
             systems: None,
         }
     }
