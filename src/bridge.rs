@@ -286,12 +286,23 @@ impl Counts {
 #[derive(Default)]
 struct Seen(Mutex<(HashMap<MessageId, Way>, VecDeque<MessageId>)>);
 
+/// What is known of a message that has come.
+#[derive(Debug, PartialEq, Eq)]
+enum Sight {
+    New,
+    /// It has come from this side before.
+    Again,
+    /// It has come from the other side before.
+    Echo,
+}
+
 impl Seen {
-    /// Whether it came from the other side before.
-    fn is_echo(&self, id: MessageId, way: Way) -> bool {
+    fn look(&self, id: MessageId, way: Way) -> Sight {
         let (ways, order) = &mut *lock(&self.0);
-        if let Some(before) = ways.get(&id) {
-            return *before != way;
+        match ways.get(&id) {
+            Some(before) if *before == way => return Sight::Again,
+            Some(_) => return Sight::Echo,
+            None => {}
         }
         if order.len() == REMEMBERED
             && let Some(oldest) = order.pop_front()
@@ -300,7 +311,7 @@ impl Seen {
         }
         order.push_back(id);
         ways.insert(id, way);
-        false
+        Sight::New
     }
 }
 
@@ -315,15 +326,20 @@ struct Crossing {
 }
 
 impl Crossing {
-    /// The message as it is to be sent on the other side; `None` if it is not.
+    /// The message as it is to be sent on the other side; `None` if it is not. One that comes again
+    /// is tried again, if it is not an event that two patterns match.
     fn admit(&self, message: &Message) -> Option<Draft> {
         let extra = message.header.extra.as_deref();
         let headers = extra.map_or(&[][..], |extra| &extra.headers);
         let header = |name: &str| headers.iter().find(|(found, _)| found == name);
         let via = header(Bridge::VIA).map_or("", |(_, via)| via);
         let bridge = self.bridge.to_string();
-        if via.split(',').any(|id| id == bridge) || self.seen.is_echo(message.header.id, self.way) {
+        let sight = self.seen.look(message.header.id, self.way);
+        if sight == Sight::Echo || via.split(',').any(|id| id == bridge) {
             self.counts.echoes.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        if sight == Sight::Again && message.topic().is_some() && message.delivery.is_none() {
             return None;
         }
         let mut draft = Draft::copy_of(message);
@@ -464,22 +480,22 @@ mod tests {
     fn what_comes_back_from_the_other_side_is_an_echo_and_what_comes_again_is_not() {
         let (seen, ids) = (Seen::default(), IdSource::new(1));
         let (one, other) = (ids.next(1), ids.next(1));
-        assert!(!seen.is_echo(one, Way::Export));
-        assert!(!seen.is_echo(one, Way::Export), "it is tried again");
-        assert!(seen.is_echo(one, Way::Import));
-        assert!(!seen.is_echo(other, Way::Import));
-        assert!(seen.is_echo(other, Way::Export));
+        assert_eq!(seen.look(one, Way::Export), Sight::New);
+        assert_eq!(seen.look(one, Way::Export), Sight::Again);
+        assert_eq!(seen.look(one, Way::Import), Sight::Echo);
+        assert_eq!(seen.look(other, Way::Import), Sight::New);
+        assert_eq!(seen.look(other, Way::Export), Sight::Echo);
     }
 
     #[test]
     fn only_so_many_are_remembered() {
         let (seen, ids) = (Seen::default(), IdSource::new(1));
         let first = ids.next(1);
-        seen.is_echo(first, Way::Export);
+        seen.look(first, Way::Export);
         for _ in 0..REMEMBERED {
-            seen.is_echo(ids.next(1), Way::Export);
+            seen.look(ids.next(1), Way::Export);
         }
-        assert!(!seen.is_echo(first, Way::Import));
+        assert_eq!(seen.look(first, Way::Import), Sight::New);
         assert_eq!(lock(&seen.0).1.len(), REMEMBERED);
     }
 }
