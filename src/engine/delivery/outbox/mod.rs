@@ -575,6 +575,7 @@ impl Outbox {
         self.now = now.time;
         if let Ok(position) = &result {
             self.newest_segment = self.newest_segment.max(position.segment);
+            self.once.reach(*position);
         }
         let synced = result.is_ok()
             && self.pending.get(&token).is_some_and(|it| !matches!(it, Pending::Settled(..)));

@@ -6,9 +6,12 @@ use super::{Fate, NewMessage, Outbox, Part, State};
 use crate::journal::Position;
 use crate::message::MessageId;
 
-/// An id is remembered for so many segments of the journal at the least, after the one in which
-/// its message was stored.
+/// An id is remembered for as much of the journal as this many full segments, after the one in
+/// which its message was stored. Each start begins a segment, and a process that is killed over and
+/// over is the one that needs the ids, so it is not their number that counts.
 const REMEMBERED_FOR: u64 = 4;
+/// But for no more segments than this, however short they are.
+const MOST_SEGMENTS: usize = 1024;
 
 /// What becomes of a message that is to be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub(crate) enum Submitted {
 pub(super) struct Once {
     numbers: HashMap<MessageId, u64>,
     segments: BTreeMap<u64, Vec<MessageId>>,
+    /// How long each segment is, as far as is known.
+    ends: BTreeMap<u64, u64>,
 }
 
 impl Once {
@@ -51,13 +56,26 @@ impl Once {
         self.numbers.remove(id);
     }
 
+    /// There is something in the journal there.
+    pub(super) fn reach(&mut self, position: Position) {
+        let end = self.ends.entry(position.segment).or_default();
+        *end = (*end).max(position.offset + u64::from(position.length));
+    }
+
     /// The first segment that is to stay for the ids in it.
-    pub(super) fn first_wanted(&self, newest: u64) -> Option<u64> {
-        let wanted = newest.saturating_sub(REMEMBERED_FOR)..;
-        self.segments.range(wanted).next().map(|(segment, _)| *segment)
+    pub(super) fn first_wanted(&self, segment_size: u64) -> Option<u64> {
+        let mut behind = 0;
+        let wanted = self.ends.iter().rev().take(MOST_SEGMENTS).take_while(|(_, end)| {
+            let is_wanted = behind < REMEMBERED_FOR * segment_size;
+            behind += **end;
+            is_wanted
+        });
+        let first = wanted.last().map(|(segment, _)| *segment)?;
+        self.segments.range(first..).next().map(|(segment, _)| *segment)
     }
 
     pub(super) fn forget_before(&mut self, segment: u64) {
+        self.ends = self.ends.split_off(&segment);
         let kept = self.segments.split_off(&segment);
         for id in std::mem::replace(&mut self.segments, kept).into_values().flatten() {
             self.numbers.remove(&id);

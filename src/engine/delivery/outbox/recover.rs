@@ -36,6 +36,7 @@ impl Outbox {
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
         self.newest_segment = self.newest_segment.max(position.segment);
+        self.once.reach(position);
         match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) => {
                 for message in messages {

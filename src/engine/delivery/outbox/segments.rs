@@ -15,8 +15,8 @@ impl Outbox {
     pub(super) fn remove_segments(&mut self) {
         let first = self.live.first_key_value().map(|(segment, _)| *segment);
         let before = first.unwrap_or(self.newest_segment).min(self.newest_segment);
-        let before =
-            self.once.first_wanted(self.newest_segment).map_or(before, |it| it.min(before));
+        let wanted = self.once.first_wanted(self.config.segment_size);
+        let before = wanted.map_or(before, |wanted| wanted.min(before));
         if self.disk_retry.is_some()
             || self.removing
             || before <= self.removed_before

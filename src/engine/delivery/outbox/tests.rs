@@ -666,30 +666,25 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
 }
 
 #[test]
-fn an_id_is_remembered_for_four_segments() {
-    let mut bench = Bench::new(None);
-    bench.meet(BOB);
-    let id = IdSource::new(1).next(1);
-    let mut message = bench.message(Target::Node(BOB));
-    (message.header.id, message.once) = (id, true);
-    for segment in 1..=7 {
-        bench.segment = segment;
-        let before = bench.outbox.submitted_before(&message);
-        let removed = bench.removed_before;
-        assert_eq!(
-            before.is_some(),
-            (2..=6).contains(&segment),
-            "{segment}: {before:?}, {removed}"
-        );
-        if segment == 1 {
-            let message = vec![message.clone()];
-            bench.outbox.submit(bench.now(), message, &mut |_, _, _| None).unwrap();
-            bench.run();
-        } else {
+fn an_id_is_remembered_for_four_full_segments_and_any_number_of_short_ones() {
+    for (length, remembered) in [(1 << 20, 1..=4), (1, 1..=100)] {
+        let mut bench = Bench::new(None);
+        bench.meet(BOB);
+        let mut message = bench.message(Target::Node(BOB));
+        (message.header.id, message.once) = (IdSource::new(1).next(1), true);
+        bench.outbox.submit(bench.now(), vec![message.clone()], &mut |_, _, _| None).unwrap();
+        bench.run();
+        for segment in 1..=100 {
+            bench.segment = segment;
+            // As long as the segment is to be.
+            let position = Position { segment, offset: 0, length };
+            bench.outbox.once.reach(position);
+            for sent in std::mem::take(&mut bench.sent) {
+                bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed);
+            }
+            let known = bench.outbox.submitted_before(&message).is_some();
+            assert_eq!(known, remembered.contains(&segment), "{length} bytes, {segment}");
             bench.submit(Target::Node(BOB)).unwrap();
-        }
-        for sent in std::mem::take(&mut bench.sent) {
-            bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed);
         }
     }
 }
