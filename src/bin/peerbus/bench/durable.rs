@@ -17,9 +17,6 @@ use super::stats::{Samples, median};
 use crate::output;
 use crate::scratch::Scratch;
 
-const SIZES: [usize; 2] = [100, 1024];
-const WINDOWS: [usize; 4] = [1, 16, 256, 4096];
-
 /// What guaranteed delivery costs, beside the machine's own `fdatasync` and a request without
 /// guarantees in the same run: how long a message takes until it is stored here, and until it is
 /// processed there, with both stores synced; and how many go in a second when so many wait at a
@@ -29,6 +26,13 @@ pub(crate) struct Durable {
     /// Folder on the disk to be measured, which is given a folder of its own for this run
     #[arg(long, default_value = ".")]
     dir: PathBuf,
+    /// Bodies to measure, in bytes
+    #[arg(long, value_delimiter = ',', default_values_t = [100, 1024])]
+    sizes: Vec<usize>,
+    /// How many messages wait at a time
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 256, 4096],
+        value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    windows: Vec<u32>,
     /// Rounds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -53,16 +57,16 @@ enum What {
     /// The same from a node with one.
     Request,
     /// Until it is stored here. Nobody takes it.
-    Stored(usize),
+    Stored(u32),
     /// Until it is processed there.
-    Processed(usize),
+    Processed(u32),
 }
 
 impl What {
-    fn all() -> Vec<Self> {
+    fn all(windows: &[u32]) -> Vec<Self> {
         let mut all = vec![Self::Sync, Self::Bare, Self::Request];
-        all.extend(WINDOWS.map(Self::Stored));
-        all.extend(WINDOWS.map(Self::Processed));
+        all.extend(windows.iter().copied().map(Self::Stored));
+        all.extend(windows.iter().copied().map(Self::Processed));
         all
     }
 
@@ -133,12 +137,13 @@ impl Durable {
         for node in [&bench.bare, &bench.durable] {
             node.wait_for_service("work", Duration::from_secs(10)).await?;
         }
-        let all = What::all();
-        let mut lines: Vec<[Line; 2]> = all.iter().map(|_| Default::default()).collect();
+        let all = What::all(&self.windows);
+        let line = || self.sizes.iter().map(|_| Line::default()).collect();
+        let mut lines: Vec<Vec<Line>> = all.iter().map(|_| line()).collect();
         for round in 0..=self.rounds {
             output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for (what, lines) in all.iter().zip(&mut lines) {
-                for (size, line) in SIZES.into_iter().zip(lines) {
+                for (size, line) in self.sizes.iter().copied().zip(lines) {
                     let (samples, took) = bench.round(*what, size).await?;
                     // The first round is for warming up.
                     if round > 0 {
@@ -152,13 +157,13 @@ impl Durable {
         self.report(&all, &lines)
     }
 
-    fn report(&self, all: &[What], lines: &[[Line; 2]]) -> anyhow::Result<()> {
+    fn report(&self, all: &[What], lines: &[Vec<Line>]) -> anyhow::Result<()> {
         let mut text = format!(
             "Messages with both stores synced, in turn, {} rounds of {} ms\n\n{:<46}{:>12}{:>10}{:>10}{:>8}\n",
             self.rounds, self.millis, "", "messages/s", "p50 µs", "p99 µs", "ratio"
         );
         let mut results = Vec::new();
-        for (place, size) in SIZES.into_iter().enumerate() {
+        for (place, size) in self.sizes.iter().enumerate() {
             let (raw, request) = (&lines[0][place].p50s, &lines[2][place].p50s);
             for (what, line) in all.iter().zip(lines).map(|(what, lines)| (what, &lines[place])) {
                 let sums = raw.iter().zip(request);
@@ -201,7 +206,9 @@ impl Bench {
         let body = vec![7; size];
         match what {
             What::Sync => {
-                sync_by_hand(&self.stores.path().join(format!("raw-{size}")), &body, self.millis)
+                let (path, millis) = (self.stores.path().join(format!("raw-{size}")), self.millis);
+                // The nodes' links are to stay up meanwhile.
+                tokio::task::spawn_blocking(move || sync_by_hand(&path, &body, millis)).await?
             }
             What::Bare => self.ask(&self.bare, &body).await,
             What::Request => self.ask(&self.durable, &body).await,
@@ -232,7 +239,7 @@ impl Bench {
     /// Does something again and again, `window` at a time.
     async fn keep_busy<T, F: Future<Output = anyhow::Result<T>>>(
         &self,
-        window: usize,
+        window: u32,
         act: impl Fn() -> F,
     ) -> anyhow::Result<(Samples, Duration)> {
         let timed = || {
