@@ -178,11 +178,10 @@ impl Shared {
     pub(super) async fn store_by_broker(
         &self,
         broker: &Brokered,
-        id: MessageId,
         message: NewMessage,
     ) -> Result<Receipt, OutboxError> {
         let NewMessage { header, body, expires_at, not_before, .. } = message;
-        let to = header.destination.clone();
+        let (id, to) = (header.id, header.destination.clone());
         let payload = match to {
             Destination::Topic(_) => Payload::Event(body),
             Destination::Service(_) | Destination::Node(_) => Payload::Call(body),

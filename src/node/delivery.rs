@@ -103,9 +103,9 @@ impl Shared {
                     add(&self.counters.stored, 1);
                 }
                 let mut waiters = lock(&store.waiters);
-                let stored = waiters.get_mut(&number).map(|it| std::mem::take(&mut it.stored));
+                let stored = waiters.get_mut(number).map(|it| std::mem::take(&mut it.stored));
                 if result.is_err() {
-                    waiters.remove(&number);
+                    waiters.remove(number);
                 }
                 drop(waiters);
                 for waiter in stored.into_iter().flatten() {
@@ -116,7 +116,7 @@ impl Shared {
                 if result.is_ok() {
                     add(&self.counters.settled, 1);
                 }
-                let waiters = lock(&store.waiters).remove(&number);
+                let waiters = lock(&store.waiters).remove(number);
                 for waiter in waiters.into_iter().flat_map(|waiters| waiters.done) {
                     let _nobody_waits = waiter.send(result.clone());
                 }

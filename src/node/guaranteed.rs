@@ -3,19 +3,20 @@
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use smallvec::{SmallVec, smallvec};
 use tokio::sync::oneshot;
 
 use super::broker::Brokered;
 use super::delivery::DeliveryError;
 use super::draft::{BodyError, Draft};
 use super::shared::Shared;
-use super::store::Waiters;
 use crate::address::{AddressError, Destination};
 use crate::broker::{BrokerKind, Unsupported};
 use crate::clock::unix_ms;
-use crate::engine::delivery::{Fate, NewMessage, Submitted, Target};
+use crate::engine::delivery::{Fate, Full, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;
 
@@ -115,7 +116,7 @@ impl<'a> Guaranteed<'a> {
     }
 
     /// Checks it, and finds out where it goes.
-    pub(super) fn into_message(mut self) -> Result<(MessageId, NewMessage), OutboxError> {
+    pub(super) fn into_message(mut self) -> Result<NewMessage, OutboxError> {
         let shared = self.shared;
         if let Some(broker) = shared.broker() {
             self.check_broker(broker)?;
@@ -130,8 +131,8 @@ impl<'a> Guaranteed<'a> {
                 let known = store.map(|store| lock(&store.outbox).subscribers(topic));
                 (Kind::Event, known.unwrap_or_default())
             }
-            Destination::Service(name) => (Kind::Command, vec![Target::Service(name.clone())]),
-            Destination::Node(node) => (Kind::Command, vec![Target::Node(*node)]),
+            Destination::Service(name) => (Kind::Command, smallvec![Target::Service(name.clone())]),
+            Destination::Node(node) => (Kind::Command, smallvec![Target::Node(*node)]),
         };
         let id = self.draft.id(&shared.ids);
         let mut header = self.draft.header(id, usual, destination);
@@ -141,7 +142,7 @@ impl<'a> Guaranteed<'a> {
             .not_before
             .map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64);
         let body = self.draft.body.bytes;
-        Ok((id, NewMessage { header, body, targets, expires_at, not_before, once: self.once }))
+        Ok(NewMessage { header, body, targets, expires_at, not_before, once: self.once })
     }
 }
 
@@ -166,21 +167,57 @@ impl Guaranteed<'_> {
 
 impl<'a> IntoFuture for Guaranteed<'a> {
     type Output = Result<Receipt, OutboxError>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + std::marker::Send + 'a>>;
+    type IntoFuture = Storing<'a>;
 
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let shared = self.shared;
-            if let Some(broker) = shared.broker() {
-                let (id, message) = self.into_message()?;
-                if shared.is_stopping() {
-                    return Err(OutboxError::ShutDown);
-                }
-                return shared.store_by_broker(broker, id, message).await;
+    fn into_future(self) -> Storing<'a> {
+        Storing(Step::New(self))
+    }
+}
+
+/// A guaranteed message on its way to the disk: what awaiting a [`Guaranteed`] does. Once it was
+/// polled, the message is stored even if this is dropped.
+#[must_use = "a message is stored when this is awaited"]
+pub struct Storing<'a>(Step<'a>);
+
+/// It is no async block, since such a one would be ten times as large, and on the heap.
+enum Step<'a> {
+    New(Guaranteed<'a>),
+    ToDisk(Submission),
+    ToBroker(Pin<Box<dyn Future<Output = Result<Receipt, OutboxError>> + Send + 'a>>),
+    Over,
+}
+
+impl<'a> Step<'a> {
+    fn begin(message: Guaranteed<'a>) -> Result<Self, OutboxError> {
+        let shared = message.shared;
+        let message = message.into_message()?;
+        let Some(broker) = shared.broker() else {
+            return Ok(Self::ToDisk(submit(shared, [message])?));
+        };
+        if shared.is_stopping() {
+            return Err(OutboxError::ShutDown);
+        }
+        Ok(Self::ToBroker(Box::pin(shared.store_by_broker(broker, message))))
+    }
+}
+
+impl Future for Storing<'_> {
+    type Output = Result<Receipt, OutboxError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Step::New(_) = self.0
+            && let Step::New(message) = std::mem::replace(&mut self.0, Step::Over)
+        {
+            self.0 = Step::begin(message)?;
+        }
+        match &mut self.0 {
+            Step::ToDisk(submission) => {
+                ready!(submission.poll_stored(context))?;
+                Poll::Ready(Ok(submission.receipts.remove(0)))
             }
-            let mut receipts = store(shared, vec![self.into_message()?]).await?;
-            Ok(receipts.remove(0))
-        })
+            Step::ToBroker(storing) => storing.as_mut().poll(context),
+            Step::New(_) | Step::Over => panic!("it was polled after it had ended"),
+        }
     }
 }
 
@@ -263,31 +300,54 @@ impl<'a> Transaction<'a> {
             return Err(broker.lacks("transactions over several queues").into());
         }
         let messages = self.messages.into_iter().map(Guaranteed::into_message);
-        store(self.shared, messages.collect::<Result<_, _>>()?).await
+        let messages: NewMessages = messages.collect::<Result<_, _>>()?;
+        let mut submission = submit(self.shared, messages)?;
+        std::future::poll_fn(|context| submission.poll_stored(context)).await?;
+        Ok(submission.receipts.into_vec())
     }
 }
 
-/// Stores messages together. Dropping the future leaves them on their way to the disk.
-async fn store(
+/// Messages that are stored together.
+struct Submission {
+    receipts: SmallVec<[Receipt; 1]>,
+    /// For what is not stored yet.
+    stored: SmallVec<[oneshot::Receiver<Result<(), String>>; 1]>,
+}
+
+impl Submission {
+    fn poll_stored(&mut self, context: &mut Context<'_>) -> Poll<Result<(), OutboxError>> {
+        while let Some(stored) = self.stored.last_mut() {
+            match ready!(Pin::new(stored).poll(context)) {
+                Ok(Ok(())) => _ = self.stored.pop(),
+                Ok(Err(error)) => return Poll::Ready(Err(OutboxError::NotStored(error))),
+                Err(_) => return Poll::Ready(Err(OutboxError::ShutDown)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Sets messages on their way to the disk, all of them or none.
+fn submit(
     shared: &Arc<Shared>,
-    messages: Vec<(MessageId, NewMessage)>,
-) -> Result<Vec<Receipt>, OutboxError> {
+    messages: impl IntoIterator<Item = NewMessage>,
+) -> Result<Submission, OutboxError> {
     if shared.is_stopping() {
         return Err(OutboxError::ShutDown);
     }
     let Some(store) = &shared.store else { return Err(OutboxError::NoOutbox) };
-    let receipt = |(id, message): &(MessageId, NewMessage)| Receipt {
-        id: *id,
-        destinations: message.targets.len(),
-        done: None,
-        broker: None,
-    };
-    let mut receipts: Vec<Receipt> = messages.iter().map(receipt).collect();
-    // What nobody subscribes to is processed by all.
-    let wanted = messages.into_iter().map(|(_, message)| message);
-    let wanted: Vec<_> = wanted.filter(|message| !message.targets.is_empty()).collect();
+    let (mut receipts, mut wanted) = (SmallVec::<[Receipt; 1]>::new(), NewMessages::new());
+    for message in messages {
+        let (id, destinations) = (message.header.id, message.targets.len());
+        receipts.push(Receipt { id, destinations, done: None, broker: None });
+        // What nobody subscribes to is processed by all.
+        if destinations > 0 {
+            wanted.push(message);
+        }
+    }
+    let mut waits = SmallVec::new();
     if wanted.is_empty() {
-        return Ok(receipts);
+        return Ok(Submission { receipts, stored: waits });
     }
     let submitted = shared.with_outbox(|outbox, now| {
         let choose = &mut |name: &_, order: Option<&str>, load: &dyn Fn(&_) -> _| {
@@ -296,7 +356,7 @@ async fn store(
         let submitted = outbox.submit(now, wanted, choose)?;
         let mut waiters = lock(&store.waiters);
         let sent = receipts.iter_mut().filter(|receipt| receipt.destinations > 0);
-        let (mut waits, mut waits_for_new) = (Vec::new(), false);
+        let mut waits_for_new = false;
         for (submitted, receipt) in submitted.into_iter().zip(sent) {
             let (done, outcome) = oneshot::channel();
             let (number, waits_too) = match submitted {
@@ -311,7 +371,7 @@ async fn store(
                 }
             };
             receipt.done = Some(outcome);
-            let waiters: &mut Waiters = waiters.entry(number).or_default();
+            let waiters = waiters.get_or_insert_default(number);
             waiters.done.push(done);
             if waits_too {
                 let (stored, wait) = oneshot::channel();
@@ -319,21 +379,11 @@ async fn store(
                 waits.push(wait);
             }
         }
-        Ok(waits)
+        Ok(())
     });
-    let waits = match submitted {
-        Some(Ok(waits)) => waits,
-        Some(Err(crate::engine::delivery::Full { messages, bytes })) => {
-            return Err(OutboxError::OutboxFull { messages, bytes });
-        }
-        None => return Err(OutboxError::NoOutbox),
-    };
-    for wait in waits {
-        match wait.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(OutboxError::NotStored(error)),
-            Err(_) => return Err(OutboxError::ShutDown),
-        }
+    match submitted {
+        Some(Ok(())) => Ok(Submission { receipts, stored: waits }),
+        Some(Err(Full { messages, bytes })) => Err(OutboxError::OutboxFull { messages, bytes }),
+        None => Err(OutboxError::NoOutbox),
     }
-    Ok(receipts)
 }

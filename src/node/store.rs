@@ -15,7 +15,7 @@ use super::last_read::LastRead;
 use super::loopback::Loopback;
 use super::shared::Shared;
 use crate::address::ServiceName;
-use crate::engine::delivery::{Fate, Inbox, Now, Outbox, OutboxConfig, RecordError};
+use crate::engine::delivery::{Fate, Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
 use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Position, Sink};
 use crate::message::Message;
@@ -107,7 +107,7 @@ pub(crate) struct Store {
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
     last_read: Mutex<LastRead>,
-    pub(super) waiters: Mutex<HashMap<u64, Waiters>>,
+    pub(super) waiters: Mutex<Numbered<Waiters>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
     /// Redelivered messages, until it is written that their handlers begin.
@@ -213,7 +213,7 @@ impl Store {
         // Its sinks may want to append.
         drop(journals);
         drop(taken);
-        lock(&self.waiters).clear();
+        *lock(&self.waiters) = Numbered::default();
     }
 }
 

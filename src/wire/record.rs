@@ -543,6 +543,9 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
     Ok(Failure { code, text })
 }
 
+/// About what most headers take at the most, in bytes.
+const FROZEN_HEADER: usize = 128;
+
 /// A message as it is kept on a disk: an event if it goes to a topic, else a call.
 pub(crate) fn freeze(header: &Header, body: &Bytes, me: &NodeId) -> Vec<u8> {
     let payload = match header.destination {
@@ -550,7 +553,8 @@ pub(crate) fn freeze(header: &Header, body: &Bytes, me: &NodeId) -> Vec<u8> {
         Destination::Service(_) | Destination::Node(_) => Payload::Call(body.clone()),
     };
     let envelope = Envelope { header: header.clone(), payload };
-    let mut bytes = vec![0; 4];
+    let mut bytes = Vec::with_capacity(FROZEN_HEADER + body.len());
+    bytes.extend([0; 4]);
     let own_frame = write_message(&mut bytes, &envelope, &mut Inheritance::default(), me);
     let length = bytes.len() as u32 - 4;
     bytes[..4].copy_from_slice(&length.to_be_bytes());

@@ -20,9 +20,10 @@ mod ranges;
 mod record;
 
 pub(crate) use inbox::{Inbox, InboxAction, Verdict};
+pub(crate) use numbered::Numbered;
 pub(crate) use outbox::{
-    Contents, Full, NewMessage, Outbox, OutboxAction, OutboxConfig, OutboxEvent, PartKey, Source,
-    Submitted,
+    Contents, Full, NewMessage, NewMessages, Outbox, OutboxAction, OutboxConfig, OutboxEvent,
+    PartKey, Source, Submitted,
 };
 pub(crate) use record::RecordError;
 #[cfg(fuzzing)]

@@ -18,6 +18,12 @@ struct Chunk<T> {
     slots: Box<[Option<T>]>,
 }
 
+impl<T> Default for Chunk<T> {
+    fn default() -> Self {
+        Self { taken: 0, slots: std::iter::repeat_with(|| None).take(CHUNK as usize).collect() }
+    }
+}
+
 impl<T> Default for Numbered<T> {
     fn default() -> Self {
         Self { chunks: BTreeMap::new(), len: 0 }
@@ -42,16 +48,26 @@ impl<T> Numbered<T> {
     }
 
     pub(crate) fn insert(&mut self, number: u64, value: T) -> Option<T> {
-        let chunk = self.chunks.entry(number / CHUNK).or_insert_with(|| {
-            let slots = std::iter::repeat_with(|| None).take(CHUNK as usize).collect();
-            Chunk { taken: 0, slots }
-        });
+        let chunk = self.chunks.entry(number / CHUNK).or_default();
         let before = chunk.slots[(number % CHUNK) as usize].replace(value);
         if before.is_none() {
             chunk.taken += 1;
             self.len += 1;
         }
         before
+    }
+
+    pub(crate) fn get_or_insert_default(&mut self, number: u64) -> &mut T
+    where
+        T: Default,
+    {
+        let chunk = self.chunks.entry(number / CHUNK).or_default();
+        let slot = &mut chunk.slots[(number % CHUNK) as usize];
+        if slot.is_none() {
+            chunk.taken += 1;
+            self.len += 1;
+        }
+        slot.get_or_insert_default()
     }
 
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {

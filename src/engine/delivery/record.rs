@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use serde::de::{self, DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use smallvec::SmallVec;
 
 use super::{Binding, Fate, Target};
 use crate::address::{Pattern, ServiceName};
@@ -73,13 +74,16 @@ mod node_bytes {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MessageRecord {
     pub(super) number: u64,
-    pub(super) parts: Vec<PartRecord>,
+    pub(super) parts: SmallVec<[PartRecord; 1]>,
     /// In ms since 1970.
     pub(super) expires_at: Option<u64>,
     pub(super) not_before: Option<u64>,
     pub(super) order: Option<String>,
     pub(super) frozen: Raw,
 }
+
+/// Most messages are stored alone.
+pub(super) type MessageRecords = SmallVec<[MessageRecord; 1]>;
 
 /// One destination of a message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,7 +161,7 @@ impl PeerRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum OutboxRecord {
     /// Messages that are stored together or not at all.
-    Messages(Vec<MessageRecord>),
+    Messages(MessageRecords),
     /// Message, part and node: where it is bound to from now on, or that it is free again.
     Bound(Vec<(u64, u32, Option<BindingRecord>)>),
     /// Message and part: processed, or purged.
@@ -172,13 +176,17 @@ pub(super) enum OutboxRecord {
     Freed(Vec<(u64, u32)>),
     /// The same as [`OutboxRecord::Messages`], with the ids of those that are stored once, and their
     /// numbers.
-    Once(Vec<MessageRecord>, Vec<(MessageId, u64)>),
+    Once(MessageRecords, Vec<(MessageId, u64)>),
 }
 
 impl OutboxRecord {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Messages(messages) => with_kind(0, messages),
+            Self::Messages(messages) => {
+                let mut bytes = Vec::with_capacity(messages.iter().map(about_size).sum());
+                write_kind(&mut bytes, 0, messages);
+                bytes
+            }
             Self::Bound(bound) => with_kind(1, bound),
             Self::Settled(settled) => with_kind(2, settled),
             Self::Failed(number, part, failures) => with_kind(3, &(number, part, failures)),
@@ -285,9 +293,19 @@ impl InboxRecord {
 }
 
 fn with_kind<T: Serialize + ?Sized>(kind: u8, value: &T) -> Vec<u8> {
-    let mut bytes = vec![kind];
-    rmp_serde::encode::write(&mut bytes, value).expect("writing to memory doesn't fail");
+    let mut bytes = Vec::with_capacity(32);
+    write_kind(&mut bytes, kind, value);
     bytes
+}
+
+fn write_kind<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, kind: u8, value: &T) {
+    bytes.push(kind);
+    rmp_serde::encode::write(bytes, value).expect("writing to memory doesn't fail");
+}
+
+/// In bytes; few records take more.
+fn about_size(message: &MessageRecord) -> usize {
+    32 + 128 * message.parts.len() + message.frozen.0.len()
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 use std::time::Duration;
 
 use bytes::Bytes;
+use smallvec::smallvec;
 
 use super::Random;
 use super::disk::{Crash, Disk, SEGMENT, kind};
@@ -558,11 +559,11 @@ impl World {
             }
             1 => {
                 let to = id(self.random.below(3) as usize);
-                (Destination::Node(to), vec![Target::Node(to)])
+                (Destination::Node(to), smallvec![Target::Node(to)])
             }
             _ => {
                 let work: crate::address::ServiceName = "work".parse().unwrap();
-                (Destination::Service(work.clone()), vec![Target::Service(work)])
+                (Destination::Service(work.clone()), smallvec![Target::Service(work)])
             }
         };
         if targets.is_empty() {
@@ -588,7 +589,7 @@ impl World {
         let new = NewMessage { header, body, targets, expires_at, not_before, once };
         let submitted = life
             .outbox
-            .submit(now, vec![new], &mut |_, _, load| least_loaded(&serving, load))
+            .submit(now, smallvec![new], &mut |_, _, load| least_loaded(&serving, load))
             .unwrap();
         life.numbers.insert(submitted[0].number(), message);
         let (stored, done, may_end_again) = (false, None, false);

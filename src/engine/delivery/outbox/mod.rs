@@ -64,12 +64,23 @@ pub(crate) struct OutboxConfig {
 pub(crate) struct NewMessage {
     pub(crate) header: Header,
     pub(crate) body: Bytes,
-    pub(crate) targets: Vec<Target>,
+    pub(crate) targets: SmallVec<[Target; 1]>,
     /// In ms since 1970.
     pub(crate) expires_at: Option<u64>,
     pub(crate) not_before: Option<u64>,
     /// It is not stored if another one with its id was.
     pub(crate) once: bool,
+}
+
+/// Most are stored alone.
+pub(crate) type NewMessages = SmallVec<[NewMessage; 1]>;
+
+impl NewMessage {
+    /// What it takes in the outbox, in bytes.
+    fn size(&self) -> u64 {
+        let destinations = BASE_COST * self.targets.len().max(1) as u64;
+        destinations + self.body.len() as u64 + self.header.extra_len() as u64
+    }
 }
 
 /// Chooses the instance of a service: of those for which the last argument has a load.
@@ -266,7 +277,7 @@ struct Peer {
 #[derive(Debug)]
 enum Pending {
     /// Their numbers, and the ids of those that are stored once.
-    Messages(Vec<u64>, Vec<(MessageId, u64)>),
+    Messages(SmallVec<[u64; 2]>, Vec<(MessageId, u64)>),
     Bound(Vec<PartKey>),
     Dead(PartKey, Box<Fate>),
     /// A message that was in an old segment.
@@ -334,7 +345,7 @@ pub(crate) struct Outbox {
     /// By the clock on the wall.
     wall: BTreeSet<(u64, PartKey)>,
     subscriptions: BTreeMap<(NodeId, ServiceName), Pattern>,
-    pending: HashMap<u64, Pending>,
+    pending: Numbered<Pending>,
     next_token: u64,
     settled: Vec<(u64, u32)>,
     /// Their numbers, which their receivers have to remember until that is on the disk.
@@ -390,7 +401,7 @@ impl Outbox {
             timers: BTreeSet::new(),
             wall: BTreeSet::new(),
             subscriptions: BTreeMap::new(),
-            pending: HashMap::new(),
+            pending: Numbered::default(),
             next_token: 1,
             settled: Vec::new(),
             unreleased: Vec::new(),
@@ -409,7 +420,7 @@ impl Outbox {
     }
 
     /// The durable subscriptions that a topic's messages go to.
-    pub(crate) fn subscribers(&self, topic: &Topic) -> Vec<Target> {
+    pub(crate) fn subscribers(&self, topic: &Topic) -> SmallVec<[Target; 1]> {
         let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
         let targets = all.map(|((node, name), _)| Target::Subscription(*node, name.clone()));
         targets.collect()
@@ -431,113 +442,112 @@ impl Outbox {
     pub(crate) fn submit(
         &mut self,
         now: Now,
-        messages: Vec<NewMessage>,
+        messages: NewMessages,
         choose: &mut Choose<'_>,
-    ) -> Result<Vec<Submitted>, Full> {
-        let before: Vec<_> = messages.iter().map(|it| self.submitted_before(it)).collect();
-        let new = messages.into_iter().zip(&before).filter(|(_, before)| before.is_none());
-        let new = self.take_in(now, new.map(|(message, _)| message).collect(), choose)?;
-        let mut new = new.into_iter().map(Submitted::New);
-        Ok(before.into_iter().filter_map(|before| before.or_else(|| new.next())).collect())
-    }
-
-    fn take_in(
-        &mut self,
-        now: Now,
-        messages: Vec<NewMessage>,
-        choose: &mut Choose<'_>,
-    ) -> Result<Vec<u64>, Full> {
+    ) -> Result<SmallVec<[Submitted; 1]>, Full> {
         self.now = now.time;
-        let size = |message: &NewMessage| {
-            let destinations = BASE_COST * message.targets.len().max(1) as u64;
-            destinations + message.body.len() as u64 + message.header.extra_len() as u64
-        };
-        let bytes: u64 = messages.iter().map(size).sum();
-        let count = self.entries.len() as u64 + messages.len() as u64;
-        if count > self.config.max_messages || self.bytes + bytes > self.config.max_bytes {
-            return Err(Full { messages: self.entries.len() as u64, bytes: self.bytes });
+        let mut submitted: SmallVec<[Option<Submitted>; 1]> =
+            messages.iter().map(|message| self.submitted_before(message)).collect();
+        let new = messages.iter().zip(&submitted).filter(|(_, before)| before.is_none());
+        let (count, bytes) =
+            new.fold((0, 0), |(count, bytes), (new, _)| (count + 1, bytes + new.size()));
+        let (held, held_bytes) = (self.entries.len() as u64, self.bytes);
+        if held + count > self.config.max_messages || held_bytes + bytes > self.config.max_bytes {
+            return Err(Full { messages: held, bytes: held_bytes });
         }
-        let (mut numbers, mut records, mut ids) = (Vec::new(), Vec::new(), Vec::new());
-        for message in messages {
+        let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
+        for (message, submitted) in messages.into_iter().zip(&mut submitted) {
+            if submitted.is_some() {
+                continue;
+            }
             let number = self.next_number;
             self.next_number += 1;
-            let frozen = freeze(&message.header, &message.body, &self.config.me);
-            let size = size(&message);
-            let NewMessage { header, body, targets, expires_at, not_before, once } = message;
-            if once {
-                self.once.submit(header.id, number);
-                ids.push((header.id, number));
+            if message.once {
+                self.once.submit(message.header.id, number);
+                ids.push((message.header.id, number));
             }
-            let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
-            let later = not_before.is_some_and(|at| at > now.unix_ms);
-            let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
-            let mut part_records = Vec::new();
-            for (part, target) in targets.into_iter().enumerate() {
-                let key = PartKey { number, part: part as u32 };
-                let in_target = self.target_number(target.clone());
-                // What is bound may have been sent, as far as the next life knows; and what is
-                // behind its key would keep a number that its receiver waits for.
-                let waits = later
-                    || self.waiting.contains_key(&in_target)
-                    || order
-                        .as_ref()
-                        .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
-                let node = match waits {
-                    true => None,
-                    false => self.taker(&target, order.as_deref(), choose),
-                };
-                let bound = node.map(|node| self.bind(key, node, &target));
-                let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
-                let target_record = (&target).into();
-                part_records.push(PartRecord {
-                    target: target_record,
-                    binding,
-                    failures: 0,
-                    redelivered: false,
-                    settled: false,
-                    dead: None,
-                });
-                if let Some(order) = &order {
-                    self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
-                }
-                let state = State::Storing;
-                self.open += 1;
-                parts.push(Part {
-                    target: in_target,
-                    bound,
-                    state,
-                    failures: 0,
-                    attempts: 0,
-                    redelivered: false,
-                });
-            }
-            records.push(MessageRecord {
-                number,
-                parts: part_records,
-                expires_at,
-                not_before,
-                order: order.as_deref().map(str::to_owned),
-                frozen: Raw(frozen.into()),
-            });
-            let rare = Rare { expires_at, not_before, order };
-            let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
-                self.cached_bytes += size;
-                Arc::new((header, body))
-            });
-            let rare = (rare != Rare::default()).then(|| Box::new(rare));
-            self.bytes += size;
-            let entry = Entry { position: None, cached, rare, parts, size: size as u32 };
-            self.entries.insert(number, entry);
+            records.push(self.take_in(now, number, message, choose));
             numbers.push(number);
+            *submitted = Some(Submitted::New(number));
         }
         let record = match ids.is_empty() {
             true => OutboxRecord::Messages(records),
             false => OutboxRecord::Once(records, ids.clone()),
         };
         if !numbers.is_empty() {
-            self.append(&record, Pending::Messages(numbers.clone(), ids));
+            self.append(&record, Pending::Messages(numbers, ids));
         }
-        Ok(numbers)
+        Ok(submitted.into_iter().flatten().collect())
+    }
+
+    /// Takes a new message; what is to be stored of it.
+    fn take_in(
+        &mut self,
+        now: Now,
+        number: u64,
+        message: NewMessage,
+        choose: &mut Choose<'_>,
+    ) -> MessageRecord {
+        let frozen = freeze(&message.header, &message.body, &self.config.me);
+        let size = message.size();
+        let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
+        let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
+        let later = not_before.is_some_and(|at| at > now.unix_ms);
+        let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
+        for (part, target) in targets.into_iter().enumerate() {
+            let key = PartKey { number, part: part as u32 };
+            let in_target = self.target_number(&target);
+            // What is bound may have been sent, as far as the next life knows; and what is
+            // behind its key would keep a number that its receiver waits for.
+            let waits = later
+                || self.waiting.contains_key(&in_target)
+                || order
+                    .as_ref()
+                    .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
+            let node = match waits {
+                true => None,
+                false => self.taker(&target, order.as_deref(), choose),
+            };
+            let bound = node.map(|node| self.bind(key, node, &target));
+            part_records.push(PartRecord {
+                target: (&target).into(),
+                binding: bound.map(|bound| BindingRecord::from(&self.binding(bound))),
+                failures: 0,
+                redelivered: false,
+                settled: false,
+                dead: None,
+            });
+            if let Some(order) = &order {
+                self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
+            }
+            self.open += 1;
+            parts.push(Part {
+                target: in_target,
+                bound,
+                state: State::Storing,
+                failures: 0,
+                attempts: 0,
+                redelivered: false,
+            });
+        }
+        let record = MessageRecord {
+            number,
+            parts: part_records,
+            expires_at,
+            not_before,
+            order: order.as_deref().map(str::to_owned),
+            frozen: Raw(frozen.into()),
+        };
+        let rare = Rare { expires_at, not_before, order };
+        let rare = (rare != Rare::default()).then(|| Box::new(rare));
+        let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
+            self.cached_bytes += size;
+            Arc::new((header, body))
+        });
+        self.bytes += size;
+        let entry = Entry { position: None, cached, rare, parts, size: size as u32 };
+        self.entries.insert(number, entry);
+        record
     }
 
     fn append(&mut self, record: &OutboxRecord, pending: Pending) {
@@ -578,7 +588,7 @@ impl Outbox {
             self.once.reach(*position);
         }
         let synced = result.is_ok()
-            && self.pending.get(&token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
+            && self.pending.get(token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
         while synced
             && self.written.front().is_some_and(|before| before.token < token)
             && let Some(Written { numbers, .. }) = self.written.pop_front()
@@ -594,7 +604,7 @@ impl Outbox {
                 self.unreleased.extend(numbers);
             }
         }
-        match (self.pending.remove(&token), result) {
+        match (self.pending.remove(token), result) {
             (None, _) => {}
             (Some(Pending::Messages(numbers, ids)), Ok(position)) => {
                 ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
@@ -753,13 +763,13 @@ impl Outbox {
         self.entries.get(number)?.rare.as_ref()?.order.as_ref()
     }
 
-    fn target_number(&mut self, target: Target) -> u32 {
-        if let Some(number) = self.target_numbers.get(&target) {
+    fn target_number(&mut self, target: &Target) -> u32 {
+        if let Some(number) = self.target_numbers.get(target) {
             return *number;
         }
         let number = self.targets.len() as u32;
         self.targets.push(target.clone());
-        self.target_numbers.insert(target, number);
+        self.target_numbers.insert(target.clone(), number);
         number
     }
 

@@ -118,7 +118,7 @@ impl Outbox {
         for part in &record.parts {
             let target = part.target.target()?;
             bindings.push(part.binding.as_ref().map(|binding| binding.binding()).transpose()?);
-            let target = self.target_number(target);
+            let target = self.target_number(&target);
             let state = State::Storing;
             let (bound, failures, attempts) = (None, part.failures, 0);
             let redelivered = part.redelivered;
@@ -260,7 +260,7 @@ impl Outbox {
     pub(crate) fn example_transaction(messages: u64) -> (Position, Vec<u8>) {
         let message = |number: u64| MessageRecord {
             number,
-            parts: Vec::new(),
+            parts: SmallVec::new(),
             expires_at: None,
             not_before: None,
             order: None,

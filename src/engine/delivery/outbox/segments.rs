@@ -1,6 +1,7 @@
 //! Which segments of the journal can go, and what has to move before they can.
 
 use bytes::Bytes;
+use smallvec::smallvec;
 
 use super::dispatch::MOST_UNREADABLE;
 use super::{DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
@@ -128,7 +129,7 @@ impl Outbox {
             frozen: Raw(frozen),
         };
         self.moving += 1;
-        self.append(&OutboxRecord::Messages(vec![record]), Pending::Moved(number));
+        self.append(&OutboxRecord::Messages(smallvec![record]), Pending::Moved(number));
     }
 
     pub(super) fn handle_moved(&mut self, number: u64, position: Option<Position>) {

@@ -1,5 +1,7 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
+use smallvec::smallvec;
+
 use super::dispatch::{MAX_PEERS, MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
 use super::*;
 use crate::address::Destination;
@@ -122,13 +124,13 @@ impl Bench {
         let mut header = Header::new(id, Kind::Command, Destination::Node(BOB));
         header.extra_mut().ordering_key = self.key.map(str::to_owned);
         let body = Bytes::from_static(b"a body");
-        let (targets, expires_at, not_before) = (vec![target], None, None);
+        let (targets, expires_at, not_before) = (smallvec![target], None, None);
         NewMessage { header, body, targets, expires_at, not_before, once: false }
     }
 
     fn submit(&mut self, target: Target) -> Result<u64, Full> {
         let message = self.message(target);
-        let submitted = self.outbox.submit(self.now(), vec![message], &mut |_, _, _| None)?;
+        let submitted = self.outbox.submit(self.now(), smallvec![message], &mut |_, _, _| None)?;
         self.run();
         Ok(submitted[0].number())
     }
@@ -482,7 +484,7 @@ fn a_subscription_that_is_ended_leaves_nothing_behind() {
     assert_eq!(bench.sent.len(), 1, "it is on its way");
     // One more is being stored.
     let choose: &mut Choose<'_> = &mut |_, _, _| None;
-    let storing = bench.outbox.submit(bench.now(), vec![message], choose).unwrap()[0].number();
+    let storing = bench.outbox.submit(bench.now(), smallvec![message], choose).unwrap()[0].number();
     bench.subscribe(BOB, &[], &[&name]);
     assert_eq!(bench.done, [(kept, Ok(())), (storing, Ok(()))]);
     assert_eq!(bench.outbox.pending(), 0);
@@ -591,7 +593,7 @@ fn an_answer_to_what_is_still_being_stored_settles_nothing() {
     next.seq += 1;
     // As `submit` does, but for the journal's word.
     let message = bench.message(Target::Node(BOB));
-    bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None).unwrap();
+    bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
     let answer = Answer { id: next, attempt: 1, outcome: Outcome::Processed };
     bench.outbox.handle_answer(bench.now(), BOB, answer);
     assert_eq!((bench.outbox.pending(), bench.done.len()), (1, 1));
@@ -643,7 +645,7 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
     let submit = |bench: &mut Bench, id| {
         let mut message = bench.message(Target::Node(BOB));
         (message.header.id, message.once) = (id, true);
-        let submitted = bench.outbox.submit(bench.now(), vec![message], &mut |_, _, _| None);
+        let submitted = bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None);
         submitted.unwrap().remove(0)
     };
     let ids = IdSource::new(1);
@@ -672,7 +674,7 @@ fn an_id_is_remembered_for_four_full_segments_and_any_number_of_short_ones() {
         bench.meet(BOB);
         let mut message = bench.message(Target::Node(BOB));
         (message.header.id, message.once) = (IdSource::new(1).next(1), true);
-        bench.outbox.submit(bench.now(), vec![message.clone()], &mut |_, _, _| None).unwrap();
+        bench.outbox.submit(bench.now(), smallvec![message.clone()], &mut |_, _, _| None).unwrap();
         bench.run();
         for segment in 1..=100 {
             bench.segment = segment;
