@@ -239,7 +239,7 @@ impl ClosedOutbox {
 
     fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
         let Some(entry) = entry else { return Ok(false) };
-        self.journal.append_blocking(entry).map_err(|error| self.failed(&error.to_string()))?;
+        self.journal.append_blocking(&entry).map_err(|error| self.failed(&error.to_string()))?;
         Ok(true)
     }
 

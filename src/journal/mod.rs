@@ -17,6 +17,7 @@
 
 #[cfg(test)]
 pub(crate) mod crashing;
+mod queue;
 mod recovery;
 mod segment;
 #[cfg(test)]
@@ -31,16 +32,16 @@ pub use storage::DirectoryError;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::identity::random_u64;
+use queue::{Append, Queue};
 use recovery::recover;
 use storage::{Directory, Storage};
-use writer::{Append, Command, Writer};
+use writer::Writer;
 
 /// When what is appended counts as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,15 +132,18 @@ pub struct NotStored(Arc<io::Error>);
 
 /// Is told of appended entries, by the numbers that they were given, once they are stored or can't
 /// be. The thread that writes runs it, for all of a write at once.
-pub type Sink = Box<dyn FnMut(Ended) + Send>;
+pub type Sink = Box<dyn FnMut(Ended<'_>) + Send>;
+
+/// Where an entry was stored, or why it was not.
+pub type Stored = Result<Position, NotStored>;
 
 /// What became of entries, by their numbers.
-pub type Ended = Vec<(u64, Result<Position, NotStored>)>;
+pub type Ended<'a> = std::vec::Drain<'a, (u64, Stored)>;
 
 /// Who is told that an entry is stored.
 enum Done {
     Nobody,
-    Waiter(oneshot::Sender<Result<Position, NotStored>>),
+    Waiter(oneshot::Sender<Stored>),
     Sink(u64),
 }
 
@@ -147,7 +151,7 @@ enum Done {
 pub struct Journal {
     storage: Arc<dyn Storage>,
     salt: u64,
-    commands: mpsc::Sender<Command>,
+    queue: Arc<Queue>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -159,7 +163,7 @@ impl Journal {
         options: &Options,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
-        Self::open_with(path, options, Box::new(drop), take)
+        Self::open_with(path, options, Box::new(|_| {}), take)
     }
 
     /// Whether this version can open the journal of a directory, if there is one there. Nothing is
@@ -197,21 +201,18 @@ impl Journal {
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
         let (writer, salt, recovery) = begin(&storage, options, sink, take)?;
-        let (commands, received) = mpsc::channel();
+        let queue = Arc::new(Queue::default());
         let thread = std::thread::Builder::new().name("peerbus-journal".into());
-        let writer = thread.spawn(move || writer.run(&received))?;
-        Ok((Self { storage, salt, commands, writer: Some(writer) }, recovery))
+        let ends = End(queue.clone());
+        let writer = thread.spawn(move || writer.run(&ends.0))?;
+        Ok((Self { storage, salt, queue, writer: Some(writer) }, recovery))
     }
 
     /// Appends entries, all or none of which survive a crash before they are stored. Awaiting it
     /// tells when they are, and where; it happens even if nobody waits.
-    pub fn append(
-        &self,
-        payload: Vec<u8>,
-    ) -> impl Future<Output = Result<Position, NotStored>> + use<> {
+    pub fn append(&self, payload: &[u8]) -> impl Future<Output = Stored> + use<> {
         let (waiter, wait) = oneshot::channel();
-        let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, first: false, done });
+        self.queue.append(payload, Append::new(Done::Waiter(waiter)));
         async move {
             let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
             wait.await.unwrap_or_else(|_| Err(gone()))
@@ -219,10 +220,9 @@ impl Journal {
     }
 
     /// Appends an entry and waits until it is stored, on a thread that may wait.
-    pub(crate) fn append_blocking(&self, payload: Vec<u8>) -> Result<Position, NotStored> {
+    pub(crate) fn append_blocking(&self, payload: &[u8]) -> Stored {
         let (waiter, wait) = oneshot::channel();
-        let done = Done::Waiter(waiter);
-        self.send(Append { payload, sync: true, urgent: true, first: false, done });
+        self.queue.append(payload, Append::new(Done::Waiter(waiter)));
         let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
@@ -230,27 +230,22 @@ impl Journal {
     /// Appends an entry; the sink is told its number when it is stored, or once the system has
     /// it if it needn't be synced. An urgent one may have the room that is kept for when the disk
     /// is full: it is what frees room.
-    pub(crate) fn append_for_sink(&self, number: u64, payload: Vec<u8>, sync: bool, urgent: bool) {
-        self.send(Append { payload, sync, urgent, first: false, done: Done::Sink(number) });
+    pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], sync: bool, urgent: bool) {
+        let append = Append { sync, urgent, ..Append::new(Done::Sink(number)) };
+        self.queue.append(payload, append);
     }
 
     /// Appends an urgent entry as the first of a segment, so that all that is before it can be
     /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
     /// than the length of this one comes between them.
-    pub(crate) fn append_first_for_sink(&self, number: u64, payload: Vec<u8>) {
-        let done = Done::Sink(number);
-        self.send(Append { payload, sync: true, urgent: true, first: true, done });
+    pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8]) {
+        self.queue.append(payload, Append { first: true, ..Append::new(Done::Sink(number)) });
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
-    pub(crate) fn note(&self, payload: Vec<u8>) {
-        let done = Done::Nobody;
-        self.send(Append { payload, sync: false, urgent: true, first: false, done });
-    }
-
-    fn send(&self, append: Append) {
-        let _closed = self.commands.send(Command::Append(append));
+    pub(crate) fn note(&self, payload: &[u8]) {
+        self.queue.append(payload, Append { sync: false, ..Append::new(Done::Nobody) });
     }
 
     /// Reads an entry that was stored.
@@ -261,7 +256,7 @@ impl Journal {
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
     /// that is being written. What is said of their entries in later ones outlasts them.
     pub fn remove_before(&self, segment: u64) {
-        let _closed = self.commands.send(Command::RemoveBefore(segment));
+        self.queue.remove_before(segment);
     }
 }
 
@@ -296,9 +291,18 @@ fn read_entry(
     Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
 }
 
+/// Ends the queue, also when the thread that writes panics.
+struct End(Arc<Queue>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 impl Drop for Journal {
     fn drop(&mut self) {
-        let _gone = self.commands.send(Command::Close);
+        self.queue.close();
         // The sink may hold what holds this, and be the last to let go of it.
         if let Some(writer) = self.writer.take()
             && writer.thread().id() != std::thread::current().id()

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::crashing::{Disk, Mount};
+use super::queue::{Append, Batch};
 use super::storage::Storage;
-use super::writer::{Append, Writer};
+use super::writer::Writer;
 use super::{Done, Entry, JournalError, NotStored, Options, Position, Recovery, begin, read_entry};
 
 /// How an entry is written.
@@ -32,7 +33,7 @@ impl Stepped {
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
         let storage: Arc<dyn Storage> = Arc::new(Mount(disk.clone()));
-        let (writer, salt, recovery) = begin(&storage, options, Box::new(drop), take)?;
+        let (writer, salt, recovery) = begin(&storage, options, Box::new(|_| {}), take)?;
         Ok((Self { storage, salt, writer }, recovery))
     }
 
@@ -41,11 +42,13 @@ impl Stepped {
         &mut self,
         gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
     ) -> Vec<Result<Position, NotStored>> {
-        let append = |(payload, kind)| {
+        let (mut batch, mut results) = (Batch::default(), Vec::new());
+        for (payload, kind) in gathered {
             let (sync, first) = (kind != EntryKind::Note, kind == EntryKind::First);
-            Append { payload, sync, urgent: true, first, done: Done::Nobody }
-        };
-        self.writer.store(&gathered.map(append).collect::<Vec<_>>())
+            batch.push(&payload, Append { sync, first, ..Append::new(Done::Nobody) });
+        }
+        self.writer.store(&batch.bytes, &batch.appends, &mut results);
+        results
     }
 
     /// Reads an entry that was stored.

@@ -7,9 +7,10 @@ use futures_util::FutureExt;
 use proptest::prelude::*;
 
 use super::crashing::{Disk, FileState, Mount, Random};
+use super::queue::{Append, Queue};
 use super::segment::{FRAME, HEADER, Header, VERSION};
 use super::stepped::{EntryKind, Stepped};
-use super::writer::{Append, Command, Writer};
+use super::writer::Writer;
 use super::*;
 use crate::sync::lock;
 
@@ -23,12 +24,12 @@ fn open(disk: &Arc<Disk>) -> (Journal, Found, Recovery) {
     let mut found = Vec::new();
     let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
     let (journal, recovery) =
-        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(drop), take).unwrap();
+        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(|_| {}), take).unwrap();
     (journal, found, recovery)
 }
 
 fn append(journal: &Journal, payload: &[u8]) -> Result<Position, NotStored> {
-    wait_for(journal.append(payload.to_vec()))
+    wait_for(journal.append(payload))
 }
 
 fn wait_for<T>(future: impl Future<Output = T>) -> T {
@@ -103,7 +104,7 @@ fn what_was_stored_is_there_after_any_crash() {
             }
             for number in 0..random.below(4) {
                 let payload = vec![100 + number as u8; 1 + random.below(300) as usize];
-                let answer = journal.append(payload.clone()).now_or_never();
+                let answer = journal.append(&payload).now_or_never();
                 unanswered += usize::from(answer.is_none());
                 maybe.push((answer.is_some_and(|answer| answer.is_ok()), payload));
             }
@@ -175,19 +176,17 @@ fn killed(entries: u64) -> (Arc<Disk>, u64, Found) {
     let sink: Sink = Box::new(move |ended| lock(&told).extend(ended));
     let (_, resume) = recover(&*storage, |_| {}).unwrap();
     let writer = Writer::begin(storage, &Options::default(), sink, 7, &resume).unwrap();
-    let (commands, received) = mpsc::channel();
+    let queue = Queue::default();
     let payload = |number: u64| format!("entry {number} ").repeat(number as usize % 7).into_bytes();
     for number in 0..3 * entries {
-        let (payload, done) = (payload(number), Done::Sink(number));
-        let append = Append { payload, sync: true, urgent: true, first: false, done };
-        commands.send(Command::Append(append)).unwrap();
+        queue.append(&payload(number), Append::new(Done::Sink(number)));
         if number % entries == entries - 1 {
             // Ends a write.
-            commands.send(Command::RemoveBefore(0)).unwrap();
+            queue.remove_before(0);
         }
     }
-    drop(commands);
-    writer.run(&received);
+    queue.close();
+    writer.run(&queue);
     let stored = std::mem::take(&mut *lock(&stored)).into_iter();
     let all: Found = stored.map(|(number, at)| (at.unwrap(), payload(number))).collect();
     let (last, segment) = (all.last().unwrap().0, all[0].0.segment);
@@ -312,7 +311,7 @@ fn a_crash_while_it_is_opened_changes_nothing() {
             countdown.store(1 + random.below(2), Ordering::SeqCst);
             let take = |_: Entry<'_>| {};
             let storage = Arc::new(Mount(disk.clone()));
-            let opened = Journal::open_on(storage, &small(), Box::new(drop), take);
+            let opened = Journal::open_on(storage, &small(), Box::new(|_| {}), take);
             let crashed = disk.crash(random.next());
             drop(opened);
             disk = crashed;
@@ -330,7 +329,7 @@ fn a_full_disk_still_takes_what_frees_room() {
         let mut found = Found::new();
         let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
         let storage = Arc::new(Mount(disk.clone()));
-        let opened = Journal::open_on(storage, &options, Box::new(drop), take);
+        let opened = Journal::open_on(storage, &options, Box::new(|_| {}), take);
         let (journal, recovery) = opened.unwrap();
         assert_eq!(recovery.damaged, []);
         (journal, found)
@@ -338,9 +337,8 @@ fn a_full_disk_still_takes_what_frees_room() {
     // What needn't be stored.
     let offer = |journal: &Journal| {
         let (waiter, wait) = oneshot::channel();
-        let done = Done::Waiter(waiter);
-        let payload = vec![1; 300];
-        journal.send(Append { payload, sync: true, urgent: false, first: false, done });
+        let append = Append { urgent: false, ..Append::new(Done::Waiter(waiter)) };
+        journal.queue.append(&[1; 300], append);
         wait_for(wait).unwrap()
     };
     let spare = || disk.spare.load(Ordering::SeqCst);
@@ -419,7 +417,7 @@ fn an_interval_without_end_is_one() {
     let disk = Arc::new(Disk::default());
     let options = Options { durability: Durability::Interval(Duration::MAX), ..small() };
     let storage = Arc::new(Mount(disk));
-    let (journal, _) = Journal::open_on(storage, &options, Box::new(drop), |_| {}).unwrap();
+    let (journal, _) = Journal::open_on(storage, &options, Box::new(|_| {}), |_| {}).unwrap();
     for _ in 0..3 {
         append(&journal, b"never synced").unwrap();
     }
@@ -436,7 +434,8 @@ fn a_journal_of_a_newer_format_is_refused_and_left_alone() {
     newer[44..].copy_from_slice(&crc.to_le_bytes());
     disk.change(segment, |bytes| bytes[..48].copy_from_slice(&newer));
     let before = lock(&disk.files).clone();
-    let opened = Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(drop), |_| {});
+    let opened =
+        Journal::open_on(Arc::new(Mount(disk.clone())), &small(), Box::new(|_| {}), |_| {});
     assert!(matches!(opened, Err(JournalError::Version(version)) if version == VERSION + 1));
     let after = lock(&disk.files).clone();
     assert!(

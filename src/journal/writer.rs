@@ -2,15 +2,15 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use super::queue::{Append, Batch, Queue, Taken};
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
 use super::storage::{SegmentFile, Storage};
-use super::{Done, Durability, NotStored, Options, Position, Sink};
+use super::{Done, Durability, NotStored, Options, Position, Sink, Stored};
 
-/// How much is gathered for one write, in bytes.
+/// How much goes in one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
 /// After so long without anything to write, what was written last gets its mark.
 const IDLE: Duration = Duration::from_secs(1);
@@ -23,23 +23,6 @@ const MOST_SPARE: u64 = 4 * 1024 * 1024;
 /// what the next one begins with, which can be as long as both.
 const SPARE_FIRSTS: u64 = 3;
 const SPARE_STEP: u64 = 1024 * 1024;
-
-pub(super) enum Command {
-    Append(Append),
-    RemoveBefore(u64),
-    Close,
-}
-
-pub(super) struct Append {
-    pub(super) payload: Vec<u8>,
-    /// Whether it is to be synced before it is done; otherwise it is once the system has it.
-    pub(super) sync: bool,
-    /// It may have the room that is kept for when the disk is full.
-    pub(super) urgent: bool,
-    /// It begins a segment.
-    pub(super) first: bool,
-    pub(super) done: Done,
-}
 
 /// The room that is kept for when the disk is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +57,13 @@ pub(super) struct Writer {
     /// When what the disk doesn't have yet has to be synced.
     sync_by: Option<Instant>,
     buf: Vec<u8>,
+    // Room that is used over and over.
+    results: Results,
+    for_sink: Vec<(u64, Stored)>,
 }
+
+/// What became of entries, in their order.
+pub(super) type Results = Vec<Stored>;
 
 impl Writer {
     /// Begins the first segment behind those that are there.
@@ -108,21 +97,21 @@ impl Writer {
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
+            results: Vec::new(),
+            for_sink: Vec::new(),
         };
         writer.take_spare();
         Ok(writer)
     }
 
-    pub(super) fn run(mut self, commands: &Receiver<Command>) {
-        while let Some(command) = self.wait(commands) {
-            let after = match command {
-                Command::Append(first) => self.gather(first, commands),
-                other => Some(other),
-            };
-            match after {
-                Some(Command::RemoveBefore(segment)) => self.remove_before(segment),
-                Some(Command::Close) => break,
-                Some(Command::Append(_)) | None => {}
+    /// Writes what comes, until there won't be more.
+    pub(super) fn run(mut self, queue: &Queue) {
+        let mut batch = Batch::default();
+        loop {
+            match queue.take(&mut batch, self.pause()) {
+                Taken::Batch => self.perform(&mut batch),
+                Taken::Nothing => self.handle_pause(),
+                Taken::Closed => break,
             }
         }
         if self.durability != Durability::OsBuffer
@@ -136,98 +125,111 @@ impl Writer {
         }
     }
 
-    /// Stores an append with all that are there already; the other command that came behind them.
-    fn gather(&mut self, first: Append, commands: &Receiver<Command>) -> Option<Command> {
-        let (mut size, mut after) = (first.payload.len(), None);
-        let mut gathered = vec![first];
-        while size < MOST_AT_ONCE {
-            match commands.try_recv() {
-                Ok(Command::Append(next)) => {
-                    size += next.payload.len();
-                    gathered.push(next);
-                }
-                Ok(other) => {
-                    after = Some(other);
-                    break;
-                }
-                Err(_nothing_more) => break,
-            }
-        }
-        let written = self.store(&gathered);
-        let mut for_sink = Vec::new();
-        for (append, result) in gathered.into_iter().zip(written) {
-            match append.done {
-                Done::Waiter(waiter) => _ = waiter.send(result),
-                Done::Sink(token) => for_sink.push((token, result)),
-                Done::Nobody => {}
-            }
-        }
-        if !for_sink.is_empty() {
-            (self.sink)(for_sink);
-        }
-        after
-    }
-
-    /// The next command; syncs when that is due meanwhile.
-    fn wait(&mut self, commands: &Receiver<Command>) -> Option<Command> {
-        loop {
-            let pause = match self.sync_by {
-                Some(by) => by.saturating_duration_since(Instant::now()),
-                None if self.is_marked() => return commands.recv().ok(),
-                None => IDLE,
-            };
-            match commands.recv_timeout(pause) {
-                Ok(command) => return Some(command),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => {
-                    let due = self.sync_by.is_some();
-                    if let Err(error) = if due { self.sync() } else { self.mark() } {
-                        tracing::error!(%error, "the journal can't be synced");
-                    }
-                }
-            }
+    /// After how long without anything to write there is something else to do.
+    fn pause(&self) -> Option<Duration> {
+        match self.sync_by {
+            Some(by) => Some(by.saturating_duration_since(Instant::now())),
+            None if self.is_marked() => None,
+            None => Some(IDLE),
         }
     }
 
-    /// Writes all of it, or only what is urgent if the disk is full; what became of each.
-    pub(super) fn store(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
-        let of_one_segment = gathered.chunk_by(|_, next| !next.first);
-        of_one_segment.flat_map(|together| self.store_together(together)).collect()
+    fn handle_pause(&mut self) {
+        let due = self.sync_by.is_some();
+        if let Err(error) = if due { self.sync() } else { self.mark() } {
+            tracing::error!(%error, "the journal can't be synced");
+        }
     }
 
-    fn store_together(&mut self, gathered: &[Append]) -> Vec<Result<Position, NotStored>> {
+    fn perform(&mut self, batch: &mut Batch) {
+        let Batch { bytes, appends, removals } = batch;
+        let mut appends = &mut appends[..];
+        let mut before = 0;
+        for (place, segment) in removals.drain(..) {
+            let (first, rest) = appends.split_at_mut(place - before);
+            (appends, before) = (rest, place);
+            self.store_and_tell(bytes, first);
+            self.remove_before(segment);
+        }
+        self.store_and_tell(bytes, appends);
+        batch.clear();
+    }
+
+    /// Stores entries, in as many writes as it takes, and tells after each.
+    fn store_and_tell(&mut self, bytes: &[u8], appends: &mut [Append]) {
+        let mut size = 0;
+        let one_write = |_: &Append, next: &Append| {
+            size += next.length as usize;
+            let fits = size < MOST_AT_ONCE;
+            if !fits {
+                size = 0;
+            }
+            fits
+        };
+        for together in appends.chunk_by_mut(one_write) {
+            let mut results = std::mem::take(&mut self.results);
+            self.store(bytes, together, &mut results);
+            for (append, result) in together.iter_mut().zip(results.drain(..)) {
+                match std::mem::replace(&mut append.done, Done::Nobody) {
+                    Done::Waiter(waiter) => _ = waiter.send(result),
+                    Done::Sink(token) => self.for_sink.push((token, result)),
+                    Done::Nobody => {}
+                }
+            }
+            self.results = results;
+            if !self.for_sink.is_empty() {
+                (self.sink)(self.for_sink.drain(..));
+            }
+        }
+    }
+
+    /// Writes all of it, or only what is urgent if the disk is full; what became of each is added
+    /// to `results`.
+    pub(super) fn store(&mut self, bytes: &[u8], appends: &[Append], results: &mut Results) {
+        for together in appends.chunk_by(|_, next| !next.first) {
+            self.store_together(bytes, together, results);
+        }
+    }
+
+    fn store_together(&mut self, bytes: &[u8], appends: &[Append], results: &mut Results) {
         if let Spare::Given(retry) = self.spare
             && Instant::now() >= retry
         {
             self.take_spare();
         }
-        let mut error = NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        let full = || NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        let mut error = None;
         if !matches!(self.spare, Spare::Given(_)) {
-            match self.write(gathered) {
-                Ok(positions) => {
-                    if gathered.first().is_some_and(|append| append.first) {
+            let before = results.len();
+            match self.write(bytes, appends.iter(), results) {
+                Ok(()) => {
+                    if appends.first().is_some_and(|append| append.first) {
                         self.take_spare();
                     }
-                    return positions.into_iter().map(Ok).collect();
+                    return;
                 }
                 Err(problem) => {
+                    results.truncate(before);
                     let gave = is_full(&problem) && self.give_spare();
-                    error = NotStored(Arc::new(problem));
+                    let problem = NotStored(Arc::new(problem));
                     if !gave {
-                        return gathered.iter().map(|_| Err(error.clone())).collect();
+                        results.extend(appends.iter().map(|_| Err(problem.clone())));
+                        return;
                     }
+                    error = Some(problem);
                 }
             }
         }
-        let urgent = gathered.iter().filter(|append| append.urgent);
-        let written = self.write(urgent).map_err(|error| NotStored(Arc::new(error)));
-        let mut written = written.map(Vec::into_iter);
-        let results = gathered.iter().map(|append| match &mut written {
-            Ok(positions) if append.urgent => positions.next().ok_or_else(|| error.clone()),
-            Err(problem) if append.urgent => Err(problem.clone()),
-            Ok(_) | Err(_) => Err(error.clone()),
-        });
-        results.collect()
+        let error = error.unwrap_or_else(full);
+        let (mut written, urgent) = (Results::new(), appends.iter().filter(|it| it.urgent));
+        let problem = self.write(bytes, urgent, &mut written).err();
+        let problem = problem.map(|problem| NotStored(Arc::new(problem)));
+        let mut written = written.into_iter();
+        results.extend(appends.iter().map(|append| match &problem {
+            _ if !append.urgent => Err(error.clone()),
+            Some(problem) => Err(problem.clone()),
+            None => written.next().unwrap_or_else(|| Err(error.clone())),
+        }));
     }
 
     fn wanted_spare(&self) -> u64 {
@@ -264,12 +266,14 @@ impl Writer {
         gave
     }
 
+    /// Writes entries; where each lies is added to `results`.
     fn write<'a>(
         &mut self,
-        gathered: impl IntoIterator<Item = &'a Append, IntoIter: Clone>,
-    ) -> io::Result<Vec<Position>> {
-        let gathered = gathered.into_iter();
-        let Some(first) = gathered.clone().next() else { return Ok(Vec::new()) };
+        bytes: &[u8],
+        appends: impl Iterator<Item = &'a Append> + Clone,
+        results: &mut Results,
+    ) -> io::Result<()> {
+        let Some(first) = appends.clone().next() else { return Ok(()) };
         let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
         if self.file.is_none() || is_over {
             self.turn_over()?;
@@ -281,11 +285,10 @@ impl Writer {
         let mut end = start;
         self.header.encode_record(end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
         end += record_size(8);
-        let mut positions = Vec::new();
-        for Append { payload, .. } in gathered.clone() {
-            let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
-            self.header.encode_record(end, ENTRY, payload, &mut self.buf);
-            positions.push(Position { segment: self.header.number, offset: end, length });
+        for append in appends.clone() {
+            let length = append.length;
+            self.header.encode_record(end, ENTRY, append.payload(bytes), &mut self.buf);
+            results.push(Ok(Position { segment: self.header.number, offset: end, length }));
             end += record_size(u64::from(length));
         }
         if let Err(error) = file.append(&self.buf) {
@@ -297,7 +300,7 @@ impl Writer {
         }
         self.marked = self.synced;
         match self.durability {
-            Durability::Sync if gathered.clone().any(|append| append.sync) => {
+            Durability::Sync if appends.clone().any(|append| append.sync) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
@@ -313,10 +316,10 @@ impl Writer {
             Durability::Sync | Durability::OsBuffer => {}
         }
         if first.first {
-            self.first = first.payload.len() as u64;
+            self.first = u64::from(first.length);
         }
         self.end = end;
-        Ok(positions)
+        Ok(())
     }
 
     fn is_marked(&self) -> bool {

@@ -74,9 +74,9 @@ impl Shared {
     ) {
         match action {
             OutboxAction::Append { token, entry, sync, urgent } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, entry, sync, urgent));
+                store.with_journals(|it| it.outbox.append_for_sink(token, &entry, sync, urgent));
             }
-            OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(entry)),
+            OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
             OutboxAction::Read(number, position) => {
                 let frozen = store.frozen(position, number);
                 outbox.handle_read(now, number, frozen);
@@ -205,7 +205,7 @@ impl Shared {
         let _nobody_watches = self.events.send(event);
     }
 
-    pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended) {
+    pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_outbox(|outbox, now| {
             for (token, result) in stored {
                 outbox.handle_appended(now, token, result.map_err(|error| error.to_string()));
@@ -277,12 +277,12 @@ impl Shared {
             match action {
                 InboxAction::Append { token, entry, sync } => {
                     // What is processed here lets others free room.
-                    store.with_journals(|it| it.inbox.append_for_sink(token, entry, sync, true));
+                    store.with_journals(|it| it.inbox.append_for_sink(token, &entry, sync, true));
                 }
                 InboxAction::AppendSnapshot { token, entry } => {
-                    store.with_journals(|it| it.inbox.append_first_for_sink(token, entry));
+                    store.with_journals(|it| it.inbox.append_first_for_sink(token, &entry));
                 }
-                InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(entry)),
+                InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(&entry)),
                 InboxAction::RemoveBefore(segment) => {
                     store.with_journals(|it| it.inbox.remove_before(segment));
                 }
@@ -323,7 +323,7 @@ impl Shared {
         }
     }
 
-    pub(crate) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended) {
+    pub(crate) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_inbox(|inbox| {
             for (token, result) in stored {
                 inbox.handle_appended(token, result.map_err(|error| error.to_string()));

@@ -224,7 +224,7 @@ fn keep_first(kept: &mut Option<RecordError>, result: Result<(), RecordError>) {
 }
 
 /// Tells a node of what its journals have stored.
-fn sink(node: &Arc<OnceLock<Weak<Shared>>>, tell: fn(&Arc<Shared>, Ended)) -> Sink {
+fn sink(node: &Arc<OnceLock<Weak<Shared>>>, tell: fn(&Arc<Shared>, Ended<'_>)) -> Sink {
     let node = node.clone();
     Box::new(move |stored| {
         if let Some(shared) = node.get().and_then(Weak::upgrade) {

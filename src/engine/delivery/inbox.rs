@@ -3,11 +3,13 @@
 //! For each stream of each sender it keeps a watermark and what is processed above it. There is
 //! no window of time: a delivery is known until its sender says that it is settled.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
 use super::RecordError;
+use super::numbered::Numbered;
 use super::ranges::Ranges;
-use super::record::{InboxRecord, NodeBytes, StreamRecord};
+use super::record::{InboxRecord, Name, NodeBytes, StreamRecord};
+use crate::engine::HashMap;
 use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
@@ -126,7 +128,7 @@ pub(crate) struct Inbox {
     /// How many streams of each sender there are.
     senders: HashMap<NodeId, usize>,
     next_number: u64,
-    pending: HashMap<u64, Pending>,
+    pending: Numbered<Pending>,
     /// What runs later, in the order in which it came from a node; and whether it may.
     later: HashMap<NodeId, VecDeque<(DeliveryId, bool)>>,
     /// Suspects that wait for the one that runs.
@@ -150,12 +152,12 @@ impl Inbox {
             epoch,
             streams: BTreeMap::new(),
             next_place: 0,
-            places: HashMap::new(),
-            senders: HashMap::new(),
+            places: HashMap::default(),
+            senders: HashMap::default(),
             // Never one of an earlier life, whose records may be behind ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
-            pending: HashMap::new(),
-            later: HashMap::new(),
+            pending: Numbered::default(),
+            later: HashMap::default(),
             suspects: VecDeque::new(),
             suspect: None,
             unstored: BTreeSet::new(),
@@ -216,7 +218,7 @@ impl Inbox {
     }
 
     fn recover_stream(&mut self, record: &StreamRecord) -> Result<(), RecordError> {
-        let (node, stream) = (record.node.0, record.stream()?);
+        let (node, stream) = (record.node.0, record.stream());
         let place = match self.places.get(&(node, stream.clone())) {
             Some(place) => *place,
             None => self.open_stream(node, &stream, record.number),
@@ -251,7 +253,7 @@ impl Inbox {
             floor: 0,
             processed: Ranges::default(),
             begun: BTreeMap::new(),
-            open: HashMap::new(),
+            open: HashMap::default(),
         };
         self.streams.insert(place, seen);
         self.places.insert((node, stream.clone()), place);
@@ -430,7 +432,7 @@ impl Inbox {
             self.streams.values_mut().for_each(|seen| seen.opened = false);
         }
         self.snapshot_if_due();
-        match self.pending.remove(&token) {
+        match self.pending.remove(token) {
             None => {}
             Some(Pending::Opened(place)) => {
                 if let Some(seen) = self.streams.get_mut(&place) {
@@ -617,7 +619,7 @@ impl Seen {
             number: self.number,
             node: NodeBytes(self.node),
             epoch: self.stream.epoch,
-            subscription: self.stream.subscription.as_ref().map(|name| name.as_str().to_owned()),
+            subscription: self.stream.subscription.clone().map(Name),
             floor: self.floor,
             processed: processed.iter().collect(),
         }

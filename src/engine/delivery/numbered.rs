@@ -10,6 +10,8 @@ const CHUNK: u64 = 64;
 pub(crate) struct Numbered<T> {
     chunks: BTreeMap<u64, Chunk<T>>,
     len: usize,
+    /// The chunk that was emptied last, to be used again.
+    spare: Option<Chunk<T>>,
 }
 
 #[derive(Debug)]
@@ -26,7 +28,7 @@ impl<T> Default for Chunk<T> {
 
 impl<T> Default for Numbered<T> {
     fn default() -> Self {
-        Self { chunks: BTreeMap::new(), len: 0 }
+        Self { chunks: BTreeMap::new(), len: 0, spare: None }
     }
 }
 
@@ -48,11 +50,10 @@ impl<T> Numbered<T> {
     }
 
     pub(crate) fn insert(&mut self, number: u64, value: T) -> Option<T> {
-        let chunk = self.chunks.entry(number / CHUNK).or_default();
-        let before = chunk.slots[(number % CHUNK) as usize].replace(value);
+        let slot = self.slot(number);
+        let before = slot.replace(value);
         if before.is_none() {
-            chunk.taken += 1;
-            self.len += 1;
+            self.count_one_in(number);
         }
         before
     }
@@ -61,13 +62,24 @@ impl<T> Numbered<T> {
     where
         T: Default,
     {
-        let chunk = self.chunks.entry(number / CHUNK).or_default();
-        let slot = &mut chunk.slots[(number % CHUNK) as usize];
-        if slot.is_none() {
-            chunk.taken += 1;
-            self.len += 1;
+        if self.slot(number).is_none() {
+            self.count_one_in(number);
         }
-        slot.get_or_insert_default()
+        self.slot(number).get_or_insert_default()
+    }
+
+    fn slot(&mut self, number: u64) -> &mut Option<T> {
+        let Self { chunks, spare, .. } = self;
+        let chunk = chunks.entry(number / CHUNK);
+        let chunk = chunk.or_insert_with(|| spare.take().unwrap_or_default());
+        &mut chunk.slots[(number % CHUNK) as usize]
+    }
+
+    fn count_one_in(&mut self, number: u64) {
+        self.len += 1;
+        if let Some(chunk) = self.chunks.get_mut(&(number / CHUNK)) {
+            chunk.taken += 1;
+        }
     }
 
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
@@ -76,7 +88,7 @@ impl<T> Numbered<T> {
         self.len -= 1;
         chunk.taken -= 1;
         if chunk.taken == 0 {
-            self.chunks.remove(&(number / CHUNK));
+            self.spare = self.chunks.remove(&(number / CHUNK));
         }
         Some(value)
     }

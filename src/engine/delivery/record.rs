@@ -22,6 +22,8 @@ pub(crate) enum RecordError {
     Decode(#[from] rmp_serde::decode::Error),
     #[error("it holds what is no name: {0}")]
     Name(#[from] crate::address::AddressError),
+    #[error("it holds a message that goes nowhere")]
+    NoTarget,
 }
 
 /// Bytes as such, not as a list of numbers.
@@ -70,6 +72,32 @@ mod node_bytes {
     }
 }
 
+/// A service's name, or a durable subscription's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Name(pub(super) ServiceName);
+
+impl Serialize for Name {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.0.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Parsed;
+        impl Visitor<'_> for Parsed {
+            type Value = Name;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a name")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Name, E> {
+                text.parse().map(Name).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_str(Parsed)
+    }
+}
+
 /// A message and where it has to go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MessageRecord {
@@ -98,16 +126,17 @@ pub(super) struct PartRecord {
     pub(super) dead: Option<Fate>,
 }
 
+/// A service by its name, a node, or a durable subscription of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct TargetRecord(Option<NodeBytes>, Option<String>);
+pub(super) struct TargetRecord(Option<NodeBytes>, Option<Name>);
 
 impl From<&Target> for TargetRecord {
     fn from(target: &Target) -> Self {
         match target {
-            Target::Service(name) => Self(None, Some(name.as_str().into())),
+            Target::Service(name) => Self(None, Some(Name(name.clone()))),
             Target::Node(node) => Self(Some(NodeBytes(*node)), None),
             Target::Subscription(node, name) => {
-                Self(Some(NodeBytes(*node)), Some(name.as_str().into()))
+                Self(Some(NodeBytes(*node)), Some(Name(name.clone())))
             }
         }
     }
@@ -116,29 +145,32 @@ impl From<&Target> for TargetRecord {
 impl TargetRecord {
     pub(super) fn target(&self) -> Result<Target, RecordError> {
         Ok(match self {
-            Self(None, name) => Target::Service(name.as_deref().unwrap_or_default().parse()?),
+            Self(None, Some(Name(name))) => Target::Service(name.clone()),
             Self(Some(NodeBytes(node)), None) => Target::Node(*node),
-            Self(Some(NodeBytes(node)), Some(name)) => Target::Subscription(*node, name.parse()?),
+            Self(Some(NodeBytes(node)), Some(Name(name))) => {
+                Target::Subscription(*node, name.clone())
+            }
+            Self(None, None) => return Err(RecordError::NoTarget),
         })
     }
 }
 
 /// The node that was chosen, and the delivery's id there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct BindingRecord(NodeBytes, u64, Option<String>, u64);
+pub(super) struct BindingRecord(NodeBytes, u64, Option<Name>, u64);
 
 impl From<&Binding> for BindingRecord {
     fn from(Binding { node, stream, seq }: &Binding) -> Self {
-        let name = stream.subscription.as_ref().map(|name| name.as_str().to_owned());
+        let name = stream.subscription.clone().map(Name);
         Self(NodeBytes(*node), stream.epoch, name, *seq)
     }
 }
 
 impl BindingRecord {
-    pub(super) fn binding(&self) -> Result<Binding, RecordError> {
+    pub(super) fn binding(&self) -> Binding {
         let Self(NodeBytes(node), epoch, name, seq) = self;
-        let subscription = name.as_deref().map(str::parse).transpose()?;
-        Ok(Binding { node: *node, stream: Stream { epoch: *epoch, subscription }, seq: *seq })
+        let subscription = name.clone().map(|Name(name)| name);
+        Binding { node: *node, stream: Stream { epoch: *epoch, subscription }, seq: *seq }
     }
 }
 
@@ -232,15 +264,15 @@ pub(super) struct StreamRecord {
     pub(super) number: u64,
     pub(super) node: NodeBytes,
     pub(super) epoch: u64,
-    pub(super) subscription: Option<String>,
+    pub(super) subscription: Option<Name>,
     pub(super) floor: u64,
     pub(super) processed: Vec<(u64, u64)>,
 }
 
 impl StreamRecord {
-    pub(super) fn stream(&self) -> Result<Stream, RecordError> {
-        let subscription = self.subscription.as_deref().map(str::parse).transpose()?;
-        Ok(Stream { epoch: self.epoch, subscription })
+    pub(super) fn stream(&self) -> Stream {
+        let subscription = self.subscription.clone().map(|Name(name)| name);
+        Stream { epoch: self.epoch, subscription }
     }
 }
 

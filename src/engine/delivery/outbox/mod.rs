@@ -18,7 +18,7 @@ mod tests;
 pub(crate) use once::Submitted;
 pub(crate) use recover::Contents;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,8 +29,8 @@ use super::numbered::Numbered;
 use super::record::{BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw};
 use super::{Binding, Fate, Now, Target};
 use crate::address::{Pattern, ServiceName, Topic};
-use crate::engine::Time;
 use crate::engine::random::Random;
+use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::message::{Header, MessageId};
@@ -381,18 +381,18 @@ impl Outbox {
             open: 0,
             dead: 0,
             targets: Vec::new(),
-            target_numbers: HashMap::new(),
+            target_numbers: HashMap::default(),
             streams: Vec::new(),
-            stream_numbers: HashMap::new(),
+            stream_numbers: HashMap::default(),
             peers: BTreeMap::from([(config.me, me)]),
             dirty: BTreeSet::new(),
             waiting: BTreeMap::new(),
             waiting_dirty: false,
             paused: BTreeSet::new(),
-            lanes: HashMap::new(),
-            former: HashMap::new(),
+            lanes: HashMap::default(),
+            former: HashMap::default(),
             freed: Vec::new(),
-            dying: HashMap::new(),
+            dying: HashMap::default(),
             peers_pending: false,
             peers_dirty: false,
             peers_met: false,
@@ -413,7 +413,7 @@ impl Outbox {
             removing: false,
             moving: 0,
             compact_retry: None,
-            unreadable: HashMap::new(),
+            unreadable: HashMap::default(),
             actions: VecDeque::new(),
             config,
         }

@@ -1,8 +1,9 @@
 //! Messages that are stored once, however often they are submitted: their ids.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use super::{Fate, NewMessage, Outbox, Part, State};
+use crate::engine::HashMap;
 use crate::journal::Position;
 use crate::message::MessageId;
 

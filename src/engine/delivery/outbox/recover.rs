@@ -8,7 +8,9 @@ use smallvec::SmallVec;
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
 #[cfg(test)]
 use crate::engine::delivery::record::Raw;
-use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PartRecord, PeerRecord};
+use crate::engine::delivery::record::{
+    BindingRecord, MessageRecord, OutboxRecord, PartRecord, PeerRecord,
+};
 use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
@@ -52,7 +54,7 @@ impl Outbox {
             OutboxRecord::Bound(bound) => {
                 for (number, part, binding) in bound {
                     let key = PartKey { number, part };
-                    let binding = binding.map(|binding| binding.binding()).transpose()?;
+                    let binding = binding.map(|binding| binding.binding());
                     self.unbind(key);
                     if let Some(binding) = binding {
                         self.rebind(key, &binding);
@@ -117,7 +119,7 @@ impl Outbox {
         let mut bindings = Vec::new();
         for part in &record.parts {
             let target = part.target.target()?;
-            bindings.push(part.binding.as_ref().map(|binding| binding.binding()).transpose()?);
+            bindings.push(part.binding.as_ref().map(BindingRecord::binding));
             let target = self.target_number(&target);
             let state = State::Storing;
             let (bound, failures, attempts) = (None, part.failures, 0);

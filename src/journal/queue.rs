@@ -1,0 +1,163 @@
+//! What is to be written: it gathers while the thread that writes is busy.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::Done;
+use crate::sync::lock;
+
+/// So much room is kept from one batch to the next, in bytes.
+const MOST_KEPT: usize = 4 * 1024 * 1024;
+
+/// An entry to be written.
+pub(super) struct Append {
+    /// Where its payload lies in the bytes of its [`Batch`], which sets both.
+    pub(super) start: usize,
+    pub(super) length: u32,
+    /// Whether it is to be synced before it is done; otherwise it is once the system has it.
+    pub(super) sync: bool,
+    /// It may have the room that is kept for when the disk is full.
+    pub(super) urgent: bool,
+    /// It begins a segment.
+    pub(super) first: bool,
+    pub(super) done: Done,
+}
+
+impl Append {
+    /// One that is synced, urgent and not the first of a segment; who is told when it is stored.
+    pub(super) fn new(done: Done) -> Self {
+        Self { start: 0, length: 0, sync: true, urgent: true, first: false, done }
+    }
+
+    /// Its own, of the bytes of its batch.
+    pub(super) fn payload<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        &bytes[self.start..][..self.length as usize]
+    }
+}
+
+/// What has gathered, in its order. The entries' bytes lie one behind the other in memory that is
+/// used over and over.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) bytes: Vec<u8>,
+    pub(super) appends: Vec<Append>,
+    /// Segments before which all can go, and after how many appends.
+    pub(super) removals: Vec<(usize, u64)>,
+}
+
+impl Batch {
+    /// # Panics
+    /// If the payload is 4 GiB or longer.
+    pub(super) fn push(&mut self, payload: &[u8], append: Append) {
+        let length = u32::try_from(payload.len()).expect("an entry is shorter than 4 GiB");
+        self.appends.push(Append { start: self.bytes.len(), length, ..append });
+        self.bytes.extend_from_slice(payload);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.appends.is_empty() && self.removals.is_empty()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(MOST_KEPT);
+        self.appends.clear();
+        self.appends.shrink_to(MOST_KEPT / size_of::<Append>());
+        self.removals.clear();
+    }
+}
+
+/// What the thread that writes is given.
+pub(super) enum Taken {
+    Batch,
+    /// Nothing came in time.
+    Nothing,
+    /// Nothing will come any more.
+    Closed,
+}
+
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    batch: Batch,
+    /// The thread that writes waits.
+    waits: bool,
+    /// It ends when it has written what is here.
+    closed: bool,
+    /// It has ended: nothing is taken any more.
+    ended: bool,
+}
+
+impl Queue {
+    pub(super) fn append(&self, payload: &[u8], append: Append) {
+        self.add(|batch| batch.push(payload, append));
+    }
+
+    pub(super) fn remove_before(&self, segment: u64) {
+        self.add(|batch| batch.removals.push((batch.appends.len(), segment)));
+    }
+
+    fn add(&self, add: impl FnOnce(&mut Batch)) {
+        let mut state = lock(&self.state);
+        if state.ended {
+            return;
+        }
+        add(&mut state.batch);
+        let waits = std::mem::take(&mut state.waits);
+        drop(state);
+        if waits {
+            self.more.notify_one();
+        }
+    }
+
+    /// Has the thread that writes end when it has written what is here.
+    pub(super) fn close(&self) {
+        lock(&self.state).closed = true;
+        self.more.notify_one();
+    }
+
+    /// Swaps what has gathered for an empty batch; waits until there is something, at the most
+    /// for so long.
+    pub(super) fn take(&self, empty: &mut Batch, at_most: Option<Duration>) -> Taken {
+        let mut state = lock(&self.state);
+        let mut may_wait = true;
+        loop {
+            if !state.batch.is_empty() {
+                std::mem::swap(&mut state.batch, empty);
+                return Taken::Batch;
+            }
+            if state.closed {
+                return Taken::Closed;
+            }
+            if !std::mem::take(&mut may_wait) {
+                return Taken::Nothing;
+            }
+            state.waits = true;
+            let is_idle = |state: &mut State| state.batch.is_empty() && !state.closed;
+            state = match at_most {
+                None => {
+                    self.more.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner)
+                }
+                Some(pause) => {
+                    let waited = self.more.wait_timeout_while(state, pause, is_idle);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            state.waits = false;
+        }
+    }
+
+    /// The thread that writes has ended, perhaps by a panic: who waits for it is told.
+    pub(super) fn end(&self) {
+        let mut state = lock(&self.state);
+        state.ended = true;
+        let left = std::mem::take(&mut state.batch);
+        drop(state);
+        drop(left);
+    }
+}
