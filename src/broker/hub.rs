@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -113,6 +114,16 @@ impl EmbeddedBroker {
     /// # Errors
     /// [`EmbeddedBrokerError`] if the address is beyond loopback or can't be listened on.
     pub async fn start(addr: SocketAddr) -> Result<Self, EmbeddedBrokerError> {
+        Self::boxed(addr).await
+    }
+
+    /// Boxed, so that it is compiled here and not again in each crate that starts one.
+    #[inline(never)]
+    fn boxed(addr: SocketAddr) -> BoxFuture<'static, Result<Self, EmbeddedBrokerError>> {
+        Box::pin(Self::start_here(addr))
+    }
+
+    async fn start_here(addr: SocketAddr) -> Result<Self, EmbeddedBrokerError> {
         if !addr.ip().is_loopback() {
             return Err(EmbeddedBrokerError::BeyondThisHost(addr));
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::shared::Shared;
@@ -33,8 +34,14 @@ const ASK_EVERY: Duration = Duration::from_millis(20);
 /// How long peers may take to close after the goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Ends a node's work within about `within`.
-pub(crate) async fn run(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
+/// Ends a node's work within about `within`. Boxed, so that it is compiled here and not again in
+/// each crate that calls it.
+#[inline(never)]
+pub(crate) fn run(shared: &Arc<Shared>, within: Duration) -> BoxFuture<'_, ShutdownReport> {
+    Box::pin(run_here(shared, within))
+}
+
+async fn run_here(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
     shared.stopping.store(true, Ordering::Release);
     let deadline = Instant::now() + within;
     shared.with_mesh(|mesh, _| mesh.stop_linking());

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures_util::future::BoxFuture;
+
 use super::broker::{BrokerGate, Brokered};
 use super::driver;
 use super::receive::NodeAcceptor;
@@ -92,7 +94,14 @@ impl From<TrustError> for StartError {
 }
 
 impl Node {
-    pub(crate) async fn start(config: Config) -> Result<Self, StartError> {
+    /// Boxed, so that all that a node does is compiled here and not again in each crate that
+    /// starts one.
+    #[inline(never)]
+    pub(crate) fn start(config: Config) -> BoxFuture<'static, Result<Self, StartError>> {
+        Box::pin(Self::start_here(config))
+    }
+
+    async fn start_here(config: Config) -> Result<Self, StartError> {
         config.check()?;
         if let Some(dir) = &config.outbox {
             store::prepare(dir)?;
