@@ -39,8 +39,11 @@ pub(crate) use service::{Admission, Service};
 use std::ops::Add;
 use std::time::Duration;
 
-/// A map that hashes fast. Keys that strangers choose are fine: the seed is drawn.
-pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+use foldhash::fast::RandomState;
+
+/// Maps and sets that hash fast. Keys that strangers choose are fine: the seed is drawn.
+pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
+pub(crate) type HashSet<T> = std::collections::HashSet<T, RandomState>;
 
 /// A point in time, as the time since the engine's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]

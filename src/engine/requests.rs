@@ -1,8 +1,8 @@
 //! Who waits for a reply, and until when.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
-use crate::engine::{LinkId, Time};
+use crate::engine::{HashMap, LinkId, Time};
 use crate::message::MessageId;
 
 /// The open requests of a node, by correlation id. `T` is whoever is told the outcome.
@@ -22,7 +22,7 @@ struct Open<T> {
 
 impl<T> Default for Requests<T> {
     fn default() -> Self {
-        Self { open: HashMap::new(), deadlines: BTreeSet::new() }
+        Self { open: HashMap::default(), deadlines: BTreeSet::new() }
     }
 }
 

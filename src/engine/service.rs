@@ -3,11 +3,11 @@
 //! Calls with the same ordering key run one after the other, in the order in which they came;
 //! the others run beside them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::engine::Time;
+use crate::engine::{HashMap, HashSet, Time};
 
 /// What becomes of a call that arrives.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,10 +49,10 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
     pub(crate) fn new(concurrency: usize) -> Self {
         Self {
             concurrency: concurrency.max(1),
-            running: HashMap::new(),
-            queued: HashSet::new(),
+            running: HashMap::default(),
+            queued: HashSet::default(),
             waiting: VecDeque::new(),
-            behind: HashMap::new(),
+            behind: HashMap::default(),
             draining: false,
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+use tokio::task::coop::consume_budget;
 use tokio::time::Instant;
 
 use super::cell::Credit;
@@ -19,7 +20,7 @@ use super::lease::Lease;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Destination, ServiceName};
 use crate::broker::{Ticket, Unsupported};
-use crate::engine::{Admission, LinkId, Service as Admissions};
+use crate::engine::{Admission, HashMap, LinkId, Service as Admissions};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -185,19 +186,20 @@ pub(crate) struct ServiceCell {
 
 struct State {
     admissions: Admissions<Key, Held>,
-    running: std::collections::HashMap<Key, Running>,
+    running: HashMap<Key, Running>,
 }
 
 struct Running {
     cancelled: Arc<Cancelled>,
     guaranteed: bool,
-    task: Option<AbortHandle>,
+    /// The one that runs it.
+    task: AbortHandle,
 }
 
 impl ServiceCell {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
         let admissions = Admissions::new(concurrency as usize);
-        let state = Mutex::new(State { admissions, running: std::collections::HashMap::new() });
+        let state = Mutex::new(State { admissions, running: HashMap::default() });
         Self { name, concurrency, handler, state, ended: Notify::new() }
     }
 
@@ -232,35 +234,49 @@ impl ServiceCell {
         }
     }
 
+    /// Runs a call, and after it what has waited for its place.
     fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
+        let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
+        let (service, node) = (self.clone(), shared.clone());
+        // What it does when it ends waits until this is done.
+        let mut state = lock(&self.state);
+        let task = shared.runtime.spawn(async move {
+            let mut next = Some((key, held));
+            while let Some((key, held)) = next {
+                next = service.run(&node, key, held).await;
+                consume_budget().await;
+            }
+        });
+        state.running.insert(key, Running { cancelled, guaranteed, task: task.abort_handle() });
+    }
+
+    /// Runs a call; returns what is next in its place.
+    async fn run(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        key: Key,
+        held: Held,
+    ) -> Option<(Key, Held)> {
         let Held { message, credit, cancelled, deadline, share } = held;
         let lease = message.delivery.is_some().then(|| Arc::new(Lease::new(shared.config.lease)));
-        let guaranteed = lease.is_some();
-        let running = Running { cancelled: cancelled.clone(), guaranteed, task: None };
-        lock(&self.state).running.insert(key, running);
-        let (service, node) = (self.clone(), shared.clone());
-        let task = shared.runtime.spawn(async move {
-            let call = Call { message: message.clone(), cancelled, deadline, lease: lease.clone() };
-            let handler = service.handler.clone();
-            // A handler's panic is its caller's error, and nobody else's.
-            let run = AssertUnwindSafe(async move { handler(call).await });
-            let run = run.catch_unwind();
-            let ended = match lease {
-                Some(lease) => lease.hold(run).await,
-                None => Some(run.await),
-            };
-            let timed_out = || Ok(Err(HandlerError::new("lease", "its lease ran out")));
-            let result = ended.unwrap_or_else(timed_out).unwrap_or_else(|panic| {
-                let text = panic_text(panic.as_ref());
-                tracing::warn!(service = %service.name, message_id = %message.header.id, text, "a handler panicked");
-                Err(HandlerError::new("panic", "the handler panicked"))
-            });
-            service.finish(&node, key, &message, credit, result);
-            drop(share);
+        let call = Call { message: message.clone(), cancelled, deadline, lease: lease.clone() };
+        let handler = self.handler.clone();
+        // A handler's panic is its caller's error, and nobody else's.
+        let run = AssertUnwindSafe(async move { handler(call).await });
+        let run = run.catch_unwind();
+        let ended = match lease {
+            Some(lease) => lease.hold(run).await,
+            None => Some(run.await),
+        };
+        let timed_out = || Ok(Err(HandlerError::new("lease", "its lease ran out")));
+        let result = ended.unwrap_or_else(timed_out).unwrap_or_else(|panic| {
+            let text = panic_text(panic.as_ref());
+            tracing::warn!(service = %self.name, message_id = %message.header.id, text, "a handler panicked");
+            Err(HandlerError::new("panic", "the handler panicked"))
         });
-        if let Some(running) = lock(&self.state).running.get_mut(&key) {
-            running.task = Some(task.abort_handle());
-        }
+        let next = self.finish(shared, key, &message, credit, result);
+        drop(share);
+        next
     }
 
     fn finish(
@@ -270,7 +286,7 @@ impl ServiceCell {
         message: &Message,
         credit: Option<Credit>,
         result: Result<Body, HandlerError>,
-    ) {
+    ) -> Option<(Key, Held)> {
         add(&shared.counters.handled, 1);
         match result {
             result if message.delivery.is_some() => {
@@ -296,22 +312,27 @@ impl ServiceCell {
                 shared.drop_received(credit.as_ref(), DropReason::HandlerFailed, 1);
             }
         }
-        self.end(shared, key);
+        self.end(shared, key)
     }
 
-    fn end(self: &Arc<Self>, shared: &Arc<Shared>, key: Key) {
+    fn end(&self, shared: &Arc<Shared>, key: Key) -> Option<(Key, Held)> {
         let mut state = lock(&self.state);
-        state.running.remove(&key);
+        let ended = state.running.remove(&key);
         let (next, expired) = state.admissions.handle_finished(shared.now(), key);
+        let next = next.map(|held| {
+            let link = held.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
+            ((link, held.message.header.id), held)
+        });
+        if let (Some((key, held)), Some(Running { task, .. })) = (&next, ended) {
+            let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
+            state.running.insert(*key, Running { cancelled, guaranteed, task });
+        }
         drop(state);
         for held in expired {
             shared.decline(&held.message, held.credit, DropReason::Expired);
         }
-        if let Some(next) = next {
-            let link = next.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
-            self.start(shared, (link, next.message.header.id), next);
-        }
         self.ended.notify_waiters();
+        next
     }
 
     /// The caller no longer wants it; returns it if it is guaranteed, for its inbox to forget.
@@ -388,8 +409,7 @@ impl ServiceCell {
     pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
         self.turn_down(shared);
         let state = lock(&self.state);
-        let tasks = state.running.values().filter_map(|running| running.task.as_ref());
-        tasks.for_each(AbortHandle::abort);
+        state.running.values().for_each(|running| running.task.abort());
         state.running.len()
     }
 }
