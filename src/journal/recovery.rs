@@ -48,13 +48,14 @@ pub(super) fn recover(
     for (number, header) in numbers.iter().copied().zip(headers) {
         let length = storage.length(number)?;
         let is_last = Some(number) == resume.last;
-        let whole = Damage { segment: number, from: 0, to: length };
+        let written = written(storage, number, length)?;
+        let whole = Damage { segment: number, from: 0, to: written };
         let Some(salt) = salt else {
             // Not one header can be read, so no record can be checked.
-            recovery.damaged.extend((length > HEADER || !is_last).then_some(whole));
+            recovery.damaged.extend((written > HEADER || !is_last).then_some(whole));
             continue;
         };
-        if header.is_none() && length > HEADER {
+        if header.is_none() && written > HEADER {
             recovery.damaged.push(Damage { to: HEADER, ..whole });
         }
         let header = header.unwrap_or(Header { salt, number, previous: 0, previous_end: 0 });
@@ -67,12 +68,28 @@ pub(super) fn recover(
         };
         let end = segment.read(promised, &mut recovery, &mut take)?;
         if seal.is_none() {
-            recovery.torn += length.saturating_sub(end);
+            recovery.torn += written.saturating_sub(end);
         }
         resume.end = end;
         recovery.segments += 1;
     }
     Ok((recovery, resume))
+}
+
+/// Where a segment's bytes end, but for the zeros behind them.
+fn written(storage: &dyn Storage, number: u64, length: u64) -> io::Result<u64> {
+    let (mut end, mut bytes) = (length, vec![0; CHUNK.min(length as usize)]);
+    while end > 0 {
+        let start = end.saturating_sub(CHUNK as u64);
+        let part = &mut bytes[..(end - start) as usize];
+        let read = storage.read(number, start, part)?;
+        if let Some(last) = part[..read].iter().rposition(|byte| *byte != 0) {
+            // A record may end with some of its own.
+            return Ok(next_place(start + last as u64).min(length));
+        }
+        end = start;
+    }
+    Ok(0)
 }
 
 /// Refuses segments of a format that this version doesn't know.

@@ -5,6 +5,8 @@
 //! record   check u32 | length u32 | kind u32 | crc u32 | payload | zeros up to a multiple of 8
 //! ```
 //!
+//! Behind the last record there may be any number of zeros: the file had room for more.
+//!
 //! All numbers are little-endian, both checksums are CRC-32C (Castagnoli, RFC 3720). `check` is
 //! that of salt, segment number, position, length and kind, so that a length can be trusted before
 //! what it spans is read; `crc` goes on from `check` over the payload. So bytes that were valid
@@ -138,9 +140,9 @@ pub(super) fn record_size(payload: u64) -> u64 {
     (FRAME + payload).next_multiple_of(ALIGN)
 }
 
-/// The next place where a record may begin.
+/// The next place behind a position where a record may begin.
 pub(super) fn next_place(position: u64) -> u64 {
-    position + ALIGN
+    (position + 1).next_multiple_of(ALIGN)
 }
 
 /// Corrects all checksums of what may be a segment, so that a fuzzer gets behind them.

@@ -17,6 +17,7 @@ pub(super) trait Storage: Send + Sync {
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>>;
     /// Reads at `at` as much as there is, up to the length of `buf`.
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize>;
+    /// How long the file is, with the zeros that may lie behind what was written.
     fn length(&self, number: u64) -> io::Result<u64>;
     /// Makes all of a segment last that an earlier life wrote.
     fn sync(&self, number: u64) -> io::Result<()>;
@@ -109,7 +110,7 @@ impl Storage for Directory {
 
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
         let file = File::options().create_new(true).write(true).open(self.segment(number))?;
-        Ok(Box::new(file))
+        Ok(Box::new(Growing::new(file)))
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
@@ -188,12 +189,69 @@ fn fill(path: &Path, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-impl SegmentFile for File {
+/// A file that has its room before it is written, so that a sync needn't store a new length too.
+/// Behind what was written it is zeros; they are cut off when it is done.
+struct Growing {
+    file: File,
+    /// How much was written; `None` after a failure, when nobody knows.
+    written: Option<u64>,
+    /// How long the file is; `None` once the system won't give it room in advance.
+    reserved: Option<u64>,
+}
+
+/// How much room a file is given at a time, in bytes.
+const RESERVED: u64 = 1024 * 1024;
+
+impl Growing {
+    fn new(file: File) -> Self {
+        Self { file, written: Some(0), reserved: Some(0) }
+    }
+
+    fn reserve(&mut self, end: u64) {
+        if let Some(reserved) = self.reserved.filter(|reserved| *reserved < end) {
+            let more = (end - reserved).next_multiple_of(RESERVED);
+            let given = allocate(&self.file, reserved, more);
+            self.reserved = given.then_some(reserved + more);
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn allocate(file: &File, from: u64, length: u64) -> bool {
+    rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), from, length).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn allocate(_: &File, _: u64, _: u64) -> bool {
+    false
+}
+
+impl SegmentFile for Growing {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.write_all(bytes)
+        let Some(end) = self.written.take().map(|written| written + bytes.len() as u64) else {
+            return Err(io::Error::other("it failed before"));
+        };
+        self.reserve(end);
+        self.file.write_all(bytes)?;
+        self.written = Some(end);
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.sync_data()
+        let synced = self.file.sync_data();
+        if synced.is_err() {
+            self.written = None;
+        }
+        synced
+    }
+}
+
+impl Drop for Growing {
+    fn drop(&mut self) {
+        if let (Some(written), Some(reserved)) = (self.written, self.reserved)
+            && written < reserved
+        {
+            let _best_effort = self.file.set_len(written);
+        }
     }
 }
