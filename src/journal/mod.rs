@@ -140,6 +140,17 @@ pub type Stored = Result<Position, NotStored>;
 /// What became of entries, by their numbers.
 pub type Ended<'a> = std::vec::Drain<'a, (u64, Stored)>;
 
+/// When an entry counts as stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Haste {
+    /// When it is synced.
+    Synced,
+    /// When the system has it.
+    Written,
+    /// The same, and that may be with what is written next, or a second later.
+    Later,
+}
+
 /// Who is told that an entry is stored.
 enum Done {
     Nobody,
@@ -227,11 +238,10 @@ impl Journal {
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 
-    /// Appends an entry; the sink is told its number when it is stored, or once the system has
-    /// it if it needn't be synced. An urgent one may have the room that is kept for when the disk
+    /// Appends an entry; the sink is told its number when it is stored. An urgent one may have the room that is kept for when the disk
     /// is full: it is what frees room.
-    pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], sync: bool, urgent: bool) {
-        let append = Append { sync, urgent, ..Append::new(Done::Sink(number)) };
+    pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], haste: Haste, urgent: bool) {
+        let append = Append { haste, urgent, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
@@ -245,7 +255,7 @@ impl Journal {
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
     pub(crate) fn note(&self, payload: &[u8]) {
-        self.queue.append(payload, Append { sync: false, ..Append::new(Done::Nobody) });
+        self.queue.append(payload, Append { haste: Haste::Written, ..Append::new(Done::Nobody) });
     }
 
     /// Reads an entry that was stored.

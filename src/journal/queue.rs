@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::Done;
+use super::{Done, Haste};
 use crate::sync::lock;
 
 /// So much room is kept from one batch to the next, in bytes.
@@ -14,8 +14,7 @@ pub(super) struct Append {
     /// Where its payload lies in the bytes of its [`Batch`], which sets both.
     pub(super) start: usize,
     pub(super) length: u32,
-    /// Whether it is to be synced before it is done; otherwise it is once the system has it.
-    pub(super) sync: bool,
+    pub(super) haste: Haste,
     /// It may have the room that is kept for when the disk is full.
     pub(super) urgent: bool,
     /// It begins a segment.
@@ -24,9 +23,9 @@ pub(super) struct Append {
 }
 
 impl Append {
-    /// One that is synced, urgent and not the first of a segment; who is told when it is stored.
+    /// One that is synced at once, urgent and not the first of a segment; who is told when it is stored.
     pub(super) fn new(done: Done) -> Self {
-        Self { start: 0, length: 0, sync: true, urgent: true, first: false, done }
+        Self { start: 0, length: 0, haste: Haste::Synced, urgent: true, first: false, done }
     }
 
     /// Its own, of the bytes of its batch.
@@ -85,32 +84,48 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     batch: Batch,
-    /// The thread that writes waits.
-    waits: bool,
+    waits: Waits,
     /// It ends when it has written what is here.
     closed: bool,
     /// It has ended: nothing is taken any more.
     ended: bool,
 }
 
+/// Whether the thread that writes waits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Waits {
+    #[default]
+    No,
+    ForAWhile,
+    ForEver,
+}
+
 impl Queue {
     pub(super) fn append(&self, payload: &[u8], append: Append) {
-        self.add(|batch| batch.push(payload, append));
+        let hurries = append.haste != Haste::Later;
+        self.add(hurries, |batch| batch.push(payload, append));
     }
 
     pub(super) fn remove_before(&self, segment: u64) {
-        self.add(|batch| batch.removals.push((batch.appends.len(), segment)));
+        self.add(true, |batch| batch.removals.push((batch.appends.len(), segment)));
     }
 
-    fn add(&self, add: impl FnOnce(&mut Batch)) {
+    fn add(&self, hurries: bool, add: impl FnOnce(&mut Batch)) {
         let mut state = lock(&self.state);
         if state.ended {
             return;
         }
         add(&mut state.batch);
-        let waits = std::mem::take(&mut state.waits);
+        let wakes = match state.waits {
+            Waits::No => false,
+            Waits::ForAWhile => hurries,
+            Waits::ForEver => true,
+        };
+        if wakes {
+            state.waits = Waits::No;
+        }
         drop(state);
-        if waits {
+        if wakes {
             self.more.notify_one();
         }
     }
@@ -137,7 +152,7 @@ impl Queue {
             if !std::mem::take(&mut may_wait) {
                 return Taken::Nothing;
             }
-            state.waits = true;
+            state.waits = at_most.map_or(Waits::ForEver, |_| Waits::ForAWhile);
             let is_idle = |state: &mut State| state.batch.is_empty() && !state.closed;
             state = match at_most {
                 None => {
@@ -148,7 +163,7 @@ impl Queue {
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
-            state.waits = false;
+            state.waits = Waits::No;
         }
     }
 

@@ -6,7 +6,9 @@ use super::crashing::{Disk, Mount};
 use super::queue::{Append, Batch};
 use super::storage::Storage;
 use super::writer::Writer;
-use super::{Done, Entry, JournalError, NotStored, Options, Position, Recovery, begin, read_entry};
+use super::{
+    Done, Entry, Haste, JournalError, NotStored, Options, Position, Recovery, begin, read_entry,
+};
 
 /// How an entry is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,8 +46,9 @@ impl Stepped {
     ) -> Vec<Result<Position, NotStored>> {
         let (mut batch, mut results) = (Batch::default(), Vec::new());
         for (payload, kind) in gathered {
-            let (sync, first) = (kind != EntryKind::Note, kind == EntryKind::First);
-            batch.push(&payload, Append { sync, first, ..Append::new(Done::Nobody) });
+            let first = kind == EntryKind::First;
+            let haste = if kind == EntryKind::Note { Haste::Written } else { Haste::Synced };
+            batch.push(&payload, Append { haste, first, ..Append::new(Done::Nobody) });
         }
         self.writer.store(&batch.bytes, &batch.appends, &mut results);
         results

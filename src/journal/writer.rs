@@ -8,7 +8,7 @@ use super::queue::{Append, Batch, Queue, Taken};
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
 use super::storage::{SegmentFile, Storage};
-use super::{Done, Durability, NotStored, Options, Position, Sink, Stored};
+use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
 
 /// How much goes in one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
@@ -300,7 +300,7 @@ impl Writer {
         }
         self.marked = self.synced;
         match self.durability {
-            Durability::Sync if appends.clone().any(|append| append.sync) => {
+            Durability::Sync if appends.clone().any(|append| append.haste == Haste::Synced) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.

@@ -21,7 +21,7 @@ use crate::engine::delivery::{
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
-use crate::journal::Ended;
+use crate::journal::{Ended, Haste};
 use crate::message::{Header, Message};
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -74,7 +74,9 @@ impl Shared {
     ) {
         match action {
             OutboxAction::Append { token, entry, sync, urgent } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, &entry, sync, urgent));
+                // What needn't be synced is that something is settled.
+                let haste = if sync { Haste::Synced } else { Haste::Later };
+                store.with_journals(|it| it.outbox.append_for_sink(token, &entry, haste, urgent));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
             OutboxAction::Read(number, position) => {
@@ -276,8 +278,9 @@ impl Shared {
         while let Some(action) = inbox.poll_action() {
             match action {
                 InboxAction::Append { token, entry, sync } => {
+                    let haste = if sync { Haste::Synced } else { Haste::Written };
                     // What is processed here lets others free room.
-                    store.with_journals(|it| it.inbox.append_for_sink(token, &entry, sync, true));
+                    store.with_journals(|it| it.inbox.append_for_sink(token, &entry, haste, true));
                 }
                 InboxAction::AppendSnapshot { token, entry } => {
                     store.with_journals(|it| it.inbox.append_first_for_sink(token, &entry));

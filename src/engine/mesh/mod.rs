@@ -12,12 +12,12 @@ mod allowance;
 mod gossip;
 mod handshake;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, Sighting, TargetKey};
-use crate::engine::{LinkId, RouteChange, Time};
+use crate::engine::{HashMap, LinkId, RouteChange, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
@@ -223,7 +223,7 @@ impl Mesh {
             addresses: Vec::new(),
             patterns: BTreeMap::new(),
             services: BTreeMap::new(),
-            links: HashMap::new(),
+            links: HashMap::default(),
             deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
             probes: BTreeMap::new(),

@@ -1,13 +1,13 @@
 //! A thousand meshes that find each other by hearsay: no messages, no faults.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use super::Random;
 use crate::engine::{
-    Action, Connection, DownReason, LinkId, Mesh, MeshConfig, Sighting, TargetKey, Time,
+    Action, Connection, DownReason, HashMap, LinkId, Mesh, MeshConfig, Sighting, TargetKey, Time,
 };
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, Source};
@@ -88,10 +88,10 @@ impl Crowd {
             now: Time::default(),
             random: Random(nodes as u64),
             members: (0..nodes).map(member).collect(),
-            ends: HashMap::new(),
+            ends: HashMap::default(),
             connected: 0,
             queue: BinaryHeap::new(),
-            events: HashMap::new(),
+            events: HashMap::default(),
             scheduled: 0,
         };
         for node in 0..nodes {

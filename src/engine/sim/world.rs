@@ -1,7 +1,7 @@
 //! Virtual time, simulated links, and faults.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::Random;
 use super::ledger::Ledger;
 use super::node::{CallKey, Effect, Life, SimNode, node_id};
-use crate::engine::{LinkId, TargetKey, Time};
+use crate::engine::{HashMap, LinkId, TargetKey, Time};
 
 #[derive(Debug)]
 enum Event {
@@ -64,12 +64,12 @@ impl World {
             now: Time::default(),
             random: Random(seed),
             queue: BinaryHeap::new(),
-            events: HashMap::new(),
+            events: HashMap::default(),
             scheduled: 0,
             lives: 0,
             nodes: (0..nodes).map(|_| None).collect(),
-            woken_at: HashMap::new(),
-            connections: HashMap::new(),
+            woken_at: HashMap::default(),
+            connections: HashMap::default(),
             connected: 0,
             ledger: Ledger::default(),
             faults,
