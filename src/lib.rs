@@ -132,10 +132,11 @@ pub use message::{
     MessageIdError,
 };
 pub use node::{
-    BodyError, Call, Consume, Consumer, DeliveryError, DownCause, Event, Events, Guaranteed,
-    HandlerError, Node, OutboxError, Overflow, Publish, PublishError, Publisher, Receipt, Request,
-    RequestError, Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError,
-    StoreError, StoreProblem, StoreReport, SubscribeError, Subscription, Transaction, WaitError,
+    BodyError, Call, Consume, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events,
+    Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, PublishError, Publisher,
+    Receipt, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
+    ShutdownReport, StartError, StoreError, StoreProblem, StoreReport, Storing, SubscribeError,
+    Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};

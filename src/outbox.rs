@@ -10,7 +10,7 @@ use crate::engine::delivery::{Contents, Fate, Inbox, Outbox, OutboxConfig, PartK
 use crate::identity::{Identity, NodeId, random_u64};
 use crate::journal::{Journal, Options, Position};
 use crate::message::Header;
-use crate::node::{StoreError, StoreProblem, store};
+use crate::node::{DamagedPart, StoreError, StoreProblem, store};
 use crate::wire::thaw;
 
 /// A message in an outbox, for one of its destinations.
@@ -62,9 +62,8 @@ impl From<Contents> for StoredMessage {
 pub struct InboxReport {
     /// How many entries it has.
     pub entries: u64,
-    /// What of it can't be read: file number, first byte, and the one after the last. What it said
-    /// to be processed may be processed once more.
-    pub damaged: Vec<(u64, u64, u64)>,
+    /// What of it can't be read. What it said to be processed may be processed once more.
+    pub damaged: Vec<DamagedPart>,
     /// Bytes at its end that a crash tore, as of [`ClosedOutbox::torn`].
     pub torn: u64,
 }
@@ -84,7 +83,7 @@ pub struct ClosedOutbox {
     me: NodeId,
     outbox: Outbox,
     journal: Journal,
-    damaged: Vec<(u64, u64, u64)>,
+    damaged: Vec<DamagedPart>,
     torn: u64,
 }
 
@@ -127,12 +126,12 @@ impl ClosedOutbox {
         if let Some(error) = unreadable {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
-        let damaged = recovery.damaged.iter().map(|it| (it.segment, it.from, it.to)).collect();
+        let damaged = DamagedPart::all(store::OUTBOX, &recovery);
         Ok(Self { path, me, outbox, journal, damaged, torn: recovery.torn })
     }
 
-    /// What of it can't be read: file number, first byte, and the one after the last.
-    pub fn damaged(&self) -> &[(u64, u64, u64)] {
+    /// What of it can't be read.
+    pub fn damaged(&self) -> &[DamagedPart] {
         &self.damaged
     }
 
@@ -164,7 +163,7 @@ impl ClosedOutbox {
         if let Some(error) = unreadable {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
-        let damaged = recovery.damaged.iter().map(|it| (it.segment, it.from, it.to)).collect();
+        let damaged = DamagedPart::all(store::INBOX, &recovery);
         Ok(Some(InboxReport { entries: recovery.entries, damaged, torn: recovery.torn }))
     }
 

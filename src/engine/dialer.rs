@@ -1,10 +1,10 @@
 //! Whom to dial, and when again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::engine::random::Random;
-use crate::engine::{HashMap, HashSet, LinkId, Time};
+use crate::engine::{LinkId, Time};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source, Unreachable};
 
@@ -118,8 +118,8 @@ impl Dialer {
             me,
             targets: BTreeMap::new(),
             due: Default::default(),
-            by_link: HashMap::default(),
-            by_node: HashMap::default(),
+            by_link: HashMap::new(),
+            by_node: HashMap::new(),
             dialing: [0; LANES],
             known: [0; LANES],
             random: Random::new(seed),
@@ -406,6 +406,6 @@ fn unlist(by_node: &mut HashMap<NodeId, BTreeSet<TargetKey>>, id: NodeId, key: &
 
 /// Keeps the first of equals.
 fn dedup(addresses: &mut Vec<Address>) {
-    let mut seen = HashSet::default();
+    let mut seen = HashSet::new();
     addresses.retain(|address| seen.insert(address.clone()));
 }

@@ -41,7 +41,8 @@ use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
-/// Maps and sets that hash fast. Keys that strangers choose are fine: the seed is drawn.
+/// Maps and sets that hash fast, for keys that this node draws, or of which credit allows few:
+/// their seed is drawn, but whoever watches this process for long could find keys that collide.
 pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
 pub(crate) type HashSet<T> = std::collections::HashSet<T, RandomState>;
 

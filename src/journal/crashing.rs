@@ -74,7 +74,7 @@ impl FileState {
             }
             at = end;
         }
-        if self.unsure.is_some() && random.below(2) == 0 {
+        if random.below(2) == 0 {
             // It had been given room for more.
             self.bytes.resize(self.bytes.len() + random.below(2000) as usize, 0);
         }

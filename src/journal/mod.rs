@@ -5,12 +5,12 @@
 //! names where what counts of the one before it ends. One thread writes; all that has gathered
 //! meanwhile is one write and one sync, and nothing waits for more to gather.
 //!
-//! What is damaged is reported and left as it is; nothing is ever truncated.
+//! What is damaged is reported and left as it is; nothing that was written is ever truncated.
 //!
 //! One damage can't be told from a torn write: that to the very last record, of a process that was
 //! killed within a second of writing it. Nothing behind the record says that it was synced: the
 //! next write would, or the mark that comes after a second without one, or at the end. It is
-//! reported as torn, and what it held is lost.
+//! reported as torn, or if it is all zeros not at all, and what it held is lost.
 //!
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
@@ -91,6 +91,13 @@ pub struct Damage {
     pub segment: u64,
     pub from: u64,
     pub to: u64,
+}
+
+impl Damage {
+    /// The name of the segment's file.
+    pub(crate) fn file_name(&self) -> String {
+        storage::file_name(self.segment)
+    }
 }
 
 /// What reading a journal back found.
@@ -238,8 +245,8 @@ impl Journal {
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 
-    /// Appends an entry; the sink is told its number when it is stored. An urgent one may have the room that is kept for when the disk
-    /// is full: it is what frees room.
+    /// Appends an entry; the sink is told its number when it is stored. An urgent one may have the
+    /// room that is kept for when the disk is full: it is what frees room.
     pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], haste: Haste, urgent: bool) {
         let append = Append { haste, urgent, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);

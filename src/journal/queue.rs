@@ -34,8 +34,8 @@ impl Append {
     }
 }
 
-/// What has gathered, in its order. The entries' bytes lie one behind the other in memory that is
-/// used over and over.
+/// What has gathered, in its order. The entries' bytes lie one behind the other in memory that
+/// is used over and over.
 #[derive(Default)]
 pub(super) struct Batch {
     pub(super) bytes: Vec<u8>,
@@ -140,20 +140,9 @@ impl Queue {
     /// for so long.
     pub(super) fn take(&self, empty: &mut Batch, at_most: Option<Duration>) -> Taken {
         let mut state = lock(&self.state);
-        let mut may_wait = true;
-        loop {
-            if !state.batch.is_empty() {
-                std::mem::swap(&mut state.batch, empty);
-                return Taken::Batch;
-            }
-            if state.closed {
-                return Taken::Closed;
-            }
-            if !std::mem::take(&mut may_wait) {
-                return Taken::Nothing;
-            }
+        let is_idle = |state: &mut State| state.batch.is_empty() && !state.closed;
+        if is_idle(&mut state) {
             state.waits = at_most.map_or(Waits::ForEver, |_| Waits::ForAWhile);
-            let is_idle = |state: &mut State| state.batch.is_empty() && !state.closed;
             state = match at_most {
                 None => {
                     self.more.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner)
@@ -165,9 +154,18 @@ impl Queue {
             };
             state.waits = Waits::No;
         }
+        match (state.batch.is_empty(), state.closed) {
+            (false, _) => {
+                std::mem::swap(&mut state.batch, empty);
+                Taken::Batch
+            }
+            (true, true) => Taken::Closed,
+            (true, false) => Taken::Nothing,
+        }
     }
 
-    /// The thread that writes has ended, perhaps by a panic: who waits for it is told.
+    /// The thread that writes has ended, perhaps by a panic: who waits for an entry is told. (The
+    /// sink is not: it ended with the thread.)
     pub(super) fn end(&self) {
         let mut state = lock(&self.state);
         state.ended = true;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 
 use super::segment::{ENTRY, FRAME, HEADER, Header, HeaderError, MARK, next_place, record_size};
-use super::storage::Storage;
+use super::storage::{RESERVED, Storage};
 use super::{Damage, Entry, JournalError, Position, Recovery};
 
 /// How much is read at once.
@@ -23,9 +23,10 @@ pub(super) struct Resume {
 ///
 /// What lies behind the end that the next segment names was never promised. Nor was, in the last
 /// segment, what isn't valid behind all that is, or that a mark says to be synced: it is the torn
-/// tail of a crash, or, if no mark came behind it, a last record that was damaged later. What isn't valid
-/// before something that is counts as damage: it may have been the write that a crash tore, but
-/// nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
+/// tail of a crash, or, if no mark came behind it, a last record that was damaged later. (If that
+/// one is all zeros, nothing tells that it was there.) What isn't valid before something that is
+/// counts as damage: it may have been the write that a crash tore, whose blocks reach the disk in
+/// any order, but nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
 /// there is damage as a whole.
 pub(super) fn recover(
     storage: &dyn Storage,
@@ -49,18 +50,21 @@ pub(super) fn recover(
         let length = storage.length(number)?;
         let is_last = Some(number) == resume.last;
         let written = written(storage, number, length)?;
-        let whole = Damage { segment: number, from: 0, to: written };
+        // One whose header was never finished has room for a first write at the most.
+        let was_begun = written > HEADER || length > RESERVED;
+        let whole = Damage { segment: number, from: 0, to: written.max(HEADER) };
         let Some(salt) = salt else {
             // Not one header can be read, so no record can be checked.
-            recovery.damaged.extend((written > HEADER || !is_last).then_some(whole));
+            recovery.damaged.extend((was_begun || !is_last).then_some(whole));
             continue;
         };
-        if header.is_none() && written > HEADER {
+        if header.is_none() && was_begun {
             recovery.damaged.push(Damage { to: HEADER, ..whole });
         }
         let header = header.unwrap_or(Header { salt, number, previous: 0, previous_end: 0 });
         let seal = seals.get(&number).copied();
-        let segment = Segment { storage, header, length: seal.unwrap_or(length).min(length) };
+        let length = seal.unwrap_or(length).min(length);
+        let segment = Segment { storage, header, length, written };
         let promised = match seal {
             Some(end) => end,
             // Without a later segment that tells, a first look finds how far it reaches.
@@ -120,6 +124,8 @@ struct Segment<'a> {
     header: Header,
     /// Up to where it is looked at.
     length: u64,
+    /// Behind this there are only zeros.
+    written: u64,
 }
 
 impl Segment<'_> {
@@ -185,7 +191,7 @@ impl Segment<'_> {
     fn scan(&self, mut visit: impl FnMut(u64, Option<(u32, &[u8])>) -> bool) -> io::Result<()> {
         let mut window = Window { segment: self, start: HEADER, bytes: Vec::new() };
         let mut position = HEADER;
-        while position + FRAME <= self.length {
+        while position < self.written && position + FRAME <= self.length {
             let frame = self.header.decode_frame(position, window.get(position, FRAME)?);
             let fits = frame.filter(|frame| position + frame.size() <= self.length);
             let found = match fits {

@@ -111,7 +111,9 @@ impl Header {
     /// The beginning of the record at `position`, if `bytes` are one.
     pub(super) fn decode_frame(&self, position: u64, bytes: &[u8]) -> Option<Frame> {
         let frame = Frame { length: u32_at(bytes, 4), kind: u32_at(bytes, 8) };
-        (u32_at(bytes, 0) == self.check(position, frame)).then_some(frame)
+        // Nothing was written where there are only zeros, though their checksum may be zero too.
+        let is_written = bytes[..FRAME as usize].iter().any(|byte| *byte != 0);
+        (is_written && u32_at(bytes, 0) == self.check(position, frame)).then_some(frame)
     }
 }
 
@@ -175,4 +177,46 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A salt for which the checksum of an empty frame at `position` is zero: CRCs are linear, so
+    /// that such a one is found by elimination.
+    fn unlucky(position: u64) -> Header {
+        let header = |salt| Header { salt, number: 1, previous: 0, previous_end: 0 };
+        let check = |salt| header(salt).check(position, Frame { length: 0, kind: ENTRY });
+        let zero = check(0);
+        let (mut salt, mut left, mut basis) = (0, zero, Vec::<(u32, u64)>::new());
+        for bit in 0..64 {
+            let (mut value, mut made_of) = (check(1 << bit) ^ zero, 1u64 << bit);
+            for (other, of) in &basis {
+                if value ^ other < value {
+                    (value, made_of) = (value ^ other, made_of ^ of);
+                }
+            }
+            if value != 0 {
+                basis.push((value, made_of));
+                basis.sort_unstable_by(|a, b| b.cmp(a));
+            }
+        }
+        for (value, made_of) in basis {
+            if left ^ value < left {
+                (left, salt) = (left ^ value, salt ^ made_of);
+            }
+        }
+        assert_eq!(check(salt), 0);
+        header(salt)
+    }
+
+    #[test]
+    fn zeros_are_no_record_though_their_checksum_may_be_zero() {
+        let header = unlucky(HEADER);
+        assert_eq!(header.decode_frame(HEADER, &[0; 64]), None);
+        let mut empty = Vec::new();
+        header.encode_record(HEADER + 8, ENTRY, b"", &mut empty);
+        assert!(header.decode_frame(HEADER + 8, &empty).is_some());
+    }
 }

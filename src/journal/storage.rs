@@ -52,6 +52,11 @@ const SUFFIX: &str = ".segment";
 /// Takes the room that there is to be left when the disk is full.
 const SPARE: &str = "spare";
 
+/// The name of a segment's file.
+pub(super) fn file_name(number: u64) -> String {
+    format!("{number:016x}{SUFFIX}")
+}
+
 /// A directory that can't be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -92,7 +97,7 @@ impl Directory {
     }
 
     fn segment(&self, number: u64) -> PathBuf {
-        self.path.join(format!("{number:016x}{SUFFIX}"))
+        self.path.join(file_name(number))
     }
 }
 
@@ -193,18 +198,21 @@ fn fill(path: &Path, bytes: u64) -> io::Result<()> {
 /// Behind what was written it is zeros; they are cut off when it is done.
 struct Growing {
     file: File,
-    /// How much was written; `None` after a failure, when nobody knows.
-    written: Option<u64>,
+    written: u64,
     /// How long the file is; `None` once the system won't give it room in advance.
     reserved: Option<u64>,
+    /// A write failed: what was written of it doesn't count.
+    failed: bool,
+    /// A sync failed: nobody knows what is on the disk, and the file is left as it is.
+    unsure: bool,
 }
 
 /// How much room a file is given at a time, in bytes.
-const RESERVED: u64 = 1024 * 1024;
+pub(super) const RESERVED: u64 = 1024 * 1024;
 
 impl Growing {
     fn new(file: File) -> Self {
-        Self { file, written: Some(0), reserved: Some(0) }
+        Self { file, written: 0, reserved: Some(0), failed: false, unsure: false }
     }
 
     fn reserve(&mut self, end: u64) {
@@ -228,30 +236,29 @@ fn allocate(_: &File, _: u64, _: u64) -> bool {
 
 impl SegmentFile for Growing {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some(end) = self.written.take().map(|written| written + bytes.len() as u64) else {
-            return Err(io::Error::other("it failed before"));
-        };
-        self.reserve(end);
-        self.file.write_all(bytes)?;
-        self.written = Some(end);
-        Ok(())
+        if self.failed {
+            return Err(io::Error::other("a write to it failed before"));
+        }
+        self.reserve(self.written + bytes.len() as u64);
+        let wrote = self.file.write_all(bytes);
+        match wrote {
+            Ok(()) => self.written += bytes.len() as u64,
+            Err(_) => self.failed = true,
+        }
+        wrote
     }
 
     fn sync(&mut self) -> io::Result<()> {
         let synced = self.file.sync_data();
-        if synced.is_err() {
-            self.written = None;
-        }
+        self.unsure |= synced.is_err();
         synced
     }
 }
 
 impl Drop for Growing {
     fn drop(&mut self) {
-        if let (Some(written), Some(reserved)) = (self.written, self.reserved)
-            && written < reserved
-        {
-            let _best_effort = self.file.set_len(written);
+        if !self.unsure {
+            let _best_effort = self.file.set_len(self.written);
         }
     }
 }

@@ -487,3 +487,57 @@ proptest! {
         prop_assert_eq!(recovery.entries, 0);
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_has_room_for_more_until_it_is_closed_and_that_is_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (there, killed) = (dir.path().join("there"), dir.path().join("killed"));
+    let open = |path| {
+        let mut found = Found::new();
+        let take = |entry: Entry<'_>| found.push((entry.position, entry.payload.to_vec()));
+        let (journal, recovery) = Journal::open(path, &Options::default(), take).unwrap();
+        (journal, found, recovery)
+    };
+    let (journal, ..) = open(&there);
+    let last = append(&journal, b"some").unwrap();
+    let file = there.join(storage::file_name(last.segment));
+    let before = std::fs::read(&file).unwrap();
+    assert_eq!(before.len(), 1024 * 1024);
+    // As it would be after a kill.
+    std::fs::create_dir(&killed).unwrap();
+    for name in ["journal.lock", &storage::file_name(last.segment)] {
+        std::fs::copy(there.join(name), killed.join(name)).unwrap();
+    }
+    drop(journal);
+    let after = std::fs::read(&file).unwrap();
+    assert!(after.len() < 200 && after.starts_with(&before[..last.offset as usize]));
+    for path in [&there, &killed] {
+        for _ in 0..2 {
+            let (_, found, recovery) = open(path);
+            assert_eq!(found, [(last, b"some".to_vec())]);
+            assert_eq!((recovery.damaged, recovery.torn), (vec![], 0));
+        }
+    }
+}
+
+#[test]
+fn what_can_be_written_later_is_written_with_what_comes_next_or_at_the_end() {
+    let disk = Arc::new(Disk::default());
+    let (told, stored) = std::sync::mpsc::channel();
+    let sink: Sink =
+        Box::new(move |ended| ended.for_each(|(number, _)| told.send(number).unwrap()));
+    let storage = Arc::new(Mount(disk.clone()));
+    let (journal, _) = Journal::open_on(storage, &small(), sink, |_| {}).unwrap();
+    // From here on the writer waits for a while only.
+    append(&journal, b"first").unwrap();
+    journal.append_for_sink(1, b"later", Haste::Later, true);
+    journal.append_for_sink(2, b"now", Haste::Synced, true);
+    assert_eq!([stored.recv(), stored.recv()], [Ok(1), Ok(2)]);
+    journal.append_for_sink(3, b"at the end", Haste::Later, true);
+    drop(journal);
+    assert_eq!(stored.recv(), Ok(3));
+    let (_, found, _) = open(&disk);
+    let payloads: Vec<_> = found.iter().map(|(_, payload)| &payload[..]).collect();
+    assert_eq!(payloads, [&b"first"[..], b"later", b"now", b"at the end"]);
+}

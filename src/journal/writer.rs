@@ -36,6 +36,9 @@ enum Spare {
 }
 
 pub(super) struct Writer {
+    /// `None` after a failure, until the next segment is begun. It goes before what locks the
+    /// directory does: its end is cut off then.
+    file: Option<Box<dyn SegmentFile>>,
     storage: Arc<dyn Storage>,
     sink: Sink,
     durability: Durability,
@@ -46,8 +49,6 @@ pub(super) struct Writer {
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
-    /// `None` after a failure, until the next segment is begun.
-    file: Option<Box<dyn SegmentFile>>,
     /// Where the next record will lie.
     end: u64,
     /// Up to where the disk has it.
@@ -108,10 +109,18 @@ impl Writer {
     pub(super) fn run(mut self, queue: &Queue) {
         let mut batch = Batch::default();
         loop {
-            match queue.take(&mut batch, self.pause()) {
-                Taken::Batch => self.perform(&mut batch),
-                Taken::Nothing => self.handle_pause(),
+            let taken = queue.take(&mut batch, self.pause());
+            let done = match taken {
+                Taken::Batch => {
+                    self.perform(&mut batch);
+                    self.sync_if_due()
+                }
+                Taken::Nothing if self.sync_by.is_some() => self.sync_if_due(),
+                Taken::Nothing => self.mark(),
                 Taken::Closed => break,
+            };
+            if let Err(error) = done {
+                tracing::error!(%error, "the journal can't be synced");
             }
         }
         if self.durability != Durability::OsBuffer
@@ -128,16 +137,16 @@ impl Writer {
     /// After how long without anything to write there is something else to do.
     fn pause(&self) -> Option<Duration> {
         match self.sync_by {
-            Some(by) => Some(by.saturating_duration_since(Instant::now())),
+            Some(by) => Some(by.saturating_duration_since(Instant::now()).min(IDLE)),
             None if self.is_marked() => None,
             None => Some(IDLE),
         }
     }
 
-    fn handle_pause(&mut self) {
-        let due = self.sync_by.is_some();
-        if let Err(error) = if due { self.sync() } else { self.mark() } {
-            tracing::error!(%error, "the journal can't be synced");
+    fn sync_if_due(&mut self) -> io::Result<()> {
+        match self.sync_by {
+            Some(by) if by <= Instant::now() => self.sync(),
+            Some(_) | None => Ok(()),
         }
     }
 
@@ -153,6 +162,8 @@ impl Writer {
         }
         self.store_and_tell(bytes, appends);
         batch.clear();
+        self.buf.clear();
+        self.buf.shrink_to(MOST_AT_ONCE);
     }
 
     /// Stores entries, in as many writes as it takes, and tells after each.

@@ -174,8 +174,9 @@ impl<'a> IntoFuture for Guaranteed<'a> {
     }
 }
 
-/// A guaranteed message on its way to the disk: what awaiting a [`Guaranteed`] does. Once it was
-/// polled, the message is stored even if this is dropped.
+/// A guaranteed message that is being stored: what awaiting a [`Guaranteed`] does. Once it was
+/// polled, the message is on its way to this node's disk even if this is dropped. Over a broker,
+/// dropping it may leave the message unsent.
 #[must_use = "a message is stored when this is awaited"]
 pub struct Storing<'a>(Step<'a>);
 
@@ -205,19 +206,22 @@ impl Future for Storing<'_> {
     type Output = Result<Receipt, OutboxError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Step::New(_) = self.0
-            && let Step::New(message) = std::mem::replace(&mut self.0, Step::Over)
-        {
-            self.0 = Step::begin(message)?;
-        }
-        match &mut self.0 {
+        let mut step = match std::mem::replace(&mut self.0, Step::Over) {
+            Step::New(message) => Step::begin(message)?,
+            begun => begun,
+        };
+        let polled = match &mut step {
             Step::ToDisk(submission) => {
-                ready!(submission.poll_stored(context))?;
-                Poll::Ready(Ok(submission.receipts.remove(0)))
+                let stored = submission.poll_stored(context);
+                stored.map_ok(|()| submission.receipts.remove(0))
             }
             Step::ToBroker(storing) => storing.as_mut().poll(context),
             Step::New(_) | Step::Over => panic!("it was polled after it had ended"),
+        };
+        if polled.is_pending() {
+            self.0 = step;
         }
+        polled
     }
 }
 

@@ -32,7 +32,7 @@ pub use delivery::DeliveryError;
 pub use draft::BodyError;
 pub(crate) use draft::Draft;
 pub use events::{DownCause, Event, Events};
-pub use guaranteed::{Guaranteed, OutboxError, Receipt, Transaction};
+pub use guaranteed::{Guaranteed, OutboxError, Receipt, Storing, Transaction};
 pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
@@ -41,7 +41,7 @@ pub use send::{Send, SendError, Sent};
 pub use service::{Call, HandlerError, Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
-pub use store::{StoreError, StoreProblem, StoreReport};
+pub use store::{DamagedPart, StoreError, StoreProblem, StoreReport};
 pub use subscription::{Overflow, Subscription};
 
 use std::future::Future;

@@ -1,6 +1,7 @@
 //! A node's store: its outbox and inbox, each with a journal, and who waits for what is in them.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,9 @@ use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Fate, Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
-use crate::journal::{DirectoryError, Ended, Journal, JournalError, Options, Position, Sink};
+use crate::journal::{
+    Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink,
+};
 use crate::message::Message;
 use crate::private;
 use crate::sync::lock;
@@ -74,6 +77,35 @@ impl From<JournalError> for StoreProblem {
     }
 }
 
+/// A part of a store's file that can't be read, though it was stored. The file is left as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedPart {
+    /// The file, in the store's folder.
+    pub file: PathBuf,
+    /// Its first byte that can't be read.
+    pub from: u64,
+    /// The one behind the last.
+    pub to: u64,
+}
+
+impl DamagedPart {
+    /// What of one of a store's journals is damaged.
+    pub(crate) fn all(journal: &str, recovery: &Recovery) -> Vec<Self> {
+        let part = |it: &Damage| {
+            let file = Path::new(journal).join(it.file_name());
+            Self { file, from: it.from, to: it.to }
+        };
+        recovery.damaged.iter().map(part).collect()
+    }
+}
+
+impl fmt::Display for DamagedPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, bytes {} to {}", self.file.display(), self.from, self.to)
+    }
+}
+
 /// What reading a store back found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -82,9 +114,9 @@ pub struct StoreReport {
     pub pending: u64,
     /// Dead letters.
     pub dead_letters: u64,
-    /// Parts of files that can't be read though they were stored: file number, first byte, and
-    /// the one after the last. What they held is lost; the files are left as they are.
-    pub damaged: Vec<(u64, u64, u64)>,
+    /// What can't be read, and is lost. After a power cut that may be a part of the last write, of
+    /// which nobody was told that it was stored.
+    pub damaged: Vec<DamagedPart>,
     /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
     /// very last entry of a file was damaged later: if its process was killed within a second of
     /// writing it, that looks the same.
@@ -117,9 +149,10 @@ pub(crate) struct Store {
     pub(super) report: StoreReport,
 }
 
+/// The outbox goes last: it is locked, and who wants to look at the inbox opens it first.
 pub(super) struct Journals {
-    pub(super) outbox: Journal,
     pub(super) inbox: Journal,
+    pub(super) outbox: Journal,
 }
 
 impl Store {
@@ -158,18 +191,19 @@ impl Store {
         }
         outbox.handle_recovered(now);
         inbox.handle_recovered();
-        let damaged = recovery.damaged.iter().chain(&inbox_recovery.damaged);
+        let mut damaged = DamagedPart::all(OUTBOX, &recovery);
+        damaged.extend(DamagedPart::all(INBOX, &inbox_recovery));
         let report = StoreReport {
             pending: outbox.pending(),
             dead_letters: outbox.dead_letters(),
-            damaged: damaged.map(|it| (it.segment, it.from, it.to)).collect(),
+            damaged,
             torn: recovery.torn + inbox_recovery.torn,
         };
         if report.torn > 0 {
             tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is left out");
         }
-        for (file, from, to) in &report.damaged {
-            tracing::error!(path = %path.display(), file, from, to, "a part of the store can't be read: what it held is lost");
+        for part in &report.damaged {
+            tracing::error!(path = %path.display(), %part, "a part of the store can't be read: what it held is lost");
         }
         Ok(Self {
             outbox: Mutex::new(outbox),

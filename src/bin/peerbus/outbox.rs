@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
-use peerbus::{ClosedOutbox, InboxReport, NodeId, ServiceName, StoredMessage, Target};
+use peerbus::{ClosedOutbox, DamagedPart, InboxReport, NodeId, ServiceName, StoredMessage, Target};
 use serde_json::{Value, json};
 
 use crate::output;
@@ -380,18 +380,18 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
     let value = json!({
         "messages": messages,
         "unreadable": unreadable,
-        "damaged": damaged,
+        "damaged": parts_as_json(damaged),
         "torn": torn,
         "inbox": inbox.as_ref().map(|inbox| json!({
-            "entries": inbox.entries, "damaged": inbox.damaged, "torn": inbox.torn,
+            "entries": inbox.entries, "damaged": parts_as_json(&inbox.damaged), "torn": inbox.torn,
         })),
     });
     output::line(folder.json, &value, || {
         let text = match (damaged.len(), unreadable.len()) {
             (0, 0) => format!("{messages} messages, all can be read"),
-            (parts, gone) => format!(
-                "{messages} messages, {gone} can't be read; {parts} damaged parts: {damaged:?}"
-            ),
+            (_, gone) => {
+                format!("{messages} messages, {gone} can't be read{}", parts_as_text(damaged))
+            }
         };
         text + &torn_end(torn) + &inbox.as_ref().map(describe_inbox).unwrap_or_default()
     })?;
@@ -404,9 +404,17 @@ fn describe_inbox(inbox: &InboxReport) -> String {
     let InboxReport { entries, damaged, torn, .. } = inbox;
     let text = match damaged.len() {
         0 => format!("\nthe inbox: {entries} entries, all can be read"),
-        parts => format!("\nthe inbox: {entries} entries; {parts} damaged parts: {damaged:?}"),
+        _ => format!("\nthe inbox: {entries} entries{}", parts_as_text(damaged)),
     };
     text + &torn_end(*torn)
+}
+
+fn parts_as_json(parts: &[DamagedPart]) -> Value {
+    parts.iter().map(|it| json!({ "file": it.file, "from": it.from, "to": it.to })).collect()
+}
+
+fn parts_as_text(parts: &[DamagedPart]) -> String {
+    parts.iter().map(|part| format!("; damaged: {part}")).collect()
 }
 
 fn torn_end(bytes: u64) -> String {

@@ -50,36 +50,25 @@ impl<T> Numbered<T> {
     }
 
     pub(crate) fn insert(&mut self, number: u64, value: T) -> Option<T> {
-        let slot = self.slot(number);
-        let before = slot.replace(value);
-        if before.is_none() {
-            self.count_one_in(number);
-        }
-        before
+        self.fill(number, |slot| slot.replace(value))
     }
 
     pub(crate) fn get_or_insert_default(&mut self, number: u64) -> &mut T
     where
         T: Default,
     {
-        if self.slot(number).is_none() {
-            self.count_one_in(number);
-        }
-        self.slot(number).get_or_insert_default()
+        self.fill(number, |slot| slot.get_or_insert_default())
     }
 
-    fn slot(&mut self, number: u64) -> &mut Option<T> {
-        let Self { chunks, spare, .. } = self;
+    fn fill<'a, R>(&'a mut self, number: u64, fill: impl FnOnce(&'a mut Option<T>) -> R) -> R {
+        let Self { chunks, spare, len } = self;
         let chunk = chunks.entry(number / CHUNK);
         let chunk = chunk.or_insert_with(|| spare.take().unwrap_or_default());
-        &mut chunk.slots[(number % CHUNK) as usize]
-    }
-
-    fn count_one_in(&mut self, number: u64) {
-        self.len += 1;
-        if let Some(chunk) = self.chunks.get_mut(&(number / CHUNK)) {
-            chunk.taken += 1;
-        }
+        let slot = &mut chunk.slots[(number % CHUNK) as usize];
+        let new = usize::from(slot.is_none());
+        chunk.taken += new;
+        *len += new;
+        fill(slot)
     }
 
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {

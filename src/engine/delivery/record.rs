@@ -102,6 +102,7 @@ impl<'de> Deserialize<'de> for Name {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MessageRecord {
     pub(super) number: u64,
+    #[serde(deserialize_with = "few")]
     pub(super) parts: SmallVec<[PartRecord; 1]>,
     /// In ms since 1970.
     pub(super) expires_at: Option<u64>,
@@ -235,7 +236,7 @@ impl OutboxRecord {
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
         let (kind, rest) = bytes.split_first().ok_or(RecordError::Empty)?;
         Ok(match kind {
-            0 => Self::Messages(decode(rest)?),
+            0 => Self::Messages(decode::<Vec<_>>(rest)?.into()),
             1 => Self::Bound(decode(rest)?),
             2 => Self::Settled(decode(rest)?),
             3 => {
@@ -249,9 +250,9 @@ impl OutboxRecord {
             5 => Self::Peers(decode(rest)?),
             6 => Self::Freed(decode(rest)?),
             7 => {
-                let (messages, ids): (_, Vec<(_, u64)>) = decode(rest)?;
+                let (messages, ids): (Vec<_>, Vec<(_, u64)>) = decode(rest)?;
                 let ids = ids.into_iter().map(|(id, number)| (MessageId::from_bytes(id), number));
-                Self::Once(messages, ids.collect())
+                Self::Once(messages.into(), ids.collect())
             }
             kind => return Err(RecordError::Kind(*kind)),
         })
@@ -342,6 +343,11 @@ fn about_size(message: &MessageRecord) -> usize {
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
     Ok(rmp_serde::from_slice(bytes)?)
+}
+
+/// A list that is short, by way of one that makes no room for what its length only claims.
+fn few<'de, D: Deserializer<'de>>(from: D) -> Result<SmallVec<[PartRecord; 1]>, D::Error> {
+    Ok(Vec::deserialize(from)?.into())
 }
 
 /// Reads bytes as an entry of either journal: for the fuzzer.

@@ -167,6 +167,9 @@ const DISK_RETRY: Duration = Duration::from_secs(1);
 /// How much of what was stored just now is kept in memory until it is sent, in bytes.
 const MAX_CACHED: u64 = 16 * 1024 * 1024;
 
+/// How much is stored together, in bytes; an entry of the journal has to be shorter than 4 GiB.
+const MOST_TOGETHER: u64 = 1024 * 1024 * 1024;
+
 /// In one entry of the journal.
 const MOST_FREED: usize = 4096;
 
@@ -452,7 +455,9 @@ impl Outbox {
         let (count, bytes) =
             new.fold((0, 0), |(count, bytes), (new, _)| (count + 1, bytes + new.size()));
         let (held, held_bytes) = (self.entries.len() as u64, self.bytes);
-        if held + count > self.config.max_messages || held_bytes + bytes > self.config.max_bytes {
+        let is_full =
+            held + count > self.config.max_messages || held_bytes + bytes > self.config.max_bytes;
+        if is_full || bytes > MOST_TOGETHER {
             return Err(Full { messages: held, bytes: held_bytes });
         }
         let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
