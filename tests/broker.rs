@@ -405,6 +405,16 @@ async fn wrong_credentials_are_told_at_the_start(world: World) {
     assert!(!error.to_string().contains("hunter2"), "{error}");
 }
 
+#[cfg(any(feature = "nats", feature = "rabbitmq"))]
+async fn a_certificate_that_nobody_vouches_for_is_told_and_not_trusted(world: World) {
+    let stranger = world.host.config("stranger").mesh(world.mesh.parse().unwrap());
+    let stranger = stranger.broker(world.url().unwrap()).start().await.unwrap();
+    let unreachable = stranger.unreachable();
+    assert!(unreachable[0].last_error.contains("certificate"), "{unreachable:?}");
+    let report = stranger.publish("a", "x").await.unwrap();
+    assert_eq!(report.dropped, [(NodeId::BROKER, DropReason::LinkLost)]);
+}
+
 #[cfg(feature = "rabbitmq")]
 async fn a_queue_that_is_there_with_other_settings_is_named(world: World) {
     use lapin::options::QueueDeclareOptions;
@@ -492,6 +502,16 @@ suite!(best_effort: embedded, crate::world::World::embedded(), [
 suite!(guaranteed: nats, crate::world::World::nats(), [
     what_a_broker_cannot_do_is_an_error_that_names_it
     wrong_credentials_are_told_at_the_start
+]);
+#[cfg(feature = "nats")]
+suite!(best_effort: nats_over_tls, crate::world::World::nats_over_tls(), [
+    wrong_credentials_are_told_at_the_start
+    a_certificate_that_nobody_vouches_for_is_told_and_not_trusted
+]);
+#[cfg(feature = "rabbitmq")]
+suite!(guaranteed: rabbitmq_over_tls, crate::world::World::rabbitmq_over_tls(), [
+    wrong_credentials_are_told_at_the_start
+    a_certificate_that_nobody_vouches_for_is_told_and_not_trusted
 ]);
 #[cfg(feature = "rabbitmq")]
 suite!(guaranteed: rabbitmq, crate::world::World::rabbitmq(), [

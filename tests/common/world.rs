@@ -50,6 +50,16 @@ impl World {
         Self::real("PEERBUS_RABBITMQ")
     }
 
+    #[cfg(feature = "nats")]
+    pub(crate) async fn nats_over_tls() -> Option<Self> {
+        Self::real("PEERBUS_NATS_TLS")
+    }
+
+    #[cfg(feature = "rabbitmq")]
+    pub(crate) async fn rabbitmq_over_tls() -> Option<Self> {
+        Self::real("PEERBUS_RABBITMQ_TLS")
+    }
+
     #[cfg(any(feature = "nats", feature = "rabbitmq"))]
     pub(crate) fn real(variable: &str) -> Option<Self> {
         match std::env::var(variable) {
@@ -63,10 +73,15 @@ impl World {
 
     pub(crate) fn config(&self, name: &str) -> Config {
         let config = self.host.config(name).mesh(self.mesh.parse().unwrap());
-        match self.url() {
-            Some(url) => config.broker(url),
-            None => config,
+        let Some(url) = self.url() else { return config };
+        match (self.is_encrypted(), std::env::var("PEERBUS_BROKER_CA")) {
+            (true, Ok(ca)) => config.broker(url).broker_ca(ca),
+            _ => config.broker(url),
         }
+    }
+
+    fn is_encrypted(&self) -> bool {
+        self.url().is_some_and(|url| url.starts_with("tls://") || url.starts_with("amqps://"))
     }
 
     pub(crate) fn url(&self) -> Option<String> {
