@@ -9,12 +9,17 @@
 
 mod admin;
 mod dispatch;
+mod ends;
+mod intake;
+mod lanes;
 mod once;
 mod recover;
 mod segments;
+mod stored;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use intake::{Full, NewMessage, NewMessages};
 pub(crate) use once::Submitted;
 pub(crate) use recover::Contents;
 
@@ -26,15 +31,15 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::numbered::Numbered;
-use super::record::{BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw};
-use super::{Binding, Fate, Now, Target};
+use super::record::OutboxRecord;
+use super::{Binding, Fate, Target};
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::message::{Header, MessageId};
-use crate::wire::{BASE_COST, Control, Delivery, Stream, freeze};
+use crate::wire::{Control, Delivery, Stream};
 
 /// How an outbox behaves.
 #[derive(Debug, Clone)]
@@ -57,30 +62,6 @@ pub(crate) struct OutboxConfig {
     pub(crate) segment_size: u64,
     /// After how long a peer that messages wait for is reported.
     pub(crate) gone_after: Duration,
-}
-
-/// A message to be stored.
-#[derive(Debug, Clone)]
-pub(crate) struct NewMessage {
-    pub(crate) header: Header,
-    pub(crate) body: Bytes,
-    pub(crate) targets: SmallVec<[Target; 1]>,
-    /// In ms since 1970.
-    pub(crate) expires_at: Option<u64>,
-    pub(crate) not_before: Option<u64>,
-    /// It is not stored if another one with its id was.
-    pub(crate) once: bool,
-}
-
-/// Most are stored alone.
-pub(crate) type NewMessages = SmallVec<[NewMessage; 1]>;
-
-impl NewMessage {
-    /// What it takes in the outbox, in bytes.
-    fn size(&self) -> u64 {
-        let destinations = BASE_COST * self.targets.len().max(1) as u64;
-        destinations + self.body.len() as u64 + self.header.extra_len() as u64
-    }
 }
 
 /// Chooses the instance of a service: of those for which the last argument has a load.
@@ -153,22 +134,8 @@ pub(crate) enum OutboxEvent {
     },
 }
 
-/// The outbox holds as much as it may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
-pub(crate) struct Full {
-    pub(crate) messages: u64,
-    pub(crate) bytes: u64,
-}
-
 /// After the disk refused something.
 const DISK_RETRY: Duration = Duration::from_secs(1);
-
-/// How much of what was stored just now is kept in memory until it is sent, in bytes.
-const MAX_CACHED: u64 = 16 * 1024 * 1024;
-
-/// How much is stored together, in bytes; an entry of the journal has to be shorter than 4 GiB.
-const MOST_TOGETHER: u64 = 1024 * 1024 * 1024;
 
 /// In one entry of the journal.
 const MOST_FREED: usize = 4096;
@@ -438,316 +405,6 @@ impl Outbox {
         self.dead
     }
 
-    /// Takes messages: all of them are stored, or none.
-    ///
-    /// # Errors
-    /// [`Full`] if there is no room for them.
-    pub(crate) fn submit(
-        &mut self,
-        now: Now,
-        messages: NewMessages,
-        choose: &mut Choose<'_>,
-    ) -> Result<SmallVec<[Submitted; 1]>, Full> {
-        self.now = now.time;
-        let mut submitted: SmallVec<[Option<Submitted>; 1]> =
-            messages.iter().map(|message| self.submitted_before(message)).collect();
-        let new = messages.iter().zip(&submitted).filter(|(_, before)| before.is_none());
-        let (count, bytes) =
-            new.fold((0, 0), |(count, bytes), (new, _)| (count + 1, bytes + new.size()));
-        let (held, held_bytes) = (self.entries.len() as u64, self.bytes);
-        let is_full =
-            held + count > self.config.max_messages || held_bytes + bytes > self.config.max_bytes;
-        if is_full || bytes > MOST_TOGETHER {
-            return Err(Full { messages: held, bytes: held_bytes });
-        }
-        let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
-        for (message, submitted) in messages.into_iter().zip(&mut submitted) {
-            if submitted.is_some() {
-                continue;
-            }
-            let number = self.next_number;
-            self.next_number += 1;
-            if message.once {
-                self.once.submit(message.header.id, number);
-                ids.push((message.header.id, number));
-            }
-            records.push(self.take_in(now, number, message, choose));
-            numbers.push(number);
-            *submitted = Some(Submitted::New(number));
-        }
-        let record = match ids.is_empty() {
-            true => OutboxRecord::Messages(records),
-            false => OutboxRecord::Once(records, ids.clone()),
-        };
-        if !numbers.is_empty() {
-            self.append(&record, Pending::Messages(numbers, ids));
-        }
-        Ok(submitted.into_iter().flatten().collect())
-    }
-
-    /// Takes a new message; what is to be stored of it.
-    fn take_in(
-        &mut self,
-        now: Now,
-        number: u64,
-        message: NewMessage,
-        choose: &mut Choose<'_>,
-    ) -> MessageRecord {
-        let frozen = freeze(&message.header, &message.body, &self.config.me);
-        let size = message.size();
-        let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
-        let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
-        let later = not_before.is_some_and(|at| at > now.unix_ms);
-        let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
-        for (part, target) in targets.into_iter().enumerate() {
-            let key = PartKey { number, part: part as u32 };
-            let in_target = self.target_number(&target);
-            // What is bound may have been sent, as far as the next life knows; and what is
-            // behind its key would keep a number that its receiver waits for.
-            let waits = later
-                || self.waiting.contains_key(&in_target)
-                || order
-                    .as_ref()
-                    .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
-            let node = match waits {
-                true => None,
-                false => self.taker(&target, order.as_deref(), choose),
-            };
-            let bound = node.map(|node| self.bind(key, node, &target));
-            part_records.push(PartRecord {
-                target: (&target).into(),
-                binding: bound.map(|bound| BindingRecord::from(&self.binding(bound))),
-                failures: 0,
-                redelivered: false,
-                settled: false,
-                dead: None,
-            });
-            if let Some(order) = &order {
-                self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
-            }
-            self.open += 1;
-            parts.push(Part {
-                target: in_target,
-                bound,
-                state: State::Storing,
-                failures: 0,
-                attempts: 0,
-                redelivered: false,
-            });
-        }
-        let record = MessageRecord {
-            number,
-            parts: part_records,
-            expires_at,
-            not_before,
-            order: order.as_deref().map(str::to_owned),
-            frozen: Raw(frozen.into()),
-        };
-        let rare = Rare { expires_at, not_before, order };
-        let rare = (rare != Rare::default()).then(|| Box::new(rare));
-        let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
-            self.cached_bytes += size;
-            Arc::new((header, body))
-        });
-        self.bytes += size;
-        let entry = Entry { position: None, cached, rare, parts, size: size as u32 };
-        self.entries.insert(number, entry);
-        record
-    }
-
-    fn append(&mut self, record: &OutboxRecord, pending: Pending) {
-        let sync = !matches!(pending, Pending::Settled(..));
-        let urgent = !matches!(pending, Pending::Messages(..) | Pending::Moved(_) | Pending::Peers);
-        let token = self.next_token;
-        self.next_token += 1;
-        self.pending.insert(token, pending);
-        let entry = record.encode();
-        self.actions.push_back(OutboxAction::Append { token, entry, sync, urgent });
-    }
-
-    /// Stores, without a sync, what was settled since the last time.
-    fn store_settled(&mut self) {
-        if self.settled.is_empty() || self.disk_retry.is_some() {
-            return;
-        }
-        let settled = std::mem::take(&mut self.settled);
-        let numbers = std::mem::take(&mut self.unreleased);
-        let record = OutboxRecord::Settled(settled.clone());
-        self.append(&record, Pending::Settled(settled, numbers));
-    }
-
-    fn note(&mut self, record: &OutboxRecord) {
-        self.actions.push_back(OutboxAction::Note(record.encode()));
-    }
-
-    /// An entry was stored, or can't be.
-    pub(crate) fn handle_appended(
-        &mut self,
-        now: Now,
-        token: u64,
-        result: Result<Position, String>,
-    ) {
-        self.now = now.time;
-        if let Ok(position) = &result {
-            self.newest_segment = self.newest_segment.max(position.segment);
-            self.once.reach(*position);
-        }
-        let synced = result.is_ok()
-            && self.pending.get(token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
-        while synced
-            && self.written.front().is_some_and(|before| before.token < token)
-            && let Some(Written { numbers, .. }) = self.written.pop_front()
-        {
-            for Bound { stream, seq } in numbers {
-                self.streams[stream as usize].outstanding.remove(seq);
-            }
-        }
-        if result.is_err() {
-            // What was written before may be gone as well, whatever a later sync says.
-            for Written { settled, numbers, .. } in std::mem::take(&mut self.written) {
-                self.settled.extend(settled);
-                self.unreleased.extend(numbers);
-            }
-        }
-        match (self.pending.remove(token), result) {
-            (None, _) => {}
-            (Some(Pending::Messages(numbers, ids)), Ok(position)) => {
-                ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
-                for number in numbers {
-                    self.handle_stored(now, number, position);
-                }
-            }
-            (Some(Pending::Messages(numbers, ids)), Err(error)) => {
-                ids.iter().for_each(|(id, _)| self.once.forget(id));
-                for number in numbers {
-                    self.discard(number);
-                    self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
-                }
-            }
-            (Some(Pending::Bound(keys)), Ok(_)) => {
-                for key in keys {
-                    if self.part(key).is_some_and(|part| part.state == State::Binding) {
-                        self.make_ready(key);
-                    }
-                }
-            }
-            (Some(Pending::Bound(keys)), Err(_)) => {
-                for key in keys {
-                    if self.part(key).is_some_and(|part| part.state == State::Binding) {
-                        self.unbind(key);
-                        self.pause(now, key, 0, true);
-                    }
-                }
-            }
-            (Some(Pending::Dead(key, fate)), Ok(_)) => self.bury(key, *fate),
-            (Some(Pending::Dead(key, fate)), Err(_)) => {
-                self.dying.insert(key, *fate);
-                self.timers.insert((now.time + DISK_RETRY, key));
-            }
-            (Some(Pending::Settled(settled, numbers)), Ok(_)) => {
-                self.written.push_back(Written { token, settled, numbers });
-            }
-            (Some(Pending::Settled(settled, numbers)), Err(_)) => {
-                // With what is settled next.
-                self.settled.extend(settled);
-                self.unreleased.extend(numbers);
-                self.disk_retry = Some(now.time + DISK_RETRY);
-            }
-            (Some(Pending::Moved(number)), result) => {
-                if result.is_err() {
-                    self.disk_retry = Some(now.time + DISK_RETRY);
-                }
-                self.handle_moved(number, result.ok());
-            }
-            (Some(Pending::Peers), result) => {
-                (self.peers_pending, self.peers_retry) = (false, Some(now.time + DISK_RETRY));
-                self.peers_dirty |= result.is_err();
-                if self.peers_dirty {
-                    self.store_peers(false);
-                }
-            }
-            (Some(Pending::Removal(before)), Ok(_)) => {
-                self.removing = false;
-                self.removed_before = before;
-                self.once.forget_before(before);
-                self.actions.push_back(OutboxAction::RemoveBefore(before));
-            }
-            (Some(Pending::Removal(_)), Err(_)) => {
-                self.removing = false;
-                self.disk_retry = Some(now.time + DISK_RETRY);
-            }
-        }
-    }
-
-    fn handle_stored(&mut self, now: Now, number: u64, position: Position) {
-        self.actions.push_back(OutboxAction::Stored(number, Ok(())));
-        let Some(entry) = self.entries.get_mut(number) else { return };
-        *self.live.entry(position.segment).or_default() += 1;
-        entry.position = Some(position);
-        let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
-        for part in 0..entry.parts.len() as u32 {
-            let key = PartKey { number, part };
-            if self.is_unwanted(key) {
-                self.settle(key);
-                continue;
-            }
-            self.wall.extend(expires_at.map(|at| (at, key)));
-            self.activate(now, key);
-        }
-    }
-
-    /// Sets a stored message on its way, as far as it may go.
-    fn activate(&mut self, now: Now, key: PartKey) {
-        let Some(entry) = self.entries.get(key.number) else { return };
-        let not_before = entry.rare.as_ref().and_then(|rare| rare.not_before);
-        match not_before.filter(|at| *at > now.unix_ms) {
-            Some(at) => {
-                self.wall.insert((at, key));
-                self.set_state(key, State::Scheduled);
-            }
-            None if self.is_behind(key) => self.set_state(key, State::Blocked),
-            None => self.release(key),
-        }
-    }
-
-    /// Whether it is for a durable subscription that was given up meanwhile.
-    fn is_unwanted(&self, key: PartKey) -> bool {
-        match self.part(key).map(|part| &self.targets[part.target as usize]) {
-            Some(Target::Subscription(node, name)) => {
-                !self.subscriptions.contains_key(&(*node, name.clone()))
-            }
-            _ => false,
-        }
-    }
-
-    /// It is as if it had never been there.
-    fn discard(&mut self, number: u64) {
-        let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
-        for part in 0..parts {
-            let key = PartKey { number, part };
-            self.unbind(key);
-            self.leave_lane(key);
-            match self.part(key).map(|part| &part.state) {
-                Some(State::Settled) | None => {}
-                Some(State::Dead(_)) => self.dead -= 1,
-                Some(_) => self.open -= 1,
-            }
-        }
-        self.forget(number);
-    }
-
-    fn forget(&mut self, number: u64) {
-        let Some(entry) = self.entries.remove(number) else { return };
-        self.unreadable.remove(&number);
-        self.bytes -= u64::from(entry.size);
-        if entry.cached.is_some() {
-            self.cached_bytes -= u64::from(entry.size);
-        }
-        if let Some(position) = entry.position {
-            self.leave_segment(position.segment);
-        }
-    }
-
     // Parts and what they are bound to.
 
     fn part(&self, key: PartKey) -> Option<&Part> {
@@ -846,131 +503,6 @@ impl Outbox {
     fn node_of(&self, key: PartKey) -> Option<NodeId> {
         let bound = self.part(key)?.bound?;
         Some(self.streams[bound.stream as usize].node)
-    }
-
-    // Order.
-
-    fn lane(&self, key: PartKey) -> Option<(u32, Arc<str>)> {
-        Some((self.part(key)?.target, self.order(key.number)?.clone()))
-    }
-
-    /// Whether another with its key is before it.
-    fn is_behind(&self, key: PartKey) -> bool {
-        let first = self.lane(key).and_then(|lane| self.lanes.get(&lane)?.front());
-        first.is_some_and(|first| *first != key)
-    }
-
-    /// Takes its place among those with its key, which is that of its number.
-    fn enter_lane(&mut self, key: PartKey) {
-        let Some(lane) = self.lane(key) else { return };
-        let lane = self.lanes.entry(lane).or_default();
-        if let Err(place) = lane.binary_search(&key) {
-            lane.insert(place, key);
-        }
-    }
-
-    /// Leaves its lane; the next there goes on.
-    fn leave_lane(&mut self, key: PartKey) {
-        let Some(lane) = self.lane(key) else { return };
-        let Some(queue) = self.lanes.get_mut(&lane) else { return };
-        let was_first = queue.front() == Some(&key);
-        if let Ok(place) = queue.binary_search(&key) {
-            queue.remove(place);
-        }
-        let next = queue.front().copied();
-        if next.is_none() {
-            self.lanes.remove(&lane);
-        }
-        if was_first
-            && let Some(next) = next
-            && self.part(next).is_some_and(|part| part.state == State::Blocked)
-        {
-            self.release(next);
-        }
-    }
-
-    // Ends.
-
-    /// One destination has processed it.
-    fn settle(&mut self, key: PartKey) {
-        self.end_part(key, State::Settled);
-        self.settled.push((key.number, key.part));
-    }
-
-    /// Stores that it is a dead letter; it is one then.
-    fn kill(&mut self, key: PartKey, fate: Fate) {
-        self.stop(key);
-        self.set_state(key, State::Dying);
-        self.store_fate(key, fate);
-    }
-
-    fn store_fate(&mut self, key: PartKey, fate: Fate) {
-        let record = OutboxRecord::Dead(key.number, key.part, Some(fate.clone()));
-        self.append(&record, Pending::Dead(key, Box::new(fate)));
-    }
-
-    fn bury(&mut self, key: PartKey, fate: Fate) {
-        if self.part(key).is_none_or(|part| part.state != State::Dying) {
-            return;
-        }
-        let event = OutboxEvent::DeadLetter { number: key.number, fate: fate.clone() };
-        self.actions.push_back(OutboxAction::Report(event));
-        self.end_part(key, State::Dead(Box::new(fate)));
-    }
-
-    fn end_part(&mut self, key: PartKey, state: State) {
-        self.stop(key);
-        let bound = self.part_mut(key).and_then(|part| part.bound.take());
-        let former = self.former.remove(&key).into_iter().flatten();
-        for bound in bound.into_iter().chain(former) {
-            match state {
-                // Its receiver may forget it when it can't come again.
-                State::Settled => {
-                    self.leave_node(bound);
-                    self.unreleased.push(bound);
-                }
-                _ => self.release_number(bound),
-            }
-        }
-        if !(self.config.hold_keys && matches!(state, State::Dead(_))) {
-            self.leave_lane(key);
-        }
-        if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
-            for at in [rare.expires_at, rare.not_before].into_iter().flatten() {
-                self.wall.remove(&(at, key));
-            }
-        }
-        self.open -= 1;
-        self.dead += u64::from(matches!(state, State::Dead(_)));
-        self.set_state(key, state);
-        let Some(entry) = self.entries.get(key.number) else { return };
-        let ended = |part: &Part| matches!(part.state, State::Settled | State::Dead(_));
-        if !entry.parts.iter().all(ended) {
-            return;
-        }
-        let dead = entry.parts.iter().find_map(|part| match &part.state {
-            State::Dead(fate) => Some(Fate::clone(fate)),
-            _ => None,
-        });
-        match dead {
-            Some(fate) => {
-                self.actions.push_back(OutboxAction::Done(key.number, Err(fate)));
-                self.uncache(key.number);
-            }
-            None => {
-                self.actions.push_back(OutboxAction::Done(key.number, Ok(())));
-                self.forget(key.number);
-            }
-        }
-    }
-
-    fn uncache(&mut self, number: u64) {
-        if let Some(entry) = self.entries.get_mut(number)
-            && entry.position.is_some()
-            && entry.cached.take().is_some()
-        {
-            self.cached_bytes -= u64::from(entry.size);
-        }
     }
 
     pub(crate) fn poll_action(&mut self) -> Option<OutboxAction> {

@@ -5,6 +5,7 @@ use smallvec::smallvec;
 use super::dispatch::{MAX_PEERS, MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
 use super::*;
 use crate::address::Destination;
+use crate::engine::delivery::Now;
 use crate::message::{IdSource, Kind};
 use crate::wire::{Answer, DeliveryId, InboxInfo, Outcome};
 

@@ -1,0 +1,240 @@
+//! Limits, and what the simulator doesn't ask.
+
+use super::*;
+
+const SENDER: NodeId = NodeId::from_bytes([7; 32]);
+const PLACE: Position = Position { segment: 1, offset: 0, length: 0 };
+
+fn delivery(seq: u64, floor: u64, attempt: u32) -> Delivery {
+    let id = DeliveryId { stream: Stream { epoch: 5, subscription: None }, seq };
+    Delivery { id, floor, attempt, redelivered: attempt > 1 }
+}
+
+/// An inbox whose journal keeps what it is told at once.
+struct Bench {
+    inbox: Inbox,
+    journal: Vec<Vec<u8>>,
+    answers: Vec<Answer>,
+    begun: u32,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let mut bench =
+            Self { inbox: Inbox::new(1), journal: Vec::new(), answers: Vec::new(), begun: 0 };
+        bench.inbox.handle_recovered();
+        bench.run();
+        bench
+    }
+
+    fn run(&mut self) {
+        while let Some(action) = self.inbox.poll_action() {
+            match action {
+                InboxAction::Append { token, entry, .. }
+                | InboxAction::AppendSnapshot { token, entry } => {
+                    self.journal.push(entry);
+                    self.inbox.handle_appended(token, Ok(PLACE));
+                }
+                InboxAction::Note(entry) => self.journal.push(entry),
+                InboxAction::RemoveBefore(_) => {}
+                InboxAction::Answer(_, answer) => self.answers.push(answer),
+                InboxAction::Begin(from, _) => {
+                    self.begun += 1;
+                    self.inbox.handle_begun(from);
+                }
+            }
+        }
+    }
+
+    fn deliver(&mut self, mut delivery: Delivery) -> Verdict {
+        let verdict = self.inbox.handle_delivery(SENDER, &mut delivery);
+        self.run();
+        verdict
+    }
+
+    fn end(&mut self, seq: u64, outcome: Outcome) {
+        self.inbox.handle_ended(SENDER, &delivery(seq, 0, 1).id, outcome);
+        self.run();
+    }
+
+    fn restart(&mut self) {
+        self.inbox = Inbox::new(99);
+        for entry in &self.journal {
+            self.inbox.recover(entry).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_was_processed_is_answered_again_under_its_current_attempt_also_after_a_restart() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
+    assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "it runs");
+    bench.end(1, Outcome::Processed);
+    assert_eq!(bench.answers[0].attempt, 2);
+    assert_eq!(bench.deliver(delivery(1, 1, 3)), Verdict::Answer(Outcome::Processed));
+    bench.restart();
+    assert_eq!(bench.inbox.epoch(), 1);
+    assert_eq!(bench.deliver(delivery(1, 1, 4)), Verdict::Answer(Outcome::Processed));
+    assert_eq!(bench.deliver(delivery(2, 2, 1)), Verdict::Run);
+}
+
+#[test]
+fn what_failed_runs_again() {
+    let mut bench = Bench::new();
+    bench.deliver(delivery(1, 1, 1));
+    bench.end(1, Outcome::Failed("no".into()));
+    assert!(matches!(bench.deliver(delivery(1, 1, 2)), Verdict::RunLater));
+    assert_eq!(bench.begun, 1);
+}
+
+#[test]
+fn a_message_that_kills_its_process_is_found_out() {
+    let mut bench = Bench::new();
+    bench.deliver(delivery(1, 1, 1));
+    for attempt in 2..2 + MAX_BEGUN {
+        bench.restart();
+        assert!(matches!(bench.deliver(delivery(1, 1, attempt)), Verdict::RunLater));
+    }
+    bench.restart();
+    let verdict = bench.deliver(delivery(1, 1, 99));
+    assert!(matches!(verdict, Verdict::Answer(Outcome::Rejected(_))));
+}
+
+#[test]
+fn an_outbox_that_is_an_older_copy_loses_nothing() {
+    let mut bench = Bench::new();
+    for seq in 1..=3 {
+        bench.deliver(delivery(seq, seq, 1));
+        bench.end(seq, Outcome::Processed);
+    }
+    // It had sent 1 to 3 and heard of their end; the copy has not.
+    let mut old = delivery(1, 1, 1);
+    let verdict = bench.inbox.handle_delivery(SENDER, &mut old);
+    assert!(matches!(verdict, Verdict::RunLater) && old.redelivered);
+    bench.run();
+    // What it stores from now on has an epoch of its own.
+    let mut fresh = delivery(1, 1, 1);
+    fresh.id.stream.epoch = 6;
+    assert_eq!(bench.deliver(fresh), Verdict::Run);
+    bench.inbox.handle_epochs(SENDER, &[6]);
+    assert_eq!(bench.inbox.places.len(), 2, "one of the old epoch still runs");
+    bench.end(1, Outcome::Processed);
+    bench.inbox.handle_epochs(SENDER, &[6]);
+    assert_eq!(bench.inbox.places.len(), 1);
+}
+
+#[test]
+fn a_sender_with_ever_new_streams_is_refused() {
+    let mut bench = Bench::new();
+    let mut odd = delivery(1, 1, 1);
+    for epoch in 0..MAX_STREAMS as u64 {
+        odd.id.stream.epoch = epoch;
+        assert_eq!(bench.deliver(odd.clone()), Verdict::Run);
+    }
+    odd.id.stream.epoch = u64::MAX;
+    assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
+    let other = NodeId::from_bytes([8; 32]);
+    assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
+}
+
+#[test]
+fn ever_new_senders_are_refused_until_old_ones_have_settled() {
+    let mut bench = Bench::new();
+    let sender = |number: u64| {
+        let mut id = [9; 32];
+        id[..8].copy_from_slice(&number.to_le_bytes());
+        NodeId::from_bytes(id)
+    };
+    let mut first = delivery(1, 1, 1);
+    for number in 0..MAX_SENDERS as u64 {
+        assert_eq!(bench.inbox.handle_delivery(sender(number), &mut first), Verdict::Run);
+    }
+    bench.run();
+    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+    bench.inbox.handle_ended(sender(0), &first.id, Outcome::Processed);
+    bench.run();
+    bench.restart();
+    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+    bench.inbox.handle_epochs(sender(0), &[]);
+    assert_eq!(bench.deliver(first), Verdict::Run);
+}
+
+#[test]
+fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
+    let mut bench = Bench::new();
+    let last = 200;
+    for seq in (1..=last).step_by(2) {
+        bench.deliver(delivery(seq, 1, 1));
+        bench.end(seq, Outcome::Processed);
+    }
+    let id = |seq| delivery(seq, 1, 1).id;
+    for seq in [2, 4] {
+        bench.deliver(delivery(seq, 1, 1));
+    }
+    for seq in [2, 4] {
+        bench.inbox.handle_ended(SENDER, &id(seq), Outcome::Processed);
+    }
+    // The first fails; the second comes behind it, and goes on from what may be gone.
+    let appends: Vec<_> = std::iter::from_fn(|| bench.inbox.poll_action()).collect();
+    for (failed, append) in [true, false].into_iter().zip(appends) {
+        let InboxAction::Append { token, entry, .. } = append else { panic!() };
+        if !failed {
+            bench.journal.push(entry);
+        }
+        let result = if failed { Err("no".into()) } else { Ok(PLACE) };
+        bench.inbox.handle_appended(token, result);
+    }
+    let before = bench.journal.len();
+    bench.run();
+    assert_eq!(bench.journal.len(), before + 1);
+    assert!(bench.journal[before].len() > 200, "the whole stream");
+    bench.inbox.handle_timeout();
+    bench.deliver(delivery(6, 1, 1));
+    bench.end(6, Outcome::Processed);
+    assert!(bench.journal[before + 1..].iter().all(|entry| entry.len() < 50));
+    assert_eq!(bench.answers.len(), 103);
+    bench.journal.remove(1);
+    bench.restart();
+    for seq in [1, 2, 4, 6] {
+        assert_eq!(bench.deliver(delivery(seq, 1, 2)), Verdict::Answer(Outcome::Processed));
+    }
+}
+
+#[test]
+fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
+    let mut bench = Bench::new();
+    let last = 2 * MAX_RANGES as u64;
+    for seq in (2..=last).step_by(2) {
+        assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
+        bench.end(seq, Outcome::Processed);
+    }
+    assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(Outcome::Refused));
+    for seq in [last + 1, 3, 1] {
+        assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run, "{seq}");
+        bench.end(seq, Outcome::Processed);
+    }
+    assert_eq!(bench.deliver(delivery(last + 3, 5, 1)), Verdict::Run, "there is room again");
+    // The first of all, though its neighbours are not processed.
+    let mut bench = Bench::new();
+    for seq in (3..=last + 1).step_by(2) {
+        bench.deliver(delivery(seq, 1, 1));
+        bench.end(seq, Outcome::Processed);
+    }
+    assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
+}
+
+#[test]
+fn an_answer_waits_until_its_record_is_stored() {
+    let mut bench = Bench::new();
+    bench.deliver(delivery(1, 1, 1));
+    bench.inbox.handle_ended(SENDER, &delivery(1, 1, 1).id, Outcome::Processed);
+    let Some(InboxAction::Append { token, .. }) = bench.inbox.poll_action() else { panic!() };
+    bench.inbox.handle_appended(token, Err("the disk is full".into()));
+    assert!(bench.inbox.poll_action().is_none());
+    assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait);
+    assert!(bench.answers.is_empty() && bench.inbox.has_unstored());
+    bench.inbox.handle_timeout();
+    bench.run();
+    assert_eq!(bench.answers.len(), 1);
+}

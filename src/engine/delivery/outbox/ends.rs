@@ -1,0 +1,117 @@
+//! How messages end: processed, as dead letters, or as if they had never been there.
+
+use super::{Outbox, OutboxAction, OutboxEvent, Part, PartKey, Pending, State};
+use crate::engine::delivery::Fate;
+use crate::engine::delivery::record::OutboxRecord;
+
+impl Outbox {
+    /// One destination has processed it.
+    pub(super) fn settle(&mut self, key: PartKey) {
+        self.end_part(key, State::Settled);
+        self.settled.push((key.number, key.part));
+    }
+
+    /// Stores that it is a dead letter; it is one then.
+    pub(super) fn kill(&mut self, key: PartKey, fate: Fate) {
+        self.stop(key);
+        self.set_state(key, State::Dying);
+        self.store_fate(key, fate);
+    }
+
+    pub(super) fn store_fate(&mut self, key: PartKey, fate: Fate) {
+        let record = OutboxRecord::Dead(key.number, key.part, Some(fate.clone()));
+        self.append(&record, Pending::Dead(key, Box::new(fate)));
+    }
+
+    pub(super) fn bury(&mut self, key: PartKey, fate: Fate) {
+        if self.part(key).is_none_or(|part| part.state != State::Dying) {
+            return;
+        }
+        let event = OutboxEvent::DeadLetter { number: key.number, fate: fate.clone() };
+        self.actions.push_back(OutboxAction::Report(event));
+        self.end_part(key, State::Dead(Box::new(fate)));
+    }
+
+    pub(super) fn end_part(&mut self, key: PartKey, state: State) {
+        self.stop(key);
+        let bound = self.part_mut(key).and_then(|part| part.bound.take());
+        let former = self.former.remove(&key).into_iter().flatten();
+        for bound in bound.into_iter().chain(former) {
+            match state {
+                // Its receiver may forget it when it can't come again.
+                State::Settled => {
+                    self.leave_node(bound);
+                    self.unreleased.push(bound);
+                }
+                _ => self.release_number(bound),
+            }
+        }
+        if !(self.config.hold_keys && matches!(state, State::Dead(_))) {
+            self.leave_lane(key);
+        }
+        if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
+            for at in [rare.expires_at, rare.not_before].into_iter().flatten() {
+                self.wall.remove(&(at, key));
+            }
+        }
+        self.open -= 1;
+        self.dead += u64::from(matches!(state, State::Dead(_)));
+        self.set_state(key, state);
+        let Some(entry) = self.entries.get(key.number) else { return };
+        let ended = |part: &Part| matches!(part.state, State::Settled | State::Dead(_));
+        if !entry.parts.iter().all(ended) {
+            return;
+        }
+        let dead = entry.parts.iter().find_map(|part| match &part.state {
+            State::Dead(fate) => Some(Fate::clone(fate)),
+            _ => None,
+        });
+        match dead {
+            Some(fate) => {
+                self.actions.push_back(OutboxAction::Done(key.number, Err(fate)));
+                self.uncache(key.number);
+            }
+            None => {
+                self.actions.push_back(OutboxAction::Done(key.number, Ok(())));
+                self.forget(key.number);
+            }
+        }
+    }
+
+    pub(super) fn uncache(&mut self, number: u64) {
+        if let Some(entry) = self.entries.get_mut(number)
+            && entry.position.is_some()
+            && entry.cached.take().is_some()
+        {
+            self.cached_bytes -= u64::from(entry.size);
+        }
+    }
+
+    /// It is as if it had never been there.
+    pub(super) fn discard(&mut self, number: u64) {
+        let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
+        for part in 0..parts {
+            let key = PartKey { number, part };
+            self.unbind(key);
+            self.leave_lane(key);
+            match self.part(key).map(|part| &part.state) {
+                Some(State::Settled) | None => {}
+                Some(State::Dead(_)) => self.dead -= 1,
+                Some(_) => self.open -= 1,
+            }
+        }
+        self.forget(number);
+    }
+
+    pub(super) fn forget(&mut self, number: u64) {
+        let Some(entry) = self.entries.remove(number) else { return };
+        self.unreadable.remove(&number);
+        self.bytes -= u64::from(entry.size);
+        if entry.cached.is_some() {
+            self.cached_bytes -= u64::from(entry.size);
+        }
+        if let Some(position) = entry.position {
+            self.leave_segment(position.segment);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What is submitted: taken in as a whole or not at all.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::{Choose, Entry, Outbox, Part, PartKey, Pending, Rare, State, Submitted};
+use crate::engine::delivery::record::{
+    BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
+};
+use crate::engine::delivery::{Now, Target};
+use crate::message::Header;
+use crate::wire::{BASE_COST, freeze};
+
+/// A message to be stored.
+#[derive(Debug, Clone)]
+pub(crate) struct NewMessage {
+    pub(crate) header: Header,
+    pub(crate) body: Bytes,
+    pub(crate) targets: SmallVec<[Target; 1]>,
+    /// In ms since 1970.
+    pub(crate) expires_at: Option<u64>,
+    pub(crate) not_before: Option<u64>,
+    /// It is not stored if another one with its id was.
+    pub(crate) once: bool,
+}
+
+/// Most are stored alone.
+pub(crate) type NewMessages = SmallVec<[NewMessage; 1]>;
+
+impl NewMessage {
+    /// What it takes in the outbox, in bytes.
+    fn size(&self) -> u64 {
+        let destinations = BASE_COST * self.targets.len().max(1) as u64;
+        destinations + self.body.len() as u64 + self.header.extra_len() as u64
+    }
+}
+
+/// The outbox holds as much as it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
+pub(crate) struct Full {
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+}
+
+/// How much is stored together, in bytes; an entry of the journal has to be shorter than 4 GiB.
+const MOST_TOGETHER: u64 = 1024 * 1024 * 1024;
+
+/// How much of what was stored just now is kept in memory until it is sent, in bytes.
+const MAX_CACHED: u64 = 16 * 1024 * 1024;
+
+impl Outbox {
+    /// Takes messages: all of them are stored, or none.
+    ///
+    /// # Errors
+    /// [`Full`] if there is no room for them.
+    pub(crate) fn submit(
+        &mut self,
+        now: Now,
+        messages: NewMessages,
+        choose: &mut Choose<'_>,
+    ) -> Result<SmallVec<[Submitted; 1]>, Full> {
+        self.now = now.time;
+        let mut submitted: SmallVec<[Option<Submitted>; 1]> =
+            messages.iter().map(|message| self.submitted_before(message)).collect();
+        let new = messages.iter().zip(&submitted).filter(|(_, before)| before.is_none());
+        let (count, bytes) =
+            new.fold((0, 0), |(count, bytes), (new, _)| (count + 1, bytes + new.size()));
+        let (held, held_bytes) = (self.entries.len() as u64, self.bytes);
+        let is_full =
+            held + count > self.config.max_messages || held_bytes + bytes > self.config.max_bytes;
+        if is_full || bytes > MOST_TOGETHER {
+            return Err(Full { messages: held, bytes: held_bytes });
+        }
+        let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
+        for (message, submitted) in messages.into_iter().zip(&mut submitted) {
+            if submitted.is_some() {
+                continue;
+            }
+            let number = self.next_number;
+            self.next_number += 1;
+            if message.once {
+                self.once.submit(message.header.id, number);
+                ids.push((message.header.id, number));
+            }
+            records.push(self.take_in(now, number, message, choose));
+            numbers.push(number);
+            *submitted = Some(Submitted::New(number));
+        }
+        let record = match ids.is_empty() {
+            true => OutboxRecord::Messages(records),
+            false => OutboxRecord::Once(records, ids.clone()),
+        };
+        if !numbers.is_empty() {
+            self.append(&record, Pending::Messages(numbers, ids));
+        }
+        Ok(submitted.into_iter().flatten().collect())
+    }
+
+    /// Takes a new message; what is to be stored of it.
+    fn take_in(
+        &mut self,
+        now: Now,
+        number: u64,
+        message: NewMessage,
+        choose: &mut Choose<'_>,
+    ) -> MessageRecord {
+        let frozen = freeze(&message.header, &message.body, &self.config.me);
+        let size = message.size();
+        let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
+        let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
+        let later = not_before.is_some_and(|at| at > now.unix_ms);
+        let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
+        for (part, target) in targets.into_iter().enumerate() {
+            let key = PartKey { number, part: part as u32 };
+            let in_target = self.target_number(&target);
+            // What is bound may have been sent, as far as the next life knows; and what is
+            // behind its key would keep a number that its receiver waits for.
+            let waits = later
+                || self.waiting.contains_key(&in_target)
+                || order
+                    .as_ref()
+                    .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
+            let node = match waits {
+                true => None,
+                false => self.taker(&target, order.as_deref(), choose),
+            };
+            let bound = node.map(|node| self.bind(key, node, &target));
+            part_records.push(PartRecord {
+                target: (&target).into(),
+                binding: bound.map(|bound| BindingRecord::from(&self.binding(bound))),
+                failures: 0,
+                redelivered: false,
+                settled: false,
+                dead: None,
+            });
+            if let Some(order) = &order {
+                self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
+            }
+            self.open += 1;
+            parts.push(Part {
+                target: in_target,
+                bound,
+                state: State::Storing,
+                failures: 0,
+                attempts: 0,
+                redelivered: false,
+            });
+        }
+        let record = MessageRecord {
+            number,
+            parts: part_records,
+            expires_at,
+            not_before,
+            order: order.as_deref().map(str::to_owned),
+            frozen: Raw(frozen.into()),
+        };
+        let rare = Rare { expires_at, not_before, order };
+        let rare = (rare != Rare::default()).then(|| Box::new(rare));
+        let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
+            self.cached_bytes += size;
+            Arc::new((header, body))
+        });
+        self.bytes += size;
+        let entry = Entry { position: None, cached, rare, parts, size: size as u32 };
+        self.entries.insert(number, entry);
+        record
+    }
+}
