@@ -21,7 +21,7 @@ use crate::engine::delivery::{
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
-use crate::journal::{Ended, Haste};
+use crate::journal::Ended;
 use crate::message::{Header, Message};
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -73,9 +73,7 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, sync, urgent } => {
-                // What needn't be synced is that something is settled.
-                let haste = if sync { Haste::Synced } else { Haste::Later };
+            OutboxAction::Append { token, entry, haste, urgent } => {
                 store.with_journals(|it| it.outbox.append_for_sink(token, &entry, haste, urgent));
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
@@ -277,8 +275,7 @@ impl Shared {
         let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
         while let Some(action) = inbox.poll_action() {
             match action {
-                InboxAction::Append { token, entry, sync } => {
-                    let haste = if sync { Haste::Synced } else { Haste::Written };
+                InboxAction::Append { token, entry, haste } => {
                     // What is processed here lets others free room.
                     store.with_journals(|it| it.inbox.append_for_sink(token, &entry, haste, true));
                 }

@@ -746,8 +746,8 @@ impl World {
         let now = self.clock();
         let entry = &mut self.nodes[node];
         match action {
-            OutboxAction::Append { token, entry: bytes, sync, .. } => {
-                entry.outbox_disk.append(Some(token), bytes, kind(sync));
+            OutboxAction::Append { token, entry: bytes, haste, .. } => {
+                entry.outbox_disk.append(Some(token), bytes, kind(haste));
             }
             OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, EntryKind::Note),
             OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
@@ -797,8 +797,8 @@ impl World {
         let entry = &mut self.nodes[node];
         let life = entry.life.as_mut().expect("it acts");
         match action {
-            InboxAction::Append { token, entry: bytes, sync } => {
-                entry.inbox_disk.append(Some(token), bytes, kind(sync));
+            InboxAction::Append { token, entry: bytes, haste } => {
+                entry.inbox_disk.append(Some(token), bytes, kind(haste));
             }
             InboxAction::AppendSnapshot { token, entry: bytes } => {
                 self.seen.snapshots += 1;

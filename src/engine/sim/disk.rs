@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::Random;
 use crate::journal::crashing::{Disk as Bytes, Lost};
 use crate::journal::stepped::{EntryKind, Stepped};
-use crate::journal::{Entry, NotStored, Options, Position, Recovery};
+use crate::journal::{Entry, Haste, NotStored, Options, Position, Recovery};
 
 /// What ends without warning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,6 +137,9 @@ impl Disk {
     }
 }
 
-pub(super) fn kind(sync: bool) -> EntryKind {
-    if sync { EntryKind::Synced } else { EntryKind::Note }
+pub(super) fn kind(haste: Haste) -> EntryKind {
+    match haste {
+        Haste::Synced => EntryKind::Synced,
+        Haste::Written | Haste::Later => EntryKind::Note,
+    }
 }

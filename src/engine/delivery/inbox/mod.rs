@@ -14,7 +14,7 @@ use super::ranges::Ranges;
 use super::record::{InboxRecord, Name, NodeBytes, StreamRecord};
 use crate::engine::HashMap;
 use crate::identity::NodeId;
-use crate::journal::Position;
+use crate::journal::{Haste, Position};
 use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
 
 /// A redelivered message whose handler was begun so often, and never ended, kills its process.
@@ -56,7 +56,7 @@ pub(crate) enum InboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
-        sync: bool,
+        haste: Haste,
     },
     /// The same for all that is known, as the first entry of a segment.
     AppendSnapshot {
@@ -277,7 +277,7 @@ impl Inbox {
                 let place = self.open_stream(from, stream, number);
                 let opened = self.streams.get(&place).map(Seen::record);
                 let opened = InboxRecord::Opened(opened.expect("it was opened just now"));
-                self.append(&opened, Pending::Opened(place), false);
+                self.append(&opened, Pending::Opened(place), Haste::Written);
                 place
             }
         };
@@ -346,7 +346,7 @@ impl Inbox {
             open.counted = true;
         }
         let record = InboxRecord::Begun(seen.number, seq, *begun);
-        self.append(&record, Pending::Begun(place, seq), false);
+        self.append(&record, Pending::Begun(place, seq), Haste::Written);
     }
 
     fn next_suspect(&mut self) {
@@ -405,7 +405,7 @@ impl Inbox {
             true => InboxRecord::Opened(seen.record()),
             false => InboxRecord::Processed(seen.number, seq),
         };
-        self.append(&record, Pending::Processed(place, seq, whole), true);
+        self.append(&record, Pending::Processed(place, seq, whole), Haste::Synced);
     }
 
     /// A delivery that was to run never will: its link ended while it waited.
@@ -560,11 +560,11 @@ impl Inbox {
         self.pending.is_empty()
     }
 
-    fn append(&mut self, record: &InboxRecord, pending: Pending, sync: bool) {
+    fn append(&mut self, record: &InboxRecord, pending: Pending, haste: Haste) {
         let token = self.token_for(pending);
         let entry = record.encode();
         self.since_snapshot += ENTRY_COST + entry.len() as u64;
-        self.actions.push_back(InboxAction::Append { token, entry, sync });
+        self.actions.push_back(InboxAction::Append { token, entry, haste });
     }
 
     fn token_for(&mut self, pending: Pending) -> u64 {

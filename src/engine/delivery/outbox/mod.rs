@@ -37,7 +37,7 @@ use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
-use crate::journal::Position;
+use crate::journal::{Haste, Position};
 use crate::message::{Header, MessageId};
 use crate::wire::{Control, Delivery, Stream};
 
@@ -91,7 +91,7 @@ pub(crate) enum OutboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
-        sync: bool,
+        haste: Haste,
         urgent: bool,
     },
     /// Append an entry that nobody waits for.

@@ -3,17 +3,21 @@
 use super::{Bound, DISK_RETRY, Outbox, OutboxAction, PartKey, Pending, State, Target, Written};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::journal::Position;
+use crate::journal::{Haste, Position};
 
 impl Outbox {
     pub(super) fn append(&mut self, record: &OutboxRecord, pending: Pending) {
-        let sync = !matches!(pending, Pending::Settled(..));
+        let haste = match pending {
+            // If it is lost, what it tells of comes once more, and is known there.
+            Pending::Settled(..) => Haste::Later,
+            _ => Haste::Synced,
+        };
         let urgent = !matches!(pending, Pending::Messages(..) | Pending::Moved(_) | Pending::Peers);
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
         let entry = record.encode();
-        self.actions.push_back(OutboxAction::Append { token, entry, sync, urgent });
+        self.actions.push_back(OutboxAction::Append { token, entry, haste, urgent });
     }
 
     /// Stores, without a sync, what was settled since the last time.
