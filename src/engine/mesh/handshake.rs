@@ -250,8 +250,8 @@ impl Mesh {
         let is_up = self.links.get(&link).is_some_and(|link| matches!(link.phase, Phase::Up));
         match &bye {
             _ if is_up => self.end(now, link, DownReason::Bye(bye)),
-            // The pair has its link, or is about to; nothing failed.
-            Bye::Duplicate => self.end(now, link, DownReason::Bye(bye)),
+            // The pair has its link, or is about to, or the other side ends: nothing failed.
+            Bye::Duplicate | Bye::Shutdown => self.end(now, link, DownReason::Bye(bye)),
             Bye::Mesh | Bye::Version | Bye::IdentityInUse => {
                 self.refuse(now, link, bye.to_string(), true);
             }
