@@ -25,8 +25,9 @@ impl Pace {
 
     /// If it is `due` already, only lets the others run.
     pub(super) async fn wait_until(&mut self, due: u64) -> std::io::Result<()> {
+        // What was handed over leaves first, or setting the timer would be part of its time.
+        tokio::task::yield_now().await;
         if due <= now() {
-            tokio::task::yield_now().await;
             return Ok(());
         }
         let once = Itimerspec {
