@@ -198,6 +198,19 @@ struct Running {
     task: AbortHandle,
 }
 
+impl Held {
+    fn key(&self) -> Key {
+        let link = self.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
+        (link, self.message.header.id)
+    }
+
+    /// As what it runs from now on.
+    fn begin(&self, task: AbortHandle) -> Running {
+        let guaranteed = self.message.delivery.is_some();
+        Running { cancelled: self.cancelled.clone(), guaranteed, task }
+    }
+}
+
 impl ServiceCell {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
         let admissions = Admissions::new(concurrency as usize);
@@ -212,8 +225,6 @@ impl ServiceCell {
         credit: Option<Credit>,
         ticket: Option<Ticket>,
     ) {
-        let link = credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
-        let key = (link, message.header.id);
         let time_to_live = message.header.time_to_live;
         let deadline = time_to_live.and_then(|ttl| Instant::now().checked_add(ttl));
         let expires = time_to_live.map(|ttl| shared.now() + ttl);
@@ -223,7 +234,7 @@ impl ServiceCell {
             LocalShare { shared: shared.clone(), bytes, _ticket: ticket }
         });
         let held = Held { message, credit, cancelled: Arc::default(), deadline, share };
-        let order = held.message.header.ordering_key().map(str::to_owned);
+        let (key, order) = (held.key(), held.message.header.ordering_key().map(str::to_owned));
         let mut state = lock(&self.state);
         let admission = state.admissions.handle_call(key, order.as_deref(), expires, held);
         drop(state);
@@ -325,13 +336,9 @@ impl ServiceCell {
         let mut state = lock(&self.state);
         let ended = state.running.remove(&key);
         let (next, expired) = state.admissions.handle_finished(shared.now(), key);
-        let next = next.map(|held| {
-            let link = held.credit.as_ref().map_or(LOCAL, |credit| credit.cell().id);
-            ((link, held.message.header.id), held)
-        });
+        let next = next.map(|held| (held.key(), held));
         if let (Some((key, held)), Some(Running { task, .. })) = (&next, ended) {
-            let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
-            state.running.insert(*key, Running { cancelled, guaranteed, task });
+            state.running.insert(*key, held.begin(task));
         }
         drop(state);
         for held in expired {
