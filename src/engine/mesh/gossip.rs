@@ -124,13 +124,16 @@ impl Mesh {
         let here = self.links.get(&link).and_then(|link| link.connection.address.as_ref());
         let from_here = here.is_some_and(is_of_this_host);
         for Hint { id, mut addresses } in hints.into_iter().take(MAX_HINTS) {
+            if self.is_linked(&id) {
+                continue;
+            }
             // This host's own addresses mean something else to a peer elsewhere.
             addresses.retain(|address| match is_of_this_host(address) {
                 true => from_here,
                 false => may_be_told(address) && !self.me.loopback_only,
             });
             addresses.truncate(MAX_ADDRESSES);
-            if !addresses.is_empty() && !self.is_linked(&id) {
+            if !addresses.is_empty() {
                 self.dialer.handle_hint(now, id, addresses);
             }
         }
