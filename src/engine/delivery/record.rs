@@ -125,6 +125,9 @@ pub(super) struct PartRecord {
     pub(super) settled: bool,
     /// Why it is a dead letter, if it is one.
     pub(super) dead: Option<Fate>,
+    /// Where it was bound to before, and may have been processed.
+    #[serde(default)]
+    pub(super) former: Vec<BindingRecord>,
 }
 
 /// A service by its name, a node, or a durable subscription of a node.
@@ -210,6 +213,8 @@ pub(super) enum OutboxRecord {
     /// The same as [`OutboxRecord::Messages`], with the ids of those that are stored once, and their
     /// numbers.
     Once(MessageRecords, Vec<(MessageId, u64)>),
+    /// Message and part: it was taken from its node, which may have processed it.
+    Left(Vec<(u64, u32)>),
 }
 
 impl OutboxRecord {
@@ -230,6 +235,7 @@ impl OutboxRecord {
                 let ids = ids.iter().map(|(id, number)| (id.to_bytes(), number));
                 with_kind(7, &(messages, ids.collect::<Vec<_>>()))
             }
+            Self::Left(left) => with_kind(8, left),
         }
     }
 
@@ -254,6 +260,7 @@ impl OutboxRecord {
                 let ids = ids.into_iter().map(|(id, number)| (MessageId::from_bytes(id), number));
                 Self::Once(messages.into(), ids.collect())
             }
+            8 => Self::Left(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

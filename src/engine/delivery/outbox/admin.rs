@@ -37,11 +37,15 @@ impl Outbox {
         if !matches!(target, Target::Service(_)) {
             return None;
         }
-        self.unbind(key);
-        let bound = node.map(|node| self.bind(key, node, &target));
-        self.part_mut(key)?.bound = bound;
-        let binding = bound.map(|bound| BindingRecord::from(&self.binding(bound)));
-        Some(OutboxRecord::Bound(vec![(key.number, key.part, binding)]).encode())
+        self.leave(key);
+        let PartKey { number, part } = key;
+        let Some(node) = node else {
+            return Some(OutboxRecord::Left(vec![(number, part)]).encode());
+        };
+        let bound = self.bind(key, node, &target);
+        self.part_mut(key)?.bound = Some(bound);
+        let binding = BindingRecord::from(&self.binding(bound));
+        Some(OutboxRecord::Bound(vec![(number, part, Some(binding))]).encode())
     }
 
     /// The durable subscriptions that it knows.

@@ -678,13 +678,8 @@ impl Outbox {
         }
     }
 
-    /// Frees it from its node, which may still answer that it has processed it.
-    pub(super) fn reassign(&mut self, key: PartKey) {
-        let Some(part) = self.part_mut(key) else { return };
-        part.redelivered = true;
-        if let Some(bound) = part.bound.take() {
-            self.former.entry(key).or_default().push(bound);
-            self.note(&OutboxRecord::Bound(vec![(key.number, key.part, None)]));
-        }
+    fn reassign(&mut self, key: PartKey) {
+        self.leave(key);
+        self.note(&OutboxRecord::Left(vec![(key.number, key.part)]));
     }
 }

@@ -92,7 +92,9 @@ impl Outbox {
         let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
         for part in 0..parts {
             let key = PartKey { number, part };
-            self.unbind(key);
+            self.leave(key);
+            let bounds = self.former.remove(&key).into_iter().flatten();
+            bounds.for_each(|bound| self.release_number(bound));
             self.leave_lane(key);
             match self.part(key).map(|part| &part.state) {
                 Some(State::Settled) | None => {}

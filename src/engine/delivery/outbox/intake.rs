@@ -135,6 +135,7 @@ impl Outbox {
                 redelivered: false,
                 settled: false,
                 dead: None,
+                former: Vec::new(),
             });
             if let Some(order) = &order {
                 self.lanes.entry((in_target, order.clone())).or_default().push_back(key);

@@ -295,7 +295,7 @@ pub(crate) struct Outbox {
     paused: BTreeSet<PartKey>,
     /// Those with one key, in order; only the first is on its way.
     lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
-    /// Other nodes that a message was bound to.
+    /// Other nodes that a message was bound to, and may have processed it.
     former: HashMap<PartKey, Vec<Bound>>,
     /// What was taken from its node without ever having been sent, which is to be stored.
     freed: Vec<(u64, u32)>,
@@ -451,8 +451,15 @@ impl Outbox {
         Binding { node: *node, stream: stream.clone(), seq: bound.seq }
     }
 
-    /// Gives a message the next number of its node.
+    /// Gives a message the next number of its node; the one that it had, if it was there before:
+    /// by that the node knows whether it has processed it.
     fn bind(&mut self, key: PartKey, node: NodeId, target: &Target) -> Bound {
+        let streams = &self.streams;
+        if let Some(former) = self.former.get_mut(&key)
+            && let Some(at) = former.iter().position(|it| streams[it.stream as usize].node == node)
+        {
+            return former.swap_remove(at);
+        }
         let subscription = match target {
             Target::Subscription(_, name) => Some(name.clone()),
             Target::Service(_) | Target::Node(_) => None,
@@ -474,7 +481,16 @@ impl Outbox {
         }
     }
 
-    /// The same for one that was never sent, which the next life is told.
+    /// Takes a message from its node, which may have processed it and still say so.
+    fn leave(&mut self, key: PartKey) {
+        let Some(part) = self.part_mut(key) else { return };
+        if let Some(bound) = part.bound.take() {
+            part.redelivered = true;
+            self.former.entry(key).or_default().push(bound);
+        }
+    }
+
+    /// Takes one that was never sent from its node, which the next life is told.
     fn free(&mut self, key: PartKey) {
         if self.node_of(key).is_some() {
             self.unbind(key);

@@ -8,9 +8,7 @@ use smallvec::SmallVec;
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
 #[cfg(test)]
 use crate::engine::delivery::record::Raw;
-use crate::engine::delivery::record::{
-    BindingRecord, MessageRecord, OutboxRecord, PartRecord, PeerRecord,
-};
+use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PartRecord, PeerRecord};
 use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
@@ -54,11 +52,16 @@ impl Outbox {
             OutboxRecord::Bound(bound) => {
                 for (number, part, binding) in bound {
                     let key = PartKey { number, part };
-                    let binding = binding.map(|binding| binding.binding());
-                    self.unbind(key);
-                    if let Some(binding) = binding {
-                        self.rebind(key, &binding);
+                    match binding {
+                        // What took it from its node before may not have been written.
+                        Some(binding) => self.rebind(key, &binding.binding()),
+                        None => self.unbind(key),
                     }
+                }
+            }
+            OutboxRecord::Left(left) => {
+                for (number, part) in left {
+                    self.leave(PartKey { number, part });
                 }
             }
             OutboxRecord::Freed(freed) => {
@@ -116,10 +119,8 @@ impl Outbox {
         }
         let order: Option<Arc<str>> = record.order.as_deref().map(Arc::from);
         let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
-        let mut bindings = Vec::new();
         for part in &record.parts {
             let target = part.target.target()?;
-            bindings.push(part.binding.as_ref().map(BindingRecord::binding));
             let target = self.target_number(&target);
             let state = State::Storing;
             let (bound, failures, attempts) = (None, part.failures, 0);
@@ -136,14 +137,17 @@ impl Outbox {
         self.bytes += u64::from(size);
         *self.live.entry(position.segment).or_default() += 1;
         self.entries.insert(number, entry);
-        for (part, binding) in bindings.into_iter().enumerate() {
-            let key = PartKey { number, part: part as u32 };
-            if let Some(binding) = binding {
-                self.rebind(key, &binding);
+        for (at, part) in (0u32..).zip(&record.parts) {
+            let key = PartKey { number, part: at };
+            for binding in part.former.iter().chain(&part.binding) {
+                self.rebind(key, &binding.binding());
+            }
+            if part.binding.is_none() {
+                self.leave(key);
             }
             // What was moved comes later than it was stored.
             self.enter_lane(key);
-            match &record.parts[part] {
+            match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
                 PartRecord { dead: Some(fate), .. } => {
                     self.end_part(key, State::Dead(Box::new(fate.clone())));
@@ -154,20 +158,22 @@ impl Outbox {
         Ok(())
     }
 
-    /// Binds a message as an earlier life did.
+    /// Binds a message as an earlier life did, and takes it from the node that it was bound to.
     fn rebind(&mut self, key: PartKey, binding: &Binding) {
-        if self.part(key).is_none() {
-            return;
-        }
-        let number = self.stream_number(binding.node, binding.stream.clone());
-        let stream = &mut self.streams[number as usize];
-        stream.next = stream.next.max(binding.seq + 1);
-        stream.outstanding.insert(binding.seq, key);
-        self.peers.entry(binding.node).or_default().bound += 1;
-        if let Some(part) = self.part_mut(key) {
-            part.bound = Some(Bound { stream: number, seq: binding.seq });
-            // That it was sent is written nowhere.
-            part.redelivered = true;
+        self.leave(key);
+        let stream = self.stream_number(binding.node, binding.stream.clone());
+        let bound = Bound { stream, seq: binding.seq };
+        let Some(part) = self.part_mut(key) else { return };
+        part.bound = Some(bound);
+        // That it was sent is written nowhere.
+        part.redelivered = true;
+        let before = self.former.get_mut(&key).into_iter();
+        let had_it = before.flat_map(|former| former.extract_if(.., |it| *it == bound)).count() > 0;
+        if !had_it {
+            let stream = &mut self.streams[stream as usize];
+            stream.next = stream.next.max(binding.seq + 1);
+            stream.outstanding.insert(binding.seq, key);
+            self.peers.entry(binding.node).or_default().bound += 1;
         }
     }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use smallvec::smallvec;
 
 use super::dispatch::MOST_UNREADABLE;
-use super::{DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
+use super::{Bound, DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
 use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
@@ -108,8 +108,11 @@ impl Outbox {
             // What says so is in the journal by now, and this would undo it.
             return;
         }
-        let parts = entry.parts.iter().map(|part| {
-            let binding = part.bound.map(|bound| BindingRecord::from(&self.binding(bound)));
+        let record = |bound: &Bound| BindingRecord::from(&self.binding(*bound));
+        let parts = (0u32..).zip(&entry.parts).map(|(at, part)| {
+            let binding = part.bound.as_ref().map(record);
+            let former = self.former.get(&PartKey { number, part: at });
+            let former = former.into_iter().flatten().map(record).collect();
             let dead = match &part.state {
                 State::Dead(fate) => Some(Fate::clone(fate)),
                 _ => None,
@@ -117,7 +120,8 @@ impl Outbox {
             let settled = part.state == State::Settled;
             let target = (&self.targets[part.target as usize]).into();
             let redelivered = part.redelivered || part.attempts > 0;
-            PartRecord { target, binding, failures: part.failures, redelivered, settled, dead }
+            let failures = part.failures;
+            PartRecord { target, binding, failures, redelivered, settled, dead, former }
         });
         let rare = entry.rare.as_deref();
         let record = MessageRecord {

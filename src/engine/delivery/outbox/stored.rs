@@ -88,8 +88,12 @@ impl Outbox {
             }
             (Some(Pending::Bound(keys)), Err(_)) => {
                 for key in keys {
-                    if self.part(key).is_some_and(|part| part.state == State::Binding) {
-                        self.unbind(key);
+                    let Some(part) = self.part(key) else { continue };
+                    if part.state == State::Binding {
+                        match part.redelivered {
+                            true => self.leave(key),
+                            false => self.unbind(key),
+                        }
                         self.pause(now, key, 0, true);
                     }
                 }

@@ -554,6 +554,42 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
 }
 
 #[test]
+fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
+    let minute = Duration::from_secs(60);
+    for restarts in [false, true] {
+        let mut bench = Bench::new(Some(minute));
+        bench.serving = vec![BOB, CAROL];
+        bench.meet(BOB);
+        let number = bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+        let (_, at_first) = bench.sent[0].clone();
+        bench.lose(BOB);
+        bench.meet(CAROL);
+        bench.sleep(2 * minute);
+        assert_eq!(bench.sent.last().unwrap().0, CAROL);
+        if restarts {
+            // What was stored first is in a segment that is removed.
+            let old = bench.journal.len();
+            bench.outbox.moving = 1;
+            bench.outbox.handle_read(bench.now(), number, Some(Bytes::from_static(b"frozen")));
+            bench.run();
+            bench.journal.drain(..old);
+            bench = bench.restart();
+            bench.serving = vec![BOB, CAROL];
+        } else {
+            bench.lose(CAROL);
+        }
+        // He may have processed it, and knows it by its number.
+        bench.meet(BOB);
+        bench.sleep(2 * minute);
+        let (to, again) = bench.sent.last().unwrap().clone();
+        assert_eq!((to, &again.id), (BOB, &at_first.id));
+        assert!(again.redelivered && again.floor <= again.id.seq);
+        bench.answer(BOB, &again.id, again.attempt, Outcome::Processed);
+        assert_eq!((bench.done.as_slice(), bench.outbox.pending()), (&[(1, Ok(()))][..], 0));
+    }
+}
+
+#[test]
 fn what_was_reassigned_is_not_sent_to_its_old_node_under_its_new_number() {
     let minute = Duration::from_secs(60);
     let mut bench = Bench::new(Some(minute));
