@@ -103,13 +103,11 @@ impl Shared {
                     add(&self.counters.stored, 1);
                 }
                 let mut waiters = lock(&store.waiters);
-                let stored = waiters.get_mut(number).map(|it| std::mem::take(&mut it.stored));
+                for waiter in waiters.get(number).into_iter().flatten() {
+                    waiter.tell_stored(result.clone());
+                }
                 if result.is_err() {
                     waiters.remove(number);
-                }
-                drop(waiters);
-                for waiter in stored.into_iter().flatten() {
-                    let _nobody_waits = waiter.send(result.clone());
                 }
             }
             OutboxAction::Done(number, result) => {
@@ -117,9 +115,7 @@ impl Shared {
                     add(&self.counters.settled, 1);
                 }
                 let waiters = lock(&store.waiters).remove(number);
-                for waiter in waiters.into_iter().flat_map(|waiters| waiters.done) {
-                    let _nobody_waits = waiter.send(result.clone());
-                }
+                waiters.into_iter().flatten().for_each(|waiter| waiter.tell_done(result.clone()));
             }
             OutboxAction::Report(event) => self.report_outbox(event),
         }

@@ -1,22 +1,22 @@
 //! Guaranteed messages: stored here until they are processed there.
 
-use std::future::{Future, IntoFuture};
+use std::future::{Future, IntoFuture, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use smallvec::{SmallVec, smallvec};
-use tokio::sync::oneshot;
 
 use super::broker::Brokered;
 use super::delivery::DeliveryError;
 use super::draft::{BodyError, Draft};
+use super::progress::Progress;
 use super::shared::Shared;
 use crate::address::{AddressError, Destination};
 use crate::broker::{BrokerKind, Unsupported};
 use crate::clock::unix_ms;
-use crate::engine::delivery::{Fate, Full, NewMessage, NewMessages, Submitted, Target};
+use crate::engine::delivery::{Full, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;
 
@@ -231,7 +231,7 @@ impl Future for Storing<'_> {
 pub struct Receipt {
     id: MessageId,
     destinations: usize,
-    done: Option<oneshot::Receiver<Result<(), Fate>>>,
+    progress: Option<Progress>,
     /// The broker that keeps it.
     broker: Option<BrokerKind>,
 }
@@ -239,7 +239,7 @@ pub struct Receipt {
 impl Receipt {
     /// Of a message that a broker has confirmed.
     pub(super) fn of_broker(id: MessageId, broker: BrokerKind) -> Self {
-        Self { id, destinations: 1, done: None, broker: Some(broker) }
+        Self { id, destinations: 1, progress: None, broker: Some(broker) }
     }
 
     /// The message's id.
@@ -264,10 +264,10 @@ impl Receipt {
             let what = "word for the sender of what its receivers have processed";
             return Err(DeliveryError::Unsupported(Unsupported { broker, what }));
         }
-        let Some(done) = self.done else { return Ok(()) };
-        match done.await {
-            Ok(result) => result.map_err(DeliveryError::DeadLetter),
-            Err(_) => Err(DeliveryError::ShutDown),
+        let Some(progress) = self.progress else { return Ok(()) };
+        match poll_fn(|context| progress.poll_done(context)).await {
+            Some(result) => result.map_err(DeliveryError::DeadLetter),
+            None => Err(DeliveryError::ShutDown),
         }
     }
 }
@@ -306,7 +306,7 @@ impl<'a> Transaction<'a> {
         let messages = self.messages.into_iter().map(Guaranteed::into_message);
         let messages: NewMessages = messages.collect::<Result<_, _>>()?;
         let mut submission = submit(self.shared, messages)?;
-        std::future::poll_fn(|context| submission.poll_stored(context)).await?;
+        poll_fn(|context| submission.poll_stored(context)).await?;
         Ok(submission.receipts.into_vec())
     }
 }
@@ -314,17 +314,20 @@ impl<'a> Transaction<'a> {
 /// Messages that are stored together.
 struct Submission {
     receipts: SmallVec<[Receipt; 1]>,
-    /// For what is not stored yet.
-    stored: SmallVec<[oneshot::Receiver<Result<(), String>>; 1]>,
+    /// How many of them are stored, the first ones.
+    stored: usize,
 }
 
 impl Submission {
     fn poll_stored(&mut self, context: &mut Context<'_>) -> Poll<Result<(), OutboxError>> {
-        while let Some(stored) = self.stored.last_mut() {
-            match ready!(Pin::new(stored).poll(context)) {
-                Ok(Ok(())) => _ = self.stored.pop(),
-                Ok(Err(error)) => return Poll::Ready(Err(OutboxError::NotStored(error))),
-                Err(_) => return Poll::Ready(Err(OutboxError::ShutDown)),
+        while let Some(receipt) = self.receipts.get(self.stored) {
+            match receipt.progress.as_ref().map(|it| it.poll_stored(context)) {
+                Some(Poll::Pending) => return Poll::Pending,
+                Some(Poll::Ready(None)) => return Poll::Ready(Err(OutboxError::ShutDown)),
+                Some(Poll::Ready(Some(Err(error)))) => {
+                    return Poll::Ready(Err(OutboxError::NotStored(error)));
+                }
+                Some(Poll::Ready(Some(Ok(())))) | None => self.stored += 1,
             }
         }
         Poll::Ready(Ok(()))
@@ -343,15 +346,14 @@ fn submit(
     let (mut receipts, mut wanted) = (SmallVec::<[Receipt; 1]>::new(), NewMessages::new());
     for message in messages {
         let (id, destinations) = (message.header.id, message.targets.len());
-        receipts.push(Receipt { id, destinations, done: None, broker: None });
+        receipts.push(Receipt { id, destinations, progress: None, broker: None });
         // What nobody subscribes to is processed by all.
         if destinations > 0 {
             wanted.push(message);
         }
     }
-    let mut waits = SmallVec::new();
     if wanted.is_empty() {
-        return Ok(Submission { receipts, stored: waits });
+        return Ok(Submission { receipts, stored: 0 });
     }
     let submitted = shared.with_outbox(|outbox, now| {
         let choose = &mut |name: &_, order: Option<&str>, load: &dyn Fn(&_) -> _| {
@@ -360,33 +362,28 @@ fn submit(
         let submitted = outbox.submit(now, wanted, choose)?;
         let mut waiters = lock(&store.waiters);
         let sent = receipts.iter_mut().filter(|receipt| receipt.destinations > 0);
-        let mut waits_for_new = false;
         for (submitted, receipt) in submitted.into_iter().zip(sent) {
-            let (done, outcome) = oneshot::channel();
-            let (number, waits_too) = match submitted {
-                // The new ones are stored together.
-                Submitted::New(number) => (number, !std::mem::replace(&mut waits_for_new, true)),
-                Submitted::Pending { number, stored } => (number, !stored),
+            let (teller, progress) = Progress::new();
+            match submitted {
+                Submitted::New(number) => waiters.get_or_insert_default(number).push(teller),
+                Submitted::Pending { number, stored } => {
+                    if stored {
+                        teller.tell_stored(Ok(()));
+                    }
+                    waiters.get_or_insert_default(number).push(teller);
+                }
                 Submitted::Processed => continue,
                 Submitted::Dead(fate) => {
-                    let _kept = done.send(Err(fate));
-                    receipt.done = Some(outcome);
-                    continue;
+                    teller.tell_stored(Ok(()));
+                    teller.tell_done(Err(fate));
                 }
-            };
-            receipt.done = Some(outcome);
-            let waiters = waiters.get_or_insert_default(number);
-            waiters.done.push(done);
-            if waits_too {
-                let (stored, wait) = oneshot::channel();
-                waiters.stored.push(stored);
-                waits.push(wait);
             }
+            receipt.progress = Some(progress);
         }
         Ok(())
     });
     match submitted {
-        Some(Ok(())) => Ok(Submission { receipts, stored: waits }),
+        Some(Ok(())) => Ok(Submission { receipts, stored: 0 }),
         Some(Err(Full { messages, bytes })) => Err(OutboxError::OutboxFull { messages, bytes }),
         None => Err(OutboxError::NoOutbox),
     }

@@ -13,6 +13,7 @@ mod guaranteed;
 mod last_read;
 mod lease;
 mod loopback;
+mod progress;
 mod publish;
 mod publisher;
 mod receive;

@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
-use tokio::sync::oneshot;
 
 use super::cell::Credit;
 use super::last_read::LastRead;
 use super::loopback::Loopback;
+use super::progress::Teller;
 use super::shared::Shared;
 use crate::address::ServiceName;
-use crate::engine::delivery::{Fate, Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
+use crate::engine::delivery::{Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
 use crate::journal::{
     Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink,
@@ -123,12 +123,8 @@ pub struct StoreReport {
     pub torn: u64,
 }
 
-/// Who waits for what becomes of a message.
-#[derive(Debug, Default)]
-pub(crate) struct Waiters {
-    pub(crate) stored: SmallVec<[oneshot::Sender<Result<(), String>>; 1]>,
-    pub(crate) done: SmallVec<[oneshot::Sender<Result<(), Fate>>; 1]>,
-}
+/// Those who wait for what becomes of a message.
+type Waiters = SmallVec<[Teller; 1]>;
 
 /// A message, and the credit that it holds.
 pub(super) type Parked = (Message, Option<Credit>);

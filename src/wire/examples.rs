@@ -370,8 +370,9 @@ proptest! {
     #[test]
     fn a_message_survives_the_disk(envelope in any_envelope()) {
         if let Payload::Event(body) | Payload::Call(body) = &envelope.payload {
-            let frozen: Bytes = freeze(&envelope.header, body, &ALICE).into();
-            prop_assert_eq!(thaw(&frozen, &ALICE).unwrap(), (envelope.header, body.clone()));
+            let (frozen, message) = freeze(envelope.header.clone(), body.clone(), &ALICE);
+            prop_assert_eq!(&message, &(envelope.header, body.clone()));
+            prop_assert_eq!(thaw(&frozen.into(), &ALICE).unwrap(), message);
         }
     }
 }

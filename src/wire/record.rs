@@ -546,20 +546,22 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
 /// About what most headers take at the most, in bytes.
 const FROZEN_HEADER: usize = 128;
 
-/// A message as it is kept on a disk: an event if it goes to a topic, else a call.
-pub(crate) fn freeze(header: &Header, body: &Bytes, me: &NodeId) -> Vec<u8> {
-    let payload = match header.destination {
-        Destination::Topic(_) => Payload::Event(body.clone()),
-        Destination::Service(_) | Destination::Node(_) => Payload::Call(body.clone()),
-    };
-    let envelope = Envelope { header: header.clone(), payload };
+/// A message as it is kept on a disk: an event if it goes to a topic, else a call. Behind it the
+/// message itself, unchanged.
+pub(crate) fn freeze(header: Header, body: Bytes, me: &NodeId) -> (Vec<u8>, (Header, Bytes)) {
     let mut bytes = Vec::with_capacity(FROZEN_HEADER + body.len());
+    let payload = match header.destination {
+        Destination::Topic(_) => Payload::Event(body),
+        Destination::Service(_) | Destination::Node(_) => Payload::Call(body),
+    };
+    let mut envelope = Envelope { header, payload };
     bytes.extend([0; 4]);
     let own_frame = write_message(&mut bytes, &envelope, &mut Inheritance::default(), me);
     let length = bytes.len() as u32 - 4;
     bytes[..4].copy_from_slice(&length.to_be_bytes());
     bytes.extend_from_slice(&own_frame.unwrap_or_default());
-    bytes
+    let body = envelope.payload.body_mut().map(std::mem::take);
+    (bytes, (envelope.header, body.unwrap_or_default()))
 }
 
 /// What [`freeze`] wrote.

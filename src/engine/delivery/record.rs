@@ -1,6 +1,5 @@
 //! What the journals of outbox and inbox hold: a byte that names the kind, then MessagePack.
 
-use bytes::Bytes;
 use serde::de::{self, DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smallvec::SmallVec;
@@ -28,7 +27,7 @@ pub(crate) enum RecordError {
 
 /// Bytes as such, not as a list of numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Raw(pub(super) Bytes);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Serialize for Raw {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -45,10 +44,10 @@ impl<'de> Deserialize<'de> for Raw {
                 f.write_str("bytes")
             }
             fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Raw, E> {
-                Ok(Raw(Bytes::copy_from_slice(bytes)))
+                Ok(Raw(bytes.to_owned()))
             }
             fn visit_byte_buf<E: de::Error>(self, bytes: Vec<u8>) -> Result<Raw, E> {
-                Ok(Raw(bytes.into()))
+                Ok(Raw(bytes))
             }
         }
         deserializer.deserialize_byte_buf(Taken)

@@ -107,10 +107,10 @@ impl Outbox {
         message: NewMessage,
         choose: &mut Choose<'_>,
     ) -> MessageRecord {
-        let frozen = freeze(&message.header, &message.body, &self.config.me);
         let size = message.size();
         let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
         let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
+        let (frozen, message) = freeze(header, body, &self.config.me);
         let later = not_before.is_some_and(|at| at > now.unix_ms);
         let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
         for (part, target) in targets.into_iter().enumerate() {
@@ -156,13 +156,13 @@ impl Outbox {
             expires_at,
             not_before,
             order: order.as_deref().map(str::to_owned),
-            frozen: Raw(frozen.into()),
+            frozen: Raw(frozen),
         };
         let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));
         let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
             self.cached_bytes += size;
-            Arc::new((header, body))
+            Arc::new(message)
         });
         self.bytes += size;
         let entry = Entry { position: None, cached, rare, parts, size: size as u32 };

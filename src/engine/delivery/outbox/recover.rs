@@ -260,7 +260,7 @@ impl Outbox {
             OutboxRecord::Messages(messages) | OutboxRecord::Once(messages, _) => messages,
             _ => return Ok(Vec::new()),
         };
-        Ok(messages.into_iter().map(|message| (message.number, message.frozen.0)).collect())
+        Ok(messages.into_iter().map(|message| (message.number, message.frozen.0.into())).collect())
     }
 
     /// An entry of so many messages, as a transaction stores them.
