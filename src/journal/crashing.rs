@@ -119,6 +119,11 @@ fn fails(countdown: &AtomicU64) -> bool {
 }
 
 impl Disk {
+    /// Another one with the same files.
+    pub(crate) fn copy(&self) -> Self {
+        Self { files: Mutex::new(lock(&self.files).clone()), ..Self::default() }
+    }
+
     /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
     pub(crate) fn crash(&self, seed: u64) -> Arc<Self> {
         let (mut random, mut lost) = (Random(seed), Lost::default());

@@ -132,6 +132,11 @@ impl Disk {
         self.bytes.lost
     }
 
+    /// What a backup of it would hold now, while nobody has it open.
+    pub(super) fn copy(&self) -> Self {
+        Self { bytes: Arc::new(self.bytes.copy()), ..Self::default() }
+    }
+
     pub(super) fn at(&self, position: Position) -> Option<Vec<u8>> {
         self.journal.as_ref()?.read(position).ok()
     }

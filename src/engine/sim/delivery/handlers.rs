@@ -1,0 +1,129 @@
+//! What receivers do, and what they must never see.
+
+use super::{Event, NODES, Nature, Packet, World, id};
+use crate::engine::delivery::Verdict;
+use crate::engine::sim::disk::Crash;
+use crate::message::MessageId;
+use crate::wire::{Answer, Delivery, DeliveryId, Outcome};
+
+impl World {
+    pub(super) fn handle_message(
+        &mut self,
+        from: usize,
+        node: usize,
+        message: MessageId,
+        mut it: Delivery,
+    ) {
+        let serves = self.nodes[node].serves;
+        let Some(life) = &mut self.nodes[node].life else { return };
+        let verdict = life.inbox.handle_delivery(id(from), &mut it);
+        let attempt = it.attempt;
+        match verdict {
+            Verdict::Run | Verdict::RunLater if it.redelivered => self.seen.add("redeliveries", 1),
+            _ => {}
+        }
+        match verdict {
+            Verdict::Run if !serves => {
+                self.seen.add("refusals", 1);
+                life.inbox.handle_ended(id(from), &it.id, Outcome::Refused);
+            }
+            Verdict::Run => self.begin(from, node, it.id, message, it.redelivered),
+            Verdict::RunLater => _ = life.waiting.insert((id(from), it.id), message),
+            Verdict::Wait => {}
+            Verdict::Answer(outcome) => {
+                if outcome == Outcome::Processed {
+                    let place = (node, it.id.stream.subscription.is_some(), message);
+                    assert!(self.begun.contains_key(&place), "{message} was never begun");
+                    // Its answer may have been lost in a crash.
+                    self.durable.insert(place);
+                    self.processed.insert(place);
+                    self.seen.add("suppressed duplicates", 1);
+                }
+                let answer = Answer { id: it.id, attempt, outcome };
+                self.answer(node, from, answer);
+            }
+        }
+    }
+
+    pub(super) fn answer(&mut self, node: usize, to: usize, answer: Answer) {
+        if node != to {
+            return self.transmit(node, to, Packet::Answer(answer));
+        }
+        let now = self.clock();
+        if let Some(life) = &mut self.nodes[node].life {
+            life.outbox.handle_answer(now, id(node), answer);
+        }
+    }
+
+    pub(super) fn begin(
+        &mut self,
+        from: usize,
+        node: usize,
+        it: DeliveryId,
+        message: MessageId,
+        again: bool,
+    ) {
+        let subscribed = it.stream.subscription.is_some();
+        let place = (node, subscribed, message);
+        let sure = !self.sent[&message].forgotten;
+        assert!(!(sure && self.durable.contains(&place)), "{message} is processed again at {node}");
+        // One that is sent goes to one node, and to another when that refuses it, or is away for
+        // longer than is waited for it.
+        let others = (0..NODES).filter(|other| *other != node && !subscribed);
+        let others = others.map(|other| (other, false, message));
+        let elsewhere = others.clone().any(|place| self.begun.contains_key(&place));
+        let processed = others.clone().any(|place| self.durable.contains(&place));
+        self.seen.when("messages taken from a node that had processed them", processed);
+        let one_only = sure && self.reassign_after.is_none();
+        assert!(!(one_only && processed), "{message} was processed elsewhere");
+        let begun = self.begun.entry(place).or_default();
+        let new = *begun == 0 && !elsewhere;
+        assert!(again || new || !sure, "{message} comes again, and doesn't say so");
+        *begun += 1;
+        self.check_order(message);
+        let running = self.nodes[node].life.as_mut().map(|life| &mut life.running);
+        assert!(running.is_some_and(|running| running.insert((id(from), it.clone()))));
+        if self.sent[&message].nature == Nature::Killer {
+            self.seen.add("messages that kill their process", 1);
+            return self.crash(node, Crash::Process);
+        }
+        let takes = self.random.between(10, 20_000);
+        self.after(takes, node, Event::Ended { from, id: it, message });
+    }
+
+    /// All before it with its key are through.
+    pub(super) fn check_order(&self, message: MessageId) {
+        let sent = &self.sent[&message];
+        let Some(lane) = sent.lane.as_ref().filter(|_| !sent.forgotten) else { return };
+        let before = self.order.iter().take_while(|other| **other != message);
+        for other in before.map(|other| &self.sent[other]) {
+            let same = other.sender == sent.sender && other.lane.as_ref() == Some(lane);
+            assert!(
+                !same || !other.stored || other.done.is_some(),
+                "{message} of {lane:?} is ahead of one before it: {other:?}"
+            );
+        }
+    }
+
+    pub(super) fn handle_ended(
+        &mut self,
+        node: usize,
+        from: usize,
+        it: DeliveryId,
+        message: MessageId,
+    ) {
+        let place = (node, it.stream.subscription.is_some(), message);
+        let times = self.begun[&place];
+        let outcome = match self.sent[&message].nature {
+            Nature::Flaky(fails) if times <= fails => Outcome::Failed("flaky".into()),
+            Nature::Good | Nature::Flaky(_) => Outcome::Processed,
+            Nature::Poison => Outcome::Failed("poison".into()),
+            Nature::Rejected => Outcome::Rejected("no".into()),
+            Nature::Killer => unreachable!("it killed its process"),
+        };
+        let Some(life) = &mut self.nodes[node].life else { return };
+        life.running.remove(&(id(from), it.clone()));
+        life.waiting.insert((id(from), it.clone()), message);
+        life.inbox.handle_ended(id(from), &it, outcome);
+    }
+}

@@ -1,0 +1,423 @@
+//! Outboxes, inboxes and the disks beneath them: crashes of processes and machines, writes that
+//! fail, links that break, clocks that jump, stores that are lost or put back to an older state.
+//! Links and handlers are as simple as they can be.
+
+mod handlers;
+mod links;
+mod lives;
+mod seen;
+mod senders;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::time::Duration;
+
+use super::Random;
+use super::disk::{Disk, kind};
+use crate::engine::Time;
+use crate::engine::delivery::{
+    Fate, Inbox, InboxAction, NewMessage, Now, Outbox, OutboxAction, Source, Target,
+};
+use crate::identity::NodeId;
+use crate::journal::stepped::EntryKind;
+use crate::message::{IdSource, MessageId};
+use crate::wire::{Answer, Control, Delivery, DeliveryId, Outcome, thaw};
+use seen::Seen;
+
+const NODES: usize = 3;
+const KEYS: [&str; 2] = ["x", "y"];
+/// Faults happen until then.
+const STORMY: Duration = Duration::from_secs(2);
+
+/// What a message's handler does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Nature {
+    Good,
+    /// Fails so often, then succeeds.
+    Flaky(u32),
+    Poison,
+    Rejected,
+    /// Kills its process.
+    Killer,
+}
+
+#[derive(Debug)]
+struct Sent {
+    sender: usize,
+    nature: Nature,
+    lane: Option<(Target, &'static str)>,
+    parts: usize,
+    stored: bool,
+    /// Of those that are stored together, by the first.
+    transaction: MessageId,
+    /// To be submitted again by whoever doesn't know whether it is stored.
+    once: Option<NewMessage>,
+    done: Option<Result<(), Fate>>,
+    /// What said that it is settled was perhaps not written when its sender crashed.
+    may_end_again: bool,
+    /// Its outbox was put back to an older state, and knows nothing of it or too little.
+    forgotten: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Outbox,
+    Inbox,
+}
+
+#[derive(Debug, Clone)]
+enum Packet {
+    Message { id: MessageId, delivery: Delivery },
+    Answer(Answer),
+    Control(Control),
+}
+
+#[derive(Debug)]
+enum Event {
+    Wake,
+    Written(Which),
+    Arrive { from: usize, connection: u64, packet: Packet },
+    Ended { from: usize, id: DeliveryId, message: MessageId },
+    Send,
+    Link { with: usize },
+    Fault,
+    Restart,
+}
+
+struct Life {
+    outbox: Outbox,
+    inbox: Inbox,
+    /// By its number in this outbox.
+    numbers: HashMap<u64, MessageId>,
+    waiting: HashMap<(NodeId, DeliveryId), MessageId>,
+    running: HashSet<(NodeId, DeliveryId)>,
+    snapshots: u64,
+    wakes: Option<Time>,
+    retry_at: Time,
+}
+
+struct Node {
+    life: Option<Life>,
+    lives: u64,
+    outbox_disk: Disk,
+    inbox_disk: Disk,
+    /// A copy of the outbox's.
+    backup: Option<Disk>,
+    serves: bool,
+}
+
+struct World {
+    now: Time,
+    random: Random,
+    wall_offset: i64,
+    nodes: Vec<Node>,
+    /// The number of the connection of each pair, lower node first.
+    links: BTreeMap<(usize, usize), u64>,
+    connections: u64,
+    /// When the last packet of each direction arrives.
+    last_arrival: HashMap<(usize, usize), Time>,
+    queue: BinaryHeap<Reverse<(Time, u64, usize, u64)>>,
+    events: HashMap<u64, Event>,
+    scheduled: u64,
+    ids: IdSource,
+    sent: HashMap<MessageId, Sent>,
+    order: Vec<MessageId>,
+    /// Handlers that were begun: by node, subscription or not, and message.
+    begun: HashMap<(usize, bool, MessageId), u32>,
+    /// Of these, the ones whose end is on the disk, and those whose end ever was.
+    durable: HashSet<(usize, bool, MessageId)>,
+    processed: HashSet<(usize, bool, MessageId)>,
+    to_send: u64,
+    reassign_after: Option<Duration>,
+    seen: Seen,
+}
+
+fn id(node: usize) -> NodeId {
+    NodeId::from_bytes([node as u8 + 1; 32])
+}
+
+fn node_of(id: &NodeId) -> usize {
+    id.as_bytes()[0] as usize - 1
+}
+
+fn pair(a: usize, b: usize) -> (usize, usize) {
+    (a.min(b), a.max(b))
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let node = |_| Node {
+            life: None,
+            lives: 0,
+            outbox_disk: Disk::default(),
+            inbox_disk: Disk::default(),
+            backup: None,
+            serves: true,
+        };
+        let mut world = Self {
+            now: Time::default(),
+            random: Random(seed),
+            wall_offset: 1_000_000_000,
+            nodes: (0..NODES).map(node).collect(),
+            links: BTreeMap::new(),
+            connections: 0,
+            last_arrival: HashMap::new(),
+            queue: BinaryHeap::new(),
+            events: HashMap::new(),
+            scheduled: 0,
+            ids: IdSource::new(seed),
+            sent: HashMap::new(),
+            order: Vec::new(),
+            begun: HashMap::new(),
+            durable: HashSet::new(),
+            processed: HashSet::new(),
+            to_send: 120,
+            reassign_after: None,
+            seen: Seen::default(),
+        };
+        if world.random.once_in(3) {
+            world.reassign_after = Some(Duration::from_millis(world.random.between(50, 500)));
+        }
+        for node in 0..NODES {
+            world.after(0, node, Event::Restart);
+        }
+        for _ in 0..world.to_send {
+            let (when, node) = (world.random.below(1_800_000), world.random.below(2) as usize);
+            world.after(when, node, Event::Send);
+        }
+        for _ in 0..40 {
+            let (when, node) = (world.random.below(2_000_000), world.random.below(3) as usize);
+            world.after(when, node, Event::Fault);
+        }
+        world
+    }
+
+    /// Runs until all is settled.
+    fn run(mut self) -> Seen {
+        while let Some(Reverse((at, number, node, life))) = self.queue.pop() {
+            assert!(at.since_start() < Duration::from_secs(5000), "{:?}", self.unsettled());
+            self.now = at;
+            let event = self.events.remove(&number).expect("each event is queued once");
+            let of_this_life = self.nodes[node].lives == life;
+            match event {
+                Event::Send | Event::Fault | Event::Restart | Event::Link { .. } => {}
+                _ if !of_this_life => continue,
+                _ => {}
+            }
+            self.handle(node, event);
+            if self.to_send == 0 && self.is_calm() && self.unsettled().is_empty() {
+                break;
+            }
+        }
+        assert!(self.unsettled().is_empty(), "{:?}", self.unsettled());
+        self.seen
+    }
+
+    fn is_calm(&self) -> bool {
+        self.now.since_start() > STORMY
+    }
+
+    fn unsettled(&self) -> Vec<(&MessageId, &Sent)> {
+        self.sent.iter().filter(|(_, sent)| sent.stored && sent.done.is_none()).collect()
+    }
+
+    fn after(&mut self, micros: u64, node: usize, event: Event) {
+        self.at(self.now + Duration::from_micros(micros), node, event);
+    }
+
+    fn at(&mut self, at: Time, node: usize, event: Event) {
+        self.scheduled += 1;
+        self.events.insert(self.scheduled, event);
+        let life = self.nodes[node].lives;
+        self.queue.push(Reverse((at, self.scheduled, node, life)));
+    }
+
+    fn clock(&self) -> Now {
+        let unix_ms = self.now.since_start().as_millis() as i64 + self.wall_offset;
+        Now { time: self.now, unix_ms: unix_ms as u64 }
+    }
+
+    fn handle(&mut self, node: usize, event: Event) {
+        let now = self.clock();
+        match event {
+            Event::Wake => {
+                if let Some(life) = &mut self.nodes[node].life {
+                    life.wakes = None;
+                    life.outbox.handle_timeout(now);
+                    if life.retry_at <= now.time {
+                        life.inbox.handle_timeout();
+                        life.retry_at = now.time + Duration::from_secs(1);
+                    }
+                }
+            }
+            Event::Written(which) => self.handle_written(node, which),
+            Event::Arrive { from, connection, packet } => {
+                if self.links.get(&pair(from, node)) == Some(&connection) {
+                    self.handle_packet(from, node, packet);
+                }
+            }
+            Event::Ended { from, id, message } => self.handle_ended(node, from, id, message),
+            Event::Send => self.send(node),
+            Event::Link { with } => self.link(node, with),
+            Event::Fault => self.fault(node),
+            Event::Restart => self.restart(node),
+        }
+        self.perform(node);
+    }
+
+    // What the engines decide.
+
+    fn perform(&mut self, node: usize) {
+        if self.is_calm() {
+            for other in 0..NODES {
+                self.nodes[other].outbox_disk.failing = false;
+                self.nodes[other].inbox_disk.failing = false;
+                if !self.nodes[other].serves {
+                    self.serve(other, true);
+                }
+            }
+        }
+        loop {
+            let serving: Vec<usize> = (1..NODES).filter(|node| self.nodes[*node].serves).collect();
+            let Some(life) = &mut self.nodes[node].life else { return };
+            life.outbox.pump(&mut |_, _, load| least_loaded(&serving, load));
+            if let Some(action) = life.outbox.poll_action() {
+                self.perform_outbox(node, action);
+            } else if let Some(action) = life.inbox.poll_action() {
+                self.perform_inbox(node, action);
+            } else {
+                break;
+            }
+        }
+        self.write(node, Which::Outbox);
+        self.write(node, Which::Inbox);
+        let now = self.clock();
+        let Some(life) = &mut self.nodes[node].life else { return };
+        let (timer, wall) = life.outbox.poll_timeout();
+        let wall = wall.map(|at| now.time + Duration::from_millis(at.saturating_sub(now.unix_ms)));
+        // The clock on the wall may be set: nobody sleeps longer than that.
+        let longest = now.time + Duration::from_secs(1);
+        let retry = life.inbox.has_unstored().then_some(life.retry_at);
+        if let Some(at) = timer.into_iter().chain(wall.map(|at| at.min(longest))).chain(retry).min()
+            && at < Time::after_start(Duration::MAX)
+            && life.wakes.is_none_or(|known| known > at)
+        {
+            life.wakes = Some(at);
+            self.at(at.max(now.time) + Duration::from_micros(1), node, Event::Wake);
+        }
+    }
+
+    fn write(&mut self, node: usize, which: Which) {
+        let disk = match which {
+            Which::Outbox => &mut self.nodes[node].outbox_disk,
+            Which::Inbox => &mut self.nodes[node].inbox_disk,
+        };
+        if disk.begin() {
+            let takes = self.random.between(20, 400);
+            self.after(takes, node, Event::Written(which));
+        }
+    }
+
+    fn perform_outbox(&mut self, node: usize, action: OutboxAction) {
+        let now = self.clock();
+        let entry = &mut self.nodes[node];
+        match action {
+            OutboxAction::Append { token, entry: bytes, haste, .. } => {
+                entry.outbox_disk.append(Some(token), bytes, kind(haste));
+            }
+            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, EntryKind::Note),
+            OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
+            OutboxAction::Read(number, position) => {
+                self.seen.add("messages moved to a newer segment", 1);
+                let bytes = entry.outbox_disk.at(position).expect("it is kept");
+                let frozen = Outbox::frozen(&bytes, number).unwrap();
+                entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, frozen);
+            }
+            OutboxAction::Transmit { to, source, delivery, .. } => {
+                let message = match source {
+                    Source::Memory(message) => message.0.id,
+                    Source::Journal(position, number) => {
+                        let bytes = entry.outbox_disk.at(position).expect("it is kept");
+                        let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
+                        thaw(&frozen, &id(node)).unwrap().0.id
+                    }
+                };
+                let to = node_of(&to);
+                match to == node {
+                    true => self.handle_message(node, node, message, *delivery),
+                    false => self.transmit(
+                        node,
+                        to,
+                        Packet::Message { id: message, delivery: *delivery },
+                    ),
+                }
+            }
+            OutboxAction::Send(to, control) => {
+                self.transmit(node, node_of(&to), Packet::Control(control));
+            }
+            OutboxAction::Stored(number, result) => {
+                let life = entry.life.as_ref().expect("it acts");
+                let sent = self.sent.get_mut(&life.numbers[&number]).expect("it was sent");
+                sent.stored = result.is_ok();
+                match result {
+                    Ok(()) => self.seen.add("messages stored", 1),
+                    Err(_) => self.seen.add("messages that could not be stored", 1),
+                }
+            }
+            OutboxAction::Done(number, result) => self.handle_done(node, number, result),
+            OutboxAction::Report(_) => {}
+        }
+    }
+
+    fn perform_inbox(&mut self, node: usize, action: InboxAction) {
+        let entry = &mut self.nodes[node];
+        let life = entry.life.as_mut().expect("it acts");
+        match action {
+            InboxAction::Append { token, entry: bytes, haste } => {
+                entry.inbox_disk.append(Some(token), bytes, kind(haste));
+            }
+            InboxAction::AppendSnapshot { token, entry: bytes } => {
+                // Each life begins with one.
+                self.seen.when("snapshots of inboxes that live", life.snapshots > 0);
+                life.snapshots += 1;
+                entry.inbox_disk.append(Some(token), bytes, EntryKind::First);
+            }
+            InboxAction::Note(bytes) => entry.inbox_disk.append(None, bytes, EntryKind::Note),
+            InboxAction::RemoveBefore(segment) => entry.inbox_disk.remove_before(segment),
+            InboxAction::Answer(to, answer) => {
+                let message = life.waiting.remove(&(to, answer.id.clone()));
+                if answer.outcome == Outcome::Processed {
+                    let message = message.expect("its handler ended");
+                    let subscribed = answer.id.stream.subscription.is_some();
+                    self.durable.insert((node, subscribed, message));
+                    self.processed.insert((node, subscribed, message));
+                }
+                self.answer(node, node_of(&to), answer);
+            }
+            InboxAction::Begin(from, it) => {
+                let message = life.waiting.remove(&(from, it.clone())).expect("it waits");
+                life.inbox.handle_begun(from);
+                match entry.serves {
+                    true => self.begin(node_of(&from), node, it, message, true),
+                    false => life.inbox.handle_ended(from, &it, Outcome::Refused),
+                }
+            }
+        }
+    }
+}
+
+/// The least loaded of the nodes that serve.
+fn least_loaded(serving: &[usize], load: &dyn Fn(&NodeId) -> Option<u64>) -> Option<NodeId> {
+    let loads = serving.iter().filter_map(|node| Some((load(&id(*node))?, id(*node))));
+    loads.min().map(|(_, node)| node)
+}
+
+#[test]
+fn ten_thousand_faulty_runs_process_what_was_stored_once_and_in_order() {
+    let mut seen = Seen::default();
+    super::tests::each_seed(10_000, |seed| seen.extend(World::new(seed).run()));
+    println!("{seen:#?}");
+    if !super::tests::is_alone() {
+        seen.check();
+    }
+}
