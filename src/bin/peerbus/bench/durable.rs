@@ -1,8 +1,8 @@
 //! `peerbus bench durable`
 
-use std::fs::File;
-use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -10,8 +10,9 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use peerbus::{Call, HandlerError, Node};
 use serde_json::json;
-use tokio::task::unconstrained;
+use tokio::task::{spawn_blocking, unconstrained};
 
+use super::by_hand;
 use super::process::{Far, Placement, affinity, name};
 use super::stats::{Samples, median};
 use crate::output;
@@ -52,6 +53,8 @@ pub(crate) struct Durable {
 enum What {
     /// The reference: as many bytes, written and synced by hand.
     Sync,
+    /// The same here and then in another process, which answers: what there is to be had.
+    SyncTwice,
     /// A request without guarantees, from a node without a store.
     Bare,
     /// The same from a node with one.
@@ -64,7 +67,7 @@ enum What {
 
 impl What {
     fn all(windows: &[u32]) -> Vec<Self> {
-        let mut all = vec![Self::Sync, Self::Bare, Self::Request];
+        let mut all = vec![Self::Sync, Self::SyncTwice, Self::Bare, Self::Request];
         all.extend(windows.iter().copied().map(Self::Stored));
         all.extend(windows.iter().copied().map(Self::Processed));
         all
@@ -73,6 +76,7 @@ impl What {
     fn title(self) -> String {
         match self {
             Self::Sync => "write and fdatasync (reference)".into(),
+            Self::SyncTwice => "the same in two processes, TCP".into(),
             Self::Bare => "request, node without a store".into(),
             Self::Request => "request, node with a store".into(),
             Self::Stored(window) => format!("stored, {window} at a time"),
@@ -105,7 +109,7 @@ struct Bench {
     stores: Scratch,
     runtime: Scratch,
     millis: u64,
-    _far: Far,
+    far: Far,
 }
 
 impl Durable {
@@ -133,7 +137,7 @@ impl Durable {
         let far = Far::start("keeper", args).await?;
         let bare = node(runtime.path(), None).await?;
         let durable = node(runtime.path(), Some(&stores.path().join("near"))).await?;
-        let bench = Bench { bare, durable, stores, runtime, millis: self.millis, _far: far };
+        let bench = Bench { bare, durable, stores, runtime, millis: self.millis, far };
         for node in [&bench.bare, &bench.durable] {
             node.wait_for_service("work", Duration::from_secs(10)).await?;
         }
@@ -164,13 +168,19 @@ impl Durable {
         );
         let mut results = Vec::new();
         for (place, size) in self.sizes.iter().enumerate() {
-            let (raw, request) = (&lines[0][place].p50s, &lines[2][place].p50s);
+            let p50s = |what| {
+                let line = all.iter().zip(lines).find(|(other, _)| **other == what);
+                line.map(|(_, lines)| &lines[place].p50s).expect("it is always measured")
+            };
+            let raw = p50s(What::Sync);
+            let twice =
+                raw.iter().zip(p50s(What::Request)).map(|(raw, request)| 2.0 * raw + request);
+            let twice: Vec<f64> = twice.collect();
             for (what, line) in all.iter().zip(lines).map(|(what, lines)| (what, &lines[place])) {
-                let sums = raw.iter().zip(request);
-                let reference: Vec<f64> = match what {
-                    What::Processed(_) => sums.map(|(raw, request)| 2.0 * raw + request).collect(),
-                    What::Request => lines[1][place].p50s.clone(),
-                    What::Sync | What::Bare | What::Stored(_) => raw.clone(),
+                let reference = match what {
+                    What::Processed(_) | What::SyncTwice => &twice,
+                    What::Request => p50s(What::Bare),
+                    What::Sync | What::Bare | What::Stored(_) => raw,
                 };
                 let ratios = line.p50s.iter().zip(reference).map(|(own, other)| own / other);
                 let (rate, p50) = (median(line.rates.clone()), median(line.p50s.clone()));
@@ -185,8 +195,8 @@ impl Durable {
             text += "\n";
         }
         text += "Medians over the rounds. The ratio is that of the p50s in a round: against the reference; for\n\
-                 what is processed, against two fdatasync and a request; for the node with a store, against\n\
-                 the one without.";
+                 what is synced on both sides, against two fdatasync and a request; for the node with a\n\
+                 store, against the one without.";
         let value = json!({
             "rounds": self.rounds, "millis": self.millis, "placement": name(self.placement),
             "results": results,
@@ -205,10 +215,15 @@ impl Bench {
     async fn round(&self, what: What, size: usize) -> anyhow::Result<(Samples, Duration)> {
         let body = vec![7; size];
         match what {
+            // On a thread of its own: the nodes' links are to stay up meanwhile.
             What::Sync => {
-                let (path, millis) = (self.stores.path().join(format!("raw-{size}")), self.millis);
-                // The nodes' links are to stay up meanwhile.
-                tokio::task::spawn_blocking(move || sync_by_hand(&path, &body, millis)).await?
+                let (path, millis) = (self.stores.path().join("by-hand"), self.millis);
+                spawn_blocking(move || by_hand::store(&path, &body, millis)).await?
+            }
+            What::SyncTwice => {
+                let (path, millis) = (self.stores.path().join("by-hand"), self.millis);
+                let far = self.far.address.parse()?;
+                spawn_blocking(move || by_hand::store_twice(&path, far, &body, millis)).await?
             }
             What::Bare => self.ask(&self.bare, &body).await,
             What::Request => self.ask(&self.durable, &body).await,
@@ -260,22 +275,6 @@ impl Bench {
     }
 }
 
-pub(super) fn sync_by_hand(
-    path: &Path,
-    body: &[u8],
-    millis: u64,
-) -> anyhow::Result<(Samples, Duration)> {
-    let mut file = File::options().create(true).append(true).open(path)?;
-    let (mut samples, begun) = (Samples::default(), Instant::now());
-    while begun.elapsed() < Duration::from_millis(millis) {
-        let sent = Instant::now();
-        file.write_all(body)?;
-        file.sync_data()?;
-        samples.add(sent.elapsed());
-    }
-    Ok((samples, begun.elapsed()))
-}
-
 /// The far side.
 #[derive(Args)]
 pub(crate) struct Keeper {
@@ -298,7 +297,10 @@ impl Keeper {
         let node = node(&self.runtime_dir, Some(&self.store)).await?;
         let handler = |_: Call| std::future::ready(Ok::<_, HandlerError>(""));
         let _service = node.serve("work", handler).start()?;
-        println!("{}", node.id());
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        println!("{}", listener.local_addr()?);
+        let path = self.store.with_extension("by-hand");
+        thread::spawn(move || by_hand::answer(&listener, &path));
         // Until the near side closes its end.
         let mut line = String::new();
         tokio::task::spawn_blocking(move || std::io::stdin().read_line(&mut line)).await??;

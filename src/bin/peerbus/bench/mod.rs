@@ -1,4 +1,5 @@
 //! `peerbus bench`
+mod by_hand;
 mod durable;
 mod latency;
 mod load;

@@ -11,7 +11,7 @@ use super::round::{self, Round};
 use super::systems::SystemName;
 use super::tally::{Latencies, MOMENT};
 use super::workload::Workload;
-use crate::bench::durable::sync_by_hand;
+use crate::bench::by_hand;
 use crate::bench::process::Placement;
 use crate::output;
 use crate::scratch::Scratch;
@@ -216,7 +216,7 @@ fn machine(dir: &Path) -> anyhow::Result<Machine> {
         .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok())
         .unwrap_or(0);
     let scratch = Scratch::inside(dir)?;
-    let (syncs, _) = sync_by_hand(&scratch.path().join("sync"), &[7; 1024], 300)?;
+    let (syncs, _) = by_hand::store(&scratch.path().join("sync"), &[7; 1024], 300)?;
     Ok(Machine {
         processor: after(&read("/proc/cpuinfo"), "model name").unwrap_or("unknown".into()),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
