@@ -1,6 +1,8 @@
 //! What the journals of outbox and inbox hold: a byte that names the kind, then MessagePack.
 
-use serde::de::{self, DeserializeOwned, Visitor};
+use std::borrow::Cow;
+
+use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smallvec::SmallVec;
 
@@ -27,30 +29,27 @@ pub(crate) enum RecordError {
 
 /// Bytes as such, not as a list of numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Raw(pub(super) Vec<u8>);
+pub(super) struct Raw<'a>(pub(super) Cow<'a, [u8]>);
 
-impl Serialize for Raw {
+impl Serialize for Raw<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.0)
     }
 }
 
-impl<'de> Deserialize<'de> for Raw {
+impl<'de: 'a, 'a> Deserialize<'de> for Raw<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Taken;
-        impl Visitor<'_> for Taken {
-            type Value = Raw;
+        struct Borrowed;
+        impl<'de> Visitor<'de> for Borrowed {
+            type Value = Raw<'de>;
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str("bytes")
             }
-            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Raw, E> {
-                Ok(Raw(bytes.to_owned()))
-            }
-            fn visit_byte_buf<E: de::Error>(self, bytes: Vec<u8>) -> Result<Raw, E> {
-                Ok(Raw(bytes))
+            fn visit_borrowed_bytes<E: de::Error>(self, bytes: &'de [u8]) -> Result<Raw<'de>, E> {
+                Ok(Raw(bytes.into()))
             }
         }
-        deserializer.deserialize_byte_buf(Taken)
+        deserializer.deserialize_bytes(Borrowed)
     }
 }
 
@@ -99,7 +98,7 @@ impl<'de> Deserialize<'de> for Name {
 
 /// A message and where it has to go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct MessageRecord {
+pub(super) struct MessageRecord<'a> {
     pub(super) number: u64,
     #[serde(deserialize_with = "few")]
     pub(super) parts: SmallVec<[PartRecord; 1]>,
@@ -107,11 +106,12 @@ pub(super) struct MessageRecord {
     pub(super) expires_at: Option<u64>,
     pub(super) not_before: Option<u64>,
     pub(super) order: Option<String>,
-    pub(super) frozen: Raw,
+    #[serde(borrow)]
+    pub(super) frozen: Raw<'a>,
 }
 
 /// Most messages are stored alone.
-pub(super) type MessageRecords = SmallVec<[MessageRecord; 1]>;
+pub(super) type MessageRecords<'a> = SmallVec<[MessageRecord<'a>; 1]>;
 
 /// One destination of a message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,9 +194,9 @@ impl PeerRecord {
 
 /// An entry of an outbox's journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum OutboxRecord {
+pub(super) enum OutboxRecord<'a> {
     /// Messages that are stored together or not at all.
-    Messages(MessageRecords),
+    Messages(MessageRecords<'a>),
     /// Message, part and node: where it is bound to from now on, or that it is free again.
     Bound(Vec<(u64, u32, Option<BindingRecord>)>),
     /// Message and part: processed, or purged.
@@ -211,12 +211,12 @@ pub(super) enum OutboxRecord {
     Freed(Vec<(u64, u32)>),
     /// The same as [`OutboxRecord::Messages`], with the ids of those that are stored once, and their
     /// numbers.
-    Once(MessageRecords, Vec<(MessageId, u64)>),
+    Once(MessageRecords<'a>, Vec<(MessageId, u64)>),
     /// Message and part: it was taken from its node, which may have processed it.
     Left(Vec<(u64, u32)>),
 }
 
-impl OutboxRecord {
+impl<'a> OutboxRecord<'a> {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Messages(messages) => {
@@ -238,7 +238,7 @@ impl OutboxRecord {
         }
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+    pub(super) fn decode(bytes: &'a [u8]) -> Result<Self, RecordError> {
         let (kind, rest) = bytes.split_first().ok_or(RecordError::Empty)?;
         Ok(match kind {
             0 => Self::Messages(decode::<Vec<_>>(rest)?.into()),
@@ -343,11 +343,11 @@ fn write_kind<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, kind: u8, value: &T) {
 }
 
 /// In bytes; few records take more.
-fn about_size(message: &MessageRecord) -> usize {
+fn about_size(message: &MessageRecord<'_>) -> usize {
     32 + 128 * message.parts.len() + message.frozen.0.len()
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, RecordError> {
     Ok(rmp_serde::from_slice(bytes)?)
 }
 

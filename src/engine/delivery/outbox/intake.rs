@@ -106,7 +106,7 @@ impl Outbox {
         number: u64,
         message: NewMessage,
         choose: &mut Choose<'_>,
-    ) -> MessageRecord {
+    ) -> MessageRecord<'static> {
         let size = message.size();
         let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
         let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
@@ -156,7 +156,7 @@ impl Outbox {
             expires_at,
             not_before,
             order: order.as_deref().map(str::to_owned),
-            frozen: Raw(frozen),
+            frozen: Raw(frozen.into()),
         };
         let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));

@@ -11,6 +11,9 @@ impl Outbox {
 
     /// Whether another with its key is before it.
     pub(super) fn is_behind(&self, key: PartKey) -> bool {
+        if self.lanes.is_empty() {
+            return false;
+        }
         let first = self.lane(key).and_then(|lane| self.lanes.get(&lane)?.front());
         first.is_some_and(|first| *first != key)
     }

@@ -109,7 +109,7 @@ impl Outbox {
     fn recover_message(
         &mut self,
         position: Position,
-        record: &MessageRecord,
+        record: &MessageRecord<'_>,
     ) -> Result<(), RecordError> {
         let number = record.number;
         self.next_number = self.next_number.max(number + 1);
@@ -139,14 +139,17 @@ impl Outbox {
         self.entries.insert(number, entry);
         for (at, part) in (0u32..).zip(&record.parts) {
             let key = PartKey { number, part: at };
-            for binding in part.former.iter().chain(&part.binding) {
-                self.rebind(key, &binding.binding());
-            }
-            if part.binding.is_none() {
+            for former in &part.former {
+                self.rebind(key, &former.binding());
                 self.leave(key);
             }
-            // What was moved comes later than it was stored.
-            self.enter_lane(key);
+            if let Some(binding) = &part.binding {
+                self.rebind(key, &binding.binding());
+            }
+            if record.order.is_some() {
+                // What was moved comes later than it was stored.
+                self.enter_lane(key);
+            }
             match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
                 PartRecord { dead: Some(fate), .. } => {
@@ -209,19 +212,13 @@ impl Outbox {
     /// The journal has been read: what is in it goes on its way.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
         self.now = now.time;
-        let mut keys = Vec::new();
-        for (number, entry) in self.entries.iter() {
-            for (at, part) in entry.parts.iter().enumerate() {
-                if part.state == State::Storing {
-                    let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
-                    keys.push((PartKey { number, part: at as u32 }, expires_at));
-                }
-            }
-        }
-        for (key, expires_at) in keys {
-            self.wall.extend(expires_at.map(|at| (at, key)));
-            self.activate(now, key);
-        }
+        let parts = self.entries.iter().flat_map(|(number, entry)| {
+            let parts = (0u32..).zip(&entry.parts);
+            let stored = parts.filter(|(_, part)| part.state == State::Storing);
+            stored.map(move |(part, _)| PartKey { number, part })
+        });
+        let keys: Vec<PartKey> = parts.collect();
+        keys.into_iter().for_each(|key| self.activate(now, key));
         self.peers.values_mut().for_each(|peer| peer.down_since = now.time);
     }
 
@@ -260,7 +257,10 @@ impl Outbox {
             OutboxRecord::Messages(messages) | OutboxRecord::Once(messages, _) => messages,
             _ => return Ok(Vec::new()),
         };
-        Ok(messages.into_iter().map(|message| (message.number, message.frozen.0.into())).collect())
+        let frozen = |message: MessageRecord<'_>| {
+            (message.number, Bytes::from(message.frozen.0.into_owned()))
+        };
+        Ok(messages.into_iter().map(frozen).collect())
     }
 
     /// An entry of so many messages, as a transaction stores them.
@@ -272,7 +272,7 @@ impl Outbox {
             expires_at: None,
             not_before: None,
             order: None,
-            frozen: Raw(number.to_string().into()),
+            frozen: Raw(number.to_string().into_bytes().into()),
         };
         let entry = OutboxRecord::Messages((1..=messages).map(message).collect()).encode();
         (Position { segment: 1, offset: 48, length: entry.len() as u32 }, entry)

@@ -130,7 +130,7 @@ impl Outbox {
             expires_at: rare.and_then(|rare| rare.expires_at),
             not_before: rare.and_then(|rare| rare.not_before),
             order: self.order(number).map(|order| order.to_string()),
-            frozen: Raw(frozen.into()),
+            frozen: Raw(frozen[..].into()),
         };
         self.moving += 1;
         self.append(&OutboxRecord::Messages(smallvec![record]), Pending::Moved(number));

@@ -6,7 +6,7 @@ use crate::engine::delivery::record::OutboxRecord;
 use crate::journal::{Haste, Position};
 
 impl Outbox {
-    pub(super) fn append(&mut self, record: &OutboxRecord, pending: Pending) {
+    pub(super) fn append(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
         let haste = match pending {
             // If it is lost, what it tells of comes once more, and is known there.
             Pending::Settled(..) => Haste::Later,
@@ -31,7 +31,7 @@ impl Outbox {
         self.append(&record, Pending::Settled(settled, numbers));
     }
 
-    pub(super) fn note(&mut self, record: &OutboxRecord) {
+    pub(super) fn note(&mut self, record: &OutboxRecord<'_>) {
         self.actions.push_back(OutboxAction::Note(record.encode()));
     }
 
@@ -143,14 +143,12 @@ impl Outbox {
         let Some(entry) = self.entries.get_mut(number) else { return };
         *self.live.entry(position.segment).or_default() += 1;
         entry.position = Some(position);
-        let expires_at = entry.rare.as_ref().and_then(|rare| rare.expires_at);
         for part in 0..entry.parts.len() as u32 {
             let key = PartKey { number, part };
             if self.is_unwanted(key) {
                 self.settle(key);
                 continue;
             }
-            self.wall.extend(expires_at.map(|at| (at, key)));
             self.activate(now, key);
         }
     }
@@ -158,7 +156,10 @@ impl Outbox {
     /// Sets a stored message on its way, as far as it may go.
     pub(super) fn activate(&mut self, now: Now, key: PartKey) {
         let Some(entry) = self.entries.get(key.number) else { return };
-        let not_before = entry.rare.as_ref().and_then(|rare| rare.not_before);
+        let rare = entry.rare.as_deref();
+        let (expires_at, not_before) =
+            rare.map_or((None, None), |rare| (rare.expires_at, rare.not_before));
+        self.wall.extend(expires_at.map(|at| (at, key)));
         match not_before.filter(|at| *at > now.unix_ms) {
             Some(at) => {
                 self.wall.insert((at, key));
