@@ -8,11 +8,13 @@
 //! ```
 
 mod admin;
+mod answers;
 mod dispatch;
 mod ends;
 mod intake;
 mod lanes;
 mod once;
+mod peers;
 mod recover;
 mod segments;
 mod stored;

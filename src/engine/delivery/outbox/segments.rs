@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use smallvec::smallvec;
 
-use super::dispatch::MOST_UNREADABLE;
+use super::answers::MOST_UNREADABLE;
 use super::{Bound, DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
 use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,

@@ -2,7 +2,8 @@
 
 use smallvec::smallvec;
 
-use super::dispatch::{MAX_PEERS, MAX_SUBSCRIPTIONS, MOST_UNREADABLE};
+use super::answers::MOST_UNREADABLE;
+use super::peers::{MAX_PEERS, MAX_SUBSCRIPTIONS};
 use super::*;
 use crate::address::Destination;
 use crate::engine::delivery::Now;
