@@ -125,7 +125,7 @@ pub(super) struct PartRecord {
     /// Why it is a dead letter, if it is one.
     pub(super) dead: Option<Fate>,
     /// Where it was bound to before, and may have been processed.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) former: Vec<BindingRecord>,
 }
 

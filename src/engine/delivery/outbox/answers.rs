@@ -78,19 +78,15 @@ impl Outbox {
         if !current {
             return true;
         }
-        let (target, attempts) = (part.target, part.attempts);
+        let (target, attempts, maybe_processed) = (part.target, part.attempts, part.redelivered);
         self.unreadable.remove(&key.number);
         self.stop(key);
         match answer.outcome {
             Outcome::Processed => unreachable!("it was settled above"),
             Outcome::Failed(text) => self.handle_failure(now, key, text),
             Outcome::Rejected(text) => self.kill(key, Fate::Rejected { text }),
-            Outcome::Expired => {
-                let maybe_processed = self.part(key).is_some_and(|part| part.redelivered);
-                self.kill(key, Fate::Expired { maybe_processed });
-            }
+            Outcome::Expired => self.kill(key, Fate::Expired { maybe_processed }),
             Outcome::Refused if self.has_expired(now, key) => {
-                let maybe_processed = self.part(key).is_some_and(|part| part.redelivered);
                 self.kill(key, Fate::Expired { maybe_processed });
             }
             Outcome::Refused => {
@@ -105,7 +101,10 @@ impl Outbox {
                 if let Some(peer) = self.peers.get_mut(&from) {
                     peer.inbox = None;
                 }
-                self.release(key);
+                match self.has_expired(now, key) {
+                    true => self.kill(key, Fate::Expired { maybe_processed }),
+                    false => self.release(key),
+                }
             }
         }
         true

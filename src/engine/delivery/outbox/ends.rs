@@ -35,14 +35,12 @@ impl Outbox {
     pub(super) fn end_part(&mut self, key: PartKey, state: State) {
         self.stop(key);
         let bound = self.part_mut(key).and_then(|part| part.bound.take());
+        bound.into_iter().for_each(|bound| self.leave_node(bound));
         let former = self.former.remove(&key).into_iter().flatten();
         for bound in bound.into_iter().chain(former) {
             match state {
                 // Its receiver may forget it when it can't come again.
-                State::Settled => {
-                    self.leave_node(bound);
-                    self.unreleased.push(bound);
-                }
+                State::Settled => self.unreleased.push(bound),
                 _ => self.release_number(bound),
             }
         }

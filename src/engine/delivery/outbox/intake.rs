@@ -76,6 +76,8 @@ impl Outbox {
         }
         let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
         for (message, submitted) in messages.into_iter().zip(&mut submitted) {
+            // One with its id may be before it among these.
+            *submitted = submitted.take().or_else(|| self.submitted_before(&message));
             if submitted.is_some() {
                 continue;
             }

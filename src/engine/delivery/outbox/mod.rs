@@ -456,6 +456,7 @@ impl Outbox {
     /// Gives a message the next number of its node; the one that it had, if it was there before:
     /// by that the node knows whether it has processed it.
     fn bind(&mut self, key: PartKey, node: NodeId, target: &Target) -> Bound {
+        self.peers.entry(node).or_default().bound += 1;
         let streams = &self.streams;
         if let Some(former) = self.former.get_mut(&key)
             && let Some(at) = former.iter().position(|it| streams[it.stream as usize].node == node)
@@ -472,13 +473,13 @@ impl Outbox {
         let bound = Bound { stream: number, seq: stream.next };
         stream.next += 1;
         stream.outstanding.insert(bound.seq, key);
-        self.peers.entry(node).or_default().bound += 1;
         bound
     }
 
     /// Takes a message from its node: its number there is settled.
     fn unbind(&mut self, key: PartKey) {
         if let Some(bound) = self.part_mut(key).and_then(|part| part.bound.take()) {
+            self.leave_node(bound);
             self.release_number(bound);
         }
     }
@@ -488,6 +489,7 @@ impl Outbox {
         let Some(part) = self.part_mut(key) else { return };
         if let Some(bound) = part.bound.take() {
             part.redelivered = true;
+            self.leave_node(bound);
             self.former.entry(key).or_default().push(bound);
         }
     }
@@ -508,7 +510,6 @@ impl Outbox {
     }
 
     fn release_number(&mut self, bound: Bound) {
-        self.leave_node(bound);
         self.streams[bound.stream as usize].outstanding.remove(bound.seq);
     }
 

@@ -170,14 +170,16 @@ impl Outbox {
         part.bound = Some(bound);
         // That it was sent is written nowhere.
         part.redelivered = true;
-        let before = self.former.get_mut(&key).into_iter();
-        let had_it = before.flat_map(|former| former.extract_if(.., |it| *it == bound)).count() > 0;
-        if !had_it {
-            let stream = &mut self.streams[stream as usize];
-            stream.next = stream.next.max(binding.seq + 1);
-            stream.outstanding.insert(binding.seq, key);
-            self.peers.entry(binding.node).or_default().bound += 1;
-        }
+        let number = &mut self.streams[stream as usize];
+        number.next = number.next.max(binding.seq + 1);
+        number.outstanding.insert(binding.seq, key);
+        self.peers.entry(binding.node).or_default().bound += 1;
+        // It has one number at a node: that it gave up another may not have been written.
+        let streams = &self.streams;
+        let here = |it: &mut Bound| streams[it.stream as usize].node == binding.node;
+        let former = self.former.get_mut(&key).into_iter();
+        let given_up: Vec<Bound> = former.flat_map(|former| former.extract_if(.., here)).collect();
+        given_up.into_iter().filter(|it| *it != bound).for_each(|it| self.release_number(it));
     }
 
     pub(super) fn recover_settled(&mut self, key: PartKey) {

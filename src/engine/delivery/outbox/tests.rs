@@ -7,6 +7,7 @@ use super::peers::{MAX_PEERS, MAX_SUBSCRIPTIONS};
 use super::*;
 use crate::address::Destination;
 use crate::engine::delivery::Now;
+use crate::engine::delivery::record::OutboxRecord;
 use crate::message::{IdSource, Kind};
 use crate::wire::{Answer, DeliveryId, InboxInfo, Outcome};
 
@@ -591,6 +592,66 @@ fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
 }
 
 #[test]
+fn a_number_that_was_given_up_is_not_taken_again_even_if_nothing_says_so() {
+    let minute = Duration::from_secs(60);
+    let mut bench = Bench::new(Some(minute));
+    bench.serving = vec![BOB, CAROL];
+    bench.meet(BOB);
+    bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    let (_, refused) = bench.sent[0].clone();
+    bench.answer(BOB, &refused.id, 1, Outcome::Refused);
+    bench.sleep(minute);
+    let (to, second) = bench.sent.last().unwrap().clone();
+    assert!(to == BOB && second.id != refused.id);
+    // The disk refused the entry that he is rid of the first.
+    let given_up = OutboxRecord::Bound(vec![(1, 0, None)]).encode();
+    let before = bench.journal.len();
+    bench.journal.retain(|(_, entry)| *entry != given_up);
+    assert_eq!(bench.journal.len(), before - 1);
+    bench = bench.restart();
+    bench.serving = vec![CAROL];
+    bench.meet(CAROL);
+    bench.sleep(2 * minute);
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    bench.lose(CAROL);
+    bench.serving = vec![BOB];
+    bench.meet(BOB);
+    bench.sleep(2 * minute);
+    let (to, third) = bench.sent.last().unwrap();
+    assert_eq!((*to, &third.id), (BOB, &second.id));
+}
+
+#[test]
+fn a_peer_whose_messages_were_given_to_others_is_not_missed() {
+    let mut bench = Bench::new(Some(HOUR / 4));
+    bench.serving = vec![BOB, CAROL];
+    bench.meet(BOB);
+    bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    bench.lose(BOB);
+    bench.meet(CAROL);
+    for _ in 0..10 {
+        bench.sleep(HOUR / 4);
+    }
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    assert_eq!(bench.events, []);
+}
+
+#[test]
+fn what_expires_on_its_way_to_a_node_without_an_inbox_is_a_dead_letter() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    let mut message = bench.message(Target::Node(BOB));
+    message.expires_at = Some(1000);
+    bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
+    bench.run();
+    let (_, sent) = bench.sent[0].clone();
+    bench.sleep(Duration::from_secs(2));
+    assert_eq!(bench.done, [], "its answer decides");
+    bench.answer(BOB, &sent.id, 1, Outcome::NoInbox);
+    assert_eq!(bench.done, [(1, Err(Fate::Expired { maybe_processed: false }))]);
+}
+
+#[test]
 fn what_was_reassigned_is_not_sent_to_its_old_node_under_its_new_number() {
     let minute = Duration::from_secs(60);
     let mut bench = Bench::new(Some(minute));
@@ -693,6 +754,17 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
     bench.run();
     assert_eq!(submit(&mut bench, id), Submitted::Pending { number: first, stored: true });
     assert_ne!(submit(&mut bench, other).number(), first);
+    bench.run();
+    bench.outbox.config.max_messages = 9;
+    let mut twins = [bench.message(Target::Node(BOB)), bench.message(Target::Node(BOB))];
+    let twin = ids.next(1);
+    twins.iter_mut().for_each(|message| (message.header.id, message.once) = (twin, true));
+    let submitted = bench
+        .outbox
+        .submit(bench.now(), NewMessages::from_iter(twins), &mut |_, _, _| None)
+        .unwrap();
+    let number = submitted[0].number();
+    assert_eq!(submitted[1], Submitted::Pending { number, stored: false });
     bench.run();
 
     bench.meet(BOB);
