@@ -270,7 +270,8 @@ impl Config {
         /// replayed or purged (`peerbus outbox`); false by default: they go on without it.
         hold_keys: bool;
         /// After how long without its node a guaranteed message to a service, which that node
-        /// may have had, goes to another instance; never by default, since both may process it.
+        /// may have had, goes to another instance; never by default, since both may process it,
+        /// each of them once.
         reassign_after: Option<Duration>;
         /// After how long without a peer that guaranteed messages wait for it is reported
         /// ([`Event::PeerGone`](crate::Event::PeerGone)): an hour by default. They are kept.
