@@ -50,10 +50,7 @@ impl Progress {
             Some(told) => Poll::Ready(Some(told)),
             None if state.abandoned => Poll::Ready(None),
             None => {
-                match &mut state.waiter {
-                    Some(waiter) => waiter.clone_from(context.waker()),
-                    none => *none = Some(context.waker().clone()),
-                }
+                state.waiter = Some(context.waker().clone());
                 Poll::Pending
             }
         }

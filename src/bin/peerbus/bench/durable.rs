@@ -172,10 +172,9 @@ impl Durable {
                 let line = all.iter().zip(lines).find(|(other, _)| **other == what);
                 line.map(|(_, lines)| &lines[place].p50s).expect("it is always measured")
             };
-            let raw = p50s(What::Sync);
-            let twice =
-                raw.iter().zip(p50s(What::Request)).map(|(raw, request)| 2.0 * raw + request);
-            let twice: Vec<f64> = twice.collect();
+            let (raw, request) = (p50s(What::Sync), p50s(What::Request));
+            let sums = raw.iter().zip(request).map(|(raw, request)| 2.0 * raw + request);
+            let twice: Vec<f64> = sums.collect();
             for (what, line) in all.iter().zip(lines).map(|(what, lines)| (what, &lines[place])) {
                 let reference = match what {
                     What::Processed(_) | What::SyncTwice => &twice,
@@ -213,15 +212,12 @@ async fn node(runtime_dir: &Path, store: Option<&Path>) -> anyhow::Result<Node> 
 
 impl Bench {
     async fn round(&self, what: What, size: usize) -> anyhow::Result<(Samples, Duration)> {
-        let body = vec![7; size];
+        let (body, millis) = (vec![7; size], self.millis);
+        let path = self.stores.path().join("by-hand");
         match what {
             // On a thread of its own: the nodes' links are to stay up meanwhile.
-            What::Sync => {
-                let (path, millis) = (self.stores.path().join("by-hand"), self.millis);
-                spawn_blocking(move || by_hand::store(&path, &body, millis)).await?
-            }
+            What::Sync => spawn_blocking(move || by_hand::store(&path, &body, millis)).await?,
             What::SyncTwice => {
-                let (path, millis) = (self.stores.path().join("by-hand"), self.millis);
                 let far = self.far.address.parse()?;
                 spawn_blocking(move || by_hand::store_twice(&path, far, &body, millis)).await?
             }

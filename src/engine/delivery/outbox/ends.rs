@@ -34,10 +34,7 @@ impl Outbox {
 
     pub(super) fn end_part(&mut self, key: PartKey, state: State) {
         self.stop(key);
-        let bound = self.part_mut(key).and_then(|part| part.bound.take());
-        bound.into_iter().for_each(|bound| self.leave_node(bound));
-        let former = self.former.remove(&key).into_iter().flatten();
-        for bound in bound.into_iter().chain(former) {
+        for bound in self.take_numbers(key) {
             match state {
                 // Its receiver may forget it when it can't come again.
                 State::Settled => self.unreleased.push(bound),
@@ -90,9 +87,7 @@ impl Outbox {
         let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
         for part in 0..parts {
             let key = PartKey { number, part };
-            self.leave(key);
-            let bounds = self.former.remove(&key).into_iter().flatten();
-            bounds.for_each(|bound| self.release_number(bound));
+            self.take_numbers(key).for_each(|bound| self.release_number(bound));
             self.leave_lane(key);
             match self.part(key).map(|part| &part.state) {
                 Some(State::Settled) | None => {}

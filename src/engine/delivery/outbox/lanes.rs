@@ -6,14 +6,13 @@ use super::{Outbox, PartKey, State};
 
 impl Outbox {
     pub(super) fn lane(&self, key: PartKey) -> Option<(u32, Arc<str>)> {
-        Some((self.part(key)?.target, self.order(key.number)?.clone()))
+        // Most have no key.
+        let order = self.order(key.number)?;
+        Some((self.part(key)?.target, order.clone()))
     }
 
     /// Whether another with its key is before it.
     pub(super) fn is_behind(&self, key: PartKey) -> bool {
-        if self.lanes.is_empty() {
-            return false;
-        }
         let first = self.lane(key).and_then(|lane| self.lanes.get(&lane)?.front());
         first.is_some_and(|first| *first != key)
     }

@@ -457,11 +457,8 @@ impl Outbox {
     /// by that the node knows whether it has processed it.
     fn bind(&mut self, key: PartKey, node: NodeId, target: &Target) -> Bound {
         self.peers.entry(node).or_default().bound += 1;
-        let streams = &self.streams;
-        if let Some(former) = self.former.get_mut(&key)
-            && let Some(at) = former.iter().position(|it| streams[it.stream as usize].node == node)
-        {
-            return former.swap_remove(at);
+        if let Some(former) = self.take_former(key, node) {
+            return former;
         }
         let subscription = match target {
             Target::Subscription(_, name) => Some(name.clone()),
@@ -474,6 +471,22 @@ impl Outbox {
         stream.next += 1;
         stream.outstanding.insert(bound.seq, key);
         bound
+    }
+
+    /// The number that a message had at a node before, which it has no longer.
+    fn take_former(&mut self, key: PartKey, node: NodeId) -> Option<Bound> {
+        let streams = &self.streams;
+        let former = self.former.get_mut(&key)?;
+        let at = former.iter().position(|it| streams[it.stream as usize].node == node)?;
+        Some(former.swap_remove(at))
+    }
+
+    /// All numbers of a message, of its node and of others that it was bound to before; it has
+    /// none any more.
+    fn take_numbers(&mut self, key: PartKey) -> impl Iterator<Item = Bound> + use<> {
+        let bound = self.part_mut(key).and_then(|part| part.bound.take());
+        bound.into_iter().for_each(|bound| self.leave_node(bound));
+        bound.into_iter().chain(self.former.remove(&key).into_iter().flatten())
     }
 
     /// Takes a message from its node: its number there is settled.

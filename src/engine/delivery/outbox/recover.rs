@@ -146,10 +146,8 @@ impl Outbox {
             if let Some(binding) = &part.binding {
                 self.rebind(key, &binding.binding());
             }
-            if record.order.is_some() {
-                // What was moved comes later than it was stored.
-                self.enter_lane(key);
-            }
+            // What was moved comes later than it was stored.
+            self.enter_lane(key);
             match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
                 PartRecord { dead: Some(fate), .. } => {
@@ -175,11 +173,8 @@ impl Outbox {
         number.outstanding.insert(binding.seq, key);
         self.peers.entry(binding.node).or_default().bound += 1;
         // It has one number at a node: that it gave up another may not have been written.
-        let streams = &self.streams;
-        let here = |it: &mut Bound| streams[it.stream as usize].node == binding.node;
-        let former = self.former.get_mut(&key).into_iter();
-        let given_up: Vec<Bound> = former.flat_map(|former| former.extract_if(.., here)).collect();
-        given_up.into_iter().filter(|it| *it != bound).for_each(|it| self.release_number(it));
+        let former = self.take_former(key, binding.node).filter(|former| *former != bound);
+        former.into_iter().for_each(|given_up| self.release_number(given_up));
     }
 
     pub(super) fn recover_settled(&mut self, key: PartKey) {

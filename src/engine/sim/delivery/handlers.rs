@@ -92,7 +92,7 @@ impl World {
     }
 
     /// All before it with its key are through.
-    pub(super) fn check_order(&self, message: MessageId) {
+    fn check_order(&self, message: MessageId) {
         let sent = &self.sent[&message];
         let Some(lane) = sent.lane.as_ref().filter(|_| !sent.forgotten) else { return };
         let before = self.order.iter().take_while(|other| **other != message);

@@ -112,7 +112,7 @@ impl World {
     }
 
     /// It may process again what it has processed.
-    pub(super) fn lose_inbox(&mut self, node: usize) {
+    fn lose_inbox(&mut self, node: usize) {
         self.seen.add("inboxes lost", 1);
         self.nodes[node].inbox_disk = Disk::default();
         self.durable.retain(|(other, ..)| *other != node);
@@ -120,7 +120,7 @@ impl World {
 
     /// Puts an outbox back to what it was, if there is a copy, or wipes it: what was in it has no
     /// promise left. What is stored from then on has all of them.
-    pub(super) fn restore_outbox(&mut self, node: usize) {
+    fn restore_outbox(&mut self, node: usize) {
         self.seen.add("outboxes put back", 1);
         self.nodes[node].outbox_disk = self.nodes[node].backup.take().unwrap_or_default();
         self.sent.values_mut().filter(|sent| sent.sender == node).for_each(|sent| {
@@ -128,17 +128,14 @@ impl World {
         });
     }
 
-    pub(super) fn consumed(
-        &self,
-        node: usize,
-    ) -> Vec<(crate::address::ServiceName, crate::address::Pattern)> {
+    fn consumed(&self, node: usize) -> Vec<(crate::address::ServiceName, crate::address::Pattern)> {
         match node > 0 && self.nodes[node].serves {
             true => vec![("billing".parse().unwrap(), "orders.>".parse().unwrap())],
             false => Vec::new(),
         }
     }
 
-    pub(super) fn tell_consumers(&mut self, node: usize) {
+    fn tell_consumers(&mut self, node: usize) {
         let subscriptions = self.consumed(node);
         let Some(life) = &mut self.nodes[node].life else { return };
         let own = InboxInfo { epoch: 0, subscriptions, ended: Vec::new() };

@@ -28,7 +28,7 @@ impl World {
         }
     }
 
-    pub(super) fn submit(&mut self, node: usize, all: NewMessages) -> SmallVec<[Submitted; 1]> {
+    fn submit(&mut self, node: usize, all: NewMessages) -> SmallVec<[Submitted; 1]> {
         let now = self.clock();
         let serving: Vec<usize> = (1..NODES).filter(|node| self.nodes[*node].serves).collect();
         let outbox = &mut self.nodes[node].life.as_mut().expect("it lives").outbox;
@@ -96,7 +96,7 @@ impl World {
     }
 
     /// A message that is sent now.
-    pub(super) fn draw(&mut self, node: usize) -> Option<NewMessage> {
+    fn draw(&mut self, node: usize) -> Option<NewMessage> {
         let now = self.clock();
         let life = self.nodes[node].life.as_ref()?;
         let message = self.ids.next(1);
