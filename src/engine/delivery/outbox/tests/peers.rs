@@ -1,0 +1,180 @@
+//! What is known of peers, and for how long.
+
+use super::*;
+
+#[test]
+fn a_peer_that_messages_wait_for_is_reported_once() {
+    let mut bench = Bench::new(None);
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.sleep(HOUR / 2);
+    assert_eq!(bench.events, []);
+    bench.sleep(HOUR);
+    bench.sleep(HOUR);
+    assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+}
+
+#[test]
+fn a_peer_whose_messages_go_to_others_is_reported_too() {
+    let mut bench = Bench::new(Some(HOUR / 4));
+    bench.submit(Target::Node(BOB)).unwrap();
+    for _ in 0..10 {
+        bench.sleep(HOUR / 8);
+    }
+    assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
+    let due = bench.outbox.peer_timeout().unwrap();
+    assert!(due > bench.now().time, "and is not looked at all the time");
+}
+
+#[test]
+fn a_peer_that_comes_back_is_tried_at_once() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, Outcome::Failed("no".into()));
+    bench.lose(BOB);
+    bench.meet(BOB);
+    assert_eq!(bench.sent.len(), 2);
+}
+
+#[test]
+fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    for round in 0..3 {
+        let names = (0..600).map(|n| format!("s{round}-{n}").parse().unwrap());
+        let subscriptions = names.map(|name| (name, "orders.>".parse().unwrap())).collect();
+        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions, ended: Vec::new() });
+        bench.run();
+    }
+    assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
+}
+
+fn minted(number: usize) -> NodeId {
+    let mut id = [9; 32];
+    id[..8].copy_from_slice(&number.to_le_bytes());
+    NodeId::from_bytes(id)
+}
+
+#[test]
+fn peers_that_nothing_is_kept_for_are_forgotten_when_they_go() {
+    let mut bench = Bench::new(None);
+    let name: ServiceName = "billing".parse().unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert_eq!(bench.outbox.peers.len(), 1, "he told of no inbox");
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.outbox.handle_link_up(BOB);
+    bench.lose(BOB);
+    assert!(bench.outbox.peers[&BOB].waiting == 1, "one waits for him");
+
+    // Those with nothing are forgotten for others, those with a subscription are not.
+    for number in 0..MAX_PEERS + 10 {
+        bench.meet(minted(number));
+        bench.lose(minted(number));
+    }
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2 && bench.events.is_empty());
+    for number in 0..MAX_PEERS + 1 {
+        bench.subscribe(minted(number), &[&name], &[]);
+        bench.lose(minted(number));
+    }
+    let left_out = bench.events.iter().filter(|it| matches!(it, OutboxEvent::NotRemembered(_)));
+    assert!(left_out.count() >= 1);
+    assert!(bench.outbox.peers.len() <= MAX_PEERS + 2);
+    assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len() <= MAX_PEERS);
+}
+
+#[test]
+fn who_was_never_met_is_missed_from_when_something_waits_for_it() {
+    let mut bench = Bench::new(None);
+    bench.sleep(10 * HOUR);
+    bench.submit(Target::Node(BOB)).unwrap();
+    bench.sleep(HOUR / 2);
+    assert_eq!(bench.events, []);
+    bench.sleep(HOUR);
+    assert_eq!(bench.events.len(), 1);
+    // Once he is there, nothing waits.
+    bench.meet(BOB);
+    assert_eq!(bench.outbox.peers[&BOB].waiting, 0);
+}
+
+#[test]
+fn a_subscription_that_is_ended_leaves_nothing_behind() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let subscription = Target::Subscription(BOB, name.clone());
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.lose(BOB);
+    let kept = bench.submit(subscription.clone()).unwrap();
+    let message = bench.message(subscription.clone());
+    bench.subscribe(BOB, &[&name], &[]);
+    assert_eq!(bench.sent.len(), 1, "it is on its way");
+    // One more is being stored.
+    let choose: &mut Choose<'_> = &mut |_, _, _| None;
+    let storing = bench.outbox.submit(bench.now(), smallvec![message], choose).unwrap()[0].number();
+    bench.subscribe(BOB, &[], &[&name]);
+    assert_eq!(bench.done, [(kept, Ok(())), (storing, Ok(()))]);
+    assert_eq!(bench.outbox.pending(), 0);
+    assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).is_empty());
+
+    bench.sleep(2 * DISK_RETRY);
+
+    let mut next = Bench::new(None);
+    for (position, entry) in &bench.journal {
+        next.outbox.recover(*position, entry).unwrap();
+    }
+    next.outbox.handle_recovered(next.now());
+    assert_eq!((next.outbox.pending(), next.outbox.subscriptions().count()), (0, 0));
+}
+
+#[test]
+fn an_operator_ends_the_subscription_of_a_node_that_is_gone() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.lose(BOB);
+    bench.submit(Target::Subscription(BOB, name.clone())).unwrap();
+    bench.submit(Target::Node(BOB)).unwrap();
+    assert_eq!(bench.outbox.handle_unsubscribed(CAROL, &name), None);
+    assert_eq!(bench.outbox.handle_unsubscribed(BOB, &name), Some(1));
+    bench.run();
+    assert_eq!((bench.outbox.pending(), bench.outbox.subscriptions().count()), (1, 0));
+}
+
+#[test]
+fn a_peer_whose_messages_were_given_to_others_is_not_missed() {
+    let mut bench = Bench::new(Some(HOUR / 4));
+    bench.serving = vec![BOB, CAROL];
+    bench.meet(BOB);
+    bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    bench.lose(BOB);
+    bench.meet(CAROL);
+    for _ in 0..10 {
+        bench.sleep(HOUR / 4);
+    }
+    assert_eq!(bench.sent.last().unwrap().0, CAROL);
+    assert_eq!(bench.events, []);
+}
+
+#[test]
+fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
+    let mut bench = Bench::new(None);
+    bench.meet(BOB);
+    let stored = bench.journal.len();
+    for epoch in 2..1000 {
+        let subscription = ("billing".parse().unwrap(), "orders.>".parse().unwrap());
+        let info = InboxInfo { epoch, subscriptions: vec![subscription], ended: Vec::new() };
+        bench.outbox.handle_inbox(BOB, info);
+        bench.run();
+    }
+    assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "it has one for each life");
+    for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
+        let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
+        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ended: Vec::new() };
+        bench.outbox.handle_inbox(BOB, info);
+        bench.run();
+    }
+    assert_eq!(bench.journal.len(), stored + 1, "whom it meets is stored, and no more for now");
+    bench.sleep(2 * DISK_RETRY);
+    assert_eq!(bench.journal.len(), stored + 2, "what it is now");
+}
