@@ -1,34 +1,49 @@
 //! A map from growing numbers, dense in memory.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 const CHUNK: u64 = 64;
+/// So many chunks are kept for reuse: what comes and goes by the thousand needs no new memory.
+const MOST_SPARE: usize = 64;
 
 /// A map whose keys are numbers that grow: neighbours share memory, and a million entries take
 /// little more than their values do. What is left of an old chunk keeps all of it.
 #[derive(Debug)]
 pub(crate) struct Numbered<T> {
-    chunks: BTreeMap<u64, Chunk<T>>,
+    /// Where the chunks are, by number.
+    places: BTreeMap<u64, usize>,
+    chunks: Vec<Chunk<T>>,
+    /// Places that hold no chunk.
+    free: Vec<usize>,
+    /// The memory of some chunks that were emptied, to be used again.
+    spare: Vec<Slots<T>>,
+    /// The chunk that was wanted last, which most often is wanted next, and its place.
+    last: Cell<Option<(u64, usize)>>,
+    /// No number below this one is taken.
+    floor: Cell<u64>,
     len: usize,
-    /// The chunk that was emptied last, to be used again.
-    spare: Option<Chunk<T>>,
 }
+
+type Slots<T> = Box<[Option<T>]>;
 
 #[derive(Debug)]
 struct Chunk<T> {
     taken: usize,
-    slots: Box<[Option<T>]>,
-}
-
-impl<T> Default for Chunk<T> {
-    fn default() -> Self {
-        Self { taken: 0, slots: std::iter::repeat_with(|| None).take(CHUNK as usize).collect() }
-    }
+    slots: Slots<T>,
 }
 
 impl<T> Default for Numbered<T> {
     fn default() -> Self {
-        Self { chunks: BTreeMap::new(), len: 0, spare: None }
+        Self {
+            places: BTreeMap::new(),
+            chunks: Vec::new(),
+            free: Vec::new(),
+            spare: Vec::new(),
+            last: Cell::new(None),
+            floor: Cell::new(0),
+            len: 0,
+        }
     }
 }
 
@@ -42,55 +57,92 @@ impl<T> Numbered<T> {
     }
 
     pub(crate) fn get(&self, number: u64) -> Option<&T> {
-        self.chunks.get(&(number / CHUNK))?.slots[(number % CHUNK) as usize].as_ref()
+        self.chunks[self.place(number)?].slots[(number % CHUNK) as usize].as_ref()
     }
 
     pub(crate) fn get_mut(&mut self, number: u64) -> Option<&mut T> {
-        self.chunks.get_mut(&(number / CHUNK))?.slots[(number % CHUNK) as usize].as_mut()
+        let place = self.place(number)?;
+        self.chunks[place].slots[(number % CHUNK) as usize].as_mut()
     }
 
     pub(crate) fn insert(&mut self, number: u64, value: T) -> Option<T> {
-        self.fill(number, |slot| slot.replace(value))
+        self.slot(number).replace(value)
     }
 
     pub(crate) fn get_or_insert_default(&mut self, number: u64) -> &mut T
     where
         T: Default,
     {
-        self.fill(number, |slot| slot.get_or_insert_default())
+        self.slot(number).get_or_insert_default()
     }
 
-    fn fill<'a, R>(&'a mut self, number: u64, fill: impl FnOnce(&'a mut Option<T>) -> R) -> R {
-        let Self { chunks, spare, len } = self;
-        let chunk = chunks.entry(number / CHUNK);
-        let chunk = chunk.or_insert_with(|| spare.take().unwrap_or_default());
+    /// Where the number's chunk is.
+    fn place(&self, number: u64) -> Option<usize> {
+        let chunk = number / CHUNK;
+        match self.last.get() {
+            Some((last, place)) if last == chunk => Some(place),
+            _ => {
+                let place = *self.places.get(&chunk)?;
+                self.last.set(Some((chunk, place)));
+                Some(place)
+            }
+        }
+    }
+
+    /// The place of a number, which is about to be taken.
+    fn slot(&mut self, number: u64) -> &mut Option<T> {
+        let place = self.place(number).unwrap_or_else(|| self.begin_chunk(number / CHUNK));
+        self.floor.set(self.floor.get().min(number));
+        let chunk = &mut self.chunks[place];
         let slot = &mut chunk.slots[(number % CHUNK) as usize];
         let new = usize::from(slot.is_none());
         chunk.taken += new;
-        *len += new;
-        fill(slot)
+        self.len += new;
+        slot
+    }
+
+    fn begin_chunk(&mut self, chunk: u64) -> usize {
+        let empty = || std::iter::repeat_with(|| None).take(CHUNK as usize).collect();
+        let slots = self.spare.pop().unwrap_or_else(empty);
+        let place = self.free.pop().unwrap_or(self.chunks.len());
+        match self.chunks.get_mut(place) {
+            Some(free) => free.slots = slots,
+            None => self.chunks.push(Chunk { taken: 0, slots }),
+        }
+        self.places.insert(chunk, place);
+        place
     }
 
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
-        let chunk = self.chunks.get_mut(&(number / CHUNK))?;
+        let place = self.place(number)?;
+        let chunk = &mut self.chunks[place];
         let value = chunk.slots[(number % CHUNK) as usize].take()?;
         self.len -= 1;
         chunk.taken -= 1;
         if chunk.taken == 0 {
-            self.spare = self.chunks.remove(&(number / CHUNK));
+            let slots = std::mem::take(&mut chunk.slots);
+            if self.spare.len() < MOST_SPARE {
+                self.spare.push(slots);
+            }
+            self.free.push(place);
+            self.places.remove(&(number / CHUNK));
+            self.last.set(None);
         }
         Some(value)
     }
 
     /// The lowest number.
     pub(crate) fn first(&self) -> Option<u64> {
-        self.iter().next().map(|(number, _)| number)
+        if self.get(self.floor.get()).is_none() {
+            self.floor.set(self.iter().next().map_or(u64::MAX, |(number, _)| number));
+        }
+        Some(self.floor.get()).filter(|_| !self.is_empty())
     }
 
     /// All, by number.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &T)> {
-        self.chunks.iter().flat_map(|(chunk, Chunk { slots, .. })| {
-            let slots = slots.iter().enumerate();
+        self.places.iter().flat_map(|(chunk, place)| {
+            let slots = self.chunks[*place].slots.iter().enumerate();
             slots.filter_map(move |(at, slot)| Some((chunk * CHUNK + at as u64, slot.as_ref()?)))
         })
     }
@@ -112,6 +164,9 @@ mod tests {
         for number in [3, 200, 63, 64] {
             assert!(map.remove(number).is_some());
         }
-        assert!(map.is_empty() && map.chunks.is_empty() && map.remove(3).is_none());
+        assert!(map.is_empty() && map.places.is_empty() && map.remove(3).is_none());
+        assert_eq!((map.first(), map.insert(70, 1), map.insert(66, 2)), (None, None, None));
+        assert_eq!((map.first(), map.remove(66), map.first()), (Some(66), Some(2), Some(70)));
+        assert_eq!(map.chunks.len(), 3, "what was given back is used again");
     }
 }

@@ -11,7 +11,9 @@ pub(crate) struct Ranges {
 
 impl Ranges {
     pub(crate) fn contains(&self, number: u64) -> bool {
-        self.ranges.range(..=number).next_back().is_some_and(|(_, last)| number <= *last)
+        // Most are beyond the last.
+        self.ranges.last_key_value().is_some_and(|(_, last)| number <= *last)
+            && self.ranges.range(..=number).next_back().is_some_and(|(_, last)| number <= *last)
     }
 
     /// Whether a neighbour of that number is in it, so that adding it makes no new range.
@@ -21,6 +23,13 @@ impl Ranges {
 
     /// Adds a number; whether it is new.
     pub(crate) fn insert(&mut self, number: u64) -> bool {
+        // Most often the last range grows.
+        if let Some(mut last) = self.ranges.last_entry()
+            && last.get().checked_add(1) == Some(number)
+        {
+            last.insert(number);
+            return true;
+        }
         if self.contains(number) {
             return false;
         }
