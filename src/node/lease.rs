@@ -1,10 +1,12 @@
 //! Leases: how long the handler of a guaranteed message may take.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Mutex;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::sync::lock;
 
@@ -31,17 +33,25 @@ impl Lease {
     /// Runs a handler to its end; `None` if its lease ends before, and the handler with it.
     pub(crate) async fn hold<T>(&self, handler: impl Future<Output = T>) -> Option<T> {
         let mut handler = std::pin::pin!(handler);
-        loop {
-            let until = *lock(&self.until);
-            tokio::select! {
-                biased;
-                result = &mut handler => return Some(result),
-                () = sleep_until(until) => {}
+        // Most handlers end before any clock is needed.
+        let mut timer: Option<Pin<Box<Sleep>>> = None;
+        poll_fn(|context| {
+            if let Poll::Ready(result) = handler.as_mut().poll(context) {
+                return Poll::Ready(Some(result));
             }
-            if *lock(&self.until) <= Instant::now() {
-                return None;
+            loop {
+                let until = *lock(&self.until);
+                let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
+                if timer.deadline() != until {
+                    timer.as_mut().reset(until);
+                }
+                ready!(timer.as_mut().poll(context));
+                if *lock(&self.until) <= Instant::now() {
+                    return Poll::Ready(None);
+                }
             }
-        }
+        })
+        .await
     }
 }
 
