@@ -8,6 +8,7 @@ use rmp::encode::{self, ByteBuf};
 use super::WireError;
 
 const MAX_DEPTH: usize = 16;
+const NIL: u8 = 0xc0;
 
 /// Writes one positional array; the count is patched in when the trailing nils are known.
 pub(crate) struct ArrayWriter<'a> {
@@ -249,6 +250,13 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Passes over a nil, if one comes next.
+    fn take_nil(&mut self) -> bool {
+        let rest = self.rest.strip_prefix(&[NIL]);
+        self.rest = rest.unwrap_or(self.rest);
+        rest.is_some()
+    }
+
     /// Passes over one value of any type.
     pub(crate) fn skip(&mut self) -> Result<(), WireError> {
         self.skip_nested(MAX_DEPTH)
@@ -344,11 +352,10 @@ impl<'a> Fields<'a, '_> {
             return Ok(None);
         }
         self.left -= 1;
-        if self.reader.next_is() == Next::Nil {
-            self.reader.skip()?;
-            return Ok(None);
+        match self.reader.take_nil() {
+            true => Ok(None),
+            false => read(self.reader).map(Some),
         }
-        read(self.reader).map(Some)
     }
 
     /// A list; empty if it is nil or left out.
