@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -260,7 +261,7 @@ pub struct Message {
     /// Its sender made a request and waits.
     pub(crate) wants_reply: bool,
     /// It is from an outbox, whose owner waits for its end.
-    pub(crate) delivery: Option<Box<Delivery>>,
+    pub(crate) delivery: Option<Arc<Delivery>>,
 }
 
 impl Message {
@@ -288,6 +289,14 @@ impl Message {
     /// How often it was sent to this node, this time included; 1 if it is not guaranteed.
     pub fn attempt(&self) -> u32 {
         self.delivery.as_ref().map_or(1, |delivery| delivery.attempt)
+    }
+
+    /// What is left to know of it when its handler has it: not its body, nor what few have.
+    pub(crate) fn heading(&self) -> Self {
+        let (header, from) = (&self.header, self.from);
+        let heading = Header::new(header.id, header.kind, header.destination.clone());
+        let (wants_reply, delivery) = (self.wants_reply, self.delivery.clone());
+        Self { from, header: heading, body: Bytes::new(), wants_reply, delivery }
     }
 
     /// What it counts for in queues and flow control, in bytes.

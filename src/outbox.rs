@@ -11,7 +11,7 @@ use crate::identity::{Identity, NodeId, random_u64};
 use crate::journal::{Journal, Options, Position};
 use crate::message::Header;
 use crate::node::{DamagedPart, StoreError, StoreProblem, store};
-use crate::wire::thaw;
+use crate::wire::{Envelope, thaw};
 
 /// A message in an outbox, for one of its destinations.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,7 +181,9 @@ impl ClosedOutbox {
         let position = message.position.ok_or_else(unreadable)?;
         let entry = self.journal.read(position).map_err(|_| unreadable())?;
         let frozen = Outbox::frozen(&entry, message.number).ok().flatten();
-        thaw(&frozen.ok_or_else(unreadable)?, &self.me).map_err(|_| unreadable())
+        let frozen = frozen.ok_or_else(unreadable)?;
+        let Envelope { header, payload } = thaw(&frozen, &self.me).map_err(|_| unreadable())?;
+        Ok((header, payload.into_body()))
     }
 
     /// Has a dead letter tried again, from the node's next start on; whether it was one.

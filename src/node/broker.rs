@@ -180,13 +180,9 @@ impl Shared {
         broker: &Brokered,
         message: NewMessage,
     ) -> Result<Receipt, OutboxError> {
-        let NewMessage { header, body, expires_at, not_before, .. } = message;
-        let (id, to) = (header.id, header.destination.clone());
-        let payload = match to {
-            Destination::Topic(_) => Payload::Event(body),
-            Destination::Service(_) | Destination::Node(_) => Payload::Call(body),
-        };
-        let envelope = Envelope { header, payload };
+        let NewMessage { envelope, expires_at, not_before, .. } = message;
+        let envelope = Arc::unwrap_or_clone(envelope);
+        let (id, to) = (envelope.header.id, envelope.header.destination.clone());
         let parcel = Parcel::pack(envelope, &self.id, expires_at, not_before);
         let deadline = Instant::now() + self.config.request_deadline;
         let room = &broker.room;
@@ -395,7 +391,7 @@ impl Shared {
         drop(ledger);
         let mut message = Message::new(from, envelope.header, body);
         let id = DeliveryId { stream: Stream { epoch: 0, subscription }, seq };
-        message.delivery = Some(Box::new(Delivery { id, floor: 0, attempt, redelivered }));
+        message.delivery = Some(Arc::new(Delivery { id, floor: 0, attempt, redelivered }));
         add(&self.counters.received, 1);
         self.admit_with(message, None, None);
     }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::cell::{Credit, LinkCell};
@@ -22,7 +21,7 @@ use crate::engine::delivery::{
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
 use crate::journal::Ended;
-use crate::message::{Header, Message};
+use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{
@@ -54,8 +53,15 @@ impl Shared {
         let result = tell(&mut outbox, now);
         loop {
             outbox.pump(&mut |name, order, load| self.choose_instance(name, order, load));
-            let Some(action) = outbox.poll_action() else { break };
-            self.perform_outbox(store, &mut outbox, now, action);
+            let mut is_idle = true;
+            // All of them before it looks again for what can go.
+            while let Some(action) = outbox.poll_action() {
+                is_idle = false;
+                self.perform_outbox(store, &mut outbox, now, action);
+            }
+            if is_idle {
+                break;
+            }
         }
         let (timer, wall) = outbox.poll_timeout();
         drop(outbox);
@@ -125,11 +131,12 @@ impl Shared {
         self: &Arc<Self>,
         store: &Store,
         to: NodeId,
-        (mut header, body): (Header, Bytes),
-        delivery: Box<Delivery>,
+        Envelope { mut header, payload }: Envelope,
+        delivery: Arc<Delivery>,
         left_ms: Option<u64>,
     ) -> Result<(), DropReason> {
         header.time_to_live = left_ms.map(Duration::from_millis);
+        let body = payload.into_body();
         if to == self.id {
             let mut message = Message::new(to, header, body);
             message.delivery = Some(delivery);
@@ -143,7 +150,7 @@ impl Shared {
         Ok(())
     }
 
-    fn stored_message(&self, store: &Store, source: Source) -> Option<(Header, Bytes)> {
+    fn stored_message(&self, store: &Store, source: Source) -> Option<Envelope> {
         let (position, number) = match source {
             Source::Memory(message) => return Some(Arc::unwrap_or_clone(message)),
             Source::Journal(position, number) => (position, number),
@@ -167,7 +174,10 @@ impl Shared {
             let (node, concurrency) = (self.id, service.concurrency);
             Some(Candidate { node, load: load(&node)?, concurrency })
         });
-        let all: SmallVec<[_; 4]> = there.chain(here).collect();
+        let mut all = there.chain(here);
+        let first = all.next()?;
+        let Some(second) = all.next() else { return Some(first.node) };
+        let all: SmallVec<[_; 4]> = [first, second].into_iter().chain(all).collect();
         let chosen = match order {
             Some(key) => preferred(&all, key, |candidate| candidate.node)?,
             None => {
@@ -342,7 +352,7 @@ impl Shared {
         let (id, attempt) = (delivery.id.clone(), delivery.attempt);
         let mut held = Some((message, credit));
         let verdict = self.with_inbox(|inbox| {
-            let verdict = inbox.handle_delivery(from, &mut delivery);
+            let verdict = inbox.handle_delivery(from, Arc::make_mut(&mut delivery));
             if let Some((message, _)) = &mut held {
                 message.delivery = Some(delivery);
             }
@@ -373,10 +383,10 @@ impl Shared {
     }
 
     /// Turns down a guaranteed message for good that its sender may not send.
-    pub(crate) fn reject_delivery(self: &Arc<Self>, from: NodeId, delivery: Delivery, text: &str) {
+    pub(crate) fn reject_delivery(self: &Arc<Self>, from: NodeId, delivery: &Delivery, text: &str) {
         self.counters.dropped_for_others(DropReason::NotAllowed, 1);
         let outcome = Outcome::Rejected(text.into());
-        let answer = Answer { id: delivery.id, attempt: delivery.attempt, outcome };
+        let answer = Answer { id: delivery.id.clone(), attempt: delivery.attempt, outcome };
         self.send_answers(from, vec![answer]);
     }
 

@@ -19,6 +19,7 @@ use crate::clock::unix_ms;
 use crate::engine::delivery::{Full, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Kind, MessageId};
 use crate::sync::lock;
+use crate::wire::Envelope;
 
 /// A guaranteed message that was not stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -141,8 +142,8 @@ impl<'a> Guaranteed<'a> {
         let not_before = self
             .not_before
             .map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64);
-        let body = self.draft.body.bytes;
-        Ok(NewMessage { header, body, targets, expires_at, not_before, once: self.once })
+        let envelope = Arc::new(Envelope::one_way(header, self.draft.body.bytes));
+        Ok(NewMessage { envelope, targets, expires_at, not_before, once: self.once })
     }
 }
 
@@ -205,12 +206,14 @@ impl<'a> Step<'a> {
 impl Future for Storing<'_> {
     type Output = Result<Receipt, OutboxError>;
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut step = match std::mem::replace(&mut self.0, Step::Over) {
-            Step::New(message) => Step::begin(message)?,
-            begun => begun,
-        };
-        let polled = match &mut step {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Self(step) = self.get_mut();
+        if matches!(step, Step::New(_))
+            && let Step::New(message) = std::mem::replace(step, Step::Over)
+        {
+            *step = Step::begin(message)?;
+        }
+        let polled = match step {
             Step::ToDisk(submission) => {
                 let stored = submission.poll_stored(context);
                 stored.map_ok(|()| submission.receipts.remove(0))
@@ -218,8 +221,8 @@ impl Future for Storing<'_> {
             Step::ToBroker(storing) => storing.as_mut().poll(context),
             Step::New(_) | Step::Over => panic!("it was polled after it had ended"),
         };
-        if polled.is_pending() {
-            self.0 = step;
+        if polled.is_ready() {
+            *step = Step::Over;
         }
         polled
     }
@@ -345,7 +348,7 @@ fn submit(
     let Some(store) = &shared.store else { return Err(OutboxError::NoOutbox) };
     let (mut receipts, mut wanted) = (SmallVec::<[Receipt; 1]>::new(), NewMessages::new());
     for message in messages {
-        let (id, destinations) = (message.header.id, message.targets.len());
+        let (id, destinations) = (message.id(), message.targets.len());
         receipts.push(Receipt { id, destinations, progress: None, broker: None });
         // What nobody subscribes to is processed by all.
         if destinations > 0 {

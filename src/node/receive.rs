@@ -194,7 +194,7 @@ impl LinkReceiver {
             Payload::Event(_) => unreachable!("events are delivered in runs"),
             Payload::Guaranteed(_, delivery) if !permitted => {
                 drop(credit);
-                shared.reject_delivery(from, *delivery, NOT_ALLOWED);
+                shared.reject_delivery(from, &delivery, NOT_ALLOWED);
             }
             Payload::Guaranteed(body, delivery) => {
                 let mut message = Message::new(from, header, body);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -152,7 +152,8 @@ type Key = (LinkId, MessageId);
 /// After so many calls of one task other tasks have their turn; handlers may wait for nothing.
 const MOST_IN_A_ROW: u32 = 4;
 
-/// A call that was admitted, and holds its link's credit until it ends.
+/// A call that was admitted, and holds its link's credit until it ends. It is large, and moves
+/// from queue to queue: it is kept in a box.
 struct Held {
     message: Message,
     credit: Option<Credit>,
@@ -187,7 +188,7 @@ pub(crate) struct ServiceCell {
 }
 
 struct State {
-    admissions: Admissions<Key, Held>,
+    admissions: Admissions<Key, Box<Held>>,
     running: HashMap<Key, Running>,
 }
 
@@ -233,7 +234,8 @@ impl ServiceCell {
             shared.local_bytes.fetch_add(bytes, Ordering::Relaxed);
             LocalShare { shared: shared.clone(), bytes, _ticket: ticket }
         });
-        let held = Held { message, credit, cancelled: Arc::default(), deadline, share };
+        let cancelled = Arc::default();
+        let held = Box::new(Held { message, credit, cancelled, deadline, share });
         let (key, order) = (held.key(), held.message.header.ordering_key().map(str::to_owned));
         let mut state = lock(&self.state);
         let admission = state.admissions.handle_call(key, order.as_deref(), expires, held);
@@ -248,7 +250,7 @@ impl ServiceCell {
     }
 
     /// Runs a call, and after it what has waited for its place.
-    fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Held) {
+    fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Box<Held>) {
         let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
         let (service, node) = (self.clone(), shared.clone());
         // What it does when it ends waits until this is done.
@@ -272,26 +274,27 @@ impl ServiceCell {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         key: Key,
-        held: Held,
-    ) -> Option<(Key, Held)> {
-        let Held { message, credit, cancelled, deadline, share } = held;
+        held: Box<Held>,
+    ) -> Option<(Key, Box<Held>)> {
+        let Held { message, credit, cancelled, deadline, share } = *held;
         let lease = message.delivery.is_some().then(|| Arc::new(Lease::new(shared.config.lease)));
-        let call = Call { message: message.clone(), cancelled, deadline, lease: lease.clone() };
-        let handler = self.handler.clone();
+        let heading = message.heading();
+        let call = Call { message, cancelled, deadline, lease: lease.clone() };
         // A handler's panic is its caller's error, and nobody else's.
-        let run = AssertUnwindSafe(async move { handler(call).await });
-        let run = run.catch_unwind();
-        let ended = match lease {
-            Some(lease) => lease.hold(run).await,
-            None => Some(run.await),
+        let begun = catch_unwind(AssertUnwindSafe(|| (self.handler)(call)));
+        let run = begun.map(|run| AssertUnwindSafe(run).catch_unwind());
+        let ended = match (run, lease) {
+            (Ok(run), Some(lease)) => lease.hold(run).await,
+            (Ok(run), None) => Some(run.await),
+            (Err(panic), _) => Some(Err(panic)),
         };
         let timed_out = || Ok(Err(HandlerError::new("lease", "its lease ran out")));
         let result = ended.unwrap_or_else(timed_out).unwrap_or_else(|panic| {
             let text = panic_text(panic.as_ref());
-            tracing::warn!(service = %self.name, message_id = %message.header.id, text, "a handler panicked");
+            tracing::warn!(service = %self.name, message_id = %heading.header.id, text, "a handler panicked");
             Err(HandlerError::new("panic", "the handler panicked"))
         });
-        let next = self.finish(shared, key, &message, credit, result);
+        let next = self.finish(shared, key, &heading, credit, result);
         drop(share);
         next
     }
@@ -303,7 +306,7 @@ impl ServiceCell {
         message: &Message,
         credit: Option<Credit>,
         result: Result<Body, HandlerError>,
-    ) -> Option<(Key, Held)> {
+    ) -> Option<(Key, Box<Held>)> {
         add(&shared.counters.handled, 1);
         match result {
             result if message.delivery.is_some() => {
@@ -332,7 +335,7 @@ impl ServiceCell {
         self.end(shared, key)
     }
 
-    fn end(&self, shared: &Arc<Shared>, key: Key) -> Option<(Key, Held)> {
+    fn end(&self, shared: &Arc<Shared>, key: Key) -> Option<(Key, Box<Held>)> {
         let mut state = lock(&self.state);
         let ended = state.running.remove(&key);
         let (next, expired) = state.admissions.handle_finished(shared.now(), key);

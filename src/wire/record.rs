@@ -4,6 +4,8 @@
 //! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers, delivery]
 //! ```
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use rmp::Marker;
 
@@ -54,7 +56,7 @@ pub(crate) enum Payload {
     Reply(Bytes),
     Failed(Failure),
     /// A message from an outbox, which is answered when it is processed.
-    Guaranteed(Bytes, Box<Delivery>),
+    Guaranteed(Bytes, Arc<Delivery>),
 }
 
 impl Payload {
@@ -68,6 +70,11 @@ impl Payload {
             | Self::Guaranteed(body, _) => Some(body),
             Self::Failed(_) => None,
         }
+    }
+
+    /// The body; an empty one for what has none of its user's.
+    pub(crate) fn into_body(mut self) -> Bytes {
+        self.body_mut().map(std::mem::take).unwrap_or_default()
     }
 
     fn body_len(&self) -> usize {
@@ -86,6 +93,15 @@ impl Payload {
 pub(crate) const BASE_COST: u64 = 128;
 
 impl Envelope {
+    /// A message that nobody replies to: an event if it goes to a topic, else a call.
+    pub(crate) fn one_way(header: Header, body: Bytes) -> Self {
+        let payload = match header.destination {
+            Destination::Topic(_) => Payload::Event(body),
+            Destination::Service(_) | Destination::Node(_) => Payload::Call(body),
+        };
+        Self { header, payload }
+    }
+
     pub(crate) fn lane(&self) -> Lane {
         match self.payload {
             Payload::Event(_) => Lane::Events,
@@ -458,7 +474,7 @@ pub(super) fn read_record(
         if delivery.is_event() != (record_type == TYPE_GUARANTEED_EVENT) {
             return Err(WireError::Unexpected("the subscription of a delivery"));
         }
-        payload = Payload::Guaranteed(body, Box::new(delivery));
+        payload = Payload::Guaranteed(body, Arc::new(delivery));
     }
     fields.finish()?;
     let mut headers = Vec::with_capacity(texts.len() / 2);
@@ -546,26 +562,19 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
 /// About what most headers take at the most, in bytes.
 const FROZEN_HEADER: usize = 128;
 
-/// A message as it is kept on a disk: an event if it goes to a topic, else a call. Behind it the
-/// message itself, unchanged.
-pub(crate) fn freeze(header: Header, body: Bytes, me: &NodeId) -> (Vec<u8>, (Header, Bytes)) {
-    let mut bytes = Vec::with_capacity(FROZEN_HEADER + body.len());
-    let payload = match header.destination {
-        Destination::Topic(_) => Payload::Event(body),
-        Destination::Service(_) | Destination::Node(_) => Payload::Call(body),
-    };
-    let mut envelope = Envelope { header, payload };
+/// A message as it is kept on a disk; one that nobody replies to.
+pub(crate) fn freeze(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(FROZEN_HEADER + envelope.body_len());
     bytes.extend([0; 4]);
-    let own_frame = write_message(&mut bytes, &envelope, &mut Inheritance::default(), me);
+    let own_frame = write_message(&mut bytes, envelope, &mut Inheritance::default(), me);
     let length = bytes.len() as u32 - 4;
     bytes[..4].copy_from_slice(&length.to_be_bytes());
     bytes.extend_from_slice(&own_frame.unwrap_or_default());
-    let body = envelope.payload.body_mut().map(std::mem::take);
-    (bytes, (envelope.header, body.unwrap_or_default()))
+    bytes
 }
 
 /// What [`freeze`] wrote.
-pub(crate) fn thaw(bytes: &Bytes, me: &NodeId) -> Result<(Header, Bytes), WireError> {
+pub(crate) fn thaw(bytes: &Bytes, me: &NodeId) -> Result<Envelope, WireError> {
     let mut reader = Reader::new(bytes);
     let length = reader.length_prefix()?;
     let record = reader.take(length)?;
@@ -573,10 +582,9 @@ pub(crate) fn thaw(bytes: &Bytes, me: &NodeId) -> Result<(Header, Bytes), WireEr
     let context = ReadContext { me, peer: me, max_body: usize::MAX };
     let inherited = &mut Inheritance::default();
     match read_record(bytes, record, context, inherited, &mut || own_frame.take())? {
-        Record::Message(Envelope {
-            header,
-            payload: Payload::Event(body) | Payload::Call(body),
-        }) => Ok((header, body)),
+        Record::Message(
+            envelope @ Envelope { payload: Payload::Event(_) | Payload::Call(_), .. },
+        ) => Ok(envelope),
         _ => Err(WireError::Unexpected("a record that is no message")),
     }
 }

@@ -1,5 +1,6 @@
 //! Whom a stored message goes to, and when.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Choose, Outbox, OutboxAction, Part, PartKey, Peer, Pending, Source, State};
@@ -267,7 +268,7 @@ impl Outbox {
         let peer = self.peers.entry(node).or_default();
         peer.in_flight += 1;
         peer.in_flight_bytes += size;
-        let delivery = Box::new(Delivery { id, floor, attempt, redelivered });
+        let delivery = Arc::new(Delivery { id, floor, attempt, redelivered });
         let transmit = OutboxAction::Transmit { to: node, key, source, delivery, expires_at };
         self.actions.push_back(transmit);
     }

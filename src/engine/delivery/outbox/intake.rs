@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::{Choose, Entry, Outbox, Part, PartKey, Pending, Rare, State, Submitted};
@@ -10,14 +9,14 @@ use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
 use crate::engine::delivery::{Now, Target};
-use crate::message::Header;
-use crate::wire::{BASE_COST, freeze};
+use crate::message::MessageId;
+use crate::wire::{BASE_COST, Envelope, freeze};
 
 /// A message to be stored.
 #[derive(Debug, Clone)]
 pub(crate) struct NewMessage {
-    pub(crate) header: Header,
-    pub(crate) body: Bytes,
+    /// One that nobody replies to.
+    pub(crate) envelope: Arc<Envelope>,
     pub(crate) targets: SmallVec<[Target; 1]>,
     /// In ms since 1970.
     pub(crate) expires_at: Option<u64>,
@@ -30,10 +29,14 @@ pub(crate) struct NewMessage {
 pub(crate) type NewMessages = SmallVec<[NewMessage; 1]>;
 
 impl NewMessage {
+    pub(crate) fn id(&self) -> MessageId {
+        self.envelope.header.id
+    }
+
     /// What it takes in the outbox, in bytes.
     fn size(&self) -> u64 {
         let destinations = BASE_COST * self.targets.len().max(1) as u64;
-        destinations + self.body.len() as u64 + self.header.extra_len() as u64
+        destinations + self.envelope.cost() - BASE_COST
     }
 }
 
@@ -84,8 +87,8 @@ impl Outbox {
             let number = self.next_number;
             self.next_number += 1;
             if message.once {
-                self.once.submit(message.header.id, number);
-                ids.push((message.header.id, number));
+                self.once.submit(message.id(), number);
+                ids.push((message.id(), number));
             }
             records.push(self.take_in(now, number, message, choose));
             numbers.push(number);
@@ -110,9 +113,9 @@ impl Outbox {
         choose: &mut Choose<'_>,
     ) -> MessageRecord<'static> {
         let size = message.size();
-        let NewMessage { header, body, targets, expires_at, not_before, once: _ } = message;
-        let order: Option<Arc<str>> = header.ordering_key().map(Arc::from);
-        let (frozen, message) = freeze(header, body, &self.config.me);
+        let NewMessage { envelope, targets, expires_at, not_before, once: _ } = message;
+        let order: Option<Arc<str>> = envelope.header.ordering_key().map(Arc::from);
+        let frozen = freeze(&envelope, &self.config.me);
         let later = not_before.is_some_and(|at| at > now.unix_ms);
         let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
         for (part, target) in targets.into_iter().enumerate() {
@@ -164,7 +167,7 @@ impl Outbox {
         let rare = (rare != Rare::default()).then(|| Box::new(rare));
         let cached = (self.cached_bytes + size <= MAX_CACHED).then(|| {
             self.cached_bytes += size;
-            Arc::new(message)
+            envelope
         });
         self.bytes += size;
         let entry = Entry { position: None, cached, rare, parts, size: size as u32 };

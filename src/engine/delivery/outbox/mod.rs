@@ -29,7 +29,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::numbered::Numbered;
@@ -40,8 +39,8 @@ use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
 use crate::journal::{Haste, Position};
-use crate::message::{Header, MessageId};
-use crate::wire::{Control, Delivery, Stream};
+use crate::message::MessageId;
+use crate::wire::{Control, Delivery, Envelope, Stream};
 
 /// How an outbox behaves.
 #[derive(Debug, Clone)]
@@ -80,7 +79,7 @@ pub(crate) struct PartKey {
 /// Where a message's bytes are.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    Memory(Arc<(Header, Bytes)>),
+    Memory(Arc<Envelope>),
     /// In the journal's entry at that place, by its number.
     Journal(Position, u64),
 }
@@ -106,7 +105,7 @@ pub(crate) enum OutboxAction {
         to: NodeId,
         key: PartKey,
         source: Source,
-        delivery: Box<Delivery>,
+        delivery: Arc<Delivery>,
         /// In ms since 1970.
         expires_at: Option<u64>,
     },
@@ -146,7 +145,7 @@ const MOST_FREED: usize = 4096;
 struct Entry {
     /// `None` while it is being stored.
     position: Option<Position>,
-    cached: Option<Arc<(Header, Bytes)>>,
+    cached: Option<Arc<Envelope>>,
     rare: Option<Box<Rare>>,
     parts: SmallVec<[Part; 1]>,
     size: u32,

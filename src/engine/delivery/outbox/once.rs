@@ -39,7 +39,7 @@ pub(super) struct Once {
 impl Once {
     fn number(&self, message: &NewMessage) -> Option<u64> {
         let wanted = message.once && !self.numbers.is_empty();
-        wanted.then(|| self.numbers.get(&message.header.id).copied()).flatten()
+        wanted.then(|| self.numbers.get(&message.id()).copied()).flatten()
     }
 
     /// It is being stored.

@@ -39,7 +39,7 @@ impl World {
         for Contents { number, position, .. } in outbox.contents() {
             let bytes = entry.outbox_disk.at(position.expect("it is stored")).expect("it is kept");
             let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
-            numbers.insert(number, thaw(&frozen, &id(node)).unwrap().0.id);
+            numbers.insert(number, thaw(&frozen, &id(node)).unwrap().header.id);
         }
         let inbox_read = entry.inbox_disk.open(|it| inbox.recover(it.payload).unwrap());
         for read in [outbox_read, inbox_read] {

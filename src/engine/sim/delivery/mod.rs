@@ -10,6 +10,7 @@ mod senders;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Random;
@@ -335,20 +336,22 @@ impl World {
             }
             OutboxAction::Transmit { to, source, delivery, .. } => {
                 let message = match source {
-                    Source::Memory(message) => message.0.id,
+                    Source::Memory(message) => message.header.id,
                     Source::Journal(position, number) => {
                         let bytes = entry.outbox_disk.at(position).expect("it is kept");
                         let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
-                        thaw(&frozen, &id(node)).unwrap().0.id
+                        thaw(&frozen, &id(node)).unwrap().header.id
                     }
                 };
                 let to = node_of(&to);
                 match to == node {
-                    true => self.handle_message(node, node, message, *delivery),
+                    true => {
+                        self.handle_message(node, node, message, Arc::unwrap_or_clone(delivery))
+                    }
                     false => self.transmit(
                         node,
                         to,
-                        Packet::Message { id: message, delivery: *delivery },
+                        Packet::Message { id: message, delivery: Arc::unwrap_or_clone(delivery) },
                     ),
                 }
             }

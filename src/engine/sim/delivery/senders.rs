@@ -1,6 +1,7 @@
 //! What senders send, and what has to become of it.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use smallvec::{SmallVec, smallvec};
@@ -9,15 +10,16 @@ use super::{KEYS, NODES, Nature, Sent, World, id, least_loaded};
 use crate::address::Destination;
 use crate::engine::delivery::{Fate, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Header, Kind, MessageId};
+use crate::wire::Envelope;
 
 impl World {
     pub(super) fn send(&mut self, node: usize) {
         self.to_send -= 1;
         let together = if self.random.once_in(8) { self.random.between(2, 4) } else { 1 };
         let all: NewMessages = (0..together).filter_map(|_| self.draw(node)).collect();
-        let Some(first) = all.first().map(|message| message.header.id) else { return };
+        let Some(first) = all.first().map(|message| message.id()) else { return };
         self.seen.when("transactions", all.len() > 1);
-        let ids: Vec<_> = all.iter().map(|message| message.header.id).collect();
+        let ids: Vec<_> = all.iter().map(|message| message.id()).collect();
         for message in &ids {
             self.sent.get_mut(message).expect("it was drawn").transaction = first;
         }
@@ -63,7 +65,7 @@ impl World {
         for message in unsure {
             let sent = self.sent.get_mut(&message).expect("it was sent");
             let mut new = sent.once.clone().expect("it is stored once");
-            if let Destination::Topic(topic) = &new.header.destination {
+            if let Destination::Topic(topic) = &new.envelope.header.destination {
                 // It may have lost what it knew of them.
                 let outbox = &self.nodes[node].life.as_ref().expect("it lives").outbox;
                 new.targets = outbox.subscribers(topic);
@@ -133,9 +135,9 @@ impl World {
         let expires_at = self.random.once_in(8).then_some(soon);
         let not_before = self.random.once_in(8).then_some(soon / 2 + now.unix_ms / 2);
         let parts = targets.len();
-        let body = Bytes::from_static(b"a body");
+        let envelope = Arc::new(Envelope::one_way(header, Bytes::from_static(b"a body")));
         let once = self.random.once_in(6);
-        let new = NewMessage { header, body, targets, expires_at, not_before, once };
+        let new = NewMessage { envelope, targets, expires_at, not_before, once };
         let sent = Sent {
             sender: node,
             nature,

@@ -3,6 +3,7 @@
 mod instances;
 mod peers;
 
+use bytes::Bytes;
 use smallvec::smallvec;
 
 use super::answers::MOST_UNREADABLE;
@@ -11,7 +12,7 @@ use super::*;
 use crate::address::Destination;
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::message::{IdSource, Kind};
+use crate::message::{Header, IdSource, Kind};
 use crate::wire::{Answer, DeliveryId, InboxInfo, Outcome};
 
 const ME: NodeId = NodeId::from_bytes([1; 32]);
@@ -38,6 +39,14 @@ struct Bench {
     /// What is appended lies there.
     segment: u64,
     removed_before: u64,
+}
+
+impl NewMessage {
+    /// Has it stored once, under that id.
+    fn once_as(&mut self, id: MessageId) {
+        Arc::make_mut(&mut self.envelope).header.id = id;
+        self.once = true;
+    }
 }
 
 impl Bench {
@@ -105,7 +114,9 @@ impl Bench {
                     self.reads += 1;
                     self.outbox.handle_unreadable(now, key);
                 }
-                OutboxAction::Transmit { to, delivery, .. } => self.sent.push((to, *delivery)),
+                OutboxAction::Transmit { to, delivery, .. } => {
+                    self.sent.push((to, Arc::unwrap_or_clone(delivery)))
+                }
                 OutboxAction::Done(number, result) => self.done.push((number, result)),
                 OutboxAction::Report(event) => self.events.push(event),
                 _ => {}
@@ -129,9 +140,9 @@ impl Bench {
         let id = IdSource::new(1).next(1);
         let mut header = Header::new(id, Kind::Command, Destination::Node(BOB));
         header.extra_mut().ordering_key = self.key.map(str::to_owned);
-        let body = Bytes::from_static(b"a body");
+        let envelope = Arc::new(Envelope::one_way(header, Bytes::from_static(b"a body")));
         let (targets, expires_at, not_before) = (smallvec![target], None, None);
-        NewMessage { header, body, targets, expires_at, not_before, once: false }
+        NewMessage { envelope, targets, expires_at, not_before, once: false }
     }
 
     fn submit(&mut self, target: Target) -> Result<u64, Full> {
@@ -387,7 +398,7 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
     let mut bench = Bench::new(None);
     let submit = |bench: &mut Bench, id| {
         let mut message = bench.message(Target::Node(BOB));
-        (message.header.id, message.once) = (id, true);
+        message.once_as(id);
         let submitted = bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None);
         submitted.unwrap().remove(0)
     };
@@ -402,7 +413,7 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
     bench.outbox.config.max_messages = 9;
     let mut twins = [bench.message(Target::Node(BOB)), bench.message(Target::Node(BOB))];
     let twin = ids.next(1);
-    twins.iter_mut().for_each(|message| (message.header.id, message.once) = (twin, true));
+    twins.iter_mut().for_each(|message| message.once_as(twin));
     let submitted = bench
         .outbox
         .submit(bench.now(), NewMessages::from_iter(twins), &mut |_, _, _| None)
@@ -427,7 +438,7 @@ fn an_id_is_remembered_for_four_full_segments_and_any_number_of_short_ones() {
         let mut bench = Bench::new(None);
         bench.meet(BOB);
         let mut message = bench.message(Target::Node(BOB));
-        (message.header.id, message.once) = (IdSource::new(1).next(1), true);
+        message.once_as(IdSource::new(1).next(1));
         bench.outbox.submit(bench.now(), smallvec![message.clone()], &mut |_, _, _| None).unwrap();
         bench.run();
         for segment in 1..=100 {
