@@ -184,15 +184,19 @@ impl Outbox {
         }
     }
 
+    /// Makes a dead letter a message again. One that had expired has no end any more: it would be
+    /// dead at once.
     pub(super) fn revive(&mut self, key: PartKey) {
-        if let Some(part) = self.part_mut(key)
-            && matches!(part.state, State::Dead(_))
-        {
-            (part.state, part.failures) = (State::Storing, 0);
-            self.dead -= 1;
-            self.open += 1;
-            self.enter_lane(key);
+        let Some(entry) = self.entries.get_mut(key.number) else { return };
+        let Some(part) = entry.parts.get_mut(key.part as usize) else { return };
+        let State::Dead(fate) = &part.state else { return };
+        if let (Fate::Expired { .. }, Some(rare)) = (&**fate, &mut entry.rare) {
+            rare.expires_at = None;
         }
+        (part.state, part.failures) = (State::Storing, 0);
+        self.dead -= 1;
+        self.open += 1;
+        self.enter_lane(key);
     }
 
     fn recover_peer(&mut self, record: &PeerRecord) -> Result<(), RecordError> {

@@ -344,6 +344,23 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
 }
 
 #[test]
+fn what_had_expired_and_is_replayed_expires_no_more() {
+    let mut bench = Bench::new(None);
+    let mut message = bench.message(Target::Node(BOB));
+    message.expires_at = Some(1000);
+    bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
+    bench.run();
+    bench.sleep(Duration::from_secs(2));
+    assert_eq!(bench.outbox.dead_letters(), 1);
+    let entry = bench.outbox.replay(PartKey { number: 1, part: 0 }).unwrap();
+    bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry));
+    let mut bench = bench.restart();
+    bench.meet(BOB);
+    bench.sleep(Duration::from_secs(2));
+    assert_eq!((bench.sent.len(), bench.outbox.dead_letters()), (1, 0));
+}
+
+#[test]
 fn what_expires_on_its_way_to_a_node_without_an_inbox_is_a_dead_letter() {
     let mut bench = Bench::new(None);
     bench.meet(BOB);
