@@ -1,6 +1,6 @@
 //! What receivers do, and what they must never see.
 
-use super::{Event, NODES, Nature, Packet, World, id};
+use super::{Decision, Event, NODES, Nature, Packet, Sent, World, id};
 use crate::engine::delivery::Verdict;
 use crate::engine::sim::disk::Crash;
 use crate::message::MessageId;
@@ -65,7 +65,8 @@ impl World {
     ) {
         let subscribed = it.stream.subscription.is_some();
         let place = (node, subscribed, message);
-        let sure = !self.sent[&message].forgotten;
+        let sent = &self.sent[&message];
+        let sure = !sent.forgotten && sent.decided.is_none();
         assert!(!(sure && self.durable.contains(&place)), "{message} is processed again at {node}");
         // One that is sent goes to one node, and to another when that refuses it, or is away for
         // longer than is waited for it.
@@ -99,9 +100,17 @@ impl World {
         for other in before.map(|other| &self.sent[other]) {
             let same = other.sender == sent.sender && other.lane.as_ref() == Some(lane);
             assert!(
-                !same || !other.stored || other.done.is_some(),
+                !same || !other.stored || self.is_through(other),
                 "{message} of {lane:?} is ahead of one before it: {other:?}"
             );
+        }
+    }
+
+    /// Whether those behind it may go.
+    pub(super) fn is_through(&self, sent: &Sent) -> bool {
+        match &sent.done {
+            Some(Err(_)) => !self.hold_keys || sent.decided == Some(Decision::Removed),
+            done => done.is_some(),
         }
     }
 

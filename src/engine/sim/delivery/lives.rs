@@ -25,11 +25,12 @@ impl World {
             max_messages: 1000,
             window_bytes: 600,
             max_failures: 10,
-            hold_keys: false,
+            hold_keys: self.hold_keys,
             segment_size: SEGMENT,
             reassign_after: self.reassign_after,
             gone_after: Duration::from_secs(3600),
         };
+        self.decide(node, &config);
         let entry = &mut self.nodes[node];
         let (mut outbox, mut inbox) =
             (Outbox::new(config), Inbox::new(inbox_epoch).with_snapshots_after(SEGMENT));
@@ -52,7 +53,7 @@ impl World {
             let of_this = |other: &&Contents| other.number == letter.number;
             let ended = contents.iter().filter(of_this).all(|other| other.dead.is_some());
             let sent = self.sent.get_mut(&numbers[&letter.number]).expect("it was sent");
-            if ended && sent.done.is_none() {
+            if ended && sent.done.as_ref().is_none_or(Result::is_ok) {
                 // It crashed before it could tell.
                 sent.done = letter.dead.clone().map(Err);
                 sent.may_end_again = true;

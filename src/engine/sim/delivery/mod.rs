@@ -5,6 +5,7 @@
 mod handlers;
 mod links;
 mod lives;
+mod operator;
 mod seen;
 mod senders;
 
@@ -58,6 +59,15 @@ struct Sent {
     may_end_again: bool,
     /// Its outbox was put back to an older state, and knows nothing of it or too little.
     forgotten: bool,
+    /// An operator had it sent again when it was a dead letter, or removed it.
+    decided: Option<Decision>,
+}
+
+/// What an operator does about a dead letter that others wait behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decision {
+    Replayed,
+    Removed,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,12 +87,24 @@ enum Packet {
 enum Event {
     Wake,
     Written(Which),
-    Arrive { from: usize, connection: u64, packet: Packet },
-    Ended { from: usize, id: DeliveryId, message: MessageId },
+    Arrive {
+        from: usize,
+        connection: u64,
+        packet: Packet,
+    },
+    Ended {
+        from: usize,
+        id: DeliveryId,
+        message: MessageId,
+    },
     Send,
-    Link { with: usize },
+    Link {
+        with: usize,
+    },
     Fault,
     Restart,
+    /// All has become calm.
+    Calm,
 }
 
 struct Life {
@@ -105,6 +127,16 @@ struct Node {
     /// A copy of the outbox's.
     backup: Option<Disk>,
     serves: bool,
+}
+
+impl Node {
+    fn outbox_action(&mut self) -> Option<OutboxAction> {
+        self.life.as_mut()?.outbox.poll_action()
+    }
+
+    fn inbox_action(&mut self) -> Option<InboxAction> {
+        self.life.as_mut()?.inbox.poll_action()
+    }
 }
 
 struct World {
@@ -130,6 +162,8 @@ struct World {
     processed: HashSet<(usize, bool, MessageId)>,
     to_send: u64,
     reassign_after: Option<Duration>,
+    /// A dead letter holds up those with its key.
+    hold_keys: bool,
     seen: Seen,
 }
 
@@ -174,14 +208,17 @@ impl World {
             processed: HashSet::new(),
             to_send: 120,
             reassign_after: None,
+            hold_keys: false,
             seen: Seen::default(),
         };
         if world.random.once_in(3) {
             world.reassign_after = Some(Duration::from_millis(world.random.between(50, 500)));
         }
+        world.hold_keys = world.random.once_in(3);
         for node in 0..NODES {
             world.after(0, node, Event::Restart);
         }
+        world.at(Time::after_start(STORMY) + Duration::from_millis(1), 0, Event::Calm);
         for _ in 0..world.to_send {
             let (when, node) = (world.random.below(1_800_000), world.random.below(2) as usize);
             world.after(when, node, Event::Send);
@@ -201,13 +238,16 @@ impl World {
             let event = self.events.remove(&number).expect("each event is queued once");
             let of_this_life = self.nodes[node].lives == life;
             match event {
-                Event::Send | Event::Fault | Event::Restart | Event::Link { .. } => {}
+                Event::Send | Event::Fault | Event::Restart | Event::Link { .. } | Event::Calm => {}
                 _ if !of_this_life => continue,
                 _ => {}
             }
             self.handle(node, event);
-            if self.to_send == 0 && self.is_calm() && self.unsettled().is_empty() {
-                break;
+            if self.to_send == 0 && self.is_calm() {
+                if self.unsettled().is_empty() {
+                    break;
+                }
+                self.free_held();
             }
         }
         assert!(self.unsettled().is_empty(), "{:?}", self.unsettled());
@@ -262,6 +302,7 @@ impl World {
             Event::Link { with } => self.link(node, with),
             Event::Fault => self.fault(node),
             Event::Restart => self.restart(node),
+            Event::Calm => {}
         }
         self.perform(node);
     }
@@ -282,11 +323,16 @@ impl World {
             let serving: Vec<usize> = (1..NODES).filter(|node| self.nodes[*node].serves).collect();
             let Some(life) = &mut self.nodes[node].life else { return };
             life.outbox.pump(&mut |_, _, load| least_loaded(&serving, load));
-            if let Some(action) = life.outbox.poll_action() {
+            let mut is_idle = true;
+            while let Some(action) = self.nodes[node].outbox_action() {
+                is_idle = false;
                 self.perform_outbox(node, action);
-            } else if let Some(action) = life.inbox.poll_action() {
+            }
+            while let Some(action) = self.nodes[node].inbox_action() {
+                is_idle = false;
                 self.perform_inbox(node, action);
-            } else {
+            }
+            if is_idle {
                 break;
             }
         }

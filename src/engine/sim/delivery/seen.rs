@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-const ALL: [&str; 29] = [
+const ALL: [&str; 31] = [
     "messages stored",
     "messages that could not be stored",
     "messages processed",
@@ -12,6 +12,8 @@ const ALL: [&str; 29] = [
     "dead letters that may have been processed",
     "redeliveries",
     "suppressed duplicates",
+    "dead letters replayed",
+    "dead letters removed",
     "refusals",
     "messages taken from a node that had processed them",
     "messages that kill their process",

@@ -149,6 +149,7 @@ impl World {
             done: None,
             may_end_again: false,
             forgotten: false,
+            decided: None,
         };
         self.sent.insert(message, sent);
         Some(new)
@@ -158,10 +159,13 @@ impl World {
         let message = self.nodes[node].life.as_ref().expect("it lives").numbers[&number];
         let sent = self.sent.get_mut(&message).expect("it was sent");
         if sent.forgotten {
+            sent.done = Some(result);
             return;
         }
         if let Some(before) = &sent.done {
             assert!(sent.may_end_again, "{message} ended twice: {before:?}, then {result:?}");
+            // It may hold up others now.
+            sent.done = Some(result);
             return;
         }
         let ran = self.begun.keys().filter(|(.., other)| *other == message).count();
