@@ -34,17 +34,16 @@ pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEven
 pub(crate) use queue::Queue;
 pub(crate) use requests::Requests;
 pub(crate) use routing::{Instance, Matches, PatternTrie, RouteChange, Routing, least_loaded};
-pub(crate) use service::{Admission, Service};
+pub(crate) use service::{Admission, Finished, Service};
 
 use std::ops::Add;
 use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
-/// Maps and sets that hash fast, for keys that this node draws, or of which credit allows few:
-/// their seed is drawn, but whoever watches this process for long could find keys that collide.
+/// A map that hashes fast, for keys that this node draws, or of which credit allows few:
+/// its seed is drawn, but whoever watches this process for long could find keys that collide.
 pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
-pub(crate) type HashSet<T> = std::collections::HashSet<T, RandomState>;
 
 /// A point in time, as the time since the engine's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]

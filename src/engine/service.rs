@@ -4,10 +4,11 @@
 //! the others run beside them.
 
 use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::engine::{HashMap, HashSet, Time};
+use crate::engine::{HashMap, Time};
 
 /// What becomes of a call that arrives.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,21 +21,51 @@ pub(crate) enum Admission<C> {
     Refused(C),
 }
 
-/// The calls of one service on one node. `K` names a call, `C` is what it takes to run it.
+/// What follows from the end of a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Finished<C, R> {
+    /// What was kept of it.
+    pub(crate) kept: Option<R>,
+    /// What to run in its place.
+    pub(crate) next: Option<C>,
+    /// What expired while it waited.
+    pub(crate) expired: Vec<C>,
+}
+
+/// The calls of one service on one node. `K` names a call, `C` is what it takes to run it, and
+/// `R` is what its owner keeps of it while it runs.
 ///
 /// What waits is bounded by the credit of the links that it came over.
 #[derive(Debug)]
-pub(crate) struct Service<K, C> {
+pub(crate) struct Service<K, C, R> {
     concurrency: usize,
-    /// What runs, with its ordering key.
-    running: HashMap<K, Option<Arc<str>>>,
-    /// What waits, by name.
-    queued: HashSet<K>,
+    /// All that run and wait, by name.
+    calls: HashMap<K, State<R>>,
+    running: usize,
     /// What runs as soon as there is room.
     waiting: VecDeque<Waiting<K, C>>,
     /// For each ordering key of a call that runs or is in `waiting`: the calls behind that one.
     behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
     draining: bool,
+}
+
+#[derive(Debug)]
+enum State<R> {
+    Waits,
+    Runs { order: Option<Arc<str>>, kept: Option<R> },
+}
+
+impl<R> State<R> {
+    fn running(order: Option<Arc<str>>) -> Self {
+        Self::Runs { order, kept: None }
+    }
+
+    fn kept(&self) -> Option<&R> {
+        match self {
+            Self::Waits => None,
+            Self::Runs { kept, .. } => kept.as_ref(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -45,12 +76,12 @@ struct Waiting<K, C> {
     call: C,
 }
 
-impl<K: Copy + Eq + Hash, C> Service<K, C> {
+impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
     pub(crate) fn new(concurrency: usize) -> Self {
         Self {
             concurrency: concurrency.max(1),
-            running: HashMap::default(),
-            queued: HashSet::default(),
+            calls: HashMap::default(),
+            running: 0,
             waiting: VecDeque::new(),
             behind: HashMap::default(),
             draining: false,
@@ -65,18 +96,22 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
         expires: Option<Time>,
         call: C,
     ) -> Admission<C> {
-        // A name that is in use already would hide the one behind it.
-        if self.draining || self.running.contains_key(&key) || self.queued.contains(&key) {
+        if self.draining {
             return Admission::Refused(call);
         }
+        // A name that is in use already would hide the one behind it.
+        let Entry::Vacant(entry) = self.calls.entry(key) else {
+            return Admission::Refused(call);
+        };
         let order: Option<Arc<str>> = order.map(Arc::from);
         let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
-        if before.is_none() && self.running.len() < self.concurrency {
+        if before.is_none() && self.running < self.concurrency {
             self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
-            self.running.insert(key, order);
+            entry.insert(State::running(order));
+            self.running += 1;
             return Admission::Start(call);
         }
-        self.queued.insert(key);
+        entry.insert(State::Waits);
         let waiting = Waiting { key, order: order.clone(), expires, call };
         match before {
             Some(behind) => behind.push_back(waiting),
@@ -88,31 +123,53 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
         Admission::Waits
     }
 
-    /// A running call ended. Returns what to run in its place, and what expired while waiting.
-    pub(crate) fn handle_finished(&mut self, now: Time, key: K) -> (Option<C>, Vec<C>) {
-        if let Some(order) = self.running.remove(&key) {
-            self.release(order);
+    /// Keeps something of a call for as long as it runs.
+    pub(crate) fn keep(&mut self, key: K, what: R) {
+        if let Some(State::Runs { kept, .. }) = self.calls.get_mut(&key) {
+            *kept = Some(what);
         }
-        let mut expired = Vec::new();
-        while self.running.len() < self.concurrency
+    }
+
+    /// What is kept of a call.
+    pub(crate) fn kept(&self, key: K) -> Option<&R> {
+        self.calls.get(&key)?.kept()
+    }
+
+    /// What is kept of all calls.
+    pub(crate) fn all_kept(&self) -> impl Iterator<Item = (&K, &R)> {
+        self.calls.iter().filter_map(|(key, state)| Some((key, state.kept()?)))
+    }
+
+    /// A running call ended.
+    pub(crate) fn handle_finished(&mut self, now: Time, key: K) -> Finished<C, R> {
+        let mut finished = Finished { kept: None, next: None, expired: Vec::new() };
+        if let Some(State::Runs { order, kept }) = self.calls.remove(&key) {
+            self.running -= 1;
+            self.release(order);
+            finished.kept = kept;
+        }
+        while self.running < self.concurrency
             && let Some(next) = self.waiting.pop_front()
         {
-            self.queued.remove(&next.key);
             if next.expires.is_some_and(|expires| expires <= now) {
+                self.calls.remove(&next.key);
                 self.release(next.order);
-                expired.push(next.call);
+                finished.expired.push(next.call);
                 continue;
             }
-            self.running.insert(next.key, next.order);
-            return (Some(next.call), expired);
+            self.calls.insert(next.key, State::running(next.order));
+            self.running += 1;
+            finished.next = Some(next.call);
+            break;
         }
-        (None, expired)
+        finished
     }
 
     /// The caller gave up. Returns the call if it was still waiting; one that runs is not ours
     /// to stop.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
-        self.queued.contains(&key).then(|| self.take_waiting(|waiting| *waiting == key).pop())?
+        let waits = matches!(self.calls.get(&key), Some(State::Waits));
+        waits.then(|| self.take_waiting(|waiting| *waiting == key).pop())?
     }
 
     /// Takes out the waiting calls that are wanted.
@@ -126,7 +183,7 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
             self.release(waiting.order.clone());
             taken.push(waiting);
         }
-        taken.iter().for_each(|waiting| _ = self.queued.remove(&waiting.key));
+        taken.iter().for_each(|waiting| _ = self.calls.remove(&waiting.key));
         taken.into_iter().map(|waiting| waiting.call).collect()
     }
 
@@ -137,16 +194,16 @@ impl<K: Copy + Eq + Hash, C> Service<K, C> {
 
     /// Whether nothing runs or waits.
     pub(crate) fn is_idle(&self) -> bool {
-        self.unfinished() == 0
+        self.calls.is_empty()
     }
 
     pub(crate) fn running(&self) -> usize {
-        self.running.len()
+        self.running
     }
 
     /// What runs and waits.
     pub(crate) fn unfinished(&self) -> usize {
-        self.running.len() + self.queued.len()
+        self.calls.len()
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -178,6 +235,16 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    /// What runs next, and what expired.
+    fn finish(
+        service: &mut Service<u32, char, ()>,
+        now: Time,
+        key: u32,
+    ) -> (Option<char>, Vec<char>) {
+        let Finished { next, expired, .. } = service.handle_finished(now, key);
+        (next, expired)
+    }
+
     fn at(ms: u64) -> Time {
         Time::after_start(Duration::from_millis(ms))
     }
@@ -192,19 +259,19 @@ mod tests {
         assert_eq!(service.handle_call(5, None, None, 'e'), Admission::Waits);
         assert_eq!(service.handle_cancel(4), Some('d'));
         assert_eq!(service.handle_cancel(1), None, "it runs already");
-        assert_eq!(service.handle_finished(at(5), 1), (Some('e'), vec!['c']));
+        assert_eq!(finish(&mut service, at(5), 1), (Some('e'), vec!['c']));
         service.drain();
         assert_eq!(service.handle_call(6, None, None, 'f'), Admission::Refused('f'));
         assert!(!service.is_idle());
-        service.handle_finished(at(6), 2);
-        service.handle_finished(at(6), 5);
+        finish(&mut service, at(6), 2);
+        finish(&mut service, at(6), 5);
         assert!(service.is_idle());
     }
 
     #[test]
     fn calls_of_one_ordering_key_run_one_after_the_other_and_hold_up_no_others() {
         let mut service = Service::new(2);
-        let call = |service: &mut Service<_, _>, key, order, name| {
+        let call = |service: &mut Service<_, _, ()>, key, order, name| {
             service.handle_call(key, order, None, name)
         };
         assert_eq!(call(&mut service, 1, Some("x"), 'a'), Admission::Start('a'));
@@ -214,13 +281,13 @@ mod tests {
         assert_eq!(call(&mut service, 5, None, 'e'), Admission::Waits);
         assert_eq!(service.unfinished(), 5);
         // The one without a key came to the head of the queue first.
-        assert_eq!(service.handle_finished(at(1), 1), (Some('e'), vec![]));
-        assert_eq!(service.handle_finished(at(1), 5), (Some('b'), vec![]));
+        assert_eq!(finish(&mut service, at(1), 1), (Some('e'), vec![]));
+        assert_eq!(finish(&mut service, at(1), 5), (Some('b'), vec![]));
         assert_eq!(call(&mut service, 6, Some("x"), 'f'), Admission::Waits);
         assert_eq!(service.handle_cancel(3), Some('c'), "it waited behind another");
-        assert_eq!(service.handle_finished(at(1), 4), (None, vec![]), "b runs, f is behind it");
-        assert_eq!(service.handle_finished(at(1), 2), (Some('f'), vec![]));
-        assert_eq!(service.handle_finished(at(1), 6), (None, vec![]));
+        assert_eq!(finish(&mut service, at(1), 4), (None, vec![]), "b runs, f is behind it");
+        assert_eq!(finish(&mut service, at(1), 2), (Some('f'), vec![]));
+        assert_eq!(finish(&mut service, at(1), 6), (None, vec![]));
         assert!(service.is_idle() && service.behind.is_empty());
         assert_eq!(call(&mut service, 7, Some("x"), 'g'), Admission::Start('g'));
     }
@@ -234,8 +301,8 @@ mod tests {
         service.handle_call(4, Some("x"), None, 'd');
         service.handle_call(5, Some("y"), None, 'e');
         assert_eq!(service.take_waiting(|key| *key == 3 || *key == 5), ['c', 'e']);
-        assert_eq!(service.handle_finished(at(6), 1), (Some('d'), vec!['b']), "b expired");
-        assert_eq!(service.handle_finished(at(6), 4), (None, vec![]));
+        assert_eq!(finish(&mut service, at(6), 1), (Some('d'), vec!['b']), "b expired");
+        assert_eq!(finish(&mut service, at(6), 4), (None, vec![]));
         assert!(service.is_idle() && service.behind.is_empty());
     }
 }

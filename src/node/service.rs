@@ -19,7 +19,7 @@ use super::lease::Lease;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Destination, ServiceName};
 use crate::broker::{Ticket, Unsupported};
-use crate::engine::{Admission, HashMap, LinkId, Service as Admissions};
+use crate::engine::{Admission, Finished, LinkId, Service as Admissions};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -182,14 +182,9 @@ pub(crate) struct ServiceCell {
     pub(crate) name: ServiceName,
     pub(crate) concurrency: u32,
     handler: Arc<Handler>,
-    state: Mutex<State>,
+    calls: Mutex<Admissions<Key, Box<Held>, Running>>,
     /// Woken whenever a call ends.
     ended: Notify,
-}
-
-struct State {
-    admissions: Admissions<Key, Box<Held>>,
-    running: HashMap<Key, Running>,
 }
 
 struct Running {
@@ -214,9 +209,8 @@ impl Held {
 
 impl ServiceCell {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
-        let admissions = Admissions::new(concurrency as usize);
-        let state = Mutex::new(State { admissions, running: HashMap::default() });
-        Self { name, concurrency, handler, state, ended: Notify::new() }
+        let calls = Mutex::new(Admissions::new(concurrency as usize));
+        Self { name, concurrency, handler, calls, ended: Notify::new() }
     }
 
     pub(crate) fn handle_call(
@@ -237,9 +231,7 @@ impl ServiceCell {
         let cancelled = Arc::default();
         let held = Box::new(Held { message, credit, cancelled, deadline, share });
         let (key, order) = (held.key(), held.message.header.ordering_key().map(str::to_owned));
-        let mut state = lock(&self.state);
-        let admission = state.admissions.handle_call(key, order.as_deref(), expires, held);
-        drop(state);
+        let admission = lock(&self.calls).handle_call(key, order.as_deref(), expires, held);
         match admission {
             Admission::Start(held) => self.start(shared, key, held),
             Admission::Waits => {}
@@ -254,7 +246,7 @@ impl ServiceCell {
         let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
         let (service, node) = (self.clone(), shared.clone());
         // What it does when it ends waits until this is done.
-        let mut state = lock(&self.state);
+        let mut calls = lock(&self.calls);
         let task = shared.runtime.spawn(async move {
             let (mut next, mut in_a_row) = (Some((key, held)), 0);
             while let Some((key, held)) = next {
@@ -266,7 +258,7 @@ impl ServiceCell {
                 }
             }
         });
-        state.running.insert(key, Running { cancelled, guaranteed, task: task.abort_handle() });
+        calls.keep(key, Running { cancelled, guaranteed, task: task.abort_handle() });
     }
 
     /// Runs a call; returns what is next in its place.
@@ -336,14 +328,13 @@ impl ServiceCell {
     }
 
     fn end(&self, shared: &Arc<Shared>, key: Key) -> Option<(Key, Box<Held>)> {
-        let mut state = lock(&self.state);
-        let ended = state.running.remove(&key);
-        let (next, expired) = state.admissions.handle_finished(shared.now(), key);
+        let mut calls = lock(&self.calls);
+        let Finished { kept, next, expired } = calls.handle_finished(shared.now(), key);
         let next = next.map(|held| (held.key(), held));
-        if let (Some((key, held)), Some(Running { task, .. })) = (&next, ended) {
-            state.running.insert(*key, held.begin(task));
+        if let (Some((key, held)), Some(Running { task, .. })) = (&next, kept) {
+            calls.keep(*key, held.begin(task));
         }
-        drop(state);
+        drop(calls);
         for held in expired {
             shared.decline(&held.message, held.credit, DropReason::Expired);
         }
@@ -358,12 +349,12 @@ impl ServiceCell {
         link: LinkId,
         id: MessageId,
     ) -> Option<Message> {
-        let mut state = lock(&self.state);
-        let waiting = state.admissions.handle_cancel((link, id));
-        if let Some(running) = state.running.get(&(link, id)) {
+        let mut calls = lock(&self.calls);
+        let waiting = calls.handle_cancel((link, id));
+        if let Some(running) = calls.kept((link, id)) {
             running.cancelled.set();
         }
-        drop(state);
+        drop(calls);
         let held = waiting?;
         shared.drop_received(held.credit.as_ref(), DropReason::Cancelled, 1);
         Some(held.message).filter(|message| message.delivery.is_some())
@@ -371,14 +362,14 @@ impl ServiceCell {
 
     /// What came over the link has nobody left to wait for it.
     pub(crate) fn handle_link_lost(&self, shared: &Arc<Shared>, link: LinkId) {
-        let mut state = lock(&self.state);
-        let waiting = state.admissions.take_waiting(|key| key.0 == link);
-        for (_, running) in state.running.iter().filter(|(key, _)| key.0 == link) {
+        let mut calls = lock(&self.calls);
+        let waiting = calls.take_waiting(|key| key.0 == link);
+        for (_, running) in calls.all_kept().filter(|(key, _)| key.0 == link) {
             if !running.guaranteed {
                 running.cancelled.set();
             }
         }
-        drop(state);
+        drop(calls);
         for lost in waiting {
             if lost.message.delivery.is_some() {
                 shared.unqueue_delivery(&lost.message);
@@ -392,21 +383,21 @@ impl ServiceCell {
 
     /// How many calls run now.
     pub(crate) fn running(&self) -> usize {
-        lock(&self.state).admissions.running()
+        lock(&self.calls).running()
     }
 
     /// How many calls run and wait, unless the service takes no more.
     pub(crate) fn load(&self) -> Option<usize> {
-        let state = lock(&self.state);
-        (!state.admissions.is_draining()).then(|| state.admissions.unfinished())
+        let calls = lock(&self.calls);
+        (!calls.is_draining()).then(|| calls.unfinished())
     }
 
     /// Takes no more calls, and waits until those that it has are done.
     pub(crate) async fn drain(&self) {
-        lock(&self.state).admissions.drain();
+        lock(&self.calls).drain();
         loop {
             let ended = self.ended.notified();
-            if lock(&self.state).admissions.is_idle() {
+            if lock(&self.calls).is_idle() {
                 return;
             }
             ended.await;
@@ -415,7 +406,7 @@ impl ServiceCell {
 
     /// Turns down what waits.
     pub(super) fn turn_down(&self, shared: &Arc<Shared>) {
-        let waiting = lock(&self.state).admissions.take_waiting(|_| true);
+        let waiting = lock(&self.calls).take_waiting(|_| true);
         for held in waiting {
             shared.decline(&held.message, held.credit, DropReason::NoService);
         }
@@ -424,9 +415,9 @@ impl ServiceCell {
     /// Turns down what waits and ends what runs; how many of the latter there were.
     pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
         self.turn_down(shared);
-        let state = lock(&self.state);
-        state.running.values().for_each(|running| running.task.abort());
-        state.running.len()
+        let calls = lock(&self.calls);
+        calls.all_kept().for_each(|(_, running)| running.task.abort());
+        calls.running()
     }
 }
 

@@ -9,8 +9,9 @@ use super::Random;
 use super::ledger::Ledger;
 use crate::address::{Destination, Pattern, ServiceName, Topic};
 use crate::engine::{
-    Action, Admission, Connection, DownReason, Flow, LinkId, Liveness, Mesh, MeshConfig, MeshEvent,
-    Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing, least_loaded, preferred,
+    Action, Admission, Connection, DownReason, Finished, Flow, LinkId, Liveness, Mesh, MeshConfig,
+    MeshEvent, Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing, least_loaded,
+    preferred,
 };
 use crate::identity::{Incarnation, NodeId};
 use crate::message::{Extra, Header, IdSource, Kind, MessageId};
@@ -89,7 +90,7 @@ pub(super) struct SimNode {
     peers: HashMap<LinkId, NodeId>,
     routing: Routing,
     requests: Requests<Waiter>,
-    services: HashMap<ServiceName, Service<CallKey, Call>>,
+    services: HashMap<ServiceName, Service<CallKey, Call, ()>>,
     running: HashMap<CallKey, (ServiceName, Envelope)>,
     patterns: Vec<Pattern>,
     events: Queue<(LinkId, Envelope)>,
@@ -488,7 +489,7 @@ impl SimNode {
         }
         self.transmit(now, link);
         let service = self.services.get_mut(&name).expect("services stay");
-        let (next, expired) = service.handle_finished(now, key);
+        let Finished { next, expired, .. } = service.handle_finished(now, key);
         for call in expired {
             self.drop_received(call.link, Lane::Calls, call.cost, DropReason::Expired);
             self.transmit(now, call.link);
