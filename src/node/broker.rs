@@ -12,7 +12,7 @@ use super::counters::add;
 use super::events::{DownCause, Event};
 use super::guaranteed::{OutboxError, Receipt};
 use super::run::Run;
-use super::service::LOCAL;
+use super::service_cell::LOCAL;
 use super::shared::{Outcome as RequestOutcome, Shared};
 use crate::address::{Destination, Pattern, Recipient, ServiceName, Topic};
 use crate::broker::{

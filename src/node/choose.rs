@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use super::broker::BROKER;
 use super::cell::LinkCell;
 use super::counters::add;
-use super::service::ServiceCell;
+use super::service_cell::ServiceCell;
 use super::shared::Shared;
 use crate::address::{Recipient, ServiceName};
 use crate::engine::{Instance, least_loaded, preferred};

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Weak};
 
-use super::service::{Handler, ServeError, ServiceCell};
+use super::handler::Handler;
+use super::service::ServeError;
+use super::service_cell::ServiceCell;
 use super::shared::Shared;
 use crate::address::{AddressError, Pattern, ServiceName};
 use crate::broker::BrokerKind;

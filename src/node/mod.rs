@@ -10,6 +10,7 @@ mod draft;
 mod driver;
 mod events;
 mod guaranteed;
+mod handler;
 mod last_read;
 mod lease;
 mod loopback;
@@ -17,10 +18,12 @@ mod progress;
 mod publish;
 mod publisher;
 mod receive;
+mod reply;
 mod request;
 mod run;
 mod send;
 mod service;
+mod service_cell;
 mod shared;
 mod shutdown;
 mod start;
@@ -34,12 +37,13 @@ pub use draft::BodyError;
 pub(crate) use draft::Draft;
 pub use events::{DownCause, Event, Events};
 pub use guaranteed::{Guaranteed, OutboxError, Receipt, Storing, Transaction};
+pub use handler::{Call, HandlerError};
 pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
 pub use request::{Request, RequestError};
 pub use send::{Send, SendError, Sent};
-pub use service::{Call, HandlerError, Serve, ServeError, Service};
+pub use service::{Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
 pub use store::{DamagedPart, StoreError, StoreProblem, StoreReport};
@@ -288,7 +292,7 @@ impl Node {
             shared: self.shared().clone(),
             name: name.try_into().map_err(Into::into),
             pattern: pattern.try_into().map_err(Into::into),
-            handler: service::boxed(handler),
+            handler: handler::boxed(handler),
             concurrency: service::DEFAULT_CONCURRENCY,
         }
     }
@@ -343,7 +347,7 @@ impl Node {
         Serve {
             shared: self.shared().clone(),
             name: name.try_into().map_err(Into::into),
-            handler: service::boxed(handler),
+            handler: handler::boxed(handler),
             concurrency: service::DEFAULT_CONCURRENCY,
         }
     }
@@ -358,7 +362,7 @@ impl Node {
         Serve {
             shared: self.shared().clone(),
             name: Ok(ServiceName::node_inbox()),
-            handler: service::boxed(handler),
+            handler: handler::boxed(handler),
             concurrency: service::DEFAULT_CONCURRENCY,
         }
     }

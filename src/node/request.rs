@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
-use super::service::HandlerError;
+use super::handler::HandlerError;
 use super::shared::{Outcome, Shared};
 use crate::address::{AddressError, Recipient};
 use crate::broker::Unsupported;

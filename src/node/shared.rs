@@ -14,7 +14,7 @@ use super::broker::{BROKER, Brokered};
 use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
-use super::service::ServiceCell;
+use super::service_cell::ServiceCell;
 use super::store::Store;
 use super::subscription::{Inboxes, Overflow};
 use super::transport::Transport;
@@ -410,10 +410,9 @@ impl Shared {
                     self.count_drop(cell.peer, DropReason::Cancelled, 1);
                 }
             }
-            None => self
-                .handling()
-                .iter()
-                .for_each(|service| _ = service.handle_cancel(self, super::service::LOCAL, id)),
+            None => self.handling().iter().for_each(|service| {
+                _ = service.handle_cancel(self, super::service_cell::LOCAL, id)
+            }),
         }
     }
 

@@ -3,6 +3,9 @@
 //! For each stream of each sender it keeps a watermark and what is processed above it. There is
 //! no window of time: a delivery is known until its sender says that it is settled.
 
+mod beginning;
+mod recover;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -11,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use super::RecordError;
 use super::numbered::Numbered;
 use super::ranges::Ranges;
-use super::record::{InboxRecord, Name, NodeBytes, StreamRecord};
+use super::record::InboxRecord;
 use crate::engine::HashMap;
 use crate::identity::NodeId;
 use crate::journal::{Haste, Position};
@@ -183,68 +186,6 @@ impl Inbox {
         self.epoch
     }
 
-    /// Takes in an entry of the journal, in their order.
-    ///
-    /// # Errors
-    /// [`RecordError`] if this version can't read it.
-    pub(crate) fn recover(&mut self, entry: &[u8]) -> Result<(), RecordError> {
-        match InboxRecord::decode(entry)? {
-            InboxRecord::Snapshot(epoch, streams) => {
-                self.epoch = epoch;
-                self.streams.clear();
-                self.places.clear();
-                self.senders.clear();
-                for stream in streams {
-                    self.recover_stream(&stream)?;
-                }
-            }
-            InboxRecord::Opened(stream) => self.recover_stream(&stream)?,
-            InboxRecord::Processed(number, seq) => {
-                if let Some(seen) = self.numbered(number) {
-                    seen.processed.insert(seq);
-                    seen.begun.remove(&seq);
-                }
-            }
-            InboxRecord::Begun(number, seq, times) => {
-                if let Some(seen) = self.numbered(number) {
-                    match times {
-                        0 => _ = seen.begun.remove(&seq),
-                        _ => _ = seen.begun.insert(seq, times),
-                    }
-                }
-            }
-            InboxRecord::Forgotten(numbers) => {
-                self.forget(|seen| numbers.contains(&seen.number));
-            }
-        }
-        Ok(())
-    }
-
-    fn recover_stream(&mut self, record: &StreamRecord) -> Result<(), RecordError> {
-        let (node, stream) = (record.node.0, record.stream());
-        let place = match self.places.get(&(node, stream.clone())) {
-            Some(place) => *place,
-            None => self.open_stream(node, &stream, record.number),
-        };
-        if let Some(seen) = self.streams.get_mut(&place) {
-            (seen.number, seen.opened) = (record.number, true);
-            seen.floor = seen.floor.max(record.floor);
-            for (first, last) in &record.processed {
-                seen.processed.insert_range(*first, *last);
-            }
-        }
-        Ok(())
-    }
-
-    fn numbered(&mut self, number: u64) -> Option<&mut Seen> {
-        self.streams.values_mut().find(|seen| seen.number == number)
-    }
-
-    /// The journal has been read. It begins with a snapshot, so that the epoch is in it.
-    pub(crate) fn handle_recovered(&mut self) {
-        self.take_snapshot();
-    }
-
     fn open_stream(&mut self, node: NodeId, stream: &Stream, number: u64) -> usize {
         let place = self.next_place;
         self.next_place += 1;
@@ -334,34 +275,6 @@ impl Inbox {
         match self.senders.get(from) {
             Some(streams) => *streams < MAX_STREAMS,
             None => self.senders.len() < MAX_SENDERS,
-        }
-    }
-
-    /// Writes that a handler begins; it does when that is done.
-    fn count_begun(&mut self, place: usize, seq: u64) {
-        let Some(seen) = self.streams.get_mut(&place) else { return };
-        let begun = seen.begun.entry(seq).or_default();
-        *begun += 1;
-        if let Some(open) = seen.open.get_mut(&seq) {
-            open.counted = true;
-        }
-        let record = InboxRecord::Begun(seen.number, seq, *begun);
-        self.append(&record, Pending::Begun(place, seq), Haste::Written);
-    }
-
-    fn next_suspect(&mut self) {
-        if self.suspect.is_none()
-            && let Some((place, seq)) = self.suspects.pop_front()
-        {
-            self.suspect = Some((place, seq));
-            self.count_begun(place, seq);
-        }
-    }
-
-    fn end_suspect(&mut self, place: usize, seq: u64) {
-        if self.suspect == Some((place, seq)) {
-            self.suspect = None;
-            self.next_suspect();
         }
     }
 
@@ -483,31 +396,6 @@ impl Inbox {
         }
     }
 
-    /// A handler may begin, and those behind it that only waited for that.
-    fn begin(&mut self, node: NodeId, id: &DeliveryId) {
-        let Some(later) = self.later.get_mut(&node) else { return };
-        if let Some(found) = later.iter_mut().find(|(waiting, _)| waiting == id) {
-            found.1 = true;
-        }
-        while let Some((_, true)) = later.front()
-            && let Some((id, _)) = later.pop_front()
-        {
-            self.actions.push_back(InboxAction::Begin(node, id));
-        }
-    }
-
-    /// What was to begin is with its handlers: from here on the order is theirs.
-    pub(crate) fn handle_begun(&mut self, node: NodeId) {
-        match self.later.get_mut(&node).map(VecDeque::front_mut) {
-            Some(None) => _ = self.later.remove(&node),
-            Some(Some((id, true))) => {
-                let id = id.clone();
-                self.begin(node, &id);
-            }
-            Some(Some((_, false))) | None => {}
-        }
-    }
-
     /// Whether the disk refused something that is to be tried again.
     pub(crate) fn has_unstored(&self) -> bool {
         !self.unstored.is_empty() || self.snapshot == SnapshotPhase::Unstored
@@ -580,51 +468,7 @@ impl Inbox {
         self.actions.push_back(InboxAction::Note(entry));
     }
 
-    fn snapshot_if_due(&mut self) {
-        let due = self.since_snapshot >= self.snapshot_after.max(self.snapshot_size);
-        if due && self.snapshot == SnapshotPhase::Stored {
-            self.take_snapshot();
-        }
-    }
-
-    /// Says all that is known again, so that what is before can go.
-    fn take_snapshot(&mut self) {
-        let streams = self.streams.values().map(Seen::record).collect();
-        let snapshot = InboxRecord::Snapshot(self.epoch, streams);
-        let (token, entry) = (self.token_for(Pending::Snapshot), snapshot.encode());
-        self.snapshot_size = entry.len() as u64;
-        self.since_snapshot = 0;
-        self.snapshot = SnapshotPhase::Storing;
-        self.actions.push_back(InboxAction::AppendSnapshot { token, entry });
-        let counts = self.streams.values().flat_map(|seen| {
-            seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
-        });
-        for count in counts.collect::<Vec<_>>() {
-            self.note(&count);
-        }
-    }
-
     pub(crate) fn poll_action(&mut self) -> Option<InboxAction> {
         self.actions.pop_front()
-    }
-}
-
-impl Seen {
-    fn record(&self) -> StreamRecord {
-        let mut processed = self.processed.clone();
-        // Their handlers returned Ok: what says so is in the journal before this.
-        for (seq, open) in &self.open {
-            if open.phase != Phase::Running {
-                processed.insert(*seq);
-            }
-        }
-        StreamRecord {
-            number: self.number,
-            node: NodeBytes(self.node),
-            epoch: self.stream.epoch,
-            subscription: self.stream.subscription.clone().map(Name),
-            floor: self.floor,
-            processed: processed.iter().collect(),
-        }
     }
 }

@@ -1,0 +1,65 @@
+//! How handlers of redelivered messages begin: counted, so that one that kills its process is
+//! found out; suspects one at a time; and in the order in which they came.
+
+use std::collections::VecDeque;
+
+use super::{Inbox, InboxAction, Pending};
+use crate::engine::delivery::record::InboxRecord;
+use crate::identity::NodeId;
+use crate::journal::Haste;
+use crate::wire::DeliveryId;
+
+impl Inbox {
+    /// Writes that a handler begins; it does when that is done.
+    pub(super) fn count_begun(&mut self, place: usize, seq: u64) {
+        let Some(seen) = self.streams.get_mut(&place) else { return };
+        let begun = seen.begun.entry(seq).or_default();
+        *begun += 1;
+        if let Some(open) = seen.open.get_mut(&seq) {
+            open.counted = true;
+        }
+        let record = InboxRecord::Begun(seen.number, seq, *begun);
+        self.append(&record, Pending::Begun(place, seq), Haste::Written);
+    }
+
+    pub(super) fn next_suspect(&mut self) {
+        if self.suspect.is_none()
+            && let Some((place, seq)) = self.suspects.pop_front()
+        {
+            self.suspect = Some((place, seq));
+            self.count_begun(place, seq);
+        }
+    }
+
+    pub(super) fn end_suspect(&mut self, place: usize, seq: u64) {
+        if self.suspect == Some((place, seq)) {
+            self.suspect = None;
+            self.next_suspect();
+        }
+    }
+
+    /// A handler may begin, and those behind it that only waited for that.
+    pub(super) fn begin(&mut self, node: NodeId, id: &DeliveryId) {
+        let Some(later) = self.later.get_mut(&node) else { return };
+        if let Some(found) = later.iter_mut().find(|(waiting, _)| waiting == id) {
+            found.1 = true;
+        }
+        while let Some((_, true)) = later.front()
+            && let Some((id, _)) = later.pop_front()
+        {
+            self.actions.push_back(InboxAction::Begin(node, id));
+        }
+    }
+
+    /// What was to begin is with its handlers: from here on the order is theirs.
+    pub(crate) fn handle_begun(&mut self, node: NodeId) {
+        match self.later.get_mut(&node).map(VecDeque::front_mut) {
+            Some(None) => _ = self.later.remove(&node),
+            Some(Some((id, true))) => {
+                let id = id.clone();
+                self.begin(node, &id);
+            }
+            Some(Some((_, false))) | None => {}
+        }
+    }
+}

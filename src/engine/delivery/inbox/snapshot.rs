@@ -1,0 +1,50 @@
+//! Snapshots: all that is known, said again, so that the journal doesn't grow for ever.
+
+use super::{Inbox, InboxAction, Pending, Phase, Seen, SnapshotPhase};
+use crate::engine::delivery::record::{InboxRecord, Name, NodeBytes, StreamRecord};
+
+impl Inbox {
+    pub(super) fn snapshot_if_due(&mut self) {
+        let due = self.since_snapshot >= self.snapshot_after.max(self.snapshot_size);
+        if due && self.snapshot == SnapshotPhase::Stored {
+            self.take_snapshot();
+        }
+    }
+
+    /// Says all that is known again, so that what is before can go.
+    pub(super) fn take_snapshot(&mut self) {
+        let streams = self.streams.values().map(Seen::record).collect();
+        let snapshot = InboxRecord::Snapshot(self.epoch, streams);
+        let (token, entry) = (self.token_for(Pending::Snapshot), snapshot.encode());
+        self.snapshot_size = entry.len() as u64;
+        self.since_snapshot = 0;
+        self.snapshot = SnapshotPhase::Storing;
+        self.actions.push_back(InboxAction::AppendSnapshot { token, entry });
+        let counts = self.streams.values().flat_map(|seen| {
+            seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
+        });
+        for count in counts.collect::<Vec<_>>() {
+            self.note(&count);
+        }
+    }
+}
+
+impl Seen {
+    pub(super) fn record(&self) -> StreamRecord {
+        let mut processed = self.processed.clone();
+        // Their handlers returned Ok: what says so is in the journal before this.
+        for (seq, open) in &self.open {
+            if open.phase != Phase::Running {
+                processed.insert(*seq);
+            }
+        }
+        StreamRecord {
+            number: self.number,
+            node: NodeBytes(self.node),
+            epoch: self.stream.epoch,
+            subscription: self.stream.subscription.clone().map(Name),
+            floor: self.floor,
+            processed: processed.iter().collect(),
+        }
+    }
+}
