@@ -9,6 +9,8 @@
 //! Of two nodes the one with the smaller id decides which connection becomes their one link.
 
 mod allowance;
+mod announcements;
+mod endings;
 mod gossip;
 mod handshake;
 
@@ -21,7 +23,7 @@ use crate::engine::{HashMap, LinkId, RouteChange, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
-use crate::wire::{Announcement, Bye, Control, Hello, Limits};
+use crate::wire::{Bye, Control, Hello, Limits};
 use allowance::Allowance;
 use gossip::Gossip;
 
@@ -29,8 +31,6 @@ use gossip::Gossip;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most patterns and services that a peer may announce in all.
 const MAX_ANNOUNCED: usize = 10_000;
-/// The most bytes of patterns and service names that go into one record.
-const MAX_LISTED: usize = 32 * 1024;
 /// How long the old link may take to prove that it is alive.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -366,40 +366,6 @@ impl Mesh {
 
     // What the user of the node does.
 
-    pub(crate) fn subscribe(&mut self, pattern: &Pattern) {
-        let count = self.patterns.entry(pattern.clone()).or_default();
-        *count += 1;
-        if *count == 1 {
-            let subscribed = vec![pattern.clone()];
-            self.announce(&Announcement { subscribed, ..Announcement::default() });
-        }
-    }
-
-    pub(crate) fn unsubscribe(&mut self, pattern: &Pattern) {
-        let Some(count) = self.patterns.get_mut(pattern) else {
-            return;
-        };
-        *count -= 1;
-        if *count == 0 {
-            self.patterns.remove(pattern);
-            let unsubscribed = vec![pattern.clone()];
-            self.announce(&Announcement { unsubscribed, ..Announcement::default() });
-        }
-    }
-
-    pub(crate) fn serve(&mut self, name: &ServiceName, concurrency: u32) {
-        self.services.insert(name.clone(), concurrency);
-        let serving = vec![ServiceInfo { name: name.clone(), concurrency }];
-        self.announce(&Announcement { serving, ..Announcement::default() });
-    }
-
-    pub(crate) fn withdraw(&mut self, name: &ServiceName) {
-        if self.services.remove(name).is_some() {
-            let withdrawn = vec![name.clone()];
-            self.announce(&Announcement { withdrawn, ..Announcement::default() });
-        }
-    }
-
     /// Makes no more links; those that are there stay.
     pub(crate) fn stop_linking(&mut self) {
         self.dialing = false;
@@ -446,76 +412,6 @@ impl Mesh {
         self.peers.contains_key(id)
     }
 
-    // Endings.
-
-    /// A connection that never became a link, and that a user may want to know of.
-    fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
-        self.refuse_as(now, link, DownReason::Refused(reason), for_good);
-    }
-
-    fn refuse_as(&mut self, now: Time, link: LinkId, reason: DownReason, for_good: bool) {
-        let Some(entry) = self.links.get(&link) else {
-            return;
-        };
-        let address = entry.connection.address.clone();
-        self.dialer.handle_refused(now, link, reason.to_string(), for_good);
-        let report = MeshEvent::Refused { address, reason: reason.to_string() };
-        self.actions.push_back(Action::Report(report));
-        self.close(now, link, reason);
-    }
-
-    fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        let Some(entry) = self.links.get(&link) else {
-            return;
-        };
-        match (entry.phase, &entry.about) {
-            (Phase::Up, Some(_)) => self.end_peer(now, link, reason),
-            _ if matches!(reason, DownReason::Violation(_)) => {
-                self.refuse_as(now, link, reason, false);
-            }
-            _ => {
-                if reason != DownReason::Bye(Bye::Duplicate) {
-                    let text = match &reason {
-                        DownReason::Closed => "the connection closed before a hello".to_owned(),
-                        other => other.to_string(),
-                    };
-                    self.dialer.handle_refused(now, link, text, false);
-                }
-                self.close(now, link, reason);
-            }
-        }
-    }
-
-    fn end_peer(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        let Some(About { id, name, patterns, services, .. }) =
-            self.links.get_mut(&link).and_then(|link| link.about.take()).map(|about| *about)
-        else {
-            return;
-        };
-        self.peers.remove(&id);
-        let newcomer = self.probes.remove(&id).map(|probe| probe.newcomer);
-        patterns.into_iter().for_each(|it| self.route(link, id, RouteChange::Unsubscribed(it)));
-        let names = services.into_keys();
-        names.for_each(|name| self.route(link, id, RouteChange::Withdrawn(name)));
-        self.route(link, id, RouteChange::Down);
-        let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
-        self.actions.push_back(Action::Report(report));
-        self.close(now, link, reason);
-        self.dialer.handle_peer_lost(now, id);
-        if let Some(newcomer) = newcomer {
-            self.accept(now, newcomer);
-        }
-    }
-
-    fn close(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        if let Some(entry) = self.links.remove(&link) {
-            self.set_deadline(link, entry.phase, None);
-            self.actions.push_back(Action::Close { link, reason });
-        }
-        self.dialer.handle_ended(now, link);
-        self.probes.retain(|_, probe| probe.newcomer != link);
-    }
-
     // Small parts.
 
     fn dial_due(&mut self, now: Time) {
@@ -560,71 +456,6 @@ impl Mesh {
 
     fn send(&mut self, link: LinkId, control: Control) {
         self.actions.push_back(Action::Send(link, control));
-    }
-
-    /// Says hello, and right behind it what it has no room for.
-    fn send_hello(&mut self, link: LinkId) {
-        let mut listing = self.listing().into_iter();
-        let seq = listing.len() as u64 - 1;
-        let first = listing.next().unwrap_or_default();
-        let hello = Hello {
-            mesh: self.me.mesh.clone(),
-            id: self.me.id,
-            incarnation: self.me.incarnation,
-            name: self.me.name.clone(),
-            limits: self.me.limits,
-            seq,
-            patterns: first.subscribed,
-            services: first.serving,
-            addresses: self.addresses.clone(),
-        };
-        if let Some(entry) = self.links.get_mut(&link) {
-            entry.announced = Some(0);
-        }
-        self.send(link, Control::Hello(Box::new(hello)));
-        listing.for_each(|rest| self.announce_to(link, rest));
-    }
-
-    /// All that this node wants and serves, in parts that have room in one record each; at least
-    /// one part.
-    fn listing(&self) -> Vec<Announcement> {
-        let mut parts = Vec::new();
-        let mut part = Announcement::default();
-        let mut room = MAX_LISTED;
-        let mut make_room = |part: &mut Announcement, len: usize| {
-            if len > room {
-                parts.push(std::mem::take(part));
-                room = MAX_LISTED;
-            }
-            room -= len;
-        };
-        for pattern in self.patterns.keys() {
-            make_room(&mut part, pattern.as_str().len());
-            part.subscribed.push(pattern.clone());
-        }
-        for service in self.services.iter().map(service_info) {
-            make_room(&mut part, service.name.as_str().len());
-            part.serving.push(service);
-        }
-        parts.push(part);
-        parts
-    }
-
-    /// Tells everybody who has our hello.
-    fn announce(&mut self, news: &Announcement) {
-        let told = self.links.iter().filter(|(_, link)| link.announced.is_some());
-        let told: Vec<LinkId> = told.map(|(id, _)| *id).collect();
-        for link in told {
-            self.announce_to(link, news.clone());
-        }
-    }
-
-    fn announce_to(&mut self, link: LinkId, mut news: Announcement) {
-        if let Some(seq) = self.links.get_mut(&link).and_then(|link| link.announced.as_mut()) {
-            *seq += 1;
-            news.seq = *seq;
-            self.send(link, Control::Announce(Box::new(news)));
-        }
     }
 
     fn peer_info(&self, link: LinkId) -> Option<PeerInfo> {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::wire::Hint;
+use crate::wire::{Announcement, Hint};
 
 const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 4] };
 
@@ -193,7 +193,10 @@ fn what_a_hello_has_no_room_for_follows_it() {
         })
         .collect();
     assert_eq!(listed.iter().sum::<usize>(), 1000);
-    assert!(listed.len() > 5 && listed.iter().all(|len| *len <= MAX_LISTED / 200), "{listed:?}");
+    assert!(
+        listed.len() > 5 && listed.iter().all(|len| *len <= announcements::MAX_LISTED / 200),
+        "{listed:?}"
+    );
 
     linked(&mut b, &mut a, LinkId(2));
     b.unsubscribe(&pattern(0));

@@ -1,0 +1,81 @@
+//! How connections and links end.
+
+use super::{About, Action, DownReason, Mesh, MeshEvent, Phase};
+use crate::engine::{LinkId, RouteChange, Time};
+use crate::wire::Bye;
+
+impl Mesh {
+    /// A connection that never became a link, and that a user may want to know of.
+    pub(super) fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
+        self.refuse_as(now, link, DownReason::Refused(reason), for_good);
+    }
+
+    pub(super) fn refuse_as(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        reason: DownReason,
+        for_good: bool,
+    ) {
+        let Some(entry) = self.links.get(&link) else {
+            return;
+        };
+        let address = entry.connection.address.clone();
+        self.dialer.handle_refused(now, link, reason.to_string(), for_good);
+        let report = MeshEvent::Refused { address, reason: reason.to_string() };
+        self.actions.push_back(Action::Report(report));
+        self.close(now, link, reason);
+    }
+
+    pub(super) fn end(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        let Some(entry) = self.links.get(&link) else {
+            return;
+        };
+        match (entry.phase, &entry.about) {
+            (Phase::Up, Some(_)) => self.end_peer(now, link, reason),
+            _ if matches!(reason, DownReason::Violation(_)) => {
+                self.refuse_as(now, link, reason, false);
+            }
+            _ => {
+                if reason != DownReason::Bye(Bye::Duplicate) {
+                    let text = match &reason {
+                        DownReason::Closed => "the connection closed before a hello".to_owned(),
+                        other => other.to_string(),
+                    };
+                    self.dialer.handle_refused(now, link, text, false);
+                }
+                self.close(now, link, reason);
+            }
+        }
+    }
+
+    pub(super) fn end_peer(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        let Some(About { id, name, patterns, services, .. }) =
+            self.links.get_mut(&link).and_then(|link| link.about.take()).map(|about| *about)
+        else {
+            return;
+        };
+        self.peers.remove(&id);
+        let newcomer = self.probes.remove(&id).map(|probe| probe.newcomer);
+        patterns.into_iter().for_each(|it| self.route(link, id, RouteChange::Unsubscribed(it)));
+        let names = services.into_keys();
+        names.for_each(|name| self.route(link, id, RouteChange::Withdrawn(name)));
+        self.route(link, id, RouteChange::Down);
+        let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
+        self.actions.push_back(Action::Report(report));
+        self.close(now, link, reason);
+        self.dialer.handle_peer_lost(now, id);
+        if let Some(newcomer) = newcomer {
+            self.accept(now, newcomer);
+        }
+    }
+
+    pub(super) fn close(&mut self, now: Time, link: LinkId, reason: DownReason) {
+        if let Some(entry) = self.links.remove(&link) {
+            self.set_deadline(link, entry.phase, None);
+            self.actions.push_back(Action::Close { link, reason });
+        }
+        self.dialer.handle_ended(now, link);
+        self.probes.retain(|_, probe| probe.newcomer != link);
+    }
+}
