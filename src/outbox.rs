@@ -186,8 +186,8 @@ impl ClosedOutbox {
         Ok((header, payload.into_body()))
     }
 
-    /// Has a dead letter tried again, from the node's next start on; whether it was one. One that
-    /// had expired expires no more.
+    /// Has a dead letter tried again, from the node's next start on; whether it was one. Its
+    /// message expires no more.
     ///
     /// # Errors
     /// [`StoreError`] if that can't be stored.

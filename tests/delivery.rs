@@ -419,6 +419,38 @@ async fn a_handler_that_hangs_loses_its_lease() {
     assert_eq!(times.load(Ordering::SeqCst), 2);
 }
 
+struct PanicsWhenDropped;
+
+impl Drop for PanicsWhenDropped {
+    fn drop(&mut self) {
+        panic!("it is dropped");
+    }
+}
+
+#[tokio::test]
+async fn a_handler_that_panics_as_its_lease_ends_leaves_its_place_to_others() {
+    let place = Place::new();
+    let alice = place.node("alice").await;
+    let config = place.host.config("bob").outbox(place.stores.path().join("bob"));
+    let bob = config.lease(Duration::from_millis(50)).start().await.unwrap();
+    let times = Arc::new(AtomicU32::new(0));
+    let count = times.clone();
+    let handler = move |_: Call| {
+        let first = count.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            if first {
+                let _panics = PanicsWhenDropped;
+                std::future::pending::<()>().await;
+            }
+            Ok(())
+        }
+    };
+    let _service = bob.serve("work", handler).concurrency(1).start().unwrap();
+    let receipt = alice.send("work", "hangs").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert_eq!(times.load(Ordering::SeqCst), 2);
+}
+
 /// Copies a store, as a backup does.
 fn copy(from: &std::path::Path, to: &std::path::Path) {
     std::fs::create_dir_all(to).unwrap();

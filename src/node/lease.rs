@@ -41,14 +41,15 @@ impl Lease {
             }
             loop {
                 let until = *lock(&self.until);
+                // A handler that is always busy leaves the timer no turn.
+                if until <= Instant::now() {
+                    return Poll::Ready(None);
+                }
                 let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
                 if timer.deadline() != until {
                     timer.as_mut().reset(until);
                 }
                 ready!(timer.as_mut().poll(context));
-                if *lock(&self.until) <= Instant::now() {
-                    return Poll::Ready(None);
-                }
             }
         })
         .await
@@ -58,6 +59,7 @@ impl Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::task::consume_budget;
     use tokio::time::sleep;
 
     #[tokio::test(start_paused = true)]
@@ -73,5 +75,16 @@ mod tests {
             }
         };
         assert_eq!(lease.hold(slow).await, Some(()));
+    }
+
+    #[tokio::test]
+    async fn a_lease_ends_a_handler_that_is_always_busy() {
+        let busy = async {
+            loop {
+                consume_budget().await;
+            }
+        };
+        let lease = Lease::new(Duration::from_millis(1));
+        assert_eq!(lease.hold::<()>(busy).await, None);
     }
 }

@@ -154,12 +154,15 @@ impl ServiceCell {
         let begun = catch_unwind(AssertUnwindSafe(|| (self.handler)(call)));
         let run = begun.map(|run| AssertUnwindSafe(run).catch_unwind());
         let ended = match (run, lease) {
-            (Ok(run), Some(lease)) => lease.hold(run).await,
-            (Ok(run), None) => Some(run.await),
-            (Err(panic), _) => Some(Err(panic)),
+            (Ok(mut run), Some(lease)) => match lease.hold(&mut run).await {
+                Some(ended) => ended,
+                None => catch_unwind(AssertUnwindSafe(|| drop(run)))
+                    .map(|()| Err(HandlerError::new("lease", "its lease ran out"))),
+            },
+            (Ok(run), None) => run.await,
+            (Err(panic), _) => Err(panic),
         };
-        let timed_out = || Ok(Err(HandlerError::new("lease", "its lease ran out")));
-        let result = ended.unwrap_or_else(timed_out).unwrap_or_else(|panic| {
+        let result = ended.unwrap_or_else(|panic| {
             let text = panic_text(panic.as_ref());
             tracing::warn!(service = %self.name, message_id = %heading.header.id, text, "a handler panicked");
             Err(HandlerError::new("panic", "the handler panicked"))
@@ -293,9 +296,7 @@ impl ServiceCell {
     /// Turns down what waits and ends what runs; how many of the latter there were.
     pub(crate) fn abort(&self, shared: &Arc<Shared>) -> usize {
         self.turn_down(shared);
-        let calls = lock(&self.calls);
-        calls.all_kept().for_each(|(_, running)| running.task.abort());
-        calls.running()
+        lock(&self.calls).all_kept().map(|(_, running)| running.task.abort()).count()
     }
 }
 

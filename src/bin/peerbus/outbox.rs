@@ -18,7 +18,7 @@ pub(crate) enum Outbox {
     List(List),
     /// Print one message
     Show(Show),
-    /// Have dead letters tried again when the node runs next; what had expired expires no more
+    /// Have dead letters tried again when the node runs next; they expire no more
     Replay(Chosen<false>),
     /// Remove messages for good, for all their destinations
     Purge(Chosen<true>),

@@ -18,7 +18,7 @@ impl Outbox {
     /// Sends a dead letter again when its outbox is opened next; `None` if it is none.
     pub(crate) fn replay(&mut self, key: PartKey) -> Option<Vec<u8>> {
         matches!(self.part(key)?.state, State::Dead(_)).then(|| {
-            self.revive(key);
+            self.revive_for_good(key);
             OutboxRecord::Dead(key.number, key.part, None).encode()
         })
     }

@@ -89,7 +89,9 @@ impl Outbox {
                     self.end_part(key, State::Dead(Box::new(fate)));
                 }
             }
-            OutboxRecord::Dead(number, part, None) => self.revive(PartKey { number, part }),
+            OutboxRecord::Dead(number, part, None) => {
+                self.revive_for_good(PartKey { number, part })
+            }
             OutboxRecord::Peers(peers) => {
                 self.subscriptions.clear();
                 for peer in peers {
@@ -184,19 +186,24 @@ impl Outbox {
         }
     }
 
-    /// Makes a dead letter a message again. One that had expired has no end any more: it would be
-    /// dead at once.
     pub(super) fn revive(&mut self, key: PartKey) {
-        let Some(entry) = self.entries.get_mut(key.number) else { return };
-        let Some(part) = entry.parts.get_mut(key.part as usize) else { return };
-        let State::Dead(fate) = &part.state else { return };
-        if let (Fate::Expired { .. }, Some(rare)) = (&**fate, &mut entry.rare) {
+        if let Some(part) = self.part_mut(key)
+            && matches!(part.state, State::Dead(_))
+        {
+            (part.state, part.failures) = (State::Storing, 0);
+            self.dead -= 1;
+            self.open += 1;
+            self.enter_lane(key);
+        }
+    }
+
+    /// The same for one that is to be sent again. Its message expires no more: that time may have
+    /// come, and it would be dead at once.
+    pub(super) fn revive_for_good(&mut self, key: PartKey) {
+        self.revive(key);
+        if let Some(rare) = self.entries.get_mut(key.number).and_then(|entry| entry.rare.as_mut()) {
             rare.expires_at = None;
         }
-        (part.state, part.failures) = (State::Storing, 0);
-        self.dead -= 1;
-        self.open += 1;
-        self.enter_lane(key);
     }
 
     fn recover_peer(&mut self, record: &PeerRecord) -> Result<(), RecordError> {

@@ -344,20 +344,29 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
 }
 
 #[test]
-fn what_had_expired_and_is_replayed_expires_no_more() {
-    let mut bench = Bench::new(None);
-    let mut message = bench.message(Target::Node(BOB));
-    message.expires_at = Some(1000);
-    bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
-    bench.run();
-    bench.sleep(Duration::from_secs(2));
-    assert_eq!(bench.outbox.dead_letters(), 1);
-    let entry = bench.outbox.replay(PartKey { number: 1, part: 0 }).unwrap();
-    bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry));
-    let mut bench = bench.restart();
-    bench.meet(BOB);
-    bench.sleep(Duration::from_secs(2));
-    assert_eq!((bench.sent.len(), bench.outbox.dead_letters()), (1, 0));
+fn what_is_replayed_expires_no_more_and_what_is_purged_leaves_the_rest_its_time() {
+    for replayed in [true, false] {
+        let mut bench = Bench::new(None);
+        let mut message = bench.message(Target::Node(BOB));
+        message.targets.push(Target::Node(CAROL));
+        message.expires_at = Some(1000);
+        bench.meet(CAROL);
+        bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
+        bench.run();
+        bench.sleep(Duration::from_secs(2));
+        assert_eq!(bench.outbox.dead_letters(), 1, "that to Bob; Carol's answer decides");
+        let to_bob = PartKey { number: 1, part: 0 };
+        let entry = match replayed {
+            true => bench.outbox.replay(to_bob),
+            false => bench.outbox.purge(to_bob),
+        };
+        bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, entry.unwrap()));
+        let mut bench = bench.restart();
+        bench.meet(BOB);
+        bench.sleep(Duration::from_secs(2));
+        let (to_bob, dead) = if replayed { (1, 0) } else { (0, 1) };
+        assert_eq!((bench.sent.len(), bench.outbox.dead_letters()), (to_bob, dead));
+    }
 }
 
 #[test]
