@@ -51,17 +51,11 @@ impl Shared {
         let mut outbox = lock(&store.outbox);
         let now = self.delivery_now();
         let result = tell(&mut outbox, now);
-        loop {
-            outbox.pump(&mut |name, order, load| self.choose_instance(name, order, load));
-            let mut is_idle = true;
-            // All of them before it looks again for what can go.
-            while let Some(action) = outbox.poll_action() {
-                is_idle = false;
-                self.perform_outbox(store, &mut outbox, now, action);
-            }
-            if is_idle {
-                break;
-            }
+        let choose = &mut |name: &_, order: Option<&str>, load: &dyn Fn(&_) -> _| {
+            self.choose_instance(name, order, load)
+        };
+        while let Some(action) = outbox.poll_action(choose) {
+            self.perform_outbox(store, &mut outbox, now, action);
         }
         let (timer, wall) = outbox.poll_timeout();
         drop(outbox);
@@ -131,12 +125,12 @@ impl Shared {
         self: &Arc<Self>,
         store: &Store,
         to: NodeId,
-        Envelope { mut header, payload }: Envelope,
+        Envelope { mut header, mut payload }: Envelope,
         delivery: Arc<Delivery>,
         left_ms: Option<u64>,
     ) -> Result<(), DropReason> {
         header.time_to_live = left_ms.map(Duration::from_millis);
-        let body = payload.into_body();
+        let body = payload.take_body();
         if to == self.id {
             let mut message = Message::new(to, header, body);
             message.delivery = Some(delivery);

@@ -152,8 +152,8 @@ impl Outbox {
         rare.and_then(|rare| rare.expires_at).is_some_and(|at| at <= now.unix_ms)
     }
 
-    /// Sends what can go. To be called after anything was told.
-    pub(crate) fn pump(&mut self, choose: &mut Choose<'_>) {
+    /// Sends what can go.
+    pub(super) fn pump(&mut self, choose: &mut Choose<'_>) {
         self.store_freed();
         if std::mem::take(&mut self.waiting_dirty) {
             self.bind_waiting(choose);

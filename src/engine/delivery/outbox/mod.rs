@@ -536,7 +536,12 @@ impl Outbox {
         Some(self.streams[bound.stream as usize].node)
     }
 
-    pub(crate) fn poll_action(&mut self) -> Option<OutboxAction> {
+    /// What is to be done next. It looks for what can go when nothing else is left to be done,
+    /// so once for many actions.
+    pub(crate) fn poll_action(&mut self, choose: &mut Choose<'_>) -> Option<OutboxAction> {
+        if self.actions.is_empty() {
+            self.pump(choose);
+        }
         self.actions.pop_front()
     }
 

@@ -94,16 +94,24 @@ impl World {
 
     /// All before it with its key are through.
     fn check_order(&self, message: MessageId) {
-        let sent = &self.sent[&message];
-        let Some(lane) = sent.lane.as_ref().filter(|_| !sent.forgotten) else { return };
-        let before = self.order.iter().take_while(|other| **other != message);
-        for other in before.map(|other| &self.sent[other]) {
-            let same = other.sender == sent.sender && other.lane.as_ref() == Some(lane);
+        if self.sent[&message].forgotten {
+            return;
+        }
+        for other in self.before_in_lane(message) {
             assert!(
-                !same || !other.stored || self.is_through(other),
-                "{message} of {lane:?} is ahead of one before it: {other:?}"
+                !other.stored || self.is_through(other),
+                "{message} is ahead of one with its key before it: {other:?}"
             );
         }
+    }
+
+    /// What its sender sent before it with its key.
+    pub(super) fn before_in_lane(&self, message: MessageId) -> impl Iterator<Item = &Sent> {
+        let sent = &self.sent[&message];
+        let before = self.order.iter().take_while(move |other| **other != message);
+        before.map(|other| &self.sent[other]).filter(|other| {
+            sent.lane.is_some() && other.sender == sent.sender && other.lane == sent.lane
+        })
     }
 
     /// Whether those behind it may go.

@@ -9,7 +9,7 @@ use crate::engine::delivery::{Contents, Inbox, Outbox, OutboxConfig};
 use crate::engine::sim::disk::{Crash, Disk, SEGMENT};
 use crate::journal::Entry;
 use crate::message::MessageId;
-use crate::wire::{Control, InboxInfo, thaw};
+use crate::wire::{Control, InboxInfo};
 
 impl World {
     pub(super) fn restart(&mut self, node: usize) {
@@ -38,9 +38,7 @@ impl World {
         let take = |it: Entry<'_>| outbox.recover(it.position, it.payload).unwrap();
         let outbox_read = entry.outbox_disk.open(take);
         for Contents { number, position, .. } in outbox.contents() {
-            let bytes = entry.outbox_disk.at(position.expect("it is stored")).expect("it is kept");
-            let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
-            numbers.insert(number, thaw(&frozen, &id(node)).unwrap().header.id);
+            numbers.insert(number, entry.stored_id(number, position.expect("it is stored")));
         }
         let inbox_read = entry.inbox_disk.open(|it| inbox.recover(it.payload).unwrap());
         for read in [outbox_read, inbox_read] {

@@ -21,6 +21,7 @@ use crate::engine::delivery::{
     Fate, Inbox, InboxAction, NewMessage, Now, Outbox, OutboxAction, Source, Target,
 };
 use crate::identity::NodeId;
+use crate::journal::Position;
 use crate::journal::stepped::EntryKind;
 use crate::message::{IdSource, MessageId};
 use crate::wire::{Answer, Control, Delivery, DeliveryId, Outcome, thaw};
@@ -87,23 +88,12 @@ enum Packet {
 enum Event {
     Wake,
     Written(Which),
-    Arrive {
-        from: usize,
-        connection: u64,
-        packet: Packet,
-    },
-    Ended {
-        from: usize,
-        id: DeliveryId,
-        message: MessageId,
-    },
+    Arrive { from: usize, connection: u64, packet: Packet },
+    Ended { from: usize, id: DeliveryId, message: MessageId },
     Send,
-    Link {
-        with: usize,
-    },
+    Link { with: usize },
     Fault,
     Restart,
-    /// All has become calm.
     Calm,
 }
 
@@ -130,12 +120,12 @@ struct Node {
 }
 
 impl Node {
-    fn outbox_action(&mut self) -> Option<OutboxAction> {
-        self.life.as_mut()?.outbox.poll_action()
-    }
-
-    fn inbox_action(&mut self) -> Option<InboxAction> {
-        self.life.as_mut()?.inbox.poll_action()
+    /// The id of a message that its outbox has stored.
+    fn stored_id(&self, number: u64, position: Position) -> MessageId {
+        let bytes = self.outbox_disk.at(position).expect("it is kept");
+        let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
+        // The same whoever reads it.
+        thaw(&frozen, &id(0)).unwrap().header.id
     }
 }
 
@@ -218,6 +208,7 @@ impl World {
         for node in 0..NODES {
             world.after(0, node, Event::Restart);
         }
+        // So that something happens when the storm is over.
         world.at(Time::after_start(STORMY) + Duration::from_millis(1), 0, Event::Calm);
         for _ in 0..world.to_send {
             let (when, node) = (world.random.below(1_800_000), world.random.below(2) as usize);
@@ -322,17 +313,14 @@ impl World {
         loop {
             let serving: Vec<usize> = (1..NODES).filter(|node| self.nodes[*node].serves).collect();
             let Some(life) = &mut self.nodes[node].life else { return };
-            life.outbox.pump(&mut |_, _, load| least_loaded(&serving, load));
-            let mut is_idle = true;
-            while let Some(action) = self.nodes[node].outbox_action() {
-                is_idle = false;
+            let choose = &mut |_: &_, _: Option<&str>, load: &dyn Fn(&NodeId) -> Option<u64>| {
+                least_loaded(&serving, load)
+            };
+            if let Some(action) = life.outbox.poll_action(choose) {
                 self.perform_outbox(node, action);
-            }
-            while let Some(action) = self.nodes[node].inbox_action() {
-                is_idle = false;
+            } else if let Some(action) = life.inbox.poll_action() {
                 self.perform_inbox(node, action);
-            }
-            if is_idle {
+            } else {
                 break;
             }
         }
@@ -383,11 +371,7 @@ impl World {
             OutboxAction::Transmit { to, source, delivery, .. } => {
                 let message = match source {
                     Source::Memory(message) => message.header.id,
-                    Source::Journal(position, number) => {
-                        let bytes = entry.outbox_disk.at(position).expect("it is kept");
-                        let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
-                        thaw(&frozen, &id(node)).unwrap().header.id
-                    }
+                    Source::Journal(position, number) => entry.stored_id(number, position),
                 };
                 let to = node_of(&to);
                 match to == node {

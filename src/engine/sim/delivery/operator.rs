@@ -2,11 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{Decision, Nature, Sent, World, id};
+use super::{Decision, Nature, World};
 use crate::engine::delivery::{Contents, Outbox, OutboxConfig, PartKey};
 use crate::engine::sim::disk::Crash;
 use crate::message::MessageId;
-use crate::wire::thaw;
 
 impl World {
     /// Ends a node of which nothing is left but what is held up; at its next start its dead
@@ -16,19 +15,15 @@ impl World {
             return;
         }
         let unsettled = self.unsettled();
-        if unsettled.iter().all(|(message, _)| self.is_held_up(message)) {
+        if unsettled.iter().all(|(message, _)| self.is_held_up(**message)) {
             let senders: BTreeSet<usize> = unsettled.iter().map(|(_, sent)| sent.sender).collect();
             senders.into_iter().for_each(|sender| self.crash(sender, Crash::Process));
         }
     }
 
     /// Whether a message is behind a dead letter.
-    fn is_held_up(&self, message: &MessageId) -> bool {
-        let sent = &self.sent[message];
-        let before = self.order.iter().take_while(|other| *other != message);
-        let same = |other: &&Sent| other.sender == sent.sender && other.lane == sent.lane;
-        let mut before = before.map(|other| &self.sent[other]).filter(same);
-        sent.lane.is_some() && before.any(|it| it.done.is_some() && !self.is_through(it))
+    fn is_held_up(&self, message: MessageId) -> bool {
+        self.before_in_lane(message).any(|it| it.done.is_some() && !self.is_through(it))
     }
 
     /// Before a node starts in the calm: some dead letters are removed, the others are sent again,
@@ -37,22 +32,19 @@ impl World {
         if !(self.hold_keys && self.to_send == 0 && self.is_calm()) {
             return;
         }
-        let disk = &mut self.nodes[node].outbox_disk;
+        let entry = &mut self.nodes[node];
         let mut outbox = Outbox::new(config.clone());
-        disk.open(|it| outbox.recover(it.position, it.payload).unwrap());
+        entry.outbox_disk.open(|it| outbox.recover(it.position, it.payload).unwrap());
         let contents: Vec<Contents> = outbox.contents().collect();
         for letter in contents.iter().filter(|it| it.dead.is_some()) {
             let Contents { number, part, position, .. } = *letter;
-            let disk = &mut self.nodes[node].outbox_disk;
-            let bytes = disk.at(position.expect("it is stored")).expect("it is kept");
-            let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
-            let message = thaw(&frozen, &id(node)).unwrap().header.id;
+            let message = entry.stored_id(number, position.expect("it is stored"));
             let key = PartKey { number, part };
-            let (decision, entry) = match number % 3 {
+            let (decision, record) = match number % 3 {
                 0 => (Decision::Removed, outbox.purge(key)),
                 _ => (Decision::Replayed, outbox.replay(key)),
             };
-            disk.store(entry.expect("it is a dead letter"));
+            entry.outbox_disk.store(record.expect("it is a dead letter"));
             let sent = self.sent.get_mut(&message).expect("it was sent");
             sent.decided = Some(decision);
             match decision {
@@ -72,6 +64,6 @@ impl World {
                 }
             }
         }
-        self.nodes[node].outbox_disk.close();
+        entry.outbox_disk.close();
     }
 }

@@ -91,9 +91,7 @@ impl Bench {
         let choose = &mut |_: &_, _: Option<&str>, load: &dyn Fn(&NodeId) -> Option<u64>| {
             serving.iter().copied().find(|node| load(node).is_some())
         };
-        loop {
-            self.outbox.pump(choose);
-            let Some(action) = self.outbox.poll_action() else { return };
+        while let Some(action) = self.outbox.poll_action(choose) {
             match action {
                 OutboxAction::Append { token, .. } if self.full => {
                     self.refused += 1;
