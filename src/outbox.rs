@@ -182,8 +182,8 @@ impl ClosedOutbox {
         let entry = self.journal.read(position).map_err(|_| unreadable())?;
         let frozen = Outbox::frozen(&entry, message.number).ok().flatten();
         let frozen = frozen.ok_or_else(unreadable)?;
-        let Envelope { header, payload } = thaw(&frozen, &self.me).map_err(|_| unreadable())?;
-        Ok((header, payload.into_body()))
+        let Envelope { header, mut payload } = thaw(&frozen, &self.me).map_err(|_| unreadable())?;
+        Ok((header, payload.take_body()))
     }
 
     /// Has a dead letter tried again, from the node's next start on; whether it was one. Its

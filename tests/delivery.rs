@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use common::{Host, SOON, private_dir, soon, wait_for};
 use peerbus::{
-    Call, DeliveryError, Event, Fate, HandlerError, MemoryNetwork, Node, OutboxError, ServeError,
-    StartError, StoreProblem,
+    Call, Config, DeliveryError, Event, Fate, HandlerError, MemoryNetwork, Node, OutboxError,
+    ServeError, StartError, StoreProblem,
 };
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -27,9 +27,17 @@ impl Place {
         Self { host: Host::new(), stores: private_dir() }
     }
 
+    fn config(&self, name: &str) -> Config {
+        self.host.config(name).outbox(self.stores.path().join(name))
+    }
+
     async fn node(&self, name: &str) -> Node {
-        let config = self.host.config(name).outbox(self.stores.path().join(name));
-        config.start().await.unwrap()
+        self.config(name).start().await.unwrap()
+    }
+
+    /// A node whose handlers have hardly any time.
+    async fn hasty_node(&self, name: &str) -> Node {
+        self.config(name).lease(Duration::from_millis(50)).start().await.unwrap()
     }
 }
 
@@ -269,7 +277,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
 #[tokio::test]
 async fn a_transaction_is_stored_as_a_whole() {
     let place = Place::new();
-    let config = place.host.config("alice").outbox(place.stores.path().join("alice"));
+    let config = place.config("alice");
     let alice = config.outbox_messages(3).start().await.unwrap();
     let mut transaction = alice.transaction();
     for n in 0..4 {
@@ -395,8 +403,7 @@ async fn a_link_that_breaks_under_a_handler_has_it_run_once() {
 async fn a_handler_that_hangs_loses_its_lease() {
     let place = Place::new();
     let alice = place.node("alice").await;
-    let config = place.host.config("bob").outbox(place.stores.path().join("bob"));
-    let bob = config.lease(Duration::from_millis(50)).start().await.unwrap();
+    let bob = place.hasty_node("bob").await;
     let times = Arc::new(AtomicU32::new(0));
     let count = times.clone();
     let handler = move |call: Call| {
@@ -431,8 +438,7 @@ impl Drop for PanicsWhenDropped {
 async fn a_handler_that_panics_as_its_lease_ends_leaves_its_place_to_others() {
     let place = Place::new();
     let alice = place.node("alice").await;
-    let config = place.host.config("bob").outbox(place.stores.path().join("bob"));
-    let bob = config.lease(Duration::from_millis(50)).start().await.unwrap();
+    let bob = place.hasty_node("bob").await;
     let times = Arc::new(AtomicU32::new(0));
     let count = times.clone();
     let handler = move |_: Call| {
@@ -699,7 +705,7 @@ async fn a_node_that_is_dropped_gives_its_store_back() {
     // The service is still held here; the store is not.
     let again = async {
         loop {
-            let config = place.host.config("alice").outbox(place.stores.path().join("alice"));
+            let config = place.config("alice");
             match config.start().await {
                 Ok(node) => return node,
                 Err(error) => assert!(error.to_string().contains("another process"), "{error}"),

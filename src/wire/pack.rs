@@ -8,7 +8,7 @@ use rmp::encode::{self, ByteBuf};
 use super::WireError;
 
 const MAX_DEPTH: usize = 16;
-const NIL: u8 = 0xc0;
+pub(super) const NIL: u8 = 0xc0;
 
 /// Writes one positional array; the count is patched in when the trailing nils are known.
 pub(crate) struct ArrayWriter<'a> {
@@ -34,7 +34,7 @@ impl<'a> ArrayWriter<'a> {
     }
 
     pub(crate) fn nil(&mut self) {
-        self.buf.push(Marker::Null.to_u8());
+        self.buf.push(NIL);
         self.fields += 1;
     }
 
@@ -238,15 +238,12 @@ impl<'a> Reader<'a> {
     /// What kind of value comes next.
     pub(crate) fn next_is(&self) -> Next {
         match self.peek() {
-            None => Next::Nothing,
-            Some(Marker::Null) => Next::Nil,
             Some(Marker::True) => Next::True,
             Some(Marker::FixPos(_) | Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64) => {
                 Next::Uint
             }
-            Some(Marker::Bin8 | Marker::Bin16 | Marker::Bin32) => Next::Bin,
             Some(Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32) => Next::Str,
-            Some(_) => Next::Other,
+            Some(_) | None => Next::Other,
         }
     }
 
@@ -319,11 +316,8 @@ impl<'a> Reader<'a> {
 /// What kind of value comes next in a [`Reader`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Next {
-    Nothing,
-    Nil,
     True,
     Uint,
-    Bin,
     Str,
     Other,
 }

@@ -43,7 +43,7 @@ impl Parcel {
         expires_at: Option<u64>,
         not_before: Option<u64>,
     ) -> Self {
-        let body = envelope.payload.body_mut().map(std::mem::take).unwrap_or_default();
+        let body = envelope.payload.take_body();
         let (mut record, mut head) = (Vec::with_capacity(64), Vec::with_capacity(128));
         write_message(&mut record, &envelope, &mut Inheritance::default(), me);
         let mut fields = ArrayWriter::new(&mut head);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use rmp::Marker;
 
 use super::delivery::Delivery;
-use super::pack::{ArrayWriter, Next, Reader, push_str, push_uint};
+use super::pack::{ArrayWriter, NIL, Next, Reader, push_str, push_uint};
 use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::identity::NodeId;
@@ -72,8 +72,8 @@ impl Payload {
         }
     }
 
-    /// The body; an empty one for what has none of its user's.
-    pub(crate) fn into_body(mut self) -> Bytes {
+    /// Takes the body out; an empty one for what has none of its user's.
+    pub(crate) fn take_body(&mut self) -> Bytes {
         self.body_mut().map(std::mem::take).unwrap_or_default()
     }
 
@@ -310,7 +310,7 @@ impl<'a> OutgoingEvent<'a> {
         }
         inherited.id = Some(self.id);
         if inherited.topic.as_ref() == Some(self.topic) {
-            buf.push(Marker::Null.to_u8());
+            buf.push(NIL);
         } else {
             push_str(buf, self.topic.as_str());
             inherited.topic = Some(self.topic.clone());
@@ -368,7 +368,6 @@ pub(super) fn read_successor<'a>(
     inherited: &mut Inheritance,
 ) -> Option<(MessageId, &'a [u8])> {
     const ARRAY: u8 = 0x94;
-    const NIL: u8 = 0xc0;
     const BIN_8: u8 = 0xc4;
     const BIN_16: u8 = 0xc5;
     const EVENT: u8 = TYPE_EVENT as u8;
