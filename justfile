@@ -52,6 +52,10 @@ plain-client:
 kill rounds="2000":
     PEERBUS_KILL_ROUNDS={{rounds}} cargo test --release --test kill -- --nocapture
 
+# Nodes that are killed and come back, for longer than in CI: just churn 600
+churn seconds="110":
+    PEERBUS_CHURN_SECONDS={{seconds}} cargo test --test churn -- --nocapture
+
 # Any bytes for everything that reads what strangers write: just fuzz 3600
 fuzz seconds="600":
     .ci/fuzz {{seconds}}

@@ -6,6 +6,10 @@ Written by the protocol page alone (src/wire/protocol.md). It takes a mesh that 
     pip install pyzmq msgpack
     python plain_zeromq_client.py 127.0.0.1:4000
 
+or, as the user of a node of this host, its Unix socket, which any node has that meets others here:
+
+    python plain_zeromq_client.py ipc://$XDG_RUNTIME_DIR/peerbus/default/k3vq7a2m.sock
+
 It serves `double` and asks `echo`; what it hears under `news.>` it publishes again as
 `heard.python`. What it leaves out: ordering keys, guaranteed messages, and limits on what it sends
 (the peer's windows, 4 MiB unless told otherwise, are far off here).
@@ -46,7 +50,7 @@ class Client:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, self.id + os.urandom(16))
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(f"tcp://{address}")
+        self.socket.connect(address if "://" in address else f"tcp://{address}")
         self.patterns, self.services = patterns, services
         self.consumed = [0] * 6
         self.waiting = {}

@@ -2,8 +2,8 @@
 //! Bridge of Hohpe and Woolf).
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -16,7 +16,7 @@ use crate::node::{
     Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Request,
     RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
 };
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// How long an event waits for room on the other side before it is dropped, and counted.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -145,3 +145,7 @@ pub use trust::{
     Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError, Trust,
     TrustedKeysError, TrustedLine,
 };
+
+#[cfg(debug_assertions)]
+#[doc(hidden)]
+pub use sync::holds_lock;

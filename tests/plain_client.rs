@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use common::{Host, SOON, soon};
-use peerbus::{Call, Trust};
+use peerbus::{Call, Node, Trust};
 
 struct Running(Child);
 
@@ -23,22 +23,36 @@ impl Drop for Running {
 }
 
 #[tokio::test]
-async fn a_plain_zeromq_client_subscribes_publishes_serves_and_asks() {
+async fn a_plain_zeromq_client_subscribes_publishes_serves_and_asks_over_tcp() {
+    let host = Host::new();
+    let node = host.tcp_config("node").trust(Trust::Open { anywhere: false });
+    let node = node.start().await.unwrap();
+    let address = node.listening()[0].to_string();
+    a_plain_zeromq_client_takes_part(node, address).await;
+}
+
+#[tokio::test]
+async fn a_plain_zeromq_client_takes_part_over_the_unix_socket_of_a_node_that_encrypts() {
+    let host = Host::new();
+    let node = host.node("node").await;
+    let mut sockets = std::fs::read_dir(host.path().join("default")).unwrap();
+    let address = format!("ipc://{}", sockets.next().unwrap().unwrap().path().display());
+    a_plain_zeromq_client_takes_part(node, address).await;
+}
+
+async fn a_plain_zeromq_client_takes_part(node: Node, address: String) {
     let python = std::env::var("PEERBUS_PYTHON").unwrap_or_else(|_| "python3".into());
     let has_both = Command::new(&python).args(["-c", "import zmq, msgpack"]).output();
     if !has_both.is_ok_and(|output| output.status.success()) {
         return eprintln!("SKIPPED: no Python with pyzmq and msgpack (.ci/with-python makes one)");
     }
-    let host = Host::new();
-    let node = host.tcp_config("node").trust(Trust::Open { anywhere: false });
-    let node = node.start().await.unwrap();
     let echo = |call: Call| async { Ok(call.message.body) };
     let _service = node.serve("echo", echo).start().unwrap();
     let mut heard = node.subscribe("heard.*").unwrap();
 
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/plain_zeromq_client.py");
     let mut client = Command::new(python);
-    client.args([script, &node.listening()[0].to_string()]).stdout(Stdio::piped());
+    client.args([script, &address]).stdout(Stdio::piped());
     let mut client = Running(client.spawn().unwrap());
     let mut said = BufReader::new(client.0.stdout.take().unwrap()).lines();
 

@@ -1,7 +1,6 @@
 //! A session with the embedded broker: one DEALER. `hub.rs` has the words that the two use.
 
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, timeout};
 use zeromq::{
     DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketOptions, SocketRecv,
-    SocketSend, ZmqMessage,
+    SocketSend, ZmqError, ZmqMessage,
 };
 
 use super::hub::{SILENCE, WINDOW, cost, number, op, text};
@@ -21,10 +20,9 @@ use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
 use super::{BrokerUrl, Incoming, Me, Order, StoreFailure, Via};
 use crate::address::Recipient;
 use crate::identity::random_bytes;
-use crate::link::zmq::to_io;
 use crate::message::MessageId;
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
 /// How often each side says that it is there.
@@ -96,7 +94,7 @@ impl Session {
             tokio::spawn(reader.run(receiver, monitor, ending.clone())),
         ];
         let done = tokio::sync::Mutex::new(done);
-        Ok(Self { title, outgoing, done, ending, tasks: Mutex::new(tasks) })
+        Ok(Self { title, outgoing, done, ending, tasks: Mutex::new(Rank::Leaf, tasks) })
     }
 
     pub(super) fn title(&self) -> String {
@@ -175,6 +173,13 @@ impl Drop for Session {
 async fn send(sender: &mut DealerSendHalf, frames: Vec<Bytes>) -> std::io::Result<()> {
     let message = ZmqMessage::try_from(frames).map_err(|_| std::io::ErrorKind::InvalidInput)?;
     sender.send(message).await.map_err(to_io)
+}
+
+fn to_io(error: ZmqError) -> std::io::Error {
+    match error {
+        ZmqError::Network(error) => error,
+        other => std::io::Error::other(other.to_string()),
+    }
 }
 
 async fn write(

@@ -14,7 +14,7 @@
 //! Our head is the header `peerbus`, in base64; the payload is the body.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, pull};
@@ -36,7 +36,7 @@ use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::engine::delivery::longest_pause;
 use crate::identity::NodeId;
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
 /// The header with our head.
@@ -168,7 +168,7 @@ impl Session {
             me: me.clone(),
             incoming: incoming.clone(),
             ending,
-            tasks: Mutex::default(),
+            tasks: Mutex::new(Rank::Leaf, HashMap::new()),
         };
         session.listen().await.map_err(ConnectError::passing)?;
         Ok(session)

@@ -14,7 +14,7 @@
 //! Our head is the header `peerbus`; the payload is the body.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -42,7 +42,7 @@ use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::clock::unix_ms;
 use crate::engine::delivery::MAX_FAILURES;
 use crate::message::MessageId;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
 const HEAD: &str = "peerbus";
@@ -193,9 +193,9 @@ impl Session {
             calls,
             storing,
             declaring: tokio::sync::Mutex::new(connection.create_channel().await?),
-            declared: Mutex::default(),
+            declared: Mutex::new(Rank::Leaf, HashSet::new()),
             ending,
-            tasks: Mutex::new(HashMap::from([(Task::Watch, watching)])),
+            tasks: Mutex::new(Rank::Leaf, HashMap::from([(Task::Watch, watching)])),
             connection,
         })
     }

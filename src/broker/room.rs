@@ -1,8 +1,8 @@
 //! What a node has in place of a mesh: a session, and what it takes to have another one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -13,7 +13,7 @@ use super::session::{ConnectError, Failed, Lost, Session};
 use super::{BrokerKind, BrokerUrl, Incoming, Me, Order, StoreFailure};
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 
 /// How long a connection may take to stand.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -160,7 +160,7 @@ impl Room {
             orders: sender,
             queued,
             session: ArcSwapOption::empty(),
-            wishes: Mutex::default(),
+            wishes: Mutex::new(Rank::Table, Wishes::default()),
             state: watch::Sender::new(State::Down { error: "not connected yet".into() }),
             closing: Notify::new(),
             closed: Notify::new(),

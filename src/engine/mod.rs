@@ -30,7 +30,7 @@ mod sim;
 pub(crate) use affinity::{Affinity, preferred};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
-pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent};
+pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent, Origin};
 pub(crate) use queue::Queue;
 pub(crate) use requests::Requests;
 pub(crate) use routing::{Instance, Matches, PatternTrie, RouteChange, Routing, least_loaded};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::storage::{SegmentFile, Storage};
-use crate::sync::lock;
+use crate::sync::lock_unranked as lock;
 
 /// A disk writes these in any order, and a crash tears the one that is being written; in bytes.
 /// Some disks have small ones, so that short writes span several.

@@ -4,7 +4,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Done, Haste};
-use crate::sync::lock;
+use crate::sync::lock_unranked as lock;
 
 /// So much room is kept from one batch to the next, in bytes.
 const MOST_KEPT: usize = 4 * 1024 * 1024;

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use crate::identity::random_bytes;
 use crate::private;
-use crate::sync::lock;
+use crate::sync::lock_unranked as lock;
 
 /// What a journal needs of a disk. Segments are files by number.
 pub(super) trait Storage: Send + Sync {

@@ -12,7 +12,7 @@ use super::segment::{FRAME, HEADER, Header, VERSION};
 use super::stepped::{EntryKind, Stepped};
 use super::writer::Writer;
 use super::*;
-use crate::sync::lock;
+use crate::sync::lock_unranked as lock;
 
 fn small() -> Options {
     Options { segment_size: 1500, ..Options::default() }

@@ -7,9 +7,8 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::memory::MemoryNetwork;
-use super::zmq::ZmqPort;
 use super::{Acceptor, Link, Receiver};
-use crate::engine::{Connection, TargetKey};
+use crate::engine::{Connection, Origin, TargetKey};
 use crate::identity::{Identity, NodeId};
 use crate::peer::Address;
 use crate::trust::{LetIn, MeshKey};
@@ -80,8 +79,8 @@ fn host() -> (Arc<dyn Acceptor>, Identity, mpsc::UnboundedReceiver<Side>) {
 struct Nobody;
 
 impl Watch for Nobody {
-    fn handle_refusal(&self, address: Address, refusal: Refusal) {
-        panic!("{address} was refused: {refusal}");
+    fn handle_refusal(&self, address: Option<Address>, refusal: Refusal) {
+        panic!("{address:?} was refused: {refusal}");
     }
 }
 
@@ -109,19 +108,6 @@ async fn over_memory() -> Pair {
     Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_port, b_port, a, b)) }
 }
 
-async fn over_unix() -> Pair {
-    let dir = tempfile::tempdir().unwrap();
-    let (a, a_key, mut a_sides) = host();
-    let (b, b_key, mut b_sides) = host();
-    let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
-    let a_port = ZmqPort::bind(&dir.path().join("a"), a_id, a).await.unwrap();
-    let path = dir.path().join("b");
-    let b_port = ZmqPort::bind(&path, b_id, b).await.unwrap();
-    a_port.dial(&TargetKey::Node(b_id), &path).await.unwrap();
-    let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
-    Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_port, b_port, dir)) }
-}
-
 fn door(key: &Identity, let_in: &LetIn, acceptor: Arc<dyn Acceptor>) -> Arc<FrontDoor> {
     let config = FrontDoorConfig {
         tls: match let_in {
@@ -147,6 +133,25 @@ async fn through_doors(let_in: LetIn) -> Pair {
     a_door.dial(&TargetKey::Node(b_id), &[Address::Tcp(addr)]).await.unwrap();
     let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
     Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_door, b_door)) }
+}
+
+#[cfg(unix)]
+async fn over_unix() -> Pair {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, a_key, mut a_sides) = host();
+    let (b, b_key, mut b_sides) = host();
+    let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
+    // A mesh key, so that a link that went through TLS would fail.
+    let strangers = || LetIn::MeshKey(vec![MeshKey::generate()]);
+    let (a_door, b_door) = (door(&a_key, &strangers(), a), door(&b_key, &strangers(), b));
+    let path = dir.path().join("b");
+    b_door.listen_local(&path).unwrap();
+    a_door.dial(&TargetKey::Node(b_id), &[Address::Local(path)]).await.unwrap();
+    let (dialler, listener) = (side(&mut a_sides).await, side(&mut b_sides).await);
+    for side in [&dialler, &listener] {
+        assert_eq!(side.connection.origin, Origin::SameUser);
+    }
+    Pair { dialler, listener, ids: [a_id, b_id], _world: Box::new((a_door, b_door, dir)) }
 }
 
 async fn over_tcp() -> Pair {
@@ -182,7 +187,9 @@ macro_rules! suite {
     )*};
 }
 
-suite!(memory => over_memory, unix => over_unix, tcp => over_tcp, tls => over_tls);
+suite!(memory => over_memory, tcp => over_tcp, tls => over_tls);
+#[cfg(unix)]
+suite!(unix => over_unix);
 
 async fn both_sides_know_who_is_there(pair: Pair) {
     assert_eq!(pair.dialler.connection.claimed, Some(pair.ids[1]));

@@ -1,16 +1,16 @@
 //! Links within one process: for tests of whole nodes without sockets, with a knife.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::{Acceptor, DialError, Link, Receiver};
-use crate::engine::{Connection, TargetKey};
+use crate::engine::{Connection, Origin, TargetKey};
 use crate::identity::NodeId;
 use crate::peer::Address;
-use crate::sync::lock;
+use crate::sync::{Guard, Mutex, lock};
 
 /// A network of nodes within this process, in place of sockets and discovery: for testing a
 /// service's behaviour, with [`MemoryNetwork::cut`] for its bad days.
@@ -76,7 +76,7 @@ impl Link for End {
 }
 
 impl MemoryNetwork {
-    fn lock(&self) -> MutexGuard<'_, Shared> {
+    fn lock(&self) -> Guard<'_, Shared> {
         lock(&self.shared)
     }
 
@@ -121,7 +121,7 @@ impl MemoryPort {
             found.and_then(|node| Some((node.id, node.acceptor.upgrade()?)))
         };
         let Some((peer, acceptor)) = listener else {
-            return Err(DialError(format!("no node {number} in memory")));
+            return Err(DialError::Failed(format!("no node {number} in memory")));
         };
         let (to_peer, from_us) = mpsc::unbounded_channel();
         let (to_us, from_peer) = mpsc::unbounded_channel();
@@ -133,6 +133,7 @@ impl MemoryPort {
         shared.ends.push((peer, Arc::downgrade(&far)));
         drop(shared);
         let connection = |claimed, address, target| Connection {
+            origin: Origin::SameProcess,
             claimed: Some(claimed),
             target,
             address: Some(Address::Memory(address)),

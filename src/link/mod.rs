@@ -1,13 +1,13 @@
 //! Links move batches between two nodes. What is in them is the engine's business.
 //!
-//! [`zmq`] does it over the `zeromq` crate on this host, [`memory`] within one process, and the
-//! front door ([`crate::tunnel`]) over networks. `conformance` is what all of them must do.
+//! The front door ([`crate::tunnel`]) does it over TCP and over this host's Unix sockets,
+//! [`memory`] within one process. `conformance` is what all of them must do.
 
 #[cfg(test)]
 mod conformance;
 pub(crate) mod memory;
-pub(crate) mod zmq;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ pub(crate) trait Link: Send + Sync {
     /// Ends the connection when what was handed over is written, or can't be.
     fn close(&self);
 
-    /// The peer's hello is accepted. Until then a link over a network takes small batches only.
+    /// The peer's hello is accepted. Until then a link takes small batches only.
     fn admit(&self) {}
 
     /// When bytes last arrived, where the link sees more than whole batches.
@@ -51,8 +51,13 @@ pub(crate) trait Acceptor: Send + Sync {
 
 /// An address that could not be dialled.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct DialError(pub(crate) String);
+pub(crate) enum DialError {
+    /// The Unix socket's file is there, but its process is not.
+    #[error("unix:{}: nobody listens on the socket", .0.display())]
+    DeadSocket(PathBuf),
+    #[error("{0}")]
+    Failed(String),
+}
 
 /// A connection's ZMTP identity: the node's id and 16 random bytes, so that no two share one.
 pub(crate) fn new_identity(id: &NodeId) -> Bytes {
@@ -60,10 +65,4 @@ pub(crate) fn new_identity(id: &NodeId) -> Bytes {
     identity.extend_from_slice(id.as_bytes());
     identity.extend_from_slice(&random_bytes::<16>());
     identity.into()
-}
-
-/// Whose connection an identity claims to be.
-pub(crate) fn claimed_id(identity: &[u8]) -> Option<NodeId> {
-    let (id, rest) = identity.split_first_chunk::<{ NodeId::LEN }>()?;
-    (rest.len() == 16).then_some(NodeId::from_bytes(*id))
 }

@@ -1,7 +1,7 @@
 //! Broker mode as the node sees it: what goes to the room in place of links, and what it brings.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use crate::identity::{Incarnation, NodeId};
 use crate::message::{Body, Header, Kind, Message, MessageId};
 use crate::peer::{Address, PeerInfo, Source, Unreachable};
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::wire::{Delivery, DeliveryId, Envelope, Parcel, Payload, Stream, Unpacked};
 
 /// Stands for the link of what goes by a broker.
@@ -69,7 +69,12 @@ pub(super) enum Ask {
 
 impl Brokered {
     pub(crate) fn new(room: Arc<Room>) -> Self {
-        Self { room, kept: Mutex::default(), asking: Mutex::default(), title: Mutex::default() }
+        Self {
+            room,
+            kept: Mutex::new(Rank::Table, Ledger::default()),
+            asking: Mutex::new(Rank::Table, HashMap::default()),
+            title: Mutex::new(Rank::Table, None),
+        }
     }
 
     /// What the broker can't do, as an error.

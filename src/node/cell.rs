@@ -1,7 +1,7 @@
 //! A link as the node sees it: its flow, and the transport beneath.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use crate::identity::NodeId;
 use crate::link::Link;
 use crate::message::MessageId;
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Guard, Mutex, Rank, lock};
 use crate::trust::Grants;
 use crate::wire::{Control, Envelope, Lane, OutgoingEvent, Totals};
 
@@ -60,7 +60,7 @@ impl LinkCell {
             id,
             peer,
             grants,
-            flow: Mutex::new(flow),
+            flow: Mutex::new(Rank::Flow, flow),
             link,
             started,
             open: AtomicBool::new(false),
@@ -69,7 +69,7 @@ impl LinkCell {
             released: AtomicU32::new(0),
             starved: AtomicBool::new(false),
             room: Notify::new(),
-            spare: Mutex::default(),
+            spare: Mutex::new(Rank::Leaf, None),
             queue_room: Notify::new(),
             waiting: AtomicU32::new(0),
         }
@@ -96,7 +96,7 @@ impl LinkCell {
         self.ended.load(Ordering::Acquire)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Flow> {
+    fn lock(&self) -> Guard<'_, Flow> {
         lock(&self.flow)
     }
 

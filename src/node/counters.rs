@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
 
 use crate::address::ServiceName;
 use crate::identity::NodeId;
 use crate::report::{Counters, DropReason};
-use crate::sync::lock;
+use crate::sync::{Guard, Mutex, lock};
 
 #[derive(Default)]
 pub(crate) struct LiveCounters {
@@ -54,7 +53,7 @@ pub(crate) fn add(counter: &AtomicU64, count: u64) {
 }
 
 impl LiveCounters {
-    fn rare(&self) -> MutexGuard<'_, Rare> {
+    fn rare(&self) -> Guard<'_, Rare> {
         lock(&self.rare)
     }
 

@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
+use super::log::Line;
 use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
@@ -86,7 +87,7 @@ impl Shared {
             }
             OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
                 let Some(message) = self.stored_message(store, source) else {
-                    tracing::error!(number = key.number, "a stored message can't be read");
+                    self.log.push(Line::Unreadable(key.number));
                     return outbox.handle_unreadable(now, key);
                 };
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
@@ -185,24 +186,17 @@ impl Shared {
     fn report_outbox(&self, event: OutboxEvent) {
         let event = match event {
             OutboxEvent::NotRemembered(peer) => {
-                tracing::warn!(peer = %peer.short(), "the outbox remembers no more peers: what is published while this one is away is not kept for it");
+                self.log.push(Line::NotRemembered(peer));
                 return self.counters.refused("too_many_subscribers");
             }
             OutboxEvent::DeadLetter { number, fate } => {
-                tracing::warn!(number, %fate, "a message is a dead letter");
                 add(&self.counters.dead_lettered, 1);
                 Event::DeadLetter { number, fate }
             }
-            OutboxEvent::InboxLost(peer) => {
-                tracing::warn!(peer = %peer.short(), "a peer has lost its inbox: it may process again what it had processed");
-                Event::InboxLost { peer }
-            }
-            OutboxEvent::PeerGone { peer, messages } => {
-                tracing::warn!(peer = %peer.short(), messages, "messages have waited long for a peer");
-                Event::PeerGone { peer, messages }
-            }
+            OutboxEvent::InboxLost(peer) => Event::InboxLost { peer },
+            OutboxEvent::PeerGone { peer, messages } => Event::PeerGone { peer, messages },
         };
-        let _nobody_watches = self.events.send(event);
+        self.tell(event);
     }
 
     pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
@@ -217,7 +211,7 @@ impl Shared {
         self.with_outbox(|outbox, now| {
             for answer in answers {
                 if !outbox.handle_answer(now, from, answer) {
-                    tracing::debug!(peer = %from.short(), "an answer to no message of ours");
+                    self.log.push(Line::UnknownAnswer(from));
                 }
             }
         });

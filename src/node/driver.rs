@@ -78,12 +78,10 @@ pub(crate) async fn tell_groups(shared: Arc<Shared>) {
         shared.untold.notified().await;
         let untold = shared.counters.take_untold();
         for ((peer, reason), count) in untold.dropped {
-            tracing::debug!(peer = %peer.short(), %reason, count, "messages dropped");
-            let _nobody_watches = shared.events.send(Event::Dropped { peer, reason, count });
+            shared.tell(Event::Dropped { peer, reason, count });
         }
         for ((service, from, to), count) in untold.moved {
-            tracing::info!(%service, from = %from.short(), to = %to.short(), count, "keys moved");
-            let _nobody_watches = shared.events.send(Event::KeysMoved { service, from, to, count });
+            shared.tell(Event::KeysMoved { service, from, to, count });
         }
         sleep(Duration::from_millis(100)).await;
     }

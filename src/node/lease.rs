@@ -2,13 +2,12 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 
 /// As good as for ever; a clock can count to it.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -23,7 +22,7 @@ pub(crate) struct Lease {
 impl Lease {
     pub(crate) fn new(length: Duration) -> Self {
         let length = length.min(LONGEST);
-        Self { length, until: Mutex::new(Instant::now() + length) }
+        Self { length, until: Mutex::new(Rank::Leaf, Instant::now() + length) }
     }
 
     pub(crate) fn extend(&self) {

@@ -13,6 +13,7 @@ mod guaranteed;
 mod handler;
 mod last_read;
 mod lease;
+mod log;
 mod loopback;
 mod progress;
 mod publish;
@@ -118,6 +119,7 @@ impl Drop for Inner {
                 transport.close().await;
             }
             shared.close_store().await;
+            shared.log.write();
         });
     }
 }

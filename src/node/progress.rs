@@ -1,11 +1,11 @@
 //! How far a guaranteed message is, between those who store and deliver it and the one who waits
 //! for it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use crate::engine::delivery::Fate;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 
 #[derive(Debug, Default)]
 struct State {
@@ -26,7 +26,7 @@ pub(super) struct Progress(Arc<Mutex<State>>);
 
 impl Progress {
     pub(super) fn new() -> (Teller, Self) {
-        let state = Arc::<Mutex<State>>::default();
+        let state = Arc::new(Mutex::new(Rank::Leaf, State::default()));
         (Teller(state.clone()), Self(state))
     }
 

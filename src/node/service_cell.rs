@@ -1,8 +1,8 @@
 //! A service at work: its calls, how many of them run at once, and how they end.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 
 use futures_util::FutureExt;
 use tokio::sync::Notify;
@@ -19,7 +19,7 @@ use crate::broker::Ticket;
 use crate::engine::{Admission, Finished, LinkId, Service as Admissions};
 use crate::message::{Body, Message, MessageId};
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, calling_out, lock};
 use crate::wire::{BASE_COST, Failure, Outcome as DeliveryOutcome, Payload};
 
 /// Stands for the link of calls that this node makes to itself.
@@ -87,7 +87,7 @@ impl Held {
 
 impl ServiceCell {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
-        let calls = Mutex::new(Admissions::new(concurrency as usize));
+        let calls = Mutex::new(Rank::Calls, Admissions::new(concurrency as usize));
         Self { name, concurrency, handler, calls, ended: Notify::new() }
     }
 
@@ -150,6 +150,7 @@ impl ServiceCell {
         let lease = message.delivery.is_some().then(|| Arc::new(Lease::new(shared.config.lease)));
         let heading = message.heading();
         let call = Call { message, cancelled, deadline, lease: lease.clone() };
+        calling_out();
         // A handler's panic is its caller's error, and nobody else's.
         let begun = catch_unwind(AssertUnwindSafe(|| (self.handler)(call)));
         let run = begun.map(|run| AssertUnwindSafe(run).catch_unwind());

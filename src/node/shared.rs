@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -14,6 +14,7 @@ use super::broker::{BROKER, Brokered};
 use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
+use super::log::{Line, Log};
 use super::service_cell::ServiceCell;
 use super::store::Store;
 use super::subscription::{Inboxes, Overflow};
@@ -22,14 +23,14 @@ use crate::address::{Pattern, ServiceName};
 use crate::config::Config;
 use crate::discovery::Discovered;
 use crate::engine::{
-    Action, Affinity, Connection, DownReason, LinkId, Mesh, MeshEvent, Requests, Routing,
+    Action, Affinity, Connection, DownReason, LinkId, Mesh, MeshEvent, Origin, Requests, Routing,
     TargetKey, Time, Timing,
 };
 use crate::identity::{NodeId, random_u64};
 use crate::message::{IdSource, Message, MessageId};
 use crate::peer::Address;
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::trust::{Access, Grants};
 use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
@@ -82,6 +83,7 @@ pub(crate) struct Shared {
     pub(crate) local_bytes: AtomicU64,
     pub(crate) counters: LiveCounters,
     pub(crate) events: broadcast::Sender<Event>,
+    pub(super) log: Log,
     /// For the first who asks: what happened before anybody could.
     pub(crate) first_events: Mutex<Option<broadcast::Receiver<Event>>>,
     /// Who took the messages of which ordering keys.
@@ -127,31 +129,32 @@ impl Shared {
             started,
             runtime: Handle::current(),
             store,
-            mesh: Mutex::new(mesh),
-            cells: Mutex::default(),
+            mesh: Mutex::new(Rank::Mesh, mesh),
+            cells: Mutex::new(Rank::Table, HashMap::new()),
             next_link: AtomicU64::new(1),
             routing: ArcSwap::default(),
             routes_version: AtomicU64::new(0),
             routes_changed: watch::Sender::new(()),
-            requests: Mutex::default(),
+            requests: Mutex::new(Rank::Table, Requests::default()),
             inboxes: ArcSwap::default(),
-            inboxes_change: Mutex::default(),
-            services: Mutex::default(),
-            handlers: Mutex::default(),
-            consumers: Mutex::default(),
+            inboxes_change: Mutex::new(Rank::Subscribing, ()),
+            services: Mutex::new(Rank::Table, BTreeMap::new()),
+            handlers: Mutex::new(Rank::Table, Vec::new()),
+            consumers: Mutex::new(Rank::Table, BTreeMap::new()),
             turn: AtomicUsize::new(0),
             local_bytes: AtomicU64::new(0),
             counters: LiveCounters::default(),
             events,
-            first_events: Mutex::new(Some(first_events)),
-            affinity: Mutex::default(),
+            log: Log::default(),
+            first_events: Mutex::new(Rank::Leaf, Some(first_events)),
+            affinity: Mutex::new(Rank::Table, Affinity::default()),
             untold: Notify::new(),
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
             transport: OnceLock::new(),
             broker: OnceLock::new(),
             access: OnceLock::new(),
-            tasks: Mutex::default(),
+            tasks: Mutex::new(Rank::Leaf, JoinSet::new()),
             stopping: AtomicBool::new(false),
         }
     }
@@ -202,12 +205,14 @@ impl Shared {
         result
     }
 
-    /// What a peer may do: everything on this host, where it is of the same user.
+    /// What a peer may do: everything, if it is a process of the same user.
     pub(crate) fn grants(&self, connection: &Connection) -> Grants {
-        match (&connection.address, &connection.claimed, self.access.get()) {
-            (Some(Address::Tcp(_)), Some(id), Some(access)) => access.grants(id),
-            (Some(Address::Tcp(_)), ..) => Grants::nothing(),
-            _ => Grants::Everything,
+        match connection.origin {
+            Origin::SameUser | Origin::SameProcess => Grants::Everything,
+            Origin::Network => match (&connection.claimed, self.access.get()) {
+                (Some(id), Some(access)) => access.grants(id),
+                _ => Grants::nothing(),
+            },
         }
     }
 
@@ -278,7 +283,7 @@ impl Shared {
         if matches!(reason, DownReason::Violation(_)) {
             self.counters.refused("protocol");
         }
-        tracing::debug!(peer = %cell.peer.short(), %reason, "link closed");
+        self.log.push(Line::LinkClosed { peer: cell.peer, reason: reason.to_string() });
         for (id, waiter) in lock(&self.requests).handle_link_lost(link) {
             let maybe_executed = !lost.unsent_calls.contains(&id);
             let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed });
@@ -292,33 +297,19 @@ impl Shared {
     fn report(self: &Arc<Self>, event: MeshEvent) {
         let event = Event::from(event);
         match &event {
-            Event::PeerUp(peer) => {
-                tracing::info!(peer = %peer.id.short(), name = %peer.name, by = %peer.source, "peer up");
-                self.handle_delivery_link_up(peer.id);
-            }
-            Event::PeerDown { id, name, reason } => {
-                tracing::info!(peer = %id.short(), %name, %reason, "peer down");
+            Event::PeerUp(peer) => self.handle_delivery_link_up(peer.id),
+            Event::PeerDown { id, .. } => {
                 self.with_outbox(|outbox, now| outbox.handle_link_down(now, *id));
             }
-            Event::Denied { peer, action, name } => {
-                self.counters.refused(DropReason::NotAllowed.as_str());
-                tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules don't allow it");
-            }
-            Event::Refused { address, reason } => {
-                tracing::warn!(address = address.as_ref().map(tracing::field::display), %reason, "connection refused");
-            }
-            Event::IdentityConflict { address } => {
-                tracing::warn!(
-                    address = address.as_ref().map(tracing::field::display),
-                    "another live node has this node's identity: give one of them another file"
-                );
-            }
-            Event::Dropped { .. }
-            | Event::KeysMoved { .. }
-            | Event::DeadLetter { .. }
-            | Event::InboxLost { .. }
-            | Event::PeerGone { .. } => {}
+            Event::Denied { .. } => self.counters.refused(DropReason::NotAllowed.as_str()),
+            _ => {}
         }
+        self.tell(event);
+    }
+
+    /// Tells who watches, and the log.
+    pub(super) fn tell(&self, event: Event) {
+        self.log.push(Line::Event(event.clone()));
         let _nobody_watches = self.events.send(event);
     }
 
@@ -518,11 +509,12 @@ impl Shared {
 pub(crate) struct DoorWatch(pub(crate) Weak<Shared>);
 
 impl Watch for DoorWatch {
-    fn handle_refusal(&self, address: Address, refusal: Refusal) {
+    fn handle_refusal(&self, address: Option<Address>, refusal: Refusal) {
         if let Some(shared) = self.0.upgrade() {
             shared.counters.refused(refusal.as_str());
-            tracing::debug!(%address, %refusal, "the front door cut a connection");
-            let event = Event::Refused { address: Some(address), reason: refusal.to_string() };
+            let from = address.as_ref().map(tracing::field::display);
+            tracing::debug!(address = from, %refusal, "the front door cut a connection");
+            let event = Event::Refused { address, reason: refusal.to_string() };
             let _nobody_watches = shared.events.send(event);
         }
     }

@@ -70,6 +70,7 @@ async fn run_here(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
         transport.close().await;
     }
     let pending = shared.close_store().await;
+    shared.log.write();
     let counters = shared.counters.snapshot();
     ShutdownReport {
         pending,

@@ -24,7 +24,6 @@ use crate::engine::{Mesh, MeshConfig, Sighting, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
 use crate::link::Acceptor;
-use crate::link::zmq::ZmqPort;
 use crate::peer::{Address, Source};
 use crate::trust::{
     Access, LetIn, MeshKeyFileError, Trust, TrustError, TrustedKeys, TrustedKeysError, Watched,
@@ -144,6 +143,8 @@ impl Node {
         }
         shared.spawn(driver::run(shared.clone()));
         shared.spawn(driver::tell_groups(shared.clone()));
+        let logged = shared.clone();
+        shared.spawn(async move { logged.log.keep_writing().await });
         if shared.store.is_some() {
             shared.spawn(shared.clone().watch_routes());
         }
@@ -220,18 +221,10 @@ async fn start_sockets(
     acceptor: Arc<dyn Acceptor>,
 ) -> Result<Vec<SocketAddr>, StartError> {
     let config = &shared.config;
-    let (mut port, mut watching) = (None, None);
     let dir = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
         .map_err(|(dir, source)| StartError::SocketDir { dir, source })?;
     let let_in = LetIn::new(&config.trust, dir.parent().unwrap_or(&dir))?;
     let _first = shared.access.set(Access::new(config.rules.clone(), let_in.clone()));
-    if config.local {
-        let path = local::fresh_socket(&dir);
-        let bound = ZmqPort::bind(&path, shared.id, acceptor.clone()).await;
-        let refused = |source| StartError::SocketDir { dir: path.clone(), source };
-        port = Some(Arc::new(bound.map_err(refused)?));
-        watching = Some((dir.clone(), path));
-    }
     let tls = match &let_in {
         LetIn::Anybody => None,
         let_in => Some(Arc::new(Tls::new(identity, let_in.clone()))),
@@ -247,7 +240,14 @@ async fn start_sockets(
     };
     let watch = Arc::new(DoorWatch(Arc::downgrade(shared)));
     let door = Arc::new(FrontDoor::new(door_config, shared.id, acceptor, watch));
-    let _first = shared.transport.set(Transport::Sockets { port, door: door.clone() });
+    let _first = shared.transport.set(Transport::Sockets(door.clone()));
+    let mut watching = None;
+    if meets_locally(config) {
+        let path = local::fresh_socket(&dir);
+        let refused = |source| StartError::SocketDir { dir: path.clone(), source };
+        door.listen_local(&path).map_err(refused)?;
+        watching = Some((dir, path));
+    }
 
     let mut listening = Vec::new();
     for addr in wanted(config) {
@@ -291,13 +291,18 @@ async fn start_sockets(
     Ok(listening)
 }
 
+/// Whether the nodes of this host meet over Unix sockets, where there are some.
+fn meets_locally(config: &Config) -> bool {
+    cfg!(unix) && config.local
+}
+
 /// The addresses to listen on.
 fn wanted(config: &Config) -> Vec<SocketAddr> {
     let any_port = |ip| vec![SocketAddr::from((ip, 0))];
     match config.listen.as_slice() {
         [] if config.trust.reaches_networks() => any_port(Ipv4Addr::UNSPECIFIED),
         // Without the socket folder, loopback TCP is how the nodes of this host meet.
-        [] if !config.local => any_port(Ipv4Addr::LOCALHOST),
+        [] if !meets_locally(config) => any_port(Ipv4Addr::LOCALHOST),
         listen => listen.to_vec(),
     }
 }

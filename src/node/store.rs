@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+use std::sync::{Arc, OnceLock, RwLock, Weak};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -23,7 +23,7 @@ use crate::journal::{
 };
 use crate::message::Message;
 use crate::private;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 use crate::wire::DeliveryId;
 
 /// The folder of a store holds these.
@@ -202,14 +202,14 @@ impl Store {
             tracing::error!(path = %path.display(), %part, "a part of the store can't be read: what it held is lost");
         }
         Ok(Self {
-            outbox: Mutex::new(outbox),
-            inbox: Mutex::new(inbox),
+            outbox: Mutex::new(Rank::Outbox, outbox),
+            inbox: Mutex::new(Rank::Inbox, inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
-            last_read: Mutex::default(),
-            waiters: Mutex::default(),
-            ended: Mutex::default(),
-            parked: Mutex::default(),
-            loopback: Mutex::default(),
+            last_read: Mutex::new(Rank::Table, LastRead::default()),
+            waiters: Mutex::new(Rank::Table, Numbered::default()),
+            ended: Mutex::new(Rank::EndedConsumers, BTreeSet::new()),
+            parked: Mutex::new(Rank::Table, HashMap::new()),
+            loopback: Mutex::new(Rank::Table, Loopback::default()),
             node,
             report,
         })

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use futures_core::Stream;
@@ -14,7 +14,7 @@ use crate::address::{Pattern, Topic};
 use crate::engine::{Matches, PatternTrie};
 use crate::message::Message;
 use crate::report::DropReason;
-use crate::sync::lock;
+use crate::sync::{Guard, Mutex, Rank, lock};
 
 /// What a subscription loses when its messages are not taken in time. The sender counts each loss.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -70,10 +70,10 @@ struct State {
 
 impl Inbox {
     fn new(pattern: Pattern, overflow: Overflow, limit: u64) -> Self {
-        Self { pattern, overflow, limit, state: Mutex::default() }
+        Self { pattern, overflow, limit, state: Mutex::new(Rank::Table, State::default()) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> Guard<'_, State> {
         lock(&self.state)
     }
 

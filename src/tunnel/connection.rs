@@ -1,4 +1,10 @@
-//! One TCP connection: its handshake, then batches in and out.
+//! One connection: its handshake, then batches in and out, by one task of its own.
+//!
+//! ```text
+//!  TCP ───────────────┐
+//!  TCP ── TLS ────────┼─▶ ZMTP handshake ─▶ gate ─▶ Receiver
+//!  Unix ─ same user? ─┘                  ◀─ writer ◀─ Link
+//! ```
 
 use std::io;
 use std::sync::Arc;
@@ -7,15 +13,15 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{timeout, timeout_at};
 
 use super::gate::Gate;
+use super::socket::Socket;
 use super::{GateLimits, Refusal, Tls, zmtp};
-use crate::engine::Connection;
+use crate::engine::{Connection, Origin};
 use crate::identity::NodeId;
-use crate::link::{Acceptor, Link, new_identity};
+use crate::link::{Acceptor, Link, Receiver, new_identity};
 
 /// How long what is still queued may take to be written when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -30,7 +36,7 @@ const GATHER: usize = 16 * 1024;
 pub(super) struct Context {
     pub(super) id: NodeId,
     pub(super) gate: GateLimits,
-    /// None where anybody is let in, in clear text.
+    /// For networks. None where anybody is let in, in clear text.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) handshake_timeout: Duration,
     pub(super) acceptor: Arc<dyn Acceptor>,
@@ -57,7 +63,7 @@ impl From<Refusal> for Ended {
 }
 
 /// The link that runs over a connection.
-struct TcpLink {
+struct StreamLink {
     outbox: mpsc::UnboundedSender<Vec<Bytes>>,
     closing: watch::Sender<bool>,
     started: Instant,
@@ -65,7 +71,7 @@ struct TcpLink {
     admitted: Arc<AtomicBool>,
 }
 
-impl Link for TcpLink {
+impl Link for StreamLink {
     fn send(&self, frames: Vec<Bytes>) {
         if !*self.closing.borrow() {
             let _gone = self.outbox.send(frames);
@@ -88,105 +94,175 @@ impl Link for TcpLink {
 /// Runs a connection to its end. `pending` is dropped when the handshake is over, `live` told
 /// when the link is there.
 pub(super) async fn run(
-    tcp: TcpStream,
+    socket: Socket,
     context: Context,
     connection: Connection,
     live: oneshot::Sender<()>,
     pending: impl Send,
 ) -> Ended {
-    let _refused_by_the_system = tcp.set_nodelay(true);
     let dialled = connection.target.is_some();
     let deadline = tokio::time::Instant::now() + context.handshake_timeout;
-    let Opened { mut from_net, to_net, mut input, peer } =
-        match timeout_at(deadline, open(tcp, &context, dialled)).await {
-            Ok(Ok(opened)) => opened,
+    let tls = context.tls.clone();
+    let opening = Opening { context, connection, live, pending, deadline };
+    match (socket, tls) {
+        #[cfg(unix)]
+        (Socket::Unix(unix), _) => {
+            match super::socket::unix::is_same_user(&unix) {
+                Ok(true) => {}
+                Ok(false) => return Refusal::OtherUser.into(),
+                Err(error) => return error.into(),
+            }
+            let (from_peer, to_peer) = unix.into_split();
+            opening.run(from_peer, to_peer, Checked::SameUser).await
+        }
+        (Socket::Tcp(tcp), None) => {
+            let _refused_by_the_system = tcp.set_nodelay(true);
+            let (from_peer, to_peer) = tcp.into_split();
+            opening.run(from_peer, to_peer, Checked::Nothing).await
+        }
+        (Socket::Tcp(tcp), Some(tls)) => {
+            let _refused_by_the_system = tcp.set_nodelay(true);
+            let (stream, peer) = match timeout_at(deadline, tls.open(tcp, dialled)).await {
+                Ok(Ok(opened)) => opened,
+                Ok(Err(ended)) => return ended,
+                Err(_) => return Refusal::HandshakeTimeout.into(),
+            };
+            let (from_peer, to_peer) = tokio::io::split(stream);
+            opening.run(from_peer, to_peer, Checked::Key(peer, tls)).await
+        }
+    }
+}
+
+/// Evidence of who is at the other end, from beneath ZMTP.
+enum Checked {
+    Nothing,
+    SameUser,
+    /// The holder of this key, which was let in.
+    Key(NodeId, Arc<Tls>),
+}
+
+/// A connection whose stream is open, before its ZMTP handshake.
+struct Opening<Pending> {
+    context: Context,
+    connection: Connection,
+    live: oneshot::Sender<()>,
+    pending: Pending,
+    deadline: tokio::time::Instant,
+}
+
+impl<Pending> Opening<Pending> {
+    async fn run(
+        self,
+        mut from_peer: impl AsyncRead + Unpin,
+        mut to_peer: impl AsyncWrite + Unpin,
+        checked: Checked,
+    ) -> Ended {
+        let Self { context, connection, live, pending, deadline } = self;
+        let mut input = Input::new(context.gate);
+        let dialled = connection.target.is_some();
+        let shaking = handshake(&mut from_peer, &mut to_peer, &mut input, &context.id, dialled);
+        let claimed = match timeout_at(deadline, shaking).await {
+            Ok(Ok(claimed)) => claimed,
             Ok(Err(ended)) => return ended,
             Err(_) => return Refusal::HandshakeTimeout.into(),
         };
-    drop(pending);
+        if matches!(checked, Checked::Key(verified, _) if verified != claimed) {
+            return Refusal::Impostor.into();
+        }
+        drop(pending);
 
-    let (outbox, batches) = mpsc::unbounded_channel();
-    let (closing, mut closed_here) = watch::channel(false);
-    let heard_after_ms = Arc::new(AtomicU64::new(0));
-    let started = Instant::now();
-    let heard = heard_after_ms.clone();
-    let admitted = Arc::new(AtomicBool::new(false));
-    let accepted = admitted.clone();
-    let link = Arc::new(TcpLink { outbox, closing, started, heard_after_ms, admitted });
-    let connection = Connection { claimed: Some(peer), ..connection };
-    let receiver = context.acceptor.handle_connected(link.clone(), connection);
-    // Who lost our trust since it was checked may have been overlooked when links were cut.
-    if context.tls.is_some_and(|tls| !tls.trusts(&peer)) {
-        link.close();
+        let origin = match checked {
+            Checked::SameUser => Origin::SameUser,
+            Checked::Nothing | Checked::Key(..) => Origin::Network,
+        };
+        let connection = Connection { origin, claimed: Some(claimed), ..connection };
+        let (link, ends) = StreamLink::new();
+        let link = Arc::new(link);
+        let receiver = context.acceptor.handle_connected(link.clone(), connection);
+        // Who lost our trust since it was checked may have been overlooked when links were cut.
+        if let Checked::Key(peer, tls) = checked
+            && !tls.trusts(&peer)
+        {
+            link.close();
+        }
+        drop(link);
+        let _no_longer_awaited = live.send(());
+        let ended = ends.run(from_peer, to_peer, input, &*receiver).await;
+        receiver.handle_closed();
+        ended
     }
-    let _no_longer_awaited = live.send(());
+}
 
-    let reading = async {
-        loop {
+/// The task's ends of a [`StreamLink`].
+struct LinkEnds {
+    batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
+    closed: watch::Receiver<bool>,
+    started: Instant,
+    heard_after_ms: Arc<AtomicU64>,
+    admitted: Arc<AtomicBool>,
+}
+
+impl StreamLink {
+    fn new() -> (Self, LinkEnds) {
+        let (outbox, batches) = mpsc::unbounded_channel();
+        let (closing, closed) = watch::channel(false);
+        let started = Instant::now();
+        let (heard_after_ms, admitted) =
+            (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let ends = LinkEnds {
+            batches,
+            closed,
+            started,
+            heard_after_ms: heard_after_ms.clone(),
+            admitted: admitted.clone(),
+        };
+        (Self { outbox, closing, started, heard_after_ms, admitted }, ends)
+    }
+}
+
+impl LinkEnds {
+    /// Moves batches both ways until an end asks for the end, or the stream comes to its own.
+    async fn run(
+        self,
+        mut from_peer: impl AsyncRead + Unpin,
+        to_peer: impl AsyncWrite + Unpin,
+        mut input: Input,
+        receiver: &dyn Receiver,
+    ) -> Ended {
+        let Self { batches, mut closed, started, heard_after_ms, admitted } = self;
+        let reading = async {
             loop {
-                if accepted.load(Ordering::Relaxed) {
-                    input.gate.admit();
+                loop {
+                    if admitted.load(Ordering::Relaxed) {
+                        input.gate.admit();
+                    }
+                    let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
+                    receiver.handle_batch(batch);
                 }
-                let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
-                receiver.handle_batch(batch);
+                if input.read_from(&mut from_peer).await? == 0 {
+                    return Ok::<(), Ended>(());
+                }
+                heard_after_ms.store(started.elapsed().as_millis() as u64, Ordering::Relaxed);
             }
-            if input.read_from(&mut from_net).await? == 0 {
-                return Ok::<(), Ended>(());
+        };
+        let closed_here = async {
+            let _link_lives = closed.wait_for(|closed| *closed).await;
+        };
+        let (asked, end_asked) = oneshot::channel();
+        let mut writing = std::pin::pin!(write(batches, to_peer, end_asked));
+        tokio::select! {
+            read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
+            written = &mut writing => written.map_or_else(Ended::from, |()| Ended::Closed),
+            () = closed_here => {
+                let _writer_ended = asked.send(());
+                let _too_slow = timeout(FLUSH_TIMEOUT, writing).await;
+                Ended::Closed
             }
-            let elapsed = started.elapsed().as_millis() as u64;
-            heard.store(elapsed, Ordering::Relaxed);
         }
-    };
-    let closed_here = async {
-        let _link_lives = closed_here.wait_for(|closed| *closed).await;
-    };
-    let (asked, end_asked) = oneshot::channel();
-    let mut writing = std::pin::pin!(write(batches, to_net, end_asked));
-    let ended = tokio::select! {
-        read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
-        written = &mut writing => written.map_or_else(Ended::from, |()| Ended::Closed),
-        () = closed_here => {
-            let _writer_ended = asked.send(());
-            let _too_slow = timeout(FLUSH_TIMEOUT, writing).await;
-            Ended::Closed
-        }
-    };
-    receiver.handle_closed();
-    ended
-}
-
-type FromNet = Box<dyn AsyncRead + Send + Unpin>;
-type ToNet = Box<dyn AsyncWrite + Send + Unpin>;
-
-/// A connection whose handshake is over.
-struct Opened {
-    from_net: FromNet,
-    to_net: ToNet,
-    input: Input,
-    peer: NodeId,
-}
-
-async fn open(tcp: TcpStream, context: &Context, dialled: bool) -> Result<Opened, Ended> {
-    let mut input = Input::new(context.gate);
-    let (mut from_net, mut to_net, verified): (FromNet, ToNet, _) = match &context.tls {
-        Some(tls) => {
-            let (stream, peer) = tls.open(tcp, dialled).await?;
-            let (from_net, to_net) = tokio::io::split(stream);
-            (Box::new(from_net), Box::new(to_net), Some(peer))
-        }
-        None => {
-            let (from_net, to_net) = tcp.into_split();
-            (Box::new(from_net), Box::new(to_net), None)
-        }
-    };
-    let claimed = handshake(&mut from_net, &mut to_net, &mut input, &context.id, dialled).await?;
-    match verified {
-        Some(verified) if verified != claimed => Err(Refusal::Impostor.into()),
-        _ => Ok(Opened { from_net, to_net, input, peer: claimed }),
     }
 }
 
-/// Bytes from the network that are not a whole batch yet.
+/// Bytes from the peer that are not a whole batch yet.
 struct Input {
     bytes: BytesMut,
     gate: Gate,
@@ -211,8 +287,8 @@ impl Input {
 
 /// Exchanges greetings and READYs. Who was dialled says nothing to a stranger who says nothing.
 async fn handshake(
-    from_net: &mut (impl AsyncRead + Unpin),
-    to_net: &mut (impl AsyncWrite + Unpin),
+    from_peer: &mut (impl AsyncRead + Unpin),
+    to_peer: &mut (impl AsyncWrite + Unpin),
     input: &mut Input,
     me: &NodeId,
     dialled: bool,
@@ -220,25 +296,25 @@ async fn handshake(
     let ready = zmtp::ready(&new_identity(me));
     let (mut greeted, mut readied) = (false, false);
     if dialled {
-        to_net.write_all(&zmtp::greeting()).await?;
-        to_net.flush().await?;
+        to_peer.write_all(&zmtp::greeting()).await?;
+        to_peer.flush().await?;
         greeted = true;
     }
     loop {
-        if input.read_from(from_net).await? == 0 {
+        if input.read_from(from_peer).await? == 0 {
             return Err(Refusal::EndedEarly.into());
         }
         let claimed = input.gate.handshake(&mut input.bytes)?;
         // Some say no more than their signature until they have seen ours.
         if !greeted && (input.gate.is_greeted() || input.bytes.len() >= zmtp::SIGNATURE_LEN) {
-            to_net.write_all(&zmtp::greeting()).await?;
+            to_peer.write_all(&zmtp::greeting()).await?;
             greeted = true;
         }
         if !readied && input.gate.is_greeted() {
-            to_net.write_all(&ready).await?;
+            to_peer.write_all(&ready).await?;
             readied = true;
         }
-        to_net.flush().await?;
+        to_peer.flush().await?;
         if let Some(claimed) = claimed {
             return Ok(claimed);
         }
@@ -248,7 +324,7 @@ async fn handshake(
 /// Writes batches, those that have gathered at once, until it is asked to end.
 async fn write(
     mut batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
-    mut to_net: impl AsyncWrite + Unpin,
+    mut to_peer: impl AsyncWrite + Unpin,
     mut end_asked: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(FIRST_BUFFER);
@@ -258,14 +334,14 @@ async fn write(
             batch = batches.recv() => batch,
             _ = &mut end_asked => None,
         };
-        let Some(batch) = next else { return to_net.shutdown().await };
-        write_batch(&mut to_net, &mut buffer, batch).await?;
+        let Some(batch) = next else { return to_peer.shutdown().await };
+        write_batch(&mut to_peer, &mut buffer, batch).await?;
         while let Ok(batch) = batches.try_recv() {
-            write_batch(&mut to_net, &mut buffer, batch).await?;
+            write_batch(&mut to_peer, &mut buffer, batch).await?;
         }
-        to_net.write_all(&buffer).await?;
+        to_peer.write_all(&buffer).await?;
         // TLS keeps what it could not write at once.
-        to_net.flush().await?;
+        to_peer.flush().await?;
         buffer.clear();
         buffer.shrink_to(READ_BUFFER);
     }
@@ -273,7 +349,7 @@ async fn write(
 
 /// Gathers a batch in the buffer, as far as that is cheaper than writing it.
 async fn write_batch(
-    to_net: &mut (impl AsyncWrite + Unpin),
+    to_peer: &mut (impl AsyncWrite + Unpin),
     buffer: &mut Vec<u8>,
     batch: Vec<Bytes>,
 ) -> io::Result<()> {
@@ -284,11 +360,11 @@ async fn write_batch(
             buffer.extend_from_slice(frame);
         }
         if frame.len() > GATHER || buffer.len() > READ_BUFFER {
-            to_net.write_all(buffer).await?;
+            to_peer.write_all(buffer).await?;
             buffer.clear();
         }
         if frame.len() > GATHER {
-            to_net.write_all(frame).await?;
+            to_peer.write_all(frame).await?;
         }
     }
     Ok(())

@@ -1,10 +1,10 @@
-//! The listener and the dialler, with their limits.
+//! The listeners and the dialler.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, Weak};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, select_ok};
@@ -13,18 +13,21 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::admissions::{Admissions, Most};
 use super::connection::{self, Context, Ended};
-use super::{GateLimits, Refusal, Tls, Watch};
+use super::socket::{Listener, Socket};
+use super::{GateLimits, Tls, Watch};
 use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
-use crate::sync::lock;
+use crate::sync::{Mutex, Rank, lock};
 
-/// The front door's limits.
+/// The front door's limits. Those on connections hold for networks; processes of the same user
+/// have [`MOST_LOCAL`].
 #[derive(Clone)]
 pub(crate) struct FrontDoorConfig {
-    /// None lets anybody in, in clear text.
+    /// None lets anybody in over a network, in clear text.
     pub(crate) tls: Option<Arc<Tls>>,
     pub(crate) gate: GateLimits,
     /// How long a connection may take to its READY.
@@ -36,24 +39,22 @@ pub(crate) struct FrontDoorConfig {
     pub(crate) loopback_only: bool,
 }
 
+/// Connections of the same user's processes: against a runaway program, not against strangers.
+const MOST_LOCAL: Most = Most { connections: 4096, pending: 1024, pending_from_one: 1024 };
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The far side is on this host.
+const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const LONGEST_ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
-/// TCP in and out of a node.
+/// All connections in and out of a node: TCP, and Unix sockets of this host.
 pub(crate) struct FrontDoor {
     config: FrontDoorConfig,
     context: Context,
     watch: Arc<dyn Watch>,
-    admissions: Arc<Mutex<Admissions>>,
+    network: Arc<Admissions>,
+    local: Arc<Admissions>,
     tasks: Mutex<JoinSet<()>>,
-}
-
-#[derive(Default)]
-struct Admissions {
-    connections: usize,
-    pending: usize,
-    pending_from: HashMap<IpAddr, usize>,
 }
 
 impl FrontDoor {
@@ -65,16 +66,30 @@ impl FrontDoor {
     ) -> Self {
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
         let context = Context { id, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
-        Self { config, context, watch, admissions: Arc::default(), tasks: Mutex::default() }
+        let network = Admissions::new(Most {
+            connections: config.max_connections,
+            pending: config.max_pending,
+            pending_from_one: config.max_pending_per_address,
+        });
+        let local = Admissions::new(MOST_LOCAL);
+        let tasks = Mutex::new(Rank::Leaf, JoinSet::new());
+        Self { config, context, watch, network, local, tasks }
     }
 
-    /// Listens; returns the address with the port that was bound.
+    /// Listens on TCP; returns the address with the port that was bound.
     pub(crate) async fn listen(self: &Arc<Self>, addr: SocketAddr) -> io::Result<SocketAddr> {
         let listener = TcpListener::bind(addr).await?;
         let bound = listener.local_addr()?;
-        let door = Arc::downgrade(self);
-        self.spawn(accept(door, listener));
+        self.spawn(accept(Arc::downgrade(self), Listener::Tcp(listener)));
         Ok(bound)
+    }
+
+    /// Listens on a Unix socket at `path`, which must not exist and goes with the listener. The
+    /// folder has to be this user's alone.
+    pub(crate) fn listen_local(self: &Arc<Self>, path: &Path) -> io::Result<()> {
+        let listener = Listener::bind_local(path)?;
+        self.spawn(accept(Arc::downgrade(self), listener));
+        Ok(())
     }
 
     /// Dials all addresses at once and keeps the first that answers. Returns when the link is
@@ -84,37 +99,46 @@ impl FrontDoor {
         target: &TargetKey,
         addresses: &[Address],
     ) -> Result<(), DialError> {
-        let candidates = self.resolve(addresses).await?;
-        let attempts = candidates.into_iter().map(|addr| -> BoxFuture<'static, _> {
-            Box::pin(async move {
-                match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
-                    Ok(Ok(tcp)) => Ok((tcp, addr)),
-                    Ok(Err(error)) => Err(DialError(format!("{addr}: {error}"))),
-                    Err(_) => Err(DialError(format!("{addr}: no answer within 5 s"))),
-                }
-            })
-        });
-        let ((tcp, addr), _losers) = select_ok(attempts).await?;
+        let (socket, address) = match addresses.first() {
+            Some(Address::Local(path)) => (dial_local(path).await?, Address::Local(path.clone())),
+            _ => self.dial_tcp(addresses).await?,
+        };
+        let name = address.to_string();
         let connection = Connection {
             target: Some(target.clone()),
-            address: Some(Address::Tcp(addr)),
+            address: Some(address),
             ..Connection::default()
         };
         let (live, went_live) = oneshot::channel();
         let (told, ended) = oneshot::channel();
-        let run = self.run(tcp, connection, live, ());
+        let run = self.run(socket, connection, live, ());
         self.spawn(async move {
             let _no_longer_awaited = told.send(run.await);
         });
         tokio::select! {
             biased;
             Ok(()) = went_live => Ok(()),
-            ended = ended => Err(DialError(match ended {
-                Ok(Ended::Refused(refusal)) => format!("{addr}: {refusal}"),
-                Ok(Ended::Failed(error)) => format!("{addr}: {error}"),
-                Ok(Ended::Closed) | Err(_) => format!("{addr}: it closed the connection"),
+            ended = ended => Err(DialError::Failed(match ended {
+                Ok(Ended::Refused(refusal)) => format!("{name}: {refusal}"),
+                Ok(Ended::Failed(error)) => format!("{name}: {error}"),
+                Ok(Ended::Closed) | Err(_) => format!("{name}: it closed the connection"),
             })),
         }
+    }
+
+    async fn dial_tcp(&self, addresses: &[Address]) -> Result<(Socket, Address), DialError> {
+        let candidates = self.resolve(addresses).await?;
+        let attempts = candidates.into_iter().map(|addr| -> BoxFuture<'static, _> {
+            Box::pin(async move {
+                match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
+                    Ok(Ok(tcp)) => Ok((tcp, addr)),
+                    Ok(Err(error)) => Err(DialError::Failed(format!("{addr}: {error}"))),
+                    Err(_) => Err(DialError::Failed(format!("{addr}: no answer within 5 s"))),
+                }
+            })
+        });
+        let ((tcp, addr), _losers) = select_ok(attempts).await?;
+        Ok((Socket::Tcp(tcp), Address::Tcp(addr)))
     }
 
     async fn resolve(&self, addresses: &[Address]) -> Result<Vec<SocketAddr>, DialError> {
@@ -139,8 +163,10 @@ impl FrontDoor {
         }
         match (found.is_empty(), before, failed) {
             (false, ..) => Ok(found),
-            (true, 0, failed) => Err(DialError(failed.unwrap_or("no address to dial".into()))),
-            (true, ..) => Err(DialError(
+            (true, 0, failed) => {
+                Err(DialError::Failed(failed.unwrap_or("no address to dial".into())))
+            }
+            (true, ..) => Err(DialError::Failed(
                 "beyond this host; nothing there is dialled without a mesh key (--mesh-key) or \
                  trusted keys (--trusted-keys)"
                     .into(),
@@ -150,7 +176,7 @@ impl FrontDoor {
 
     fn run(
         &self,
-        tcp: TcpStream,
+        socket: Socket,
         connection: Connection,
         live: oneshot::Sender<()>,
         admitted: impl Send + 'static,
@@ -158,32 +184,33 @@ impl FrontDoor {
         let (context, watch) = (self.context.clone(), self.watch.clone());
         async move {
             let address = connection.address.clone();
-            let ended = connection::run(tcp, context, connection, live, admitted).await;
-            if let (Ended::Refused(refusal), Some(address)) = (&ended, address) {
+            let ended = connection::run(socket, context, connection, live, admitted).await;
+            // A socket file may lead to a process that is going or to none of ours: who dialled
+            // it knows, and nobody else needs to.
+            if let Ended::Refused(refusal) = &ended
+                && !matches!(address, Some(Address::Local(_)))
+            {
                 watch.handle_refusal(address, *refusal);
             }
             ended
         }
     }
 
-    fn admit(&self, address: IpAddr) -> Result<(Permit, ConnectionPermit), Refusal> {
-        let address = site(address);
-        let mut admissions = lock(&self.admissions);
-        let from = admissions.pending_from.get(&address).copied().unwrap_or_default();
-        if admissions.connections >= self.config.max_connections {
-            return Err(Refusal::Connections);
+    /// Takes a connection that came in.
+    fn take(&self, socket: Socket, from: Option<SocketAddr>) {
+        let admissions = if from.is_some() { &self.network } else { &self.local };
+        let address = from.map(Address::Tcp);
+        match admissions.admit(from.map(|addr| addr.ip())) {
+            Ok((pending, open)) => {
+                let connection = Connection { address, ..Connection::default() };
+                let run = self.run(socket, connection, oneshot::channel().0, pending);
+                self.spawn(async move {
+                    let _open = open;
+                    run.await;
+                });
+            }
+            Err(refusal) => self.watch.handle_refusal(address, refusal),
         }
-        if admissions.pending >= self.config.max_pending {
-            return Err(Refusal::PendingHandshakes);
-        }
-        if from >= self.config.max_pending_per_address {
-            return Err(Refusal::PendingFromAddress);
-        }
-        admissions.connections += 1;
-        admissions.pending += 1;
-        admissions.pending_from.insert(address, from + 1);
-        let permit = Permit { admissions: self.admissions.clone(), address };
-        Ok((permit, ConnectionPermit(self.admissions.clone())))
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -199,27 +226,15 @@ impl FrontDoor {
     }
 }
 
-async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
+async fn accept(door: Weak<FrontDoor>, listener: Listener) {
     let mut retry = FIRST_ACCEPT_RETRY;
     loop {
         let accepted = listener.accept().await;
         let Some(door) = door.upgrade() else { return };
         match accepted {
-            Ok((tcp, addr)) => {
+            Ok((socket, from)) => {
                 retry = FIRST_ACCEPT_RETRY;
-                let address = Address::Tcp(addr);
-                match door.admit(addr.ip()) {
-                    Ok((pending, open)) => {
-                        let connection =
-                            Connection { address: Some(address), ..Connection::default() };
-                        let run = door.run(tcp, connection, oneshot::channel().0, pending);
-                        door.spawn(async move {
-                            let _open = open;
-                            run.await;
-                        });
-                    }
-                    Err(refusal) => door.watch.handle_refusal(address, refusal),
-                }
+                door.take(socket, from);
             }
             Err(error) => {
                 // Out of file descriptors, say: trying again at once would only spin.
@@ -232,38 +247,15 @@ async fn accept(door: Weak<FrontDoor>, listener: TcpListener) {
     }
 }
 
-/// What one host has to itself: an IPv4 address, or the /64 of an IPv6 one (RFC 4291).
-fn site(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
-        v4 => v4,
-    }
-}
-
-/// A place among the pending handshakes.
-struct Permit {
-    admissions: Arc<Mutex<Admissions>>,
-    address: IpAddr,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut admissions = lock(&self.admissions);
-        admissions.pending -= 1;
-        if let Some(count) = admissions.pending_from.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                admissions.pending_from.remove(&self.address);
-            }
+/// Dials a process of this host.
+async fn dial_local(path: &Path) -> Result<Socket, DialError> {
+    let name = path.display();
+    match timeout(LOCAL_CONNECT_TIMEOUT, Socket::connect_local(path)).await {
+        Ok(Ok(socket)) => Ok(socket),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err(DialError::DeadSocket(path.to_owned()))
         }
-    }
-}
-
-/// A place among all accepted connections.
-struct ConnectionPermit(Arc<Mutex<Admissions>>);
-
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        lock(&self.0).connections -= 1;
+        Ok(Err(error)) => Err(DialError::Failed(format!("unix:{name}: {error}"))),
+        Err(_) => Err(DialError::Failed(format!("unix:{name}: no answer within 2 s"))),
     }
 }

@@ -1,22 +1,27 @@
-//! The front door: our TCP listener and dialler, and the gate that every byte from a network has
-//! to pass.
+//! The front door: our listeners and our dialler, and the gate that every byte of a peer has to
+//! pass.
 //!
 //! ```text
-//!  network ═ TCP ═ TLS ═▶ [gate] ─ batches ─▶ node
-//!          ◀════════════════════ frames ◀───
+//!  network ═ TCP ═ TLS ═════════▶ [gate] ─ batches ─▶ node
+//!  this host ═ Unix, same user ═▶        ◀─ frames ──
 //! ```
 //!
-//! On the network a node speaks ZMTP 3.0, so that any ZeroMQ ROUTER or DEALER can talk to it. It
-//! speaks it here rather than through the `zeromq` crate, which trusts what it reads: a frame's
-//! length (73 bytes make it abort the process), a peer's identity, any number of parts. The gate
-//! has to read every frame anyway; handing them on as batches costs less than pumping the bytes
-//! through a socket of this host to have them read again.
+//! A node speaks ZMTP 3.0 (RFC 23), so that any ZeroMQ ROUTER or DEALER can talk to it. It speaks
+//! it here rather than through the `zeromq` crate, which trusts what it reads: a frame's length
+//! (73 bytes make it abort the process), a peer's identity, any number of parts; and whose waits
+//! for its own locks hang a node whose peers come and go (zmq.rs#210). The gate has to read every
+//! frame anyway; handing them on as batches costs less than pumping the bytes through a socket of
+//! this host to have them read again.
 //!
-//! TLS stands between the network and the gate, unless the node is open to anybody ([`tls`]).
+//! TLS stands between a network and the gate, unless the node is open to anybody ([`tls`]). A Unix
+//! socket lies in a folder that only its user may enter, and both ends check the other's
+//! credentials; nothing is encrypted there.
 
+mod admissions;
 mod connection;
 mod door;
 mod gate;
+mod socket;
 mod tls;
 mod zmtp;
 
@@ -55,6 +60,8 @@ pub(crate) enum Refusal {
     TurnedAway,
     #[error("it claims another node's id than that of its key")]
     Impostor,
+    #[error("it runs as another user")]
+    OtherUser,
     #[error("what it speaks is not ZMTP 3")]
     NotZmtp,
     #[error("it asks for a ZMTP mechanism other than NULL")]
@@ -92,6 +99,7 @@ impl Refusal {
             Self::UnknownKey => "unknown_key",
             Self::TurnedAway => "turned_away",
             Self::Impostor => "impostor",
+            Self::OtherUser => "other_user",
             Self::NotZmtp => "not_zmtp",
             Self::Mechanism => "mechanism",
             Self::Ready => "ready",
@@ -107,7 +115,8 @@ impl Refusal {
 
 /// Told what the front door turned away.
 pub(crate) trait Watch: Send + Sync {
-    fn handle_refusal(&self, address: Address, refusal: Refusal);
+    /// Of a process of this host that connected, there is no address.
+    fn handle_refusal(&self, address: Option<Address>, refusal: Refusal);
 }
 
 /// For the fuzzer: a stranger's bytes, all at once and in pieces, before and after its hello.

@@ -35,7 +35,7 @@ impl Acceptor for Doorkeeper {
 }
 
 impl Watch for Doorkeeper {
-    fn handle_refusal(&self, _: Address, refusal: Refusal) {
+    fn handle_refusal(&self, _: Option<Address>, refusal: Refusal) {
         let _test_is_over = self.refused.send(refusal);
     }
 }

@@ -16,6 +16,7 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) fn new() -> Self {
+        log::check();
         Self { dir: private_dir() }
     }
 
@@ -35,6 +36,40 @@ impl Host {
     /// A node that talks TCP only, on loopback.
     pub(crate) fn tcp_config(&self, name: &str) -> Config {
         self.config(name).local(false)
+    }
+}
+
+/// Ends the test program where a node logs under a lock: whoever wants the lock would wait for
+/// the terminal.
+mod log {
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Event, Metadata, Subscriber};
+
+    struct Checker;
+
+    pub(super) fn check() {
+        let _set_already = tracing::subscriber::set_global_default(Checker);
+    }
+
+    impl Subscriber for Checker {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+        fn event(&self, event: &Event<'_>) {
+            #[cfg(debug_assertions)]
+            if peerbus::holds_lock() {
+                eprintln!("logged under a lock: {event:?}");
+                std::process::abort();
+            }
+            let _ = event;
+        }
+        fn enter(&self, _: &Id) {}
+        fn exit(&self, _: &Id) {}
     }
 }
 

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::time::Duration;
 
-use super::Mesh;
+use super::{Connection, Mesh, Origin};
 use crate::engine::dialer::MAX_ADDRESSES;
 use crate::engine::{LinkId, Time};
 use crate::identity::NodeId;
@@ -121,8 +121,7 @@ impl Mesh {
         if !self.me.gossip || !self.dialing {
             return;
         }
-        let here = self.links.get(&link).and_then(|link| link.connection.address.as_ref());
-        let from_here = here.is_some_and(is_of_this_host);
+        let from_here = self.links.get(&link).is_some_and(|link| link.connection.is_of_this_host());
         for Hint { id, mut addresses } in hints.into_iter().take(MAX_HINTS) {
             if self.is_linked(&id) {
                 continue;
@@ -145,6 +144,16 @@ impl Mesh {
 fn after(peers: &BTreeMap<NodeId, LinkId>, last: NodeId) -> impl Iterator<Item = (NodeId, LinkId)> {
     let behind = peers.range((Excluded(last), Unbounded));
     behind.chain(peers.range(..=last)).map(|(id, link)| (*id, *link))
+}
+
+impl Connection {
+    fn is_of_this_host(&self) -> bool {
+        match self.origin {
+            Origin::SameUser => true,
+            Origin::Network => self.address.as_ref().is_some_and(is_of_this_host),
+            Origin::SameProcess => false,
+        }
+    }
 }
 
 fn is_of_this_host(address: &Address) -> bool {

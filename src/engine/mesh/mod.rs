@@ -48,15 +48,30 @@ pub(crate) struct MeshConfig {
     pub(crate) loopback_only: bool,
 }
 
+/// Where a connection comes from, as far as the transport has checked it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Origin {
+    /// A network, loopback included.
+    #[default]
+    Network,
+    /// A process of this host that runs as the same user, by the credentials of its socket.
+    SameUser,
+    /// This process.
+    SameProcess,
+}
+
 /// What is known of a connection from its outside.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Connection {
+    pub(crate) origin: Origin,
     /// What the peer may do.
     pub(crate) grants: Grants,
     /// The id that the connection's own handshake claimed; the hello must agree.
     pub(crate) claimed: Option<NodeId>,
     /// The target that we dialled; `None` if the peer dialled.
     pub(crate) target: Option<TargetKey>,
+    /// The address that we dialled, or from which the peer did. `None` where the peer dialled
+    /// over a Unix socket: its end has no name.
     pub(crate) address: Option<Address>,
 }
 
@@ -322,7 +337,7 @@ impl Mesh {
     /// Of those that came over a network, nodes that are not `trusted` as before lose their links.
     pub(crate) fn handle_trust_changed(&mut self, now: Time, trusted: impl Fn(&NodeId) -> bool) {
         let distrusted = |link: &Link| {
-            matches!(link.connection.address, Some(Address::Tcp(_)))
+            link.connection.origin == Origin::Network
                 && link.connection.claimed.is_some_and(|id| id != self.me.id && !trusted(&id))
         };
         let links = self.links.iter().filter(|(_, link)| distrusted(link));
@@ -461,7 +476,7 @@ impl Mesh {
     fn peer_info(&self, link: LinkId) -> Option<PeerInfo> {
         let entry = self.links.get(&link)?;
         let about = entry.about.as_ref()?;
-        let local = matches!(entry.connection.address, Some(Address::Local(_)));
+        let local = entry.connection.origin == Origin::SameUser;
         let source = self
             .dialer
             .source(link)
