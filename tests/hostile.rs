@@ -499,3 +499,47 @@ async fn what_makes_no_sense_in_a_configuration_is_refused() {
     let error = host.config("line\nbreak").start().await.err().unwrap();
     assert!(error.to_string().contains("control characters"), "{error}");
 }
+
+/// A process of another user, which got at the socket all the same: what it runs is this program,
+/// told where the socket is.
+#[test]
+fn stranger() {
+    use std::io::{Read, Write};
+    let Ok(path) = std::env::var("PEERBUS_TEST_SOCKET") else { return };
+    let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+    let _cut_already = stream.write_all(&[&GREETING[..], &ready(&[5; 48])].concat());
+    let mut rest = Vec::new();
+    let _reset = stream.read_to_end(&mut rest);
+    assert!(rest.is_empty(), "it was answered");
+}
+
+#[tokio::test]
+async fn a_process_of_another_user_is_cut_though_the_folder_lets_it_in() {
+    use std::os::unix::fs::PermissionsExt;
+    let target = Target::new().await;
+    let open = |path: &std::path::Path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+    };
+    let folder = target.host.path().join("default");
+    open(target.host.path());
+    open(&folder);
+    let own = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    for socket in own.collect::<Vec<_>>() {
+        open(&socket);
+        let mut events = target.node.events();
+        let mut command = tokio::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["stranger", "--exact"]).env("PEERBUS_TEST_SOCKET", &socket).uid(65534);
+        let Ok(output) = soon(command.output()).await else {
+            return println!("SKIPPED: this program can't be run as another user here");
+        };
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        if target.node.counters().refused.contains_key("other_user") {
+            let reason = wait_for(&mut events, |event| match event {
+                Event::Refused { address: None, reason } => Some(reason),
+                _ => None,
+            });
+            assert!(reason.await.contains("another user"));
+        }
+    }
+    target.is_unharmed("other_user").await;
+}
