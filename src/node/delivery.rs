@@ -11,6 +11,7 @@ use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
 use super::log::Line;
+use super::reader::{Transmission, Wanted};
 use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
@@ -26,7 +27,7 @@ use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{
-    Answer, Control, Delivery, DeliveryId, Envelope, InboxInfo, MAX_ANSWERS, Outcome, Payload, thaw,
+    Answer, Control, Delivery, DeliveryId, Envelope, InboxInfo, MAX_ANSWERS, Outcome, Payload,
 };
 
 /// An instance that could take a message: its load, and how many it runs at once.
@@ -79,23 +80,19 @@ impl Shared {
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
             OutboxAction::Read(number, position) => {
-                let frozen = store.frozen(position, number);
-                outbox.handle_read(now, number, frozen);
+                store.reader.push(Wanted::Move(number, position));
             }
             OutboxAction::RemoveBefore(segment) => {
                 store.with_journals(|it| it.outbox.remove_before(segment));
             }
             OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
-                let Some(message) = self.stored_message(store, source) else {
-                    self.log.push(Line::Unreadable(key.number));
-                    return outbox.handle_unreadable(now, key);
-                };
-                let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
-                if let Err(reason) = self.transmit(store, to, message, delivery, left) {
-                    match reason {
-                        DropReason::LinkLost => outbox.handle_link_down(now, to),
-                        reason => outbox.handle_not_transmitted(now, key, reason),
+                let transmission = Transmission { to, key, delivery, expires_at };
+                match source {
+                    Source::Memory(message) if !store.reader.is_busy_for(&to) => {
+                        let message = Arc::unwrap_or_clone(message);
+                        self.transmit(store, outbox, now, transmission, message);
                     }
+                    source => store.reader.push(Wanted::Transmit(transmission, source)),
                 }
             }
             OutboxAction::Send(to, control) => self.send_control_to(&to, control),
@@ -122,15 +119,31 @@ impl Shared {
         }
     }
 
-    fn transmit(
+    /// Hands a stored message to the link of its node.
+    pub(super) fn transmit(
+        self: &Arc<Self>,
+        store: &Store,
+        outbox: &mut Outbox,
+        now: Now,
+        Transmission { to, key, delivery, expires_at }: Transmission,
+        mut message: Envelope,
+    ) {
+        let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
+        message.header.time_to_live = left.map(Duration::from_millis);
+        match self.send_guaranteed(store, to, message, delivery) {
+            Ok(()) => {}
+            Err(DropReason::LinkLost) => outbox.handle_link_down(now, to),
+            Err(reason) => outbox.handle_not_transmitted(now, key, reason),
+        }
+    }
+
+    fn send_guaranteed(
         self: &Arc<Self>,
         store: &Store,
         to: NodeId,
-        Envelope { mut header, mut payload }: Envelope,
+        Envelope { header, mut payload }: Envelope,
         delivery: Arc<Delivery>,
-        left_ms: Option<u64>,
     ) -> Result<(), DropReason> {
-        header.time_to_live = left_ms.map(Duration::from_millis);
         let body = payload.take_body();
         if to == self.id {
             let mut message = Message::new(to, header, body);
@@ -143,14 +156,6 @@ impl Shared {
         cell.send_message(Envelope { header, payload: Payload::Guaranteed(body, delivery) })?;
         add(&self.counters.queued, 1);
         Ok(())
-    }
-
-    fn stored_message(&self, store: &Store, source: Source) -> Option<Envelope> {
-        let (position, number) = match source {
-            Source::Memory(message) => return Some(Arc::unwrap_or_clone(message)),
-            Source::Journal(position, number) => (position, number),
-        };
-        thaw(&store.frozen(position, number)?, &self.id).ok()
     }
 
     pub(super) fn choose_instance(

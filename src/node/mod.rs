@@ -18,6 +18,7 @@ mod loopback;
 mod progress;
 mod publish;
 mod publisher;
+mod reader;
 mod receive;
 mod reply;
 mod request;

@@ -147,6 +147,7 @@ impl Node {
         shared.spawn(async move { logged.log.keep_writing().await });
         if shared.store.is_some() {
             shared.spawn(shared.clone().watch_routes());
+            shared.spawn(shared.clone().keep_reading());
         }
         Ok(Self { inner: Arc::new(inner) })
     }

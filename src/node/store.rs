@@ -7,13 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, RwLock, Weak};
 
-use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::cell::Credit;
-use super::last_read::LastRead;
 use super::loopback::Loopback;
 use super::progress::Teller;
+use super::reader::Reader;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::engine::delivery::{Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
@@ -134,7 +133,7 @@ pub(crate) struct Store {
     pub(super) inbox: Mutex<Inbox>,
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
-    last_read: Mutex<LastRead>,
+    pub(super) reader: Reader,
     pub(super) waiters: Mutex<Numbered<Waiters>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
@@ -205,7 +204,7 @@ impl Store {
             outbox: Mutex::new(Rank::Outbox, outbox),
             inbox: Mutex::new(Rank::Inbox, inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
-            last_read: Mutex::new(Rank::Table, LastRead::default()),
+            reader: Reader::default(),
             waiters: Mutex::new(Rank::Table, Numbered::default()),
             ended: Mutex::new(Rank::EndedConsumers, BTreeSet::new()),
             parked: Mutex::new(Rank::Table, HashMap::new()),
@@ -227,13 +226,11 @@ impl Store {
         }
     }
 
-    /// A message of the outbox, as it was stored; `None` if it can't be read.
-    pub(super) fn frozen(&self, position: Position, number: u64) -> Option<Bytes> {
-        lock(&self.last_read).message(position, number, || {
-            let mut entry = None;
-            self.with_journals(|it| entry = it.outbox.read(position).ok());
-            entry
-        })
+    /// An entry of the outbox's journal; `None` if it can't be read.
+    pub(super) fn entry(&self, position: Position) -> Option<Vec<u8>> {
+        let mut entry = None;
+        self.with_journals(|it| entry = it.outbox.read(position).ok());
+        entry
     }
 
     /// Writes what is to be written and closes the files.

@@ -30,6 +30,11 @@ impl Outbox {
         }
     }
 
+    /// Whether that attempt is still on its way.
+    pub(crate) fn is_in_flight(&self, key: PartKey, attempt: u32) -> bool {
+        self.part(key).is_some_and(|part| part.state == State::InFlight && part.attempts == attempt)
+    }
+
     /// What is stored of it can't be read. That may pass; if it doesn't, it is a dead letter.
     pub(crate) fn handle_unreadable(&mut self, now: Now, key: PartKey) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {

@@ -1,0 +1,154 @@
+//! Reads stored messages back, on a thread that may wait for the disk: the outbox asks for them
+//! under its lock, and is told of them later.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::last_read::LastRead;
+use super::log::Line;
+use super::shared::Shared;
+use super::store::Store;
+use crate::engine::delivery::{Now, Outbox, PartKey, Source};
+use crate::identity::NodeId;
+use crate::journal::Position;
+use crate::sync::{Mutex, calling_out, lock};
+use crate::wire::{Delivery, Envelope, thaw};
+
+/// A message on its way to a node.
+pub(super) struct Transmission {
+    pub(super) to: NodeId,
+    pub(super) key: PartKey,
+    pub(super) delivery: Arc<Delivery>,
+    /// In ms since 1970.
+    pub(super) expires_at: Option<u64>,
+}
+
+/// What is wanted of a stored message.
+pub(super) enum Wanted {
+    /// To be stored once more, elsewhere: its number, and where it is.
+    Move(u64, Position),
+    Transmit(Transmission, Source),
+}
+
+/// What was read.
+enum Found {
+    Moved(u64, Option<Bytes>),
+    Transmission(Transmission, Option<Envelope>),
+}
+
+/// Messages that wait to be read. The outbox's windows bound how many.
+#[derive(Default)]
+pub(super) struct Reader {
+    waiting: Mutex<Waiting>,
+    more: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    wanted: Vec<Wanted>,
+    /// How many messages are on their way to a node through here. What is sent to it meanwhile
+    /// comes behind them, though it be in memory.
+    to: HashMap<NodeId, u64>,
+}
+
+impl Reader {
+    pub(super) fn push(&self, wanted: Wanted) {
+        let mut waiting = lock(&self.waiting);
+        if let Wanted::Transmit(Transmission { to, .. }, _) = &wanted {
+            *waiting.to.entry(*to).or_default() += 1;
+        }
+        waiting.wanted.push(wanted);
+        drop(waiting);
+        self.more.notify_one();
+    }
+
+    /// Whether something for that node is on its way through here.
+    pub(super) fn is_busy_for(&self, node: &NodeId) -> bool {
+        lock(&self.waiting).to.contains_key(node)
+    }
+
+    fn take(&self) -> Vec<Wanted> {
+        std::mem::take(&mut lock(&self.waiting).wanted)
+    }
+
+    fn handle_passed_on(&self, to: NodeId) {
+        if let Entry::Occupied(mut count) = lock(&self.waiting).to.entry(to) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Reads what the outbox asks for, until it is dropped.
+    pub(super) async fn keep_reading(self: Arc<Self>) {
+        let Some(store) = &self.store else { return };
+        let mut last = LastRead::default();
+        loop {
+            store.reader.more.notified().await;
+            let shared = self.clone();
+            let reading = tokio::task::spawn_blocking(move || {
+                shared.read_waiting(&mut last);
+                last
+            });
+            last = reading.await.unwrap_or_default();
+        }
+    }
+
+    fn read_waiting(self: &Arc<Self>, last: &mut LastRead) {
+        let Some(store) = &self.store else { return };
+        loop {
+            let waiting = store.reader.take();
+            if waiting.is_empty() {
+                return;
+            }
+            calling_out();
+            let found: Vec<_> =
+                waiting.into_iter().map(|wanted| self.read_stored(store, last, wanted)).collect();
+            self.with_outbox(|outbox, now| {
+                for found in found {
+                    self.handle_found(store, outbox, now, found);
+                }
+            });
+        }
+    }
+
+    fn read_stored(&self, store: &Store, last: &mut LastRead, wanted: Wanted) -> Found {
+        let mut read = |position, number| last.message(position, number, || store.entry(position));
+        match wanted {
+            Wanted::Move(number, position) => Found::Moved(number, read(position, number)),
+            Wanted::Transmit(transmission, Source::Memory(message)) => {
+                Found::Transmission(transmission, Some(Arc::unwrap_or_clone(message)))
+            }
+            Wanted::Transmit(transmission, Source::Journal(position, number)) => {
+                let frozen = read(position, number);
+                let message = frozen.and_then(|frozen| thaw(&frozen, &self.id).ok());
+                Found::Transmission(transmission, message)
+            }
+        }
+    }
+
+    fn handle_found(self: &Arc<Self>, store: &Store, outbox: &mut Outbox, now: Now, found: Found) {
+        if let Found::Transmission(it, _) = &found {
+            store.reader.handle_passed_on(it.to);
+        }
+        match found {
+            Found::Moved(number, frozen) => outbox.handle_read(now, number, frozen),
+            // Its link may have ended meanwhile, or it is over.
+            Found::Transmission(it, _) if !outbox.is_in_flight(it.key, it.delivery.attempt) => {}
+            Found::Transmission(it, Some(message)) => {
+                self.transmit(store, outbox, now, it, message);
+            }
+            Found::Transmission(it, None) => {
+                self.log.push(Line::Unreadable(it.key.number));
+                outbox.handle_unreadable(now, it.key);
+            }
+        }
+    }
+}
