@@ -213,6 +213,44 @@ mod tests {
         calling_out();
     }
 
+    /// Counts what is logged, and whether a lock is held meanwhile.
+    #[derive(Default, Clone)]
+    struct Counting(std::sync::Arc<[std::sync::atomic::AtomicUsize; 2]>);
+
+    impl tracing::Subscriber for Counting {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, _: &tracing::Event<'_>) {
+            let held = usize::from(checks::innermost().is_some());
+            self.0[held].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[test]
+    fn a_lock_that_is_held_for_long_is_logged_once_none_is_held() {
+        let (mesh, flow) = (Mutex::new(Rank::Mesh, ()), Mutex::new(Rank::Flow, ()));
+        let counting = Counting::default();
+        tracing::subscriber::with_default(counting.clone(), || {
+            drop(lock(&mesh));
+            let outer = lock(&mesh);
+            let inner = lock(&flow);
+            std::thread::sleep(checks::LONG);
+            drop(inner);
+            drop(outer);
+        });
+        let logged =
+            counting.0.each_ref().map(|count| count.load(std::sync::atomic::Ordering::Relaxed));
+        assert_eq!(logged, [1, 0]);
+    }
+
     #[test]
     fn a_panic_under_a_lock_leaves_it_to_others() {
         let calls = Mutex::new(Rank::Calls, 7);
