@@ -38,7 +38,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::identity::random_u64;
-use queue::{Append, Queue};
+use queue::{Append, Queue, Removal};
 use recovery::recover;
 use storage::{Directory, Storage};
 use writer::Writer;
@@ -276,7 +276,13 @@ impl Journal {
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
     /// that is being written. What is said of their entries in later ones outlasts them.
     pub fn remove_before(&self, segment: u64) {
-        self.queue.remove_before(segment);
+        self.queue.remove(Removal::Before(segment));
+    }
+
+    /// Removes segments whose entries are no longer wanted, any of them but the one that is being
+    /// written. What is said of their entries in later ones outlasts them.
+    pub fn remove(&self, segments: Vec<u64>) {
+        self.queue.remove(Removal::These(segments));
     }
 }
 

@@ -40,8 +40,25 @@ impl Append {
 pub(super) struct Batch {
     pub(super) bytes: Vec<u8>,
     pub(super) appends: Vec<Append>,
-    /// Segments before which all can go, and after how many appends.
-    pub(super) removals: Vec<(usize, u64)>,
+    /// Segments that can go, and after how many appends.
+    pub(super) removals: Vec<(usize, Removal)>,
+}
+
+/// Segments whose entries are no longer wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// All before that one.
+    Before(u64),
+    These(Vec<u64>),
+}
+
+impl Removal {
+    pub(super) fn takes(&self, segment: u64) -> bool {
+        match self {
+            Self::Before(first_kept) => segment < *first_kept,
+            Self::These(segments) => segments.contains(&segment),
+        }
+    }
 }
 
 impl Batch {
@@ -106,8 +123,8 @@ impl Queue {
         self.add(hurries, |batch| batch.push(payload, append));
     }
 
-    pub(super) fn remove_before(&self, segment: u64) {
-        self.add(true, |batch| batch.removals.push((batch.appends.len(), segment)));
+    pub(super) fn remove(&self, removal: Removal) {
+        self.add(true, |batch| batch.removals.push((batch.appends.len(), removal)));
     }
 
     fn add(&self, hurries: bool, add: impl FnOnce(&mut Batch)) {

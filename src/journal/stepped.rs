@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::crashing::{Disk, Mount};
-use super::queue::{Append, Batch};
+use super::queue::{Append, Batch, Removal};
 use super::storage::Storage;
 use super::writer::Writer;
 use super::{
@@ -61,6 +61,11 @@ impl Stepped {
 
     /// Removes the segments before that one.
     pub(crate) fn remove_before(&mut self, segment: u64) {
-        self.writer.remove_before(segment);
+        self.writer.remove(&Removal::Before(segment));
+    }
+
+    /// Removes segments, any of them but the one that is being written.
+    pub(crate) fn remove(&mut self, segments: Vec<u64>) {
+        self.writer.remove(&Removal::These(segments));
     }
 }

@@ -7,7 +7,7 @@ use futures_util::FutureExt;
 use proptest::prelude::*;
 
 use super::crashing::{Disk, FileState, Mount, Random};
-use super::queue::{Append, Queue};
+use super::queue::{Append, Queue, Removal};
 use super::segment::{FRAME, HEADER, Header, VERSION};
 use super::stepped::{EntryKind, Stepped};
 use super::writer::Writer;
@@ -182,7 +182,7 @@ fn killed(entries: u64) -> (Arc<Disk>, u64, Found) {
         queue.append(&payload(number), Append::new(Done::Sink(number)));
         if number % entries == entries - 1 {
             // Ends a write.
-            queue.remove_before(0);
+            queue.remove(Removal::Before(0));
         }
     }
     queue.close();

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::queue::{Append, Batch, Queue, Taken};
+use super::queue::{Append, Batch, Queue, Removal, Taken};
 use super::recovery::Resume;
 use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
 use super::storage::{SegmentFile, Storage};
@@ -154,11 +154,11 @@ impl Writer {
         let Batch { bytes, appends, removals } = batch;
         let mut appends = &mut appends[..];
         let mut before = 0;
-        for (place, segment) in removals.drain(..) {
+        for (place, removal) in removals.drain(..) {
             let (first, rest) = appends.split_at_mut(place - before);
             (appends, before) = (rest, place);
             self.store_and_tell(bytes, first);
-            self.remove_before(segment);
+            self.remove(&removal);
         }
         self.store_and_tell(bytes, appends);
         batch.clear();
@@ -385,12 +385,12 @@ impl Writer {
         Ok(())
     }
 
-    pub(super) fn remove_before(&mut self, segment: u64) {
+    pub(super) fn remove(&mut self, removal: &Removal) {
         // What makes them unwanted has to outlast them, however late it may be synced otherwise.
         let synced = self.sync();
         let removed = synced.and_then(|()| self.storage.segments()).and_then(|segments| {
-            let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
-            for old in old {
+            let old = segments.into_iter().take_while(|old| *old < self.current);
+            for old in old.filter(|old| removal.takes(*old)) {
                 // One at a time, so that what is left after a crash has no holes.
                 self.storage.remove(old)?;
                 self.storage.sync_directory()?;
