@@ -7,16 +7,20 @@
 //!
 //! What is damaged is reported and left as it is; nothing that was written is ever truncated.
 //!
-//! One damage can't be told from a torn write: that to the very last record, of a process that was
-//! killed within a second of writing it. Nothing behind the record says that it was synced: the
-//! next write would, or the mark that comes after a second without one, or at the end. It is
-//! reported as torn, or if it is all zeros not at all, and what it held is lost.
+//! A manifest beside the segments says which there are, and how far each was stored: whatever of
+//! that is missing, or can't be read, is damage. After a power cut it may be a little behind for the
+//! segment that was written last: what is damaged there, of the last seconds before, may look like
+//! a torn write.
 //!
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
 
 #[cfg(test)]
 pub(crate) mod crashing;
+#[cfg(test)]
+mod damage_tests;
+mod manifest;
+mod manifest_writer;
 mod queue;
 mod recovery;
 mod segment;
@@ -87,31 +91,65 @@ pub struct Entry<'a> {
     pub payload: &'a [u8],
 }
 
-/// A part of a segment that can't be read, though it was stored, or may have been: what lies behind
+/// A file of a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JournalFile {
+    Segment(u64),
+    /// The list of segments. Without it nobody knows whether segments are missing, or their ends.
+    Manifest,
+}
+
+impl JournalFile {
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Segment(number) => storage::file_name(number),
+            Self::Manifest => storage::MANIFEST.into(),
+        }
+    }
+}
+
+/// A part of a file that can't be read, though it was stored, or may have been: what lies behind
 /// it can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Damage {
-    pub segment: u64,
+    pub file: JournalFile,
     pub from: u64,
     pub to: u64,
+    /// The file is not there.
+    pub missing: bool,
 }
 
 impl Damage {
-    /// The name of the segment's file.
-    pub(crate) fn file_name(&self) -> String {
-        storage::file_name(self.segment)
+    fn part(segment: u64, from: u64, to: u64) -> Self {
+        Self { file: JournalFile::Segment(segment), from, to, missing: false }
     }
 }
 
 /// What reading a journal back found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovery {
     pub segments: u64,
     pub entries: u64,
     pub damaged: Vec<Damage>,
-    /// Bytes of a last write that a crash tore. They had not been stored, unless the very last
-    /// record was damaged after it was.
+    /// How many messages were stored in what is damaged, by the number that was given with each
+    /// entry. `None` if that is not known: the manifest is damaged itself, or doesn't tell of what
+    /// is damaged, or a segment is of version 1. After a power cut there may have been some more
+    /// at the end of the segment that was written last.
+    pub lost: Option<u64>,
+    /// Bytes of a last write that a crash tore. They had not been stored.
     pub torn: u64,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Self { segments: 0, entries: 0, damaged: Vec::new(), lost: Some(0), torn: 0 }
+    }
+}
+
+impl Recovery {
+    fn lose(&mut self, messages: Option<u64>) {
+        self.lost = self.lost.zip(messages).map(|(lost, more)| lost.saturating_add(more));
+    }
 }
 
 /// Corrects the checksums of what may be a segment.
@@ -248,18 +286,27 @@ impl Journal {
         wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
     }
 
-    /// Appends an entry; the sink is told its number when it is stored. An urgent one may have the
-    /// room that is kept for when the disk is full: it is what frees room.
-    pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], haste: Haste, urgent: bool) {
-        let append = Append { haste, urgent, ..Append::new(Done::Sink(number)) };
+    /// Appends an entry that stores so many messages; the sink is told its number when it is
+    /// stored. An urgent one may have the room that is kept for when the disk is full: it is what
+    /// frees room.
+    pub(crate) fn append_for_sink(
+        &self,
+        number: u64,
+        payload: &[u8],
+        messages: u32,
+        haste: Haste,
+        urgent: bool,
+    ) {
+        let append = Append { haste, urgent, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
     /// Appends an urgent entry as the first of a segment, so that all that is before it can be
     /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
     /// than the length of this one comes between them.
-    pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8]) {
-        self.queue.append(payload, Append { first: true, ..Append::new(Done::Sink(number)) });
+    pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8], messages: u32) {
+        let append = Append { first: true, messages, ..Append::new(Done::Sink(number)) };
+        self.queue.append(payload, append);
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
@@ -299,7 +346,7 @@ fn begin(
         storage.sync(segment)?;
     }
     let salt = resume.salt.unwrap_or_else(random_u64);
-    let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+    let writer = Writer::begin(storage.clone(), options, sink, salt, resume)?;
     Ok((writer, salt, recovery))
 }
 
@@ -308,7 +355,8 @@ fn read_entry(
     salt: u64,
     position: Position,
 ) -> Result<Vec<u8>, JournalError> {
-    let header = segment::Header { salt, number: position.segment, previous: 0, previous_end: 0 };
+    let number = position.segment;
+    let header = segment::Header { version: 0, salt, number, previous: 0, previous_end: 0 };
     let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
     let read = storage.read(position.segment, position.offset, &mut bytes)?;
     let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);

@@ -19,13 +19,17 @@ pub(super) struct Append {
     pub(super) urgent: bool,
     /// It begins a segment.
     pub(super) first: bool,
+    /// How many messages it stores.
+    pub(super) messages: u32,
     pub(super) done: Done,
 }
 
 impl Append {
-    /// One that is synced at once, urgent and not the first of a segment; who is told when it is stored.
+    /// One that stores no message, is synced at once, urgent and not the first of a segment; who
+    /// is told when it is stored.
     pub(super) fn new(done: Done) -> Self {
-        Self { start: 0, length: 0, haste: Haste::Synced, urgent: true, first: false, done }
+        let (haste, urgent, first) = (Haste::Synced, true, false);
+        Self { start: 0, length: 0, haste, urgent, first, messages: 0, done }
     }
 
     /// Its own, of the bytes of its batch.

@@ -39,7 +39,7 @@ impl Stepped {
         Ok((Self { storage, salt, writer }, recovery))
     }
 
-    /// Writes what was gathered.
+    /// Writes what was gathered; each entry counts as one message.
     pub(crate) fn write(
         &mut self,
         gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
@@ -48,7 +48,8 @@ impl Stepped {
         for (payload, kind) in gathered {
             let first = kind == EntryKind::First;
             let haste = if kind == EntryKind::Note { Haste::Written } else { Haste::Synced };
-            batch.push(&payload, Append { haste, first, ..Append::new(Done::Nobody) });
+            let append = Append { haste, first, messages: 1, ..Append::new(Done::Nobody) };
+            batch.push(&payload, append);
         }
         self.writer.store(&batch.bytes, &batch.appends, &mut results);
         results

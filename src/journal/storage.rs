@@ -22,6 +22,15 @@ pub(super) trait Storage: Send + Sync {
     /// Makes all of a segment last that an earlier life wrote.
     fn sync(&self, number: u64) -> io::Result<()>;
     fn remove(&self, number: u64) -> io::Result<()>;
+    /// The whole manifest, if there is one.
+    fn manifest(&self) -> io::Result<Option<Vec<u8>>>;
+    /// Puts another manifest in the place of the one that is there, so that it lasts; a crash
+    /// leaves one of them.
+    fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()>;
+    /// Writes over a part of it, which takes no room.
+    fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Makes what was written over last.
+    fn sync_manifest(&self) -> io::Result<()>;
     /// Makes what was created and removed last.
     fn sync_directory(&self) -> io::Result<()>;
     /// Takes so many bytes, if it hasn't, to have them when the disk is full.
@@ -42,8 +51,9 @@ pub(super) struct Directory {
     path: PathBuf,
     /// The segment that was read from last.
     reading: Mutex<Option<(u64, File)>>,
+    manifest: Mutex<Option<File>>,
     /// `None` if it is only looked at.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 /// Marks a directory as a journal's, and is locked by who uses it.
@@ -51,6 +61,8 @@ const LOCK: &str = "journal.lock";
 const SUFFIX: &str = ".segment";
 /// Takes the room that there is to be left when the disk is full.
 const SPARE: &str = "spare";
+pub(super) const MANIFEST: &str = "manifest";
+const NEW_MANIFEST: &str = "manifest.new";
 
 /// The name of a segment's file.
 pub(super) fn file_name(number: u64) -> String {
@@ -88,16 +100,26 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
-        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: Some(file) })
+        Ok(Self { lock: Some(file), ..Self::look_at(path) })
     }
 
     /// Looks at a directory that somebody may use, to write nothing.
     pub(super) fn look_at(path: &Path) -> Self {
-        Self { path: path.to_owned(), reading: Mutex::default(), _lock: None }
+        let (reading, manifest) = (Mutex::default(), Mutex::default());
+        Self { path: path.to_owned(), reading, manifest, lock: None }
     }
 
     fn segment(&self, number: u64) -> PathBuf {
         self.path.join(file_name(number))
+    }
+
+    fn with_manifest(&self, act: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+        let mut manifest = lock(&self.manifest);
+        let file = match &mut *manifest {
+            Some(file) => file,
+            none => none.insert(File::options().write(true).open(self.path.join(MANIFEST))?),
+        };
+        act(file)
     }
 }
 
@@ -148,6 +170,37 @@ impl Storage for Directory {
     fn remove(&self, number: u64) -> io::Result<()> {
         lock(&self.reading).take_if(|(open, _)| *open == number);
         fs::remove_file(self.segment(number))
+    }
+
+    fn manifest(&self) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.path.join(MANIFEST)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()> {
+        let (new, path) = (self.path.join(NEW_MANIFEST), self.path.join(MANIFEST));
+        let mut file = File::options().create(true).truncate(true).write(true).open(&new)?;
+        let written = file.write_all(bytes).and_then(|()| file.sync_all());
+        if let Err(error) = written.and_then(|()| fs::rename(&new, path)) {
+            let _best_effort = fs::remove_file(new);
+            return Err(error);
+        }
+        *lock(&self.manifest) = Some(file);
+        self.sync_directory()
+    }
+
+    fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.with_manifest(|file| {
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(bytes)
+        })
+    }
+
+    fn sync_manifest(&self) -> io::Result<()> {
+        self.with_manifest(|file| file.sync_data())
     }
 
     #[cfg(unix)]

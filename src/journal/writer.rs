@@ -1,12 +1,15 @@
 //! The thread that writes.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::manifest::Witness;
+use super::manifest_writer::ManifestWriter;
 use super::queue::{Append, Batch, Queue, Removal, Taken};
 use super::recovery::Resume;
-use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
+use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
 use super::storage::{SegmentFile, Storage};
 use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
 
@@ -40,6 +43,7 @@ pub(super) struct Writer {
     /// directory does: its end is cut off then.
     file: Option<Box<dyn SegmentFile>>,
     storage: Arc<dyn Storage>,
+    manifest: ManifestWriter,
     sink: Sink,
     durability: Durability,
     segment_size: u64,
@@ -49,10 +53,16 @@ pub(super) struct Writer {
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
+    /// Those before it that hold no entry.
+    empty: BTreeSet<u64>,
     /// Where the next record will lie.
     end: u64,
-    /// Up to where the disk has it.
+    /// How many messages are stored before that.
+    messages: u64,
+    /// Up to where the disk has it, and how many messages.
     synced: u64,
+    synced_messages: u64,
+    has_entries: bool,
     /// Up to where a mark says so.
     marked: u64,
     /// When what the disk doesn't have yet has to be synced.
@@ -73,18 +83,27 @@ impl Writer {
         options: &Options,
         sink: Sink,
         salt: u64,
-        resume: &Resume,
+        resume: Resume,
     ) -> io::Result<Self> {
-        let previous = resume.last.unwrap_or_default();
-        let number = previous + 1;
-        let header = Header { salt, number, previous, previous_end: resume.end };
-        let mut file = begin_segment(&*storage, &header);
-        if file.as_ref().is_err_and(is_full) && storage.give_spare()? {
-            file = begin_segment(&*storage, &header);
+        let number = resume.last + 1;
+        let before = resume.listed.last();
+        let (previous, previous_end) = before.map_or((0, HEADER), |it| (it.segment, it.end));
+        let header = Header { version: VERSION, salt, number, previous, previous_end };
+        let begin = || {
+            // No segment of this version is without a manifest, whatever comes between.
+            let manifest = ManifestWriter::begin(storage.clone(), salt, &resume)?;
+            Ok((manifest, begin_segment(&*storage, &header)?))
+        };
+        let mut begun = begin();
+        if begun.as_ref().is_err_and(is_full) && storage.give_spare()? {
+            begun = begin();
         }
-        let file = file?;
+        let (mut manifest, file) = begun?;
+        manifest.begun(number);
         let mut writer = Self {
             storage,
+            manifest,
+            empty: resume.empty,
             sink,
             durability: options.durability,
             segment_size: options.segment_size,
@@ -94,7 +113,10 @@ impl Writer {
             current: number,
             file: Some(file),
             end: HEADER,
+            messages: 0,
             synced: HEADER,
+            synced_messages: 0,
+            has_entries: false,
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
@@ -132,6 +154,22 @@ impl Writer {
             // What it would have said is on the disk.
             tracing::debug!(%error, "the journal has no last mark");
         }
+        self.close();
+    }
+
+    /// Has the manifest say where it ends.
+    fn close(&mut self) {
+        let closed = self.file.is_some() && self.synced == self.end;
+        let witness = Witness { closed, ..self.witness() };
+        if let Err(error) = self.manifest.close(witness) {
+            tracing::warn!(%error, "the journal's manifest can't be written");
+        }
+    }
+
+    /// What the disk has of the current segment.
+    fn witness(&self) -> Witness {
+        let (segment, messages) = (self.current, Some(self.synced_messages));
+        Witness { segment, end: self.synced, messages, closed: false }
     }
 
     /// After how long without anything to write there is something else to do.
@@ -298,7 +336,8 @@ impl Writer {
         end += record_size(8);
         for append in appends.clone() {
             let length = append.length;
-            self.header.encode_record(end, ENTRY, append.payload(bytes), &mut self.buf);
+            let tag = entry_tag(append.messages);
+            self.header.encode_record(end, tag, append.payload(bytes), &mut self.buf);
             results.push(Ok(Position { segment: self.header.number, offset: end, length }));
             end += record_size(u64::from(length));
         }
@@ -309,6 +348,8 @@ impl Writer {
             self.file = None;
             return Err(error);
         }
+        let messages = appends.clone().map(|append| u64::from(append.messages)).sum::<u64>();
+        let messages = self.messages + messages;
         self.marked = self.synced;
         match self.durability {
             Durability::Sync if appends.clone().any(|append| append.haste == Haste::Synced) => {
@@ -319,6 +360,8 @@ impl Writer {
                     return Err(error);
                 }
                 self.synced = end;
+                self.synced_messages = messages;
+                self.manifest.synced(self.witness());
             }
             Durability::Interval(pause) => {
                 // One that no clock will ever show is never due.
@@ -330,6 +373,8 @@ impl Writer {
             self.first = u64::from(first.length);
         }
         self.end = end;
+        self.messages = messages;
+        self.has_entries = true;
         Ok(())
     }
 
@@ -364,6 +409,8 @@ impl Writer {
                 return Err(error);
             }
             self.synced = self.end;
+            self.synced_messages = self.messages;
+            self.manifest.synced(self.witness());
         }
         Ok(())
     }
@@ -376,33 +423,54 @@ impl Writer {
         if self.current == self.header.number {
             self.header.previous = self.current;
             self.header.previous_end = self.end;
+            let (segment, messages) = (self.current, Some(self.messages));
+            self.manifest.ended(Witness { segment, end: self.end, messages, closed: true });
+            if !self.has_entries {
+                self.empty.insert(segment);
+            }
         }
         // A number is never used twice, even if the attempt fails.
         self.header.number += 1;
         self.file = Some(begin_segment(&*self.storage, &self.header)?);
         self.current = self.header.number;
         (self.end, self.synced, self.marked) = (HEADER, HEADER, HEADER);
+        (self.messages, self.synced_messages, self.has_entries) = (0, 0, false);
+        self.manifest.begun(self.current);
         Ok(())
     }
 
     pub(super) fn remove(&mut self, removal: &Removal) {
         // What makes them unwanted has to outlast them, however late it may be synced otherwise.
-        let synced = self.sync();
-        let removed = synced.and_then(|()| self.storage.segments()).and_then(|segments| {
-            let old = segments.into_iter().take_while(|old| *old < self.current);
-            for old in old.filter(|old| removal.takes(*old)) {
-                // One at a time, so that what is left after a crash has no holes.
-                self.storage.remove(old)?;
-                self.storage.sync_directory()?;
-            }
-            Ok(())
-        });
+        let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
+        // A manifest that has outgrown its file needs some room to free more.
+        if removed.as_ref().is_err_and(is_full) && self.give_spare() {
+            removed = self.remove_synced(removal);
+        }
         if let Err(error) = removed {
             tracing::warn!(%error, "old segments can't be removed");
         }
         if matches!(self.spare, Spare::Given(_)) {
             self.take_spare();
         }
+    }
+}
+
+impl Writer {
+    fn remove_synced(&mut self, removal: &Removal) -> io::Result<()> {
+        let there = self.storage.segments()?;
+        let goes = |segment| {
+            segment < self.current && (removal.takes(segment) || self.empty.contains(&segment))
+        };
+        // What is missing is reported for as long as there is something older.
+        let oldest = there.iter().copied().find(|segment| !goes(*segment));
+        let is_over = |segment| goes(segment) || Some(segment) < oldest;
+        // The manifest goes first: what it doesn't list is not missed.
+        self.manifest.forget(is_over)?;
+        self.empty.retain(|segment| self.manifest.lists(*segment));
+        let old = there.into_iter().filter(|segment| *segment < self.current);
+        let gone: Vec<_> = old.filter(|segment| !self.manifest.lists(*segment)).collect();
+        gone.iter().try_for_each(|segment| self.storage.remove(*segment))?;
+        if gone.is_empty() { Ok(()) } else { self.storage.sync_directory() }
     }
 }
 

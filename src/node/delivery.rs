@@ -73,8 +73,10 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, haste, urgent } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, &entry, haste, urgent));
+            OutboxAction::Append { token, entry, messages, haste, urgent } => {
+                store.with_journals(|it| {
+                    it.outbox.append_for_sink(token, &entry, messages, haste, urgent);
+                });
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
             OutboxAction::Read(number, position) => {
@@ -275,12 +277,16 @@ impl Shared {
         let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
         while let Some(action) = inbox.poll_action() {
             match action {
-                InboxAction::Append { token, entry, haste } => {
+                InboxAction::Append { token, entry, messages, haste } => {
                     // What is processed here lets others free room.
-                    store.with_journals(|it| it.inbox.append_for_sink(token, &entry, haste, true));
+                    store.with_journals(|it| {
+                        it.inbox.append_for_sink(token, &entry, messages, haste, true);
+                    });
                 }
-                InboxAction::AppendSnapshot { token, entry } => {
-                    store.with_journals(|it| it.inbox.append_first_for_sink(token, &entry));
+                InboxAction::AppendSnapshot { token, entry, messages } => {
+                    store.with_journals(|it| {
+                        it.inbox.append_first_for_sink(token, &entry, messages);
+                    });
                 }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(&entry)),
                 InboxAction::RemoveBefore(segment) => {

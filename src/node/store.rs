@@ -87,14 +87,16 @@ pub struct DamagedPart {
     pub from: u64,
     /// The one behind the last.
     pub to: u64,
+    /// The file is not there.
+    pub missing: bool,
 }
 
 impl DamagedPart {
     /// What of one of a store's journals is damaged.
     pub(crate) fn all(journal: &str, recovery: &Recovery) -> Vec<Self> {
         let part = |it: &Damage| {
-            let file = Path::new(journal).join(it.file_name());
-            Self { file, from: it.from, to: it.to }
+            let file = Path::new(journal).join(it.file.name());
+            Self { file, from: it.from, to: it.to, missing: it.missing }
         };
         recovery.damaged.iter().map(part).collect()
     }
@@ -102,7 +104,11 @@ impl DamagedPart {
 
 impl fmt::Display for DamagedPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, bytes {} to {}", self.file.display(), self.from, self.to)
+        let Self { file, from, to, missing } = self;
+        match missing {
+            true => write!(f, "{}, which is missing", file.display()),
+            false => write!(f, "{}, bytes {from} to {to}", file.display()),
+        }
     }
 }
 

@@ -33,8 +33,10 @@ impl Receiver {
     fn perform(&mut self) {
         while let Some(action) = self.inbox.poll_action() {
             let (token, entry, kind) = match action {
-                InboxAction::Append { token, entry, haste } => (Some(token), entry, kind(haste)),
-                InboxAction::AppendSnapshot { token, entry } => {
+                InboxAction::Append { token, entry, haste, .. } => {
+                    (Some(token), entry, kind(haste))
+                }
+                InboxAction::AppendSnapshot { token, entry, .. } => {
                     (Some(token), entry, EntryKind::First)
                 }
                 InboxAction::Note(entry) => (None, entry, EntryKind::Note),

@@ -59,12 +59,15 @@ pub(crate) enum InboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
+        /// How many messages it says to be processed.
+        messages: u32,
         haste: Haste,
     },
     /// The same for all that is known, as the first entry of a segment.
     AppendSnapshot {
         token: u64,
         entry: Vec<u8>,
+        messages: u32,
     },
     Note(Vec<u8>),
     /// The segments before that one are no longer wanted.
@@ -449,10 +452,11 @@ impl Inbox {
     }
 
     fn append(&mut self, record: &InboxRecord, pending: Pending, haste: Haste) {
+        let messages = u32::from(matches!(pending, Pending::Processed(..)));
         let token = self.token_for(pending);
         let entry = record.encode();
         self.since_snapshot += ENTRY_COST + entry.len() as u64;
-        self.actions.push_back(InboxAction::Append { token, entry, haste });
+        self.actions.push_back(InboxAction::Append { token, entry, messages, haste });
     }
 
     fn token_for(&mut self, pending: Pending) -> u64 {

@@ -92,6 +92,8 @@ pub(crate) enum OutboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
+        /// How many messages it stores.
+        messages: u32,
         haste: Haste,
         urgent: bool,
     },

@@ -16,8 +16,8 @@ impl Outbox {
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        let entry = record.encode();
-        self.actions.push_back(OutboxAction::Append { token, entry, haste, urgent });
+        let (entry, messages) = (record.encode(), record.messages());
+        self.actions.push_back(OutboxAction::Append { token, entry, messages, haste, urgent });
     }
 
     /// Stores, without a sync, what was settled since the last time.
