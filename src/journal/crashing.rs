@@ -231,6 +231,7 @@ impl Disk {
 struct Writing {
     disk: Arc<Disk>,
     number: u64,
+    written: usize,
 }
 
 /// The disk as the journal sees it.
@@ -244,7 +245,7 @@ impl Storage for Mount {
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
         let before = lock(&self.0.files).insert(number, FileState::default());
         assert!(before.is_none(), "segment {number} is written twice");
-        Ok(Box::new(Writing { disk: self.0.clone(), number }))
+        Ok(Box::new(Writing { disk: self.0.clone(), number, written: 0 }))
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
@@ -339,7 +340,23 @@ impl SegmentFile for Writing {
         let reached = Random(bytes.len() as u64).below(room.min(bytes.len()) as u64 + 1) as usize;
         let taken = if full { reached } else { bytes.len() };
         self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
-        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.written += taken;
+        Ok(())
+    }
+
+    fn retract(&mut self) -> io::Result<()> {
+        let written = self.written;
+        if let Some(file) = lock(&self.disk.files).get_mut(&self.number) {
+            file.bytes.truncate(written);
+        }
+        self.sync()
+    }
+
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {

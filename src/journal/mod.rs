@@ -171,12 +171,29 @@ pub enum JournalError {
     Damaged,
 }
 
-/// An entry was not stored. If the process ends before anything else is, it may still turn up when
-/// the journal is opened again; otherwise it does not, unless the journal is not to be synced at
-/// once.
+/// An entry was not stored.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("it can't be stored: {0}")]
-pub struct NotStored(Arc<io::Error>);
+#[error("it can't be stored: {reason}")]
+pub struct NotStored {
+    pub(crate) reason: Arc<io::Error>,
+    /// It was written, and the disk failed before it was safe: it may still be there when the
+    /// journal is opened again.
+    pub(crate) may_turn_up: bool,
+}
+
+impl NotStored {
+    /// Nobody will tell.
+    fn closed() -> Self {
+        Self { reason: Arc::new(io::Error::other("the journal is closed")), may_turn_up: true }
+    }
+}
+
+#[cfg(test)]
+impl From<&str> for NotStored {
+    fn from(reason: &str) -> Self {
+        Self { reason: Arc::new(io::Error::other(reason)), may_turn_up: false }
+    }
+}
 
 /// Is told of appended entries, by the numbers that they were given, once they are stored or can't
 /// be. The thread that writes runs it, for all of a write at once.
@@ -239,8 +256,10 @@ impl Journal {
     pub(crate) fn look_at(
         path: &Path,
         take: impl FnMut(Entry<'_>),
-    ) -> Result<Recovery, JournalError> {
-        Ok(recover(&Directory::look_at(path), take)?.0)
+    ) -> Result<(Reader, Recovery), JournalError> {
+        let storage = Directory::open_to_read(path)?;
+        let (recovery, resume) = recover(&storage, take)?;
+        Ok((Reader { storage, salt: resume.salt.unwrap_or_default() }, recovery))
     }
 
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
@@ -272,18 +291,14 @@ impl Journal {
     pub fn append(&self, payload: &[u8]) -> impl Future<Output = Stored> + use<> {
         let (waiter, wait) = oneshot::channel();
         self.queue.append(payload, Append::new(Done::Waiter(waiter)));
-        async move {
-            let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
-            wait.await.unwrap_or_else(|_| Err(gone()))
-        }
+        async move { wait.await.unwrap_or_else(|_| Err(NotStored::closed())) }
     }
 
     /// Appends an entry and waits until it is stored, on a thread that may wait.
     pub(crate) fn append_blocking(&self, payload: &[u8]) -> Stored {
         let (waiter, wait) = oneshot::channel();
         self.queue.append(payload, Append::new(Done::Waiter(waiter)));
-        let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
-        wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
+        wait.blocking_recv().unwrap_or_else(|_| Err(NotStored::closed()))
     }
 
     /// Appends an entry that stores so many messages; the sink is told its number when it is
@@ -330,6 +345,19 @@ impl Journal {
     /// written. What is said of their entries in later ones outlasts them.
     pub fn remove(&self, segments: Vec<u64>) {
         self.queue.remove(Removal::These(segments));
+    }
+}
+
+/// A journal that is only read. Nobody can open it to write as long as this lives.
+pub(crate) struct Reader {
+    storage: Directory,
+    salt: u64,
+}
+
+impl Reader {
+    /// Reads an entry that was stored.
+    pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
+        read_entry(&self.storage, self.salt, position)
     }
 }
 

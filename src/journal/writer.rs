@@ -10,7 +10,7 @@ use super::manifest_writer::ManifestWriter;
 use super::queue::{Append, Batch, Queue, Removal, Taken};
 use super::recovery::Resume;
 use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
-use super::storage::{SegmentFile, Storage};
+use super::storage::{Gone, SegmentFile, Storage};
 use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
 
 /// How much goes in one write, in bytes.
@@ -63,6 +63,8 @@ pub(super) struct Writer {
     synced: u64,
     synced_messages: u64,
     has_entries: bool,
+    /// The folder was removed, and that was told.
+    is_gone: bool,
     /// Up to where a mark says so.
     marked: u64,
     /// When what the disk doesn't have yet has to be synced.
@@ -71,6 +73,26 @@ pub(super) struct Writer {
     // Room that is used over and over.
     results: Results,
     for_sink: Vec<(u64, Stored)>,
+}
+
+/// A write that failed.
+struct Failed {
+    error: io::Error,
+    /// Some of it may be on the disk.
+    is_written: bool,
+}
+
+impl From<io::Error> for Failed {
+    /// Before anything was written.
+    fn from(error: io::Error) -> Self {
+        Self { error, is_written: false }
+    }
+}
+
+impl From<Failed> for NotStored {
+    fn from(Failed { error, is_written }: Failed) -> Self {
+        Self { reason: Arc::new(error), may_turn_up: is_written }
+    }
 }
 
 /// What became of entries, in their order.
@@ -117,6 +139,7 @@ impl Writer {
             synced: HEADER,
             synced_messages: 0,
             has_entries: false,
+            is_gone: false,
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
@@ -246,7 +269,7 @@ impl Writer {
         {
             self.take_spare();
         }
-        let full = || NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        let full = || Failed::from(io::Error::from(io::ErrorKind::StorageFull)).into();
         let mut error = None;
         if !matches!(self.spare, Spare::Given(_)) {
             let before = results.len();
@@ -259,8 +282,8 @@ impl Writer {
                 }
                 Err(problem) => {
                     results.truncate(before);
-                    let gave = is_full(&problem) && self.give_spare();
-                    let problem = NotStored(Arc::new(problem));
+                    let gave = is_full(&problem.error) && self.give_spare();
+                    let problem = NotStored::from(problem);
                     if !gave {
                         results.extend(appends.iter().map(|_| Err(problem.clone())));
                         return;
@@ -272,7 +295,7 @@ impl Writer {
         let error = error.unwrap_or_else(full);
         let (mut written, urgent) = (Results::new(), appends.iter().filter(|it| it.urgent));
         let problem = self.write(bytes, urgent, &mut written).err();
-        let problem = problem.map(|problem| NotStored(Arc::new(problem)));
+        let problem = problem.map(NotStored::from);
         let mut written = written.into_iter();
         results.extend(appends.iter().map(|append| match &problem {
             _ if !append.urgent => Err(error.clone()),
@@ -321,14 +344,14 @@ impl Writer {
         bytes: &[u8],
         appends: impl Iterator<Item = &'a Append> + Clone,
         results: &mut Results,
-    ) -> io::Result<()> {
+    ) -> Result<(), Failed> {
         let Some(first) = appends.clone().next() else { return Ok(()) };
         let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
         if self.file.is_none() || is_over {
-            self.turn_over()?;
+            self.turn_over().map_err(|error| self.told(error))?;
         }
         let (Some(file), start) = (self.file.as_mut(), self.end) else {
-            return Err(io::Error::other("no segment is open"));
+            return Err(io::Error::other("no segment is open").into());
         };
         self.buf.clear();
         let mut end = start;
@@ -344,9 +367,9 @@ impl Writer {
         if let Err(error) = file.append(&self.buf) {
             // Some of it may be there. What the file holds beyond `end` doesn't count; what was
             // written before and needn't be synced at once had better last all the same.
-            let _best_effort = file.sync();
+            let is_written = file.retract().is_err();
             self.file = None;
-            return Err(error);
+            return Err(Failed { error, is_written });
         }
         let messages = appends.clone().map(|append| u64::from(append.messages)).sum::<u64>();
         let messages = self.messages + messages;
@@ -357,7 +380,7 @@ impl Writer {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
                     self.file = None;
-                    return Err(error);
+                    return Err(Failed { error, is_written: true });
                 }
                 self.synced = end;
                 self.synced_messages = messages;
@@ -369,6 +392,12 @@ impl Writer {
             }
             Durability::Sync | Durability::OsBuffer => {}
         }
+        if let Err(error) = self.file.as_ref().map_or(Ok(()), |file| file.check()) {
+            // What is written to a file without a name is gone with the process.
+            self.file = None;
+            return Err(Failed { error: self.told(error), is_written: true });
+        }
+        self.is_gone = false;
         if first.first {
             self.first = u64::from(first.length);
         }
@@ -376,6 +405,14 @@ impl Writer {
         self.messages = messages;
         self.has_entries = true;
         Ok(())
+    }
+
+    /// Says once that the folder is gone, since whatever is tried from then on fails by it.
+    fn told(&mut self, error: io::Error) -> io::Error {
+        if Gone::is(&error) && !std::mem::replace(&mut self.is_gone, true) {
+            tracing::error!(%error, "nothing can be stored any more");
+        }
+        error
     }
 
     fn is_marked(&self) -> bool {
@@ -440,6 +477,9 @@ impl Writer {
     }
 
     pub(super) fn remove(&mut self, removal: &Removal) {
+        if self.is_gone {
+            return;
+        }
         // What makes them unwanted has to outlast them, however late it may be synced otherwise.
         let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
         // A manifest that has outgrown its file needs some room to free more.

@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
+use super::guaranteed::NotStored;
 use super::shared::Shared;
 use super::store::Store;
 use crate::address::ServiceName;
@@ -104,6 +105,10 @@ impl Shared {
                 if result.is_ok() {
                     add(&self.counters.stored, 1);
                 }
+                let result = result.map_err(|problem| NotStored {
+                    reason: problem.reason.to_string(),
+                    may_turn_up: problem.may_turn_up,
+                });
                 let mut waiters = lock(&store.waiters);
                 for waiter in waiters.get(number).into_iter().flatten() {
                     waiter.tell_stored(result.clone());
@@ -210,7 +215,7 @@ impl Shared {
     pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_outbox(|outbox, now| {
             for (token, result) in stored {
-                outbox.handle_appended(now, token, result.map_err(|error| error.to_string()));
+                outbox.handle_appended(now, token, result);
             }
         });
     }
@@ -332,7 +337,7 @@ impl Shared {
     pub(crate) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_inbox(|inbox| {
             for (token, result) in stored {
-                inbox.handle_appended(token, result.map_err(|error| error.to_string()));
+                inbox.handle_appended(token, result);
             }
         });
     }

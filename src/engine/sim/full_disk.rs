@@ -53,7 +53,7 @@ impl Receiver {
             self.snapshots += u64::from(kind == EntryKind::First);
             let written = self.journal.write(std::iter::once((entry, kind))).remove(0);
             if let Some(token) = token {
-                self.inbox.handle_appended(token, written.map_err(|error| error.to_string()));
+                self.inbox.handle_appended(token, written);
             }
         }
     }

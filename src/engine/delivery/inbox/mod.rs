@@ -17,7 +17,7 @@ use super::ranges::Ranges;
 use super::record::InboxRecord;
 use crate::engine::HashMap;
 use crate::identity::NodeId;
-use crate::journal::{Haste, Position};
+use crate::journal::{Haste, NotStored, Position};
 use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
 
 /// A redelivered message whose handler was begun so often, and never ended, kills its process.
@@ -345,7 +345,7 @@ impl Inbox {
     }
 
     /// An entry was stored, or can't be.
-    pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, String>) {
+    pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, NotStored>) {
         if result.is_err() {
             // What was written before may be gone as well, whatever a later sync says.
             self.streams.values_mut().for_each(|seen| seen.opened = false);

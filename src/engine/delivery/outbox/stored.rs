@@ -3,7 +3,7 @@
 use super::{Bound, DISK_RETRY, Outbox, OutboxAction, PartKey, Pending, State, Target, Written};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::journal::{Haste, Position};
+use crate::journal::{Haste, NotStored, Position};
 
 impl Outbox {
     pub(super) fn append(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
@@ -40,7 +40,7 @@ impl Outbox {
         &mut self,
         now: Now,
         token: u64,
-        result: Result<Position, String>,
+        result: Result<Position, NotStored>,
     ) {
         self.now = now.time;
         if let Ok(position) = &result {
