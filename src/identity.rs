@@ -219,6 +219,13 @@ fn decode_pem(pem: &str) -> Option<Vec<u8>> {
     data_encoding::BASE64.decode(text.as_bytes()).ok()
 }
 
+impl IdentityError {
+    /// There is no such file.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(self, Self::File { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
 /// Eight random bytes from the system.
 pub(crate) fn random_u64() -> u64 {
     u64::from_le_bytes(random_bytes())

@@ -133,8 +133,8 @@ pub use message::{
 };
 pub use node::{
     BodyError, Call, Consume, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events,
-    Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, PublishError, Publisher,
-    Receipt, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
+    Guaranteed, HandlerError, Node, NotStored, OutboxError, Overflow, Publish, PublishError,
+    Publisher, Receipt, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
     ShutdownReport, StartError, StoreError, StoreProblem, StoreReport, Storing, SubscribeError,
     Subscription, Transaction, WaitError,
 };

@@ -7,8 +7,8 @@ use bytes::Bytes;
 
 use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::{Contents, Fate, Inbox, Outbox, OutboxConfig, PartKey, Target};
-use crate::identity::{Identity, NodeId, random_u64};
-use crate::journal::{Journal, Options, Position};
+use crate::identity::{Identity, IdentityError, NodeId, random_u64};
+use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
 use crate::node::{DamagedPart, StoreError, StoreProblem, store};
 use crate::wire::{Envelope, thaw};
@@ -57,13 +57,16 @@ impl From<Contents> for StoredMessage {
 }
 
 /// What reading an inbox found: the record of what its node has processed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InboxReport {
     /// How many entries it has.
     pub entries: u64,
     /// What of it can't be read. What it said to be processed may be processed once more.
     pub damaged: Vec<DamagedPart>,
+    /// How many messages that are, at the most; `None` if nobody knows, as of
+    /// [`ClosedOutbox::lost`].
+    pub forgotten: Option<u64>,
     /// Bytes at its end that a crash tore, as of [`ClosedOutbox::torn`].
     pub torn: u64,
 }
@@ -82,9 +85,16 @@ pub struct ClosedOutbox {
     path: PathBuf,
     me: NodeId,
     outbox: Outbox,
-    journal: Journal,
+    journal: Access,
     damaged: Vec<DamagedPart>,
+    lost: Option<u64>,
     torn: u64,
+    identity: Option<IdentityError>,
+}
+
+enum Access {
+    Write(Journal),
+    Read(Reader),
 }
 
 impl ClosedOutbox {
@@ -94,13 +104,40 @@ impl ClosedOutbox {
     /// # Errors
     /// [`StoreError`] if a process uses it, or there is none.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
-        let path = dir.as_ref().to_owned();
-        let failed = |problem| StoreError { path: path.clone(), problem };
+        Self::open_with(dir.as_ref(), |folder, take| {
+            let (journal, recovery) = Journal::open(folder, &Options::default(), take)?;
+            Ok((Access::Write(journal), recovery))
+        })
+    }
+
+    /// Opens it to look into it only: nothing is written, so that it may lie on a medium that can't
+    /// be. No node can open it meanwhile; others may look too. [`replay`](Self::replay),
+    /// [`purge`](Self::purge), [`reassign`](Self::reassign) and [`forget`](Self::forget) fail.
+    ///
+    /// # Errors
+    /// [`StoreError`] if a process uses it, or there is none.
+    pub fn look(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::open_with(dir.as_ref(), |folder, take| {
+            let (reader, recovery) = Journal::look_at(folder, take)?;
+            Ok((Access::Read(reader), recovery))
+        })
+    }
+
+    fn open_with(
+        path: &Path,
+        open: impl FnOnce(&Path, &mut dyn FnMut(Entry<'_>)) -> Result<(Access, Recovery), JournalError>,
+    ) -> Result<Self, StoreError> {
+        let failed = |problem| StoreError { path: path.to_owned(), problem };
         let folder = path.join(store::OUTBOX);
         if !folder.is_dir() {
             return Err(failed(StoreProblem::Missing));
         }
-        let identity = Identity::load(&path.join(store::IDENTITY)).ok();
+        let (identity, problem) = match Identity::load(&path.join(store::IDENTITY)) {
+            Ok(identity) => (Some(identity), None),
+            // The node may have it elsewhere.
+            Err(error) if error.is_missing() => (None, None),
+            Err(error) => (None, Some(error)),
+        };
         let me = identity.map_or(NodeId::from_bytes([0; 32]), |identity| identity.node_id());
         let mut outbox = Outbox::new(OutboxConfig {
             me,
@@ -116,18 +153,24 @@ impl ClosedOutbox {
             gone_after: Duration::MAX,
         });
         let mut unreadable = None;
-        let take = |entry: crate::journal::Entry<'_>| {
+        let mut take = |entry: Entry<'_>| {
             if let Err(error) = outbox.recover(entry.position, entry.payload) {
                 unreadable.get_or_insert(error);
             }
         };
-        let (journal, recovery) = Journal::open(&folder, &Options::default(), take)
-            .map_err(|error| failed(error.into()))?;
+        let (journal, recovery) = open(&folder, &mut take).map_err(|error| failed(error.into()))?;
         if let Some(error) = unreadable {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
         let damaged = DamagedPart::all(store::OUTBOX, &recovery);
-        Ok(Self { path, me, outbox, journal, damaged, torn: recovery.torn })
+        let (path, lost, torn) = (path.to_owned(), recovery.lost, recovery.torn);
+        Ok(Self { path, me, outbox, journal, damaged, lost, torn, identity: problem })
+    }
+
+    /// Why the identity file in the store can't be used, if it is there and can't be: the node won't
+    /// start with it.
+    pub fn identity_problem(&self) -> Option<&IdentityError> {
+        self.identity.as_ref()
     }
 
     /// What of it can't be read.
@@ -135,9 +178,16 @@ impl ClosedOutbox {
         &self.damaged
     }
 
+    /// How many messages that may have cost, at the most: so many were stored in what can't be read.
+    /// Those among them that were processed already, or stored once more elsewhere, are counted
+    /// too. `None` if nobody knows: the manifest is damaged itself, the damaged part was written in
+    /// the last seconds before a power cut, or by a version that didn't count.
+    pub fn lost(&self) -> Option<u64> {
+        self.lost
+    }
+
     /// Bytes of the last write, which a crash tore before anybody was told that it was stored.
-    /// Whoever opens the outbox after the crash sees them, once. Damage to the very last entry, of
-    /// a process that was killed within a second of writing it, looks the same.
+    /// They are told until the outbox is opened to write.
     pub fn torn(&self) -> u64 {
         self.torn
     }
@@ -154,17 +204,19 @@ impl ClosedOutbox {
         }
         // Whoever wants to open it opens the outbox first, which is locked.
         let (mut inbox, mut unreadable) = (Inbox::new(random_u64()), None);
-        let take = |entry: crate::journal::Entry<'_>| {
+        let take = |entry: Entry<'_>| {
             if let Err(error) = inbox.recover(entry.payload) {
                 unreadable.get_or_insert(error);
             }
         };
-        let recovery = Journal::look_at(&folder, take).map_err(|error| failed(error.into()))?;
+        let looked = Journal::look_at(&folder, take);
+        let (_, recovery) = looked.map_err(|error| failed(error.into()))?;
         if let Some(error) = unreadable {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
         let damaged = DamagedPart::all(store::INBOX, &recovery);
-        Ok(Some(InboxReport { entries: recovery.entries, damaged, torn: recovery.torn }))
+        let Recovery { entries, lost: forgotten, torn, .. } = recovery;
+        Ok(Some(InboxReport { entries, damaged, forgotten, torn }))
     }
 
     /// What it holds, in the order in which it was stored.
@@ -179,7 +231,11 @@ impl ClosedOutbox {
     pub fn read(&self, message: &StoredMessage) -> Result<(Header, Bytes), StoreError> {
         let unreadable = || self.failed("the message can't be read");
         let position = message.position.ok_or_else(unreadable)?;
-        let entry = self.journal.read(position).map_err(|_| unreadable())?;
+        let entry = match &self.journal {
+            Access::Write(journal) => journal.read(position),
+            Access::Read(reader) => reader.read(position),
+        };
+        let entry = entry.map_err(|_| unreadable())?;
         let frozen = Outbox::frozen(&entry, message.number).ok().flatten();
         let frozen = frozen.ok_or_else(unreadable)?;
         let Envelope { header, mut payload } = thaw(&frozen, &self.me).map_err(|_| unreadable())?;
@@ -241,7 +297,10 @@ impl ClosedOutbox {
 
     fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
         let Some(entry) = entry else { return Ok(false) };
-        self.journal.append_blocking(&entry).map_err(|error| self.failed(&error.to_string()))?;
+        let Access::Write(journal) = &self.journal else {
+            return Err(self.failed("it was opened to be looked at only"));
+        };
+        journal.append_blocking(&entry).map_err(|error| self.failed(&error.to_string()))?;
         Ok(true)
     }
 

@@ -402,6 +402,69 @@ fn damage_to_an_inbox_is_found_as_that_to_an_outbox_is() {
 }
 
 #[test]
+fn what_is_damaged_is_told_with_what_it_costs() {
+    let shell = Shell::new();
+    let store = shell.dir.path().join("store");
+    let dir = store.to_str().unwrap();
+    for body in ["one", "two"] {
+        let args = ["send", "billing", body, "--no-mdns", "--wait", "0s", "--outbox", dir];
+        stdout(&shell.run(&args));
+    }
+    let verify = || shell.run(&["outbox", "verify", dir]);
+    let last = store.join("outbox/0000000000000002.segment");
+    let whole = std::fs::read(&last).unwrap();
+    std::fs::write(&last, &whole[..60]).unwrap();
+    let verified = verify();
+    fails(&verified, "the outbox is damaged");
+    let text = String::from_utf8(verified.stdout).unwrap();
+    assert!(text.contains("1 messages") && text.contains("1 messages at the most"), "{text}");
+    std::fs::remove_file(&last).unwrap();
+    let text = String::from_utf8(verify().stdout).unwrap();
+    assert!(text.contains("which is missing; 1 messages at the most are lost"), "{text}");
+    std::fs::write(&last, &whole).unwrap();
+
+    let identity = store.join("identity");
+    std::fs::write(&identity, "").unwrap();
+    fails(&verify(), "the identity file can't be used");
+    let listed = shell.run(&["outbox", "list", dir]);
+    assert!(String::from_utf8(listed.stderr).unwrap().contains("its node won't start"));
+    assert!(String::from_utf8(listed.stdout).unwrap().contains("#2"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_reader_that_goes_away_and_a_full_disk_are_no_reason_to_panic() {
+    let shell = Shell::new();
+    let store = shell.dir.path().join("store");
+    let dir = store.to_str().unwrap();
+    let args = ["send", "billing", "one", "--no-mdns", "--wait", "0s", "--outbox", dir];
+    stdout(&shell.run(&args));
+    let commands: [&[&str]; 6] = [
+        &["outbox", "list", dir],
+        &["outbox", "list", dir, "--json"],
+        &["outbox", "show", dir, "1"],
+        &["outbox", "verify", dir],
+        &["keygen", "--mesh"],
+        &["bench", "tradeoff", "--print"],
+    ];
+    for args in commands {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = shell.command(args).stdout(writer).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{args:?}: {output:?}");
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = shell.command(args).stdout(full.try_clone().unwrap()).output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(told.contains("standard output") && told.contains("No space"), "{args:?}: {told}");
+        assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
+        // Nor is there a way to say so.
+        let mut command = shell.command(args);
+        let output = command.stdout(full.try_clone().unwrap()).stderr(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+    }
+}
+
+#[test]
 fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     let shell = Shell::new();
     let folder = |name: &str| shell.dir.path().join(name).to_str().unwrap().to_owned();

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{Host, private_dir, soon};
-use peerbus::{Call, HandlerError, OutboxError, StartError, StoreProblem};
+use peerbus::{Call, ClosedOutbox, HandlerError, OutboxError, StartError, StoreProblem};
 use tempfile::TempDir;
 
 /// A disk in memory, which is gone with this.
@@ -69,7 +69,8 @@ async fn a_full_disk_takes_no_message_and_lets_go_of_those_that_it_has() {
             Err(error) => break error,
         }
     };
-    assert!(matches!(refused, OutboxError::NotStored(_)), "{refused}");
+    let OutboxError::NotStored(why) = &refused else { panic!("{refused}") };
+    assert!(!why.may_turn_up, "{refused}");
 
     let elsewhere = private_dir();
     let bob = host.config("bob").outbox(elsewhere.path().join("bob")).start().await.unwrap();
@@ -100,7 +101,15 @@ async fn a_folder_that_is_read_only_is_refused() {
     let host = Host::new();
     let config = |name: &str| host.config(name).outbox(disk.path().join(name));
     config("alice").start().await.unwrap().shutdown().await;
+    let looked = ClosedOutbox::look(disk.path().join("alice"));
+    assert!(looked.is_ok());
+    drop(looked);
     assert!(disk.run("mount", &["-o", "remount,ro"]));
+    let store = disk.path().join("alice");
+    assert!(ClosedOutbox::open(&store).is_err());
+    let looked = ClosedOutbox::look(&store).unwrap();
+    assert_eq!((looked.messages().count(), looked.damaged()), (0, &[][..]));
+    assert!(looked.check_inbox().unwrap().unwrap().damaged.is_empty());
     for name in ["alice", "new"] {
         let Err(StartError::Store(error)) = config(name).start().await else {
             panic!("{name} started");

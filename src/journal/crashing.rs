@@ -81,6 +81,45 @@ impl FileState {
     }
 }
 
+/// The manifest, which is written in place.
+#[derive(Clone, Default)]
+pub(super) struct ManifestState {
+    pub(super) bytes: Vec<u8>,
+    /// What a crash leaves for sure.
+    synced: Vec<u8>,
+    /// What was written since: where, and what.
+    writes: Vec<(usize, Vec<u8>)>,
+}
+
+impl ManifestState {
+    fn whole(bytes: Vec<u8>) -> Self {
+        Self { synced: bytes.clone(), bytes, writes: Vec::new() }
+    }
+
+    /// What a crash leaves: each sector that was written since the last sync is as it was, as it
+    /// should be, or torn.
+    fn crash(&self, random: &mut Random) -> Self {
+        let mut left = self.synced.clone();
+        for (start, bytes) in &self.writes {
+            let size = SECTORS[random.below(SECTORS.len() as u64) as usize];
+            let mut at = *start;
+            while at < start + bytes.len() {
+                let end = ((at / size + 1) * size).min(start + bytes.len());
+                let new = &bytes[at - start..end - start];
+                let cut = random.below(new.len() as u64) as usize;
+                match random.below(4) {
+                    0 => {}
+                    1 => left[at..at + cut].copy_from_slice(&new[..cut]),
+                    2 => left[at + cut..end].copy_from_slice(&new[cut..]),
+                    _ => left[at..end].copy_from_slice(new),
+                }
+                at = end;
+            }
+        }
+        Self::whole(left)
+    }
+}
+
 /// What a crash took.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Lost {
@@ -96,16 +135,20 @@ pub(crate) struct Lost {
 #[derive(Default)]
 pub(crate) struct Disk {
     pub(super) files: Mutex<BTreeMap<u64, FileState>>,
+    pub(super) manifest: Mutex<Option<ManifestState>>,
     /// Files whose removal is not on the disk yet.
     removed: Mutex<BTreeMap<u64, FileState>>,
     /// Counts down; the write or sync that brings it to zero fails. Any part of such a write may
     /// reach the file.
     pub(crate) write_fails: AtomicU64,
     pub(crate) sync_fails: AtomicU64,
+    /// The same for writes and syncs of the manifest.
+    pub(super) manifest_fails: AtomicU64,
     /// What it holds at the most, in bytes, unless zero; and what is taken of that in advance.
     pub(super) capacity: AtomicU64,
     pub(super) spare: AtomicU64,
-    /// Counts down the removals and syncs of the directory; then the machine dies.
+    /// Counts down the removals, and the syncs of the directory and of the manifest; then the
+    /// machine dies.
     pub(super) steps_left: AtomicU64,
     /// What was left then.
     pub(super) frozen: Mutex<Option<Arc<Disk>>>,
@@ -121,14 +164,17 @@ fn fails(countdown: &AtomicU64) -> bool {
 impl Disk {
     /// Another one with the same files.
     pub(crate) fn copy(&self) -> Self {
-        Self { files: Mutex::new(lock(&self.files).clone()), ..Self::default() }
+        let (files, manifest) = (lock(&self.files).clone(), lock(&self.manifest).clone());
+        Self { files: Mutex::new(files), manifest: Mutex::new(manifest), ..Self::default() }
     }
 
     /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
     pub(crate) fn crash(&self, seed: u64) -> Arc<Self> {
         let (mut random, mut lost) = (Random(seed), Lost::default());
         let mut left = BTreeMap::new();
-        for (number, file) in &*lock(&self.files) {
+        // Of one moment, though another thread writes.
+        let (files, manifest) = (lock(&self.files), lock(&self.manifest));
+        for (number, file) in &*files {
             if !file.linked && random.below(2) == 0 {
                 continue;
             }
@@ -144,7 +190,9 @@ impl Disk {
         for file in left.values_mut() {
             (file.synced, file.linked) = (file.bytes.len(), true);
         }
-        Arc::new(Self { files: Mutex::new(left), lost, ..Self::default() })
+        let manifest = manifest.as_ref().map(|it| it.crash(&mut random));
+        let (files, manifest) = (Mutex::new(left), Mutex::new(manifest));
+        Arc::new(Self { files, manifest, lost, ..Self::default() })
     }
 
     /// How many more bytes there is room for.
@@ -163,7 +211,8 @@ impl Disk {
 
     fn taken(&self) -> u64 {
         let files: usize = lock(&self.files).values().map(|file| file.bytes.len()).sum();
-        files as u64 + self.spare.load(Ordering::SeqCst)
+        let manifest = lock(&self.manifest).as_ref().map_or(0, |it| it.bytes.len());
+        (files + manifest) as u64 + self.spare.load(Ordering::SeqCst)
     }
 
     /// One more step towards the end of the machine.
@@ -182,6 +231,7 @@ impl Disk {
 struct Writing {
     disk: Arc<Disk>,
     number: u64,
+    written: usize,
 }
 
 /// The disk as the journal sees it.
@@ -195,7 +245,7 @@ impl Storage for Mount {
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
         let before = lock(&self.0.files).insert(number, FileState::default());
         assert!(before.is_none(), "segment {number} is written twice");
-        Ok(Box::new(Writing { disk: self.0.clone(), number }))
+        Ok(Box::new(Writing { disk: self.0.clone(), number, written: 0 }))
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
@@ -233,6 +283,42 @@ impl Storage for Mount {
         Ok(())
     }
 
+    fn manifest(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(lock(&self.0.manifest).as_ref().map(|manifest| manifest.bytes.clone()))
+    }
+
+    fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()> {
+        if fails(&self.0.manifest_fails) || self.0.room() < bytes.len() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.0.step();
+        *lock(&self.0.manifest) = Some(ManifestState::whole(bytes.to_vec()));
+        self.0.step();
+        Ok(())
+    }
+
+    fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut manifest = lock(&self.0.manifest);
+        let manifest = manifest.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let failed = fails(&self.0.manifest_fails);
+        let bytes = if failed { &bytes[..bytes.len() / 2] } else { bytes };
+        manifest.bytes[at as usize..][..bytes.len()].copy_from_slice(bytes);
+        manifest.writes.push((at as usize, bytes.to_vec()));
+        if failed { Err(io::Error::other("the disk failed")) } else { Ok(()) }
+    }
+
+    fn sync_manifest(&self) -> io::Result<()> {
+        if fails(&self.0.manifest_fails) {
+            return Err(io::Error::other("the disk failed"));
+        }
+        self.0.step();
+        if let Some(manifest) = &mut *lock(&self.0.manifest) {
+            *manifest = ManifestState::whole(std::mem::take(&mut manifest.bytes));
+        }
+        self.0.step();
+        Ok(())
+    }
+
     fn take_spare(&self, bytes: u64) -> io::Result<()> {
         let more = bytes - self.0.spare.load(Ordering::SeqCst).min(bytes);
         if (self.0.room() as u64) < more {
@@ -254,7 +340,23 @@ impl SegmentFile for Writing {
         let reached = Random(bytes.len() as u64).below(room.min(bytes.len()) as u64 + 1) as usize;
         let taken = if full { reached } else { bytes.len() };
         self.disk.change(self.number, |file| file.extend_from_slice(&bytes[..taken]));
-        if full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.written += taken;
+        Ok(())
+    }
+
+    fn retract(&mut self) -> io::Result<()> {
+        let written = self.written;
+        if let Some(file) = lock(&self.disk.files).get_mut(&self.number) {
+            file.bytes.truncate(written);
+        }
+        self.sync()
+    }
+
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {

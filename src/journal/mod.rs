@@ -7,16 +7,20 @@
 //!
 //! What is damaged is reported and left as it is; nothing that was written is ever truncated.
 //!
-//! One damage can't be told from a torn write: that to the very last record, of a process that was
-//! killed within a second of writing it. Nothing behind the record says that it was synced: the
-//! next write would, or the mark that comes after a second without one, or at the end. It is
-//! reported as torn, or if it is all zeros not at all, and what it held is lost.
+//! A manifest beside the segments says which there are, and how far each was stored: whatever of
+//! that is missing, or can't be read, is damage. After a power cut it may be a little behind for the
+//! segment that was written last: what is damaged there, of the last seconds before, may look like
+//! a torn write.
 //!
 //! Some room is kept for when the disk is full, for what has to be written before segments can be
 //! removed.
 
 #[cfg(test)]
 pub(crate) mod crashing;
+#[cfg(test)]
+mod damage_tests;
+mod manifest;
+mod manifest_writer;
 mod queue;
 mod recovery;
 mod segment;
@@ -38,7 +42,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::identity::random_u64;
-use queue::{Append, Queue};
+use queue::{Append, Queue, Removal};
 use recovery::recover;
 use storage::{Directory, Storage};
 use writer::Writer;
@@ -87,31 +91,65 @@ pub struct Entry<'a> {
     pub payload: &'a [u8],
 }
 
-/// A part of a segment that can't be read, though it was stored, or may have been: what lies behind
+/// A file of a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JournalFile {
+    Segment(u64),
+    /// The list of segments. Without it nobody knows whether segments are missing, or their ends.
+    Manifest,
+}
+
+impl JournalFile {
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Segment(number) => storage::file_name(number),
+            Self::Manifest => storage::MANIFEST.into(),
+        }
+    }
+}
+
+/// A part of a file that can't be read, though it was stored, or may have been: what lies behind
 /// it can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Damage {
-    pub segment: u64,
+    pub file: JournalFile,
     pub from: u64,
     pub to: u64,
+    /// The file is not there.
+    pub missing: bool,
 }
 
 impl Damage {
-    /// The name of the segment's file.
-    pub(crate) fn file_name(&self) -> String {
-        storage::file_name(self.segment)
+    fn part(segment: u64, from: u64, to: u64) -> Self {
+        Self { file: JournalFile::Segment(segment), from, to, missing: false }
     }
 }
 
 /// What reading a journal back found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovery {
     pub segments: u64,
     pub entries: u64,
     pub damaged: Vec<Damage>,
-    /// Bytes of a last write that a crash tore. They had not been stored, unless the very last
-    /// record was damaged after it was.
+    /// How many messages were stored in what is damaged, by the number that was given with each
+    /// entry. `None` if that is not known: the manifest is damaged itself, or doesn't tell of what
+    /// is damaged, or a segment is of version 1. After a power cut there may have been some more
+    /// at the end of the segment that was written last.
+    pub lost: Option<u64>,
+    /// Bytes of a last write that a crash tore. They had not been stored.
     pub torn: u64,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Self { segments: 0, entries: 0, damaged: Vec::new(), lost: Some(0), torn: 0 }
+    }
+}
+
+impl Recovery {
+    fn lose(&mut self, messages: Option<u64>) {
+        self.lost = self.lost.zip(messages).map(|(lost, more)| lost.saturating_add(more));
+    }
 }
 
 /// Corrects the checksums of what may be a segment.
@@ -133,12 +171,29 @@ pub enum JournalError {
     Damaged,
 }
 
-/// An entry was not stored. If the process ends before anything else is, it may still turn up when
-/// the journal is opened again; otherwise it does not, unless the journal is not to be synced at
-/// once.
+/// An entry was not stored.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("it can't be stored: {0}")]
-pub struct NotStored(Arc<io::Error>);
+#[error("it can't be stored: {reason}")]
+pub struct NotStored {
+    pub(crate) reason: Arc<io::Error>,
+    /// It was written, and the disk failed before it was safe: it may still be there when the
+    /// journal is opened again.
+    pub(crate) may_turn_up: bool,
+}
+
+impl NotStored {
+    /// Nobody will tell.
+    fn closed() -> Self {
+        Self { reason: Arc::new(io::Error::other("the journal is closed")), may_turn_up: true }
+    }
+}
+
+#[cfg(test)]
+impl From<&str> for NotStored {
+    fn from(reason: &str) -> Self {
+        Self { reason: Arc::new(io::Error::other(reason)), may_turn_up: false }
+    }
+}
 
 /// Is told of appended entries, by the numbers that they were given, once they are stored or can't
 /// be. The thread that writes runs it, for all of a write at once.
@@ -201,8 +256,10 @@ impl Journal {
     pub(crate) fn look_at(
         path: &Path,
         take: impl FnMut(Entry<'_>),
-    ) -> Result<Recovery, JournalError> {
-        Ok(recover(&Directory::look_at(path), take)?.0)
+    ) -> Result<(Reader, Recovery), JournalError> {
+        let storage = Directory::open_to_read(path)?;
+        let (recovery, resume) = recover(&storage, take)?;
+        Ok((Reader { storage, salt: resume.salt.unwrap_or_default() }, recovery))
     }
 
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
@@ -234,32 +291,37 @@ impl Journal {
     pub fn append(&self, payload: &[u8]) -> impl Future<Output = Stored> + use<> {
         let (waiter, wait) = oneshot::channel();
         self.queue.append(payload, Append::new(Done::Waiter(waiter)));
-        async move {
-            let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
-            wait.await.unwrap_or_else(|_| Err(gone()))
-        }
+        async move { wait.await.unwrap_or_else(|_| Err(NotStored::closed())) }
     }
 
     /// Appends an entry and waits until it is stored, on a thread that may wait.
     pub(crate) fn append_blocking(&self, payload: &[u8]) -> Stored {
         let (waiter, wait) = oneshot::channel();
         self.queue.append(payload, Append::new(Done::Waiter(waiter)));
-        let gone = || NotStored(Arc::new(io::Error::other("the journal is closed")));
-        wait.blocking_recv().unwrap_or_else(|_| Err(gone()))
+        wait.blocking_recv().unwrap_or_else(|_| Err(NotStored::closed()))
     }
 
-    /// Appends an entry; the sink is told its number when it is stored. An urgent one may have the
-    /// room that is kept for when the disk is full: it is what frees room.
-    pub(crate) fn append_for_sink(&self, number: u64, payload: &[u8], haste: Haste, urgent: bool) {
-        let append = Append { haste, urgent, ..Append::new(Done::Sink(number)) };
+    /// Appends an entry that stores so many messages; the sink is told its number when it is
+    /// stored. An urgent one may have the room that is kept for when the disk is full: it is what
+    /// frees room.
+    pub(crate) fn append_for_sink(
+        &self,
+        number: u64,
+        payload: &[u8],
+        messages: u32,
+        haste: Haste,
+        urgent: bool,
+    ) {
+        let append = Append { haste, urgent, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
     /// Appends an urgent entry as the first of a segment, so that all that is before it can be
     /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
     /// than the length of this one comes between them.
-    pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8]) {
-        self.queue.append(payload, Append { first: true, ..Append::new(Done::Sink(number)) });
+    pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8], messages: u32) {
+        let append = Append { first: true, messages, ..Append::new(Done::Sink(number)) };
+        self.queue.append(payload, append);
     }
 
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
@@ -276,7 +338,26 @@ impl Journal {
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
     /// that is being written. What is said of their entries in later ones outlasts them.
     pub fn remove_before(&self, segment: u64) {
-        self.queue.remove_before(segment);
+        self.queue.remove(Removal::Before(segment));
+    }
+
+    /// Removes segments whose entries are no longer wanted, any of them but the one that is being
+    /// written. What is said of their entries in later ones outlasts them.
+    pub fn remove(&self, segments: Vec<u64>) {
+        self.queue.remove(Removal::These(segments));
+    }
+}
+
+/// A journal that is only read. Nobody can open it to write as long as this lives.
+pub(crate) struct Reader {
+    storage: Directory,
+    salt: u64,
+}
+
+impl Reader {
+    /// Reads an entry that was stored.
+    pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
+        read_entry(&self.storage, self.salt, position)
     }
 }
 
@@ -293,7 +374,7 @@ fn begin(
         storage.sync(segment)?;
     }
     let salt = resume.salt.unwrap_or_else(random_u64);
-    let writer = Writer::begin(storage.clone(), options, sink, salt, &resume)?;
+    let writer = Writer::begin(storage.clone(), options, sink, salt, resume)?;
     Ok((writer, salt, recovery))
 }
 
@@ -302,7 +383,8 @@ fn read_entry(
     salt: u64,
     position: Position,
 ) -> Result<Vec<u8>, JournalError> {
-    let header = segment::Header { salt, number: position.segment, previous: 0, previous_end: 0 };
+    let number = position.segment;
+    let header = segment::Header { version: 0, salt, number, previous: 0, previous_end: 0 };
     let mut bytes = vec![0; segment::record_size(u64::from(position.length)) as usize];
     let read = storage.read(position.segment, position.offset, &mut bytes)?;
     let bytes = bytes.get(..read).filter(|bytes| bytes.len() >= segment::FRAME as usize);

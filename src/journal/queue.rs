@@ -19,13 +19,17 @@ pub(super) struct Append {
     pub(super) urgent: bool,
     /// It begins a segment.
     pub(super) first: bool,
+    /// How many messages it stores.
+    pub(super) messages: u32,
     pub(super) done: Done,
 }
 
 impl Append {
-    /// One that is synced at once, urgent and not the first of a segment; who is told when it is stored.
+    /// One that stores no message, is synced at once, urgent and not the first of a segment; who
+    /// is told when it is stored.
     pub(super) fn new(done: Done) -> Self {
-        Self { start: 0, length: 0, haste: Haste::Synced, urgent: true, first: false, done }
+        let (haste, urgent, first) = (Haste::Synced, true, false);
+        Self { start: 0, length: 0, haste, urgent, first, messages: 0, done }
     }
 
     /// Its own, of the bytes of its batch.
@@ -40,8 +44,25 @@ impl Append {
 pub(super) struct Batch {
     pub(super) bytes: Vec<u8>,
     pub(super) appends: Vec<Append>,
-    /// Segments before which all can go, and after how many appends.
-    pub(super) removals: Vec<(usize, u64)>,
+    /// Segments that can go, and after how many appends.
+    pub(super) removals: Vec<(usize, Removal)>,
+}
+
+/// Segments whose entries are no longer wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// All before that one.
+    Before(u64),
+    These(Vec<u64>),
+}
+
+impl Removal {
+    pub(super) fn takes(&self, segment: u64) -> bool {
+        match self {
+            Self::Before(first_kept) => segment < *first_kept,
+            Self::These(segments) => segments.contains(&segment),
+        }
+    }
 }
 
 impl Batch {
@@ -106,8 +127,8 @@ impl Queue {
         self.add(hurries, |batch| batch.push(payload, append));
     }
 
-    pub(super) fn remove_before(&self, segment: u64) {
-        self.add(true, |batch| batch.removals.push((batch.appends.len(), segment)));
+    pub(super) fn remove(&self, removal: Removal) {
+        self.add(true, |batch| batch.removals.push((batch.appends.len(), removal)));
     }
 
     fn add(&self, hurries: bool, add: impl FnOnce(&mut Batch)) {

@@ -1,68 +1,116 @@
 //! Reading a journal back: what is right is handed out, what is not is named, nothing is changed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 
-use super::segment::{ENTRY, FRAME, HEADER, Header, HeaderError, MARK, next_place, record_size};
+use super::manifest::{Manifest, Witness};
+use super::segment::{
+    ENTRY, FRAME, Frame, HEADER, Header, HeaderError, MARK, WITH_MANIFEST, next_place,
+};
 use super::storage::{RESERVED, Storage};
-use super::{Damage, Entry, JournalError, Position, Recovery};
+use super::{Damage, Entry, JournalError, JournalFile, Position, Recovery};
 
 /// How much is read at once.
 const CHUNK: usize = 1024 * 1024;
 
 /// Where a journal goes on.
+#[derive(Debug, Default)]
 pub(super) struct Resume {
     pub(super) salt: Option<u64>,
-    /// The number of the last segment that is there.
-    pub(super) last: Option<u64>,
-    /// Where what counts of that one ends.
-    pub(super) end: u64,
+    /// The greatest number that a segment had.
+    pub(super) last: u64,
+    /// What is known of the segments that are there, or should be. All of them are closed.
+    pub(super) listed: Vec<Witness>,
+    /// Those that hold no entry.
+    pub(super) empty: BTreeSet<u64>,
+    /// How the manifest goes on, and the room of a list in it: zero if there has to be a new one.
+    pub(super) turn: u64,
+    pub(super) generation: u64,
+    pub(super) room: u64,
 }
 
 /// Reads all segments, and hands out the entries in the order in which they were written.
 ///
+/// The manifest says which segments there are. One that it lists and that isn't there is damage as
+/// a whole; one that it doesn't list was removed if it is older than the last in the list, and was
+/// begun just before a crash if it is newer. What lies in front of the end that it tells of a
+/// segment was stored, and if it isn't valid, it is damage.
+///
 /// What lies behind the end that the next segment names was never promised. Nor was, in the last
-/// segment, what isn't valid behind all that is, or that a mark says to be synced: it is the torn
-/// tail of a crash, or, if no mark came behind it, a last record that was damaged later. (If that
-/// one is all zeros, nothing tells that it was there.) What isn't valid before something that is
+/// segment, what lies behind the end that the manifest tells, and isn't valid behind all that is:
+/// it is the torn tail of a crash. What isn't valid before something that is
 /// counts as damage: it may have been the write that a crash tore, whose blocks reach the disk in
-/// any order, but nobody can tell, and what is valid is kept. A segment that a later one names and that isn't
-/// there is damage as a whole.
+/// any order, but nobody can tell, and what is valid is kept.
+///
+/// A journal of version 1 has no manifest. There a segment that a later one names and that isn't
+/// there is damage, and a last record that was damaged looks like a torn write.
 pub(super) fn recover(
     storage: &dyn Storage,
     mut take: impl FnMut(Entry<'_>),
 ) -> Result<(Recovery, Resume), JournalError> {
     let mut recovery = Recovery::default();
-    let numbers = storage.segments()?;
-    let headers = read_headers(storage, &numbers)?;
-    let salt = headers.iter().flatten().map(|header| header.salt).next();
+    let there = storage.segments()?;
+    let headers = read_headers(storage, &there)?;
+    let file = storage.manifest()?;
+    let salts: BTreeSet<u64> = headers.iter().flatten().map(|header| header.salt).collect();
+    // One of another journal is none.
+    let manifest = decode_manifest(file.as_deref())?
+        .filter(|manifest| salts.is_empty() || salts.contains(&manifest.list.salt));
+    let has_version = |version| headers.iter().flatten().any(|header| header.version >= version);
+    let is_wanted = file.is_some() || has_version(WITH_MANIFEST);
+    if manifest.is_none() && is_wanted {
+        let to = file.as_ref().map_or(0, |file| file.len() as u64);
+        let (file, missing) = (JournalFile::Manifest, file.is_none());
+        recovery.damaged.push(Damage { file, from: 0, to, missing });
+        recovery.lost = None;
+    }
+    let first_salt = headers.iter().flatten().map(|header| header.salt).next();
+    let salt = manifest.as_ref().map(|manifest| manifest.list.salt).or(first_salt);
+    let newest = manifest.as_ref().map(Manifest::newest);
+    let mut listed: BTreeMap<u64, Witness> = BTreeMap::new();
+    for witness in manifest.iter().flat_map(Manifest::witnesses) {
+        listed.insert(witness.segment, witness);
+    }
     let seals: HashMap<u64, u64> =
         headers.iter().flatten().map(|header| (header.previous, header.previous_end)).collect();
-    let mut resume = Resume { salt, last: numbers.last().copied(), end: HEADER };
-    // Segments are removed from the oldest on: before the first that is there none is missed.
-    let absent =
-        headers.iter().flatten().skip_while(|header| Some(&header.number) == numbers.first());
-    for header in absent.filter(|header| numbers.binary_search(&header.previous).is_err()) {
-        let (segment, to) = (header.previous, header.previous_end);
-        recovery.damaged.push(Damage { segment, from: 0, to });
+    for witness in missing_segments(&there, &headers, &listed, newest, is_wanted) {
+        let Witness { segment, end, messages, .. } = witness;
+        let file = JournalFile::Segment(segment);
+        recovery.damaged.push(Damage { file, from: 0, to: end, missing: true });
+        recovery.lose(messages);
+        listed.insert(segment, Witness { closed: true, ..witness });
     }
-    for (number, header) in numbers.iter().copied().zip(headers) {
+    let mut empty = BTreeSet::new();
+    let counts = |number: &u64| listed.contains_key(number) || Some(*number) > newest;
+    let counted: Vec<_> =
+        there.iter().copied().zip(headers).filter(|(number, _)| counts(number)).collect();
+    let last = counted.last().map(|(number, _)| *number);
+    for (number, header) in counted {
+        let witness = listed.get(&number).copied();
         let length = storage.length(number)?;
-        let is_last = Some(number) == resume.last;
         let written = written(storage, number, length)?;
         // One whose header was never finished has room for a first write at the most.
-        let was_begun = written > HEADER || length > RESERVED;
-        let whole = Damage { segment: number, from: 0, to: written.max(HEADER) };
+        let was_begun = witness.is_some() || written > HEADER || length > RESERVED;
+        let before = recovery.damaged.len();
         let Some(salt) = salt else {
             // Not one header can be read, so no record can be checked.
-            recovery.damaged.extend((was_begun || !is_last).then_some(whole));
+            if was_begun || Some(number) != last {
+                let end = written.max(HEADER);
+                recovery.damaged.push(Damage::part(number, 0, end));
+                recovery.lose(None);
+                let witness = Witness { segment: number, end, messages: None, closed: true };
+                listed.insert(number, witness);
+            }
             continue;
         };
         if header.is_none() && was_begun {
-            recovery.damaged.push(Damage { to: HEADER, ..whole });
+            recovery.damaged.push(Damage::part(number, 0, HEADER));
         }
-        let header = header.unwrap_or(Header { salt, number, previous: 0, previous_end: 0 });
-        let seal = seals.get(&number).copied();
+        let counts_messages = header.is_some_and(|header| header.version >= WITH_MANIFEST);
+        let header =
+            header.unwrap_or(Header { version: 0, salt, number, previous: 0, previous_end: 0 });
+        let closed = witness.filter(|witness| witness.closed).map(|witness| witness.end);
+        let seal = seals.get(&number).copied().max(closed);
         let length = seal.unwrap_or(length).min(length);
         let segment = Segment { storage, header, length, written };
         let promised = match seal {
@@ -70,14 +118,75 @@ pub(super) fn recover(
             // Without a later segment that tells, a first look finds how far it reaches.
             None => segment.reached()?,
         };
-        let end = segment.read(promised, &mut recovery, &mut take)?;
-        if seal.is_none() {
-            recovery.torn += written.saturating_sub(end);
+        let known = witness.map_or(0, |witness| witness.end);
+        let with_header = recovery.damaged.len();
+        let read = segment.read(promised.max(known), known, &mut recovery, &mut take)?;
+        if !seals.contains_key(&number) {
+            recovery.torn += written.saturating_sub(read.end);
         }
-        resume.end = end;
+        let is_damaged = recovery.damaged.len() > with_header;
+        if is_damaged {
+            // What lies behind what the manifest tells of was not counted.
+            let counted = recovery.damaged[with_header..].iter().all(|it| it.to <= known);
+            let messages = witness.and_then(|it| it.messages).filter(|_| counted);
+            recovery.lose(messages.map(|messages| messages.saturating_sub(read.known_messages)));
+        }
+        let messages = match witness {
+            Some(it) => it.messages.map(|it| it + read.messages - read.known_messages),
+            None => (counts_messages && !is_damaged).then_some(read.messages),
+        };
+        if recovery.damaged.len() == before && read.entries == 0 {
+            empty.insert(number);
+        }
+        if was_begun {
+            let witness = Witness { segment: number, end: read.end, messages, closed: true };
+            listed.insert(number, witness);
+        }
+        recovery.entries += read.entries;
         recovery.segments += 1;
     }
-    Ok((recovery, resume))
+    let listed: Vec<_> = listed.into_values().collect();
+    let last = there.last().copied().max(listed.last().map(|last| last.segment));
+    let last = last.unwrap_or_default();
+    let (turn, generation, room) = match &manifest {
+        None => (0, 0, 0),
+        Some(Manifest { list, slot, is_whole }) => {
+            let turn = slot.map_or(0, |slot| slot.turn);
+            (turn, list.generation, if *is_whole { list.room } else { 0 })
+        }
+    };
+    Ok((recovery, Resume { salt, last, listed, empty, turn, generation, room }))
+}
+
+/// Those that should be there.
+fn missing_segments(
+    there: &[u64],
+    headers: &[Option<Header>],
+    listed: &BTreeMap<u64, Witness>,
+    newest: Option<u64>,
+    has_manifest: bool,
+) -> Vec<Witness> {
+    let is_missing = |segment: &u64| there.binary_search(segment).is_err();
+    let told = listed.values().filter(|it| is_missing(&it.segment)).copied();
+    // Behind the last that the manifest lists nothing was removed. Without one segments were
+    // removed from the oldest on: before the first that is there none is missed.
+    let chained = headers.iter().flatten().filter(|header| match has_manifest {
+        true => newest.is_some_and(|newest| header.previous > newest),
+        false => Some(&header.number) != there.first(),
+    });
+    let chained = chained.filter(|header| is_missing(&header.previous)).map(|header| {
+        let (segment, end) = (header.previous, header.previous_end);
+        Witness { segment, end, messages: None, closed: true }
+    });
+    let chained = chained.filter(|it| !listed.contains_key(&it.segment));
+    told.chain(chained).collect()
+}
+
+fn decode_manifest(file: Option<&[u8]>) -> Result<Option<Manifest>, JournalError> {
+    match file {
+        Some(bytes) => Manifest::decode(bytes).map_err(JournalError::Version),
+        None => Ok(None),
+    }
 }
 
 /// Where a segment's bytes end, but for the zeros behind them.
@@ -99,6 +208,7 @@ fn written(storage: &dyn Storage, number: u64, length: u64) -> io::Result<u64> {
 /// Refuses segments of a format that this version doesn't know.
 pub(super) fn check_versions(storage: &dyn Storage) -> Result<(), JournalError> {
     read_headers(storage, &storage.segments()?)?;
+    decode_manifest(storage.manifest()?.as_deref())?;
     Ok(())
 }
 
@@ -134,9 +244,9 @@ impl Segment<'_> {
     fn reached(&self) -> io::Result<u64> {
         let mut reached = HEADER.min(self.length);
         self.scan(|position, found| {
-            if let Some((kind, payload)) = found {
+            if let Some((frame, payload)) = found {
                 reached = reached.max(position);
-                if kind == MARK
+                if frame.kind() == MARK
                     && let Ok(mark) = payload.try_into()
                 {
                     reached = reached.max(u64::from_le_bytes(mark).min(self.length));
@@ -147,48 +257,46 @@ impl Segment<'_> {
         Ok(reached)
     }
 
-    /// Hands out what is valid; damage is what isn't before `promised`. Where what counts ends.
+    /// Hands out what is valid; damage is what isn't before `promised`. What lies before `known` is
+    /// counted for itself.
     fn read(
         &self,
         promised: u64,
+        known: u64,
         recovery: &mut Recovery,
         take: &mut impl FnMut(Entry<'_>),
-    ) -> io::Result<u64> {
-        let (mut end, mut gap) = (HEADER.min(self.length), None);
+    ) -> io::Result<Read> {
+        let (number, mut gap) = (self.header.number, None);
+        let mut read = Read { end: HEADER.min(self.length), ..Read::default() };
         self.scan(|position, found| {
-            let Some((kind, payload)) = found else {
+            let Some((frame, payload)) = found else {
                 gap.get_or_insert(position);
                 return position < promised;
             };
             if let Some(from) = gap.take() {
-                recovery.damaged.push(Damage { segment: self.header.number, from, to: position });
+                recovery.damaged.push(Damage::part(number, from, position));
             }
-            if kind == ENTRY {
-                recovery.entries += 1;
-                let length = payload.len() as u32;
-                let position = Position { segment: self.header.number, offset: position, length };
+            if frame.kind() == ENTRY {
+                read.count(position, frame, known);
+                let position = Position { segment: number, offset: position, length: frame.length };
                 take(Entry { position, payload });
             }
-            end = position + record_size(payload.len() as u64);
+            read.end = position + frame.size();
             true
         })?;
-        if let Some(from) = gap
-            && from < promised
-        {
-            recovery.damaged.push(Damage { segment: self.header.number, from, to: promised });
-            end = promised;
-        } else if end < promised {
-            // It was cut short.
-            recovery.damaged.push(Damage { segment: self.header.number, from: end, to: promised });
-            end = promised;
+        if read.end < promised {
+            // What is there is not valid, or it was cut short.
+            let from = gap.unwrap_or(read.end);
+            recovery.damaged.push(Damage::part(number, from, promised));
+            read.end = promised;
         }
-        Ok(end)
+        Ok(read)
     }
 
-    /// Goes through the segment: each place with the kind and payload of its record, or with
+    /// Goes through the segment: each place with the frame and payload of its record, or with
     /// `None` where there is none and the search goes on at the next place. Ends when `visit`
     /// says no.
-    fn scan(&self, mut visit: impl FnMut(u64, Option<(u32, &[u8])>) -> bool) -> io::Result<()> {
+    fn scan(&self, mut visit: impl FnMut(u64, Option<(Frame, &[u8])>) -> bool) -> io::Result<()> {
         let mut window = Window { segment: self, start: HEADER, bytes: Vec::new() };
         let mut position = HEADER;
         while position < self.written && position + FRAME <= self.length {
@@ -202,12 +310,35 @@ impl Segment<'_> {
                 None => None,
             };
             let next = found.map_or(next_place(position), |(frame, _)| position + frame.size());
-            if !visit(position, found.map(|(frame, payload)| (frame.kind, payload))) {
+            if !visit(position, found) {
                 return Ok(());
             }
             position = next;
         }
         Ok(())
+    }
+}
+
+/// What was read of a segment.
+#[derive(Debug, Default)]
+struct Read {
+    /// Where what counts ends.
+    end: u64,
+    entries: u64,
+    /// How many messages the entries store,
+    messages: u64,
+    /// and those of them that the manifest tells of.
+    known_messages: u64,
+}
+
+impl Read {
+    fn count(&mut self, position: u64, frame: Frame, known: u64) {
+        let messages = u64::from(frame.messages());
+        self.entries += 1;
+        self.messages += messages;
+        if position < known {
+            self.known_messages += messages;
+        }
     }
 }
 

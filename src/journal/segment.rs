@@ -2,13 +2,17 @@
 //!
 //! ```text
 //! header   magic (8) | version u32 | salt u64 | number u64 | previous u64 | end u64 | crc u32
-//! record   check u32 | length u32 | kind u32 | crc u32 | payload | zeros up to a multiple of 8
+//! record   check u32 | length u32 | tag u32 | crc u32 | payload | zeros up to a multiple of 8
+//! tag      kind (8 bits) | how many messages an entry stores (24 bits)
 //! ```
+//!
+//! A journal with a segment of version 2 has a manifest, and the entries in it tell of their
+//! messages. In those of version 1 the number is always zero.
 //!
 //! Behind the last record there may be any number of zeros: the file had room for more.
 //!
 //! All numbers are little-endian, both checksums are CRC-32C (Castagnoli, RFC 3720). `check` is
-//! that of salt, segment number, position, length and kind, so that a length can be trusted before
+//! that of salt, segment number, position, length and tag, so that a length can be trusted before
 //! what it spans is read; `crc` goes on from `check` over the payload. So bytes that were valid
 //! elsewhere, in an older file or at another place, are not valid here; the salt is random for
 //! each journal, so that no payload can contain a record.
@@ -16,8 +20,10 @@
 use crc32c::{crc32c, crc32c_append};
 
 const MAGIC: &[u8; 8] = b"peerbusJ";
-/// The version of the format that this crate writes and reads.
-pub(super) const VERSION: u32 = 1;
+/// The version of the format that this crate writes; it reads all before it.
+pub(super) const VERSION: u32 = 2;
+/// From this one on there is a manifest.
+pub(super) const WITH_MANIFEST: u32 = 2;
 /// How long a header is.
 pub(super) const HEADER: u64 = 48;
 /// How much of a record comes before its payload.
@@ -28,10 +34,18 @@ const ALIGN: u64 = 8;
 pub(super) const ENTRY: u32 = 0;
 /// and a position, as a u64, before which all was synced when the mark was written.
 pub(super) const MARK: u32 = 1;
+const KIND_BITS: u32 = 8;
+const MOST_MESSAGES: u32 = u32::MAX >> KIND_BITS;
+
+/// The tag of an entry that stores so many messages.
+pub(super) fn entry_tag(messages: u32) -> u32 {
+    ENTRY | messages.min(MOST_MESSAGES) << KIND_BITS
+}
 
 /// What a segment says about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
+    pub(super) version: u32,
     /// The same in all segments of a journal.
     pub(super) salt: u64,
     pub(super) number: u64,
@@ -53,7 +67,7 @@ pub(super) enum HeaderError {
 impl Header {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&self.version.to_le_bytes());
         for number in [self.salt, self.number, self.previous, self.previous_end] {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
@@ -71,7 +85,8 @@ impl Header {
         }
         // Headers are the same in all versions; what comes behind needn't be.
         match u32_at(bytes, 8) {
-            VERSION => Ok(Self {
+            version @ 1..=VERSION => Ok(Self {
+                version,
                 salt: u64_at(bytes, 12),
                 number: u64_at(bytes, 20),
                 previous: u64_at(bytes, 28),
@@ -87,21 +102,15 @@ impl Header {
         bytes[8..16].copy_from_slice(&self.number.to_le_bytes());
         bytes[16..24].copy_from_slice(&position.to_le_bytes());
         bytes[24..28].copy_from_slice(&frame.length.to_le_bytes());
-        bytes[28..].copy_from_slice(&frame.kind.to_le_bytes());
+        bytes[28..].copy_from_slice(&frame.tag.to_le_bytes());
         crc32c(&bytes)
     }
 
     /// Appends a record that will lie at `position` to `buf`.
-    pub(super) fn encode_record(
-        &self,
-        position: u64,
-        kind: u32,
-        payload: &[u8],
-        buf: &mut Vec<u8>,
-    ) {
-        let frame = Frame { length: payload.len() as u32, kind };
+    pub(super) fn encode_record(&self, position: u64, tag: u32, payload: &[u8], buf: &mut Vec<u8>) {
+        let frame = Frame { length: payload.len() as u32, tag };
         let check = self.check(position, frame);
-        for number in [check, frame.length, frame.kind, crc32c_append(check, payload)] {
+        for number in [check, frame.length, frame.tag, crc32c_append(check, payload)] {
             buf.extend_from_slice(&number.to_le_bytes());
         }
         buf.extend_from_slice(payload);
@@ -110,7 +119,7 @@ impl Header {
 
     /// The beginning of the record at `position`, if `bytes` are one.
     pub(super) fn decode_frame(&self, position: u64, bytes: &[u8]) -> Option<Frame> {
-        let frame = Frame { length: u32_at(bytes, 4), kind: u32_at(bytes, 8) };
+        let frame = Frame { length: u32_at(bytes, 4), tag: u32_at(bytes, 8) };
         // Nothing was written where there are only zeros, though their checksum may be zero too.
         let is_written = bytes[..FRAME as usize].iter().any(|byte| *byte != 0);
         (is_written && u32_at(bytes, 0) == self.check(position, frame)).then_some(frame)
@@ -121,10 +130,19 @@ impl Header {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Frame {
     pub(super) length: u32,
-    pub(super) kind: u32,
+    tag: u32,
 }
 
 impl Frame {
+    pub(super) fn kind(self) -> u32 {
+        self.tag & !(u32::MAX << KIND_BITS)
+    }
+
+    /// How many messages it stores.
+    pub(super) fn messages(self) -> u32 {
+        self.tag >> KIND_BITS
+    }
+
     /// What the whole record takes.
     pub(super) fn size(self) -> u64 {
         record_size(u64::from(self.length))
@@ -161,7 +179,7 @@ pub(super) fn correct(bytes: &mut [u8]) {
     while let Some(record) = bytes.get_mut(at..)
         && record.len() >= FRAME as usize
     {
-        let frame = Frame { length: u32_at(record, 4), kind: u32_at(record, 8) };
+        let frame = Frame { length: u32_at(record, 4), tag: u32_at(record, 8) };
         let check = header.check(at as u64, frame);
         record[..4].copy_from_slice(&check.to_le_bytes());
         let payload = record.get(FRAME as usize..).and_then(|it| it.get(..frame.length as usize));
@@ -186,8 +204,9 @@ mod tests {
     /// A salt for which the checksum of an empty frame at `position` is zero: CRCs are linear, so
     /// that such a one is found by elimination.
     fn unlucky(position: u64) -> Header {
-        let header = |salt| Header { salt, number: 1, previous: 0, previous_end: 0 };
-        let check = |salt| header(salt).check(position, Frame { length: 0, kind: ENTRY });
+        let header =
+            |salt| Header { version: VERSION, salt, number: 1, previous: 0, previous_end: 0 };
+        let check = |salt| header(salt).check(position, Frame { length: 0, tag: ENTRY });
         let zero = check(0);
         let (mut salt, mut left, mut basis) = (0, zero, Vec::<(u32, u64)>::new());
         for bit in 0..64 {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::crashing::{Disk, Mount};
-use super::queue::{Append, Batch};
+use super::queue::{Append, Batch, Removal};
 use super::storage::Storage;
 use super::writer::Writer;
 use super::{
@@ -39,7 +39,7 @@ impl Stepped {
         Ok((Self { storage, salt, writer }, recovery))
     }
 
-    /// Writes what was gathered.
+    /// Writes what was gathered; each entry counts as one message.
     pub(crate) fn write(
         &mut self,
         gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
@@ -48,7 +48,8 @@ impl Stepped {
         for (payload, kind) in gathered {
             let first = kind == EntryKind::First;
             let haste = if kind == EntryKind::Note { Haste::Written } else { Haste::Synced };
-            batch.push(&payload, Append { haste, first, ..Append::new(Done::Nobody) });
+            let append = Append { haste, first, messages: 1, ..Append::new(Done::Nobody) };
+            batch.push(&payload, append);
         }
         self.writer.store(&batch.bytes, &batch.appends, &mut results);
         results
@@ -61,6 +62,11 @@ impl Stepped {
 
     /// Removes the segments before that one.
     pub(crate) fn remove_before(&mut self, segment: u64) {
-        self.writer.remove_before(segment);
+        self.writer.remove(&Removal::Before(segment));
+    }
+
+    /// Removes segments, any of them but the one that is being written.
+    pub(crate) fn remove(&mut self, segments: Vec<u64>) {
+        self.writer.remove(&Removal::These(segments));
     }
 }

@@ -1,5 +1,7 @@
 //! Where segments lie: a directory, or in tests a disk that crashes on purpose.
 
+#[cfg(unix)]
+use std::fs::Metadata;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -22,6 +24,15 @@ pub(super) trait Storage: Send + Sync {
     /// Makes all of a segment last that an earlier life wrote.
     fn sync(&self, number: u64) -> io::Result<()>;
     fn remove(&self, number: u64) -> io::Result<()>;
+    /// The whole manifest, if there is one.
+    fn manifest(&self) -> io::Result<Option<Vec<u8>>>;
+    /// Puts another manifest in the place of the one that is there, so that it lasts; a crash
+    /// leaves one of them.
+    fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()>;
+    /// Writes over a part of it, which takes no room.
+    fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Makes what was written over last.
+    fn sync_manifest(&self) -> io::Result<()>;
     /// Makes what was created and removed last.
     fn sync_directory(&self) -> io::Result<()>;
     /// Takes so many bytes, if it hasn't, to have them when the disk is full.
@@ -35,6 +46,30 @@ pub(super) trait SegmentFile: Send {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
     /// Makes what was appended last.
     fn sync(&mut self) -> io::Result<()>;
+    /// Undoes a write that failed, so that nothing of it is left, and makes what was appended
+    /// before it last. Nothing can be appended any more.
+    fn retract(&mut self) -> io::Result<()>;
+    /// Fails if it is no longer there, by [`Gone`].
+    fn check(&self) -> io::Result<()>;
+}
+
+/// The folder, or a file in it, was removed or replaced while it was in use.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{path} was removed or replaced while it was in use, with what was stored in it: bring it back, or \
+     restart with a new folder",
+    path = .0.display()
+)]
+pub(super) struct Gone(PathBuf);
+
+impl Gone {
+    pub(super) fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+
+    fn error(path: &Path) -> io::Error {
+        io::Error::new(io::ErrorKind::NotFound, Self(path.to_owned()))
+    }
 }
 
 /// A directory of this host, locked for as long as this lives.
@@ -42,8 +77,17 @@ pub(super) struct Directory {
     path: PathBuf,
     /// The segment that was read from last.
     reading: Mutex<Option<(u64, File)>>,
-    /// `None` if it is only looked at.
-    _lock: Option<File>,
+    manifest: Mutex<Option<File>>,
+    /// What it was when it was opened; `None` if it is only looked at.
+    opened: Option<Opened>,
+    /// Keeps others from writing.
+    _reads: Option<File>,
+}
+
+struct Opened {
+    #[cfg(unix)]
+    folder: File,
+    _lock: File,
 }
 
 /// Marks a directory as a journal's, and is locked by who uses it.
@@ -51,6 +95,8 @@ const LOCK: &str = "journal.lock";
 const SUFFIX: &str = ".segment";
 /// Takes the room that there is to be left when the disk is full.
 const SPARE: &str = "spare";
+pub(super) const MANIFEST: &str = "manifest";
+const NEW_MANIFEST: &str = "manifest.new";
 
 /// The name of a segment's file.
 pub(super) fn file_name(number: u64) -> String {
@@ -77,27 +123,100 @@ impl Directory {
     pub(super) fn open(path: &Path) -> Result<Self, DirectoryError> {
         private::create_folder(path)?;
         let lock = path.join(LOCK);
-        if !lock.exists()
-            && let Some(other) = fs::read_dir(path)?.next()
-        {
-            return Err(DirectoryError::Foreign(other?.file_name().to_string_lossy().into_owned()));
+        if !lock.exists() {
+            check_ours(path)?;
         }
         let file = File::options().create(true).truncate(false).write(true).open(&lock)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse),
-            Err(TryLockError::Error(error)) => return Err(error.into()),
-        }
-        Ok(Self { path: path.to_owned(), reading: Mutex::default(), _lock: Some(file) })
+        check_lock(file.try_lock())?;
+        let opened = Opened {
+            #[cfg(unix)]
+            folder: File::open(path)?,
+            _lock: file,
+        };
+        Ok(Self { opened: Some(opened), ..Self::look_at(path) })
+    }
+
+    /// Opens a directory to read what is in it: nothing is written, and nobody else can open it to
+    /// write meanwhile.
+    pub(super) fn open_to_read(path: &Path) -> Result<Self, DirectoryError> {
+        let lock = match File::open(path.join(LOCK)) {
+            Ok(lock) => lock,
+            // Nobody has it open: who does makes one.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                check_ours(path)?;
+                return Ok(Self::look_at(path));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        check_lock(lock.try_lock_shared())?;
+        Ok(Self { _reads: Some(lock), ..Self::look_at(path) })
     }
 
     /// Looks at a directory that somebody may use, to write nothing.
     pub(super) fn look_at(path: &Path) -> Self {
-        Self { path: path.to_owned(), reading: Mutex::default(), _lock: None }
+        let (reading, manifest) = (Mutex::default(), Mutex::default());
+        Self { path: path.to_owned(), reading, manifest, opened: None, _reads: None }
+    }
+
+    /// Fails if the path leads to another folder by now, or to none.
+    #[cfg(unix)]
+    fn check(&self) -> io::Result<()> {
+        match &self.opened {
+            Some(opened) => check_same(&opened.folder.metadata()?, &self.path, &self.path),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn segment(&self, number: u64) -> PathBuf {
         self.path.join(file_name(number))
+    }
+
+    fn with_manifest(&self, act: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+        let mut manifest = lock(&self.manifest);
+        let file = match &mut *manifest {
+            Some(file) => file,
+            none => none.insert(File::options().write(true).open(self.path.join(MANIFEST))?),
+        };
+        act(file)
+    }
+}
+
+fn check_lock(locked: Result<(), TryLockError>) -> Result<(), DirectoryError> {
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(DirectoryError::InUse),
+        Err(TryLockError::Error(error)) => Err(error.into()),
+    }
+}
+
+/// Refuses a folder that holds something, and nothing of a journal.
+fn check_ours(path: &Path) -> Result<(), DirectoryError> {
+    let mut foreign = None;
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(SUFFIX) || name == MANIFEST {
+            return Ok(());
+        }
+        foreign.get_or_insert(name);
+    }
+    foreign.map_or(Ok(()), |name| Err(DirectoryError::Foreign(name)))
+}
+
+/// Fails by [`Gone`] of `folder` unless the path leads to that file.
+#[cfg(unix)]
+fn check_same(open: &Metadata, path: &Path, folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let gone = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory];
+    match fs::metadata(path) {
+        Ok(there) if there.dev() == open.dev() && there.ino() == open.ino() => Ok(()),
+        Ok(_) => Err(Gone::error(folder)),
+        Err(error) if gone.contains(&error.kind()) => Err(Gone::error(folder)),
+        Err(error) => Err(error),
     }
 }
 
@@ -114,8 +233,10 @@ impl Storage for Directory {
     }
 
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
-        let file = File::options().create_new(true).write(true).open(self.segment(number))?;
-        Ok(Box::new(Growing::new(file)))
+        self.check()?;
+        let path = self.segment(number);
+        let file = File::options().create_new(true).write(true).open(&path)?;
+        Ok(Box::new(Growing::new(file, path)))
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
@@ -148,6 +269,37 @@ impl Storage for Directory {
     fn remove(&self, number: u64) -> io::Result<()> {
         lock(&self.reading).take_if(|(open, _)| *open == number);
         fs::remove_file(self.segment(number))
+    }
+
+    fn manifest(&self) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.path.join(MANIFEST)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()> {
+        let (new, path) = (self.path.join(NEW_MANIFEST), self.path.join(MANIFEST));
+        let mut file = File::options().create(true).truncate(true).write(true).open(&new)?;
+        let written = file.write_all(bytes).and_then(|()| file.sync_all());
+        if let Err(error) = written.and_then(|()| fs::rename(&new, path)) {
+            let _best_effort = fs::remove_file(new);
+            return Err(error);
+        }
+        *lock(&self.manifest) = Some(file);
+        self.sync_directory()
+    }
+
+    fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.with_manifest(|file| {
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(bytes)
+        })
+    }
+
+    fn sync_manifest(&self) -> io::Result<()> {
+        self.with_manifest(|file| file.sync_data())
     }
 
     #[cfg(unix)]
@@ -198,6 +350,7 @@ fn fill(path: &Path, bytes: u64) -> io::Result<()> {
 /// Behind what was written it is zeros; they are cut off when it is done.
 struct Growing {
     file: File,
+    path: PathBuf,
     written: u64,
     /// How long the file is; `None` once the system won't give it room in advance.
     reserved: Option<u64>,
@@ -211,8 +364,8 @@ struct Growing {
 pub(super) const RESERVED: u64 = 1024 * 1024;
 
 impl Growing {
-    fn new(file: File) -> Self {
-        Self { file, written: 0, reserved: Some(0), failed: false, unsure: false }
+    fn new(file: File, path: PathBuf) -> Self {
+        Self { file, path, written: 0, reserved: Some(0), failed: false, unsure: false }
     }
 
     fn reserve(&mut self, end: u64) {
@@ -252,6 +405,23 @@ impl SegmentFile for Growing {
         let synced = self.file.sync_data();
         self.unsure |= synced.is_err();
         synced
+    }
+
+    fn retract(&mut self) -> io::Result<()> {
+        self.failed = true;
+        self.file.set_len(self.written)?;
+        self.sync()
+    }
+
+    #[cfg(unix)]
+    fn check(&self) -> io::Result<()> {
+        let folder = self.path.parent().unwrap_or(&self.path);
+        check_same(&self.file.metadata()?, &self.path, folder)
+    }
+
+    #[cfg(not(unix))]
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -1,13 +1,16 @@
 //! The thread that writes.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::queue::{Append, Batch, Queue, Taken};
+use super::manifest::Witness;
+use super::manifest_writer::ManifestWriter;
+use super::queue::{Append, Batch, Queue, Removal, Taken};
 use super::recovery::Resume;
-use super::segment::{ENTRY, HEADER, Header, MARK, record_size};
-use super::storage::{SegmentFile, Storage};
+use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
+use super::storage::{Gone, SegmentFile, Storage};
 use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
 
 /// How much goes in one write, in bytes.
@@ -40,6 +43,7 @@ pub(super) struct Writer {
     /// directory does: its end is cut off then.
     file: Option<Box<dyn SegmentFile>>,
     storage: Arc<dyn Storage>,
+    manifest: ManifestWriter,
     sink: Sink,
     durability: Durability,
     segment_size: u64,
@@ -49,10 +53,18 @@ pub(super) struct Writer {
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
+    /// Those before it that hold no entry.
+    empty: BTreeSet<u64>,
     /// Where the next record will lie.
     end: u64,
-    /// Up to where the disk has it.
+    /// How many messages are stored before that.
+    messages: u64,
+    /// Up to where the disk has it, and how many messages.
     synced: u64,
+    synced_messages: u64,
+    has_entries: bool,
+    /// The folder was removed, and that was told.
+    is_gone: bool,
     /// Up to where a mark says so.
     marked: u64,
     /// When what the disk doesn't have yet has to be synced.
@@ -61,6 +73,26 @@ pub(super) struct Writer {
     // Room that is used over and over.
     results: Results,
     for_sink: Vec<(u64, Stored)>,
+}
+
+/// A write that failed.
+struct Failed {
+    error: io::Error,
+    /// Some of it may be on the disk.
+    is_written: bool,
+}
+
+impl From<io::Error> for Failed {
+    /// Before anything was written.
+    fn from(error: io::Error) -> Self {
+        Self { error, is_written: false }
+    }
+}
+
+impl From<Failed> for NotStored {
+    fn from(Failed { error, is_written }: Failed) -> Self {
+        Self { reason: Arc::new(error), may_turn_up: is_written }
+    }
 }
 
 /// What became of entries, in their order.
@@ -73,18 +105,27 @@ impl Writer {
         options: &Options,
         sink: Sink,
         salt: u64,
-        resume: &Resume,
+        resume: Resume,
     ) -> io::Result<Self> {
-        let previous = resume.last.unwrap_or_default();
-        let number = previous + 1;
-        let header = Header { salt, number, previous, previous_end: resume.end };
-        let mut file = begin_segment(&*storage, &header);
-        if file.as_ref().is_err_and(is_full) && storage.give_spare()? {
-            file = begin_segment(&*storage, &header);
+        let number = resume.last + 1;
+        let before = resume.listed.last();
+        let (previous, previous_end) = before.map_or((0, HEADER), |it| (it.segment, it.end));
+        let header = Header { version: VERSION, salt, number, previous, previous_end };
+        let begin = || {
+            // No segment of this version is without a manifest, whatever comes between.
+            let manifest = ManifestWriter::begin(storage.clone(), salt, &resume)?;
+            Ok((manifest, begin_segment(&*storage, &header)?))
+        };
+        let mut begun = begin();
+        if begun.as_ref().is_err_and(is_full) && storage.give_spare()? {
+            begun = begin();
         }
-        let file = file?;
+        let (mut manifest, file) = begun?;
+        manifest.begun(number);
         let mut writer = Self {
             storage,
+            manifest,
+            empty: resume.empty,
             sink,
             durability: options.durability,
             segment_size: options.segment_size,
@@ -94,7 +135,11 @@ impl Writer {
             current: number,
             file: Some(file),
             end: HEADER,
+            messages: 0,
             synced: HEADER,
+            synced_messages: 0,
+            has_entries: false,
+            is_gone: false,
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
@@ -132,6 +177,22 @@ impl Writer {
             // What it would have said is on the disk.
             tracing::debug!(%error, "the journal has no last mark");
         }
+        self.close();
+    }
+
+    /// Has the manifest say where it ends.
+    fn close(&mut self) {
+        let closed = self.file.is_some() && self.synced == self.end;
+        let witness = Witness { closed, ..self.witness() };
+        if let Err(error) = self.manifest.close(witness) {
+            tracing::warn!(%error, "the journal's manifest can't be written");
+        }
+    }
+
+    /// What the disk has of the current segment.
+    fn witness(&self) -> Witness {
+        let (segment, messages) = (self.current, Some(self.synced_messages));
+        Witness { segment, end: self.synced, messages, closed: false }
     }
 
     /// After how long without anything to write there is something else to do.
@@ -154,11 +215,11 @@ impl Writer {
         let Batch { bytes, appends, removals } = batch;
         let mut appends = &mut appends[..];
         let mut before = 0;
-        for (place, segment) in removals.drain(..) {
+        for (place, removal) in removals.drain(..) {
             let (first, rest) = appends.split_at_mut(place - before);
             (appends, before) = (rest, place);
             self.store_and_tell(bytes, first);
-            self.remove_before(segment);
+            self.remove(&removal);
         }
         self.store_and_tell(bytes, appends);
         batch.clear();
@@ -208,7 +269,7 @@ impl Writer {
         {
             self.take_spare();
         }
-        let full = || NotStored(Arc::new(io::ErrorKind::StorageFull.into()));
+        let full = || Failed::from(io::Error::from(io::ErrorKind::StorageFull)).into();
         let mut error = None;
         if !matches!(self.spare, Spare::Given(_)) {
             let before = results.len();
@@ -221,8 +282,8 @@ impl Writer {
                 }
                 Err(problem) => {
                     results.truncate(before);
-                    let gave = is_full(&problem) && self.give_spare();
-                    let problem = NotStored(Arc::new(problem));
+                    let gave = is_full(&problem.error) && self.give_spare();
+                    let problem = NotStored::from(problem);
                     if !gave {
                         results.extend(appends.iter().map(|_| Err(problem.clone())));
                         return;
@@ -234,7 +295,7 @@ impl Writer {
         let error = error.unwrap_or_else(full);
         let (mut written, urgent) = (Results::new(), appends.iter().filter(|it| it.urgent));
         let problem = self.write(bytes, urgent, &mut written).err();
-        let problem = problem.map(|problem| NotStored(Arc::new(problem)));
+        let problem = problem.map(NotStored::from);
         let mut written = written.into_iter();
         results.extend(appends.iter().map(|append| match &problem {
             _ if !append.urgent => Err(error.clone()),
@@ -283,14 +344,14 @@ impl Writer {
         bytes: &[u8],
         appends: impl Iterator<Item = &'a Append> + Clone,
         results: &mut Results,
-    ) -> io::Result<()> {
+    ) -> Result<(), Failed> {
         let Some(first) = appends.clone().next() else { return Ok(()) };
         let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
         if self.file.is_none() || is_over {
-            self.turn_over()?;
+            self.turn_over().map_err(|error| self.told(error))?;
         }
         let (Some(file), start) = (self.file.as_mut(), self.end) else {
-            return Err(io::Error::other("no segment is open"));
+            return Err(io::Error::other("no segment is open").into());
         };
         self.buf.clear();
         let mut end = start;
@@ -298,17 +359,20 @@ impl Writer {
         end += record_size(8);
         for append in appends.clone() {
             let length = append.length;
-            self.header.encode_record(end, ENTRY, append.payload(bytes), &mut self.buf);
+            let tag = entry_tag(append.messages);
+            self.header.encode_record(end, tag, append.payload(bytes), &mut self.buf);
             results.push(Ok(Position { segment: self.header.number, offset: end, length }));
             end += record_size(u64::from(length));
         }
         if let Err(error) = file.append(&self.buf) {
             // Some of it may be there. What the file holds beyond `end` doesn't count; what was
             // written before and needn't be synced at once had better last all the same.
-            let _best_effort = file.sync();
+            let is_written = file.retract().is_err();
             self.file = None;
-            return Err(error);
+            return Err(Failed { error, is_written });
         }
+        let messages = appends.clone().map(|append| u64::from(append.messages)).sum::<u64>();
+        let messages = self.messages + messages;
         self.marked = self.synced;
         match self.durability {
             Durability::Sync if appends.clone().any(|append| append.haste == Haste::Synced) => {
@@ -316,9 +380,11 @@ impl Writer {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.
                     self.file = None;
-                    return Err(error);
+                    return Err(Failed { error, is_written: true });
                 }
                 self.synced = end;
+                self.synced_messages = messages;
+                self.manifest.synced(self.witness());
             }
             Durability::Interval(pause) => {
                 // One that no clock will ever show is never due.
@@ -326,11 +392,27 @@ impl Writer {
             }
             Durability::Sync | Durability::OsBuffer => {}
         }
+        if let Err(error) = self.file.as_ref().map_or(Ok(()), |file| file.check()) {
+            // What is written to a file without a name is gone with the process.
+            self.file = None;
+            return Err(Failed { error: self.told(error), is_written: true });
+        }
+        self.is_gone = false;
         if first.first {
             self.first = u64::from(first.length);
         }
         self.end = end;
+        self.messages = messages;
+        self.has_entries = true;
         Ok(())
+    }
+
+    /// Says once that the folder is gone, since whatever is tried from then on fails by it.
+    fn told(&mut self, error: io::Error) -> io::Error {
+        if Gone::is(&error) && !std::mem::replace(&mut self.is_gone, true) {
+            tracing::error!(%error, "nothing can be stored any more");
+        }
+        error
     }
 
     fn is_marked(&self) -> bool {
@@ -364,6 +446,8 @@ impl Writer {
                 return Err(error);
             }
             self.synced = self.end;
+            self.synced_messages = self.messages;
+            self.manifest.synced(self.witness());
         }
         Ok(())
     }
@@ -376,33 +460,57 @@ impl Writer {
         if self.current == self.header.number {
             self.header.previous = self.current;
             self.header.previous_end = self.end;
+            let (segment, messages) = (self.current, Some(self.messages));
+            self.manifest.ended(Witness { segment, end: self.end, messages, closed: true });
+            if !self.has_entries {
+                self.empty.insert(segment);
+            }
         }
         // A number is never used twice, even if the attempt fails.
         self.header.number += 1;
         self.file = Some(begin_segment(&*self.storage, &self.header)?);
         self.current = self.header.number;
         (self.end, self.synced, self.marked) = (HEADER, HEADER, HEADER);
+        (self.messages, self.synced_messages, self.has_entries) = (0, 0, false);
+        self.manifest.begun(self.current);
         Ok(())
     }
 
-    pub(super) fn remove_before(&mut self, segment: u64) {
+    pub(super) fn remove(&mut self, removal: &Removal) {
+        if self.is_gone {
+            return;
+        }
         // What makes them unwanted has to outlast them, however late it may be synced otherwise.
-        let synced = self.sync();
-        let removed = synced.and_then(|()| self.storage.segments()).and_then(|segments| {
-            let old = segments.into_iter().take_while(|old| *old < segment.min(self.current));
-            for old in old {
-                // One at a time, so that what is left after a crash has no holes.
-                self.storage.remove(old)?;
-                self.storage.sync_directory()?;
-            }
-            Ok(())
-        });
+        let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
+        // A manifest that has outgrown its file needs some room to free more.
+        if removed.as_ref().is_err_and(is_full) && self.give_spare() {
+            removed = self.remove_synced(removal);
+        }
         if let Err(error) = removed {
             tracing::warn!(%error, "old segments can't be removed");
         }
         if matches!(self.spare, Spare::Given(_)) {
             self.take_spare();
         }
+    }
+}
+
+impl Writer {
+    fn remove_synced(&mut self, removal: &Removal) -> io::Result<()> {
+        let there = self.storage.segments()?;
+        let goes = |segment| {
+            segment < self.current && (removal.takes(segment) || self.empty.contains(&segment))
+        };
+        // What is missing is reported for as long as there is something older.
+        let oldest = there.iter().copied().find(|segment| !goes(*segment));
+        let is_over = |segment| goes(segment) || Some(segment) < oldest;
+        // The manifest goes first: what it doesn't list is not missed.
+        self.manifest.forget(is_over)?;
+        self.empty.retain(|segment| self.manifest.lists(*segment));
+        let old = there.into_iter().filter(|segment| *segment < self.current);
+        let gone: Vec<_> = old.filter(|segment| !self.manifest.lists(*segment)).collect();
+        gone.iter().try_for_each(|segment| self.storage.remove(*segment))?;
+        if gone.is_empty() { Ok(()) } else { self.storage.sync_directory() }
     }
 }
 

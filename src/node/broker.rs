@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::counters::add;
 use super::events::{DownCause, Event};
-use super::guaranteed::{OutboxError, Receipt};
+use super::guaranteed::{NotStored, OutboxError, Receipt};
 use super::run::Run;
 use super::service_cell::LOCAL;
 use super::shared::{Outcome as RequestOutcome, Shared};
@@ -191,13 +191,17 @@ impl Shared {
         let parcel = Parcel::pack(envelope, &self.id, expires_at, not_before);
         let deadline = Instant::now() + self.config.request_deadline;
         let room = &broker.room;
+        // It was sent, and nobody knows whether it came.
+        let mut may_turn_up = false;
+        let failed =
+            |reason: String, may_turn_up| OutboxError::NotStored(NotStored { reason, may_turn_up });
         loop {
             if !room.wait_until_up(deadline).await {
                 let why = match room.state() {
                     State::Down { error } => format!("the broker can't be reached: {error}"),
                     State::Up { .. } | State::Closed => "the broker can't be reached".into(),
                 };
-                return Err(OutboxError::NotStored(why));
+                return Err(failed(why, may_turn_up));
             }
             let (stored, confirmed) = tokio::sync::oneshot::channel();
             let (to, parcel) = (to.clone(), parcel.clone());
@@ -213,13 +217,13 @@ impl Shared {
                     return Ok(Receipt::of_broker(id, room.kind()));
                 }
                 Ok(Ok(Err(StoreFailure::Refused(error)))) => {
-                    return Err(OutboxError::NotStored(error));
+                    return Err(failed(error, may_turn_up));
                 }
-                Ok(Ok(Err(StoreFailure::Lost)) | Err(_)) => sleep(STORE_AGAIN).await,
-                Err(_) => {
-                    let why = "the broker did not confirm in time; it may have it";
-                    return Err(OutboxError::NotStored(why.into()));
+                Ok(Ok(Err(StoreFailure::Lost)) | Err(_)) => {
+                    may_turn_up = true;
+                    sleep(STORE_AGAIN).await;
                 }
+                Err(_) => return Err(failed("the broker did not confirm in time".into(), true)),
             }
         }
     }

@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
+use super::guaranteed::NotStored;
 use super::log::Line;
 use super::reader::{Transmission, Wanted};
 use super::shared::Shared;
@@ -75,8 +76,10 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, haste, urgent } => {
-                store.with_journals(|it| it.outbox.append_for_sink(token, &entry, haste, urgent));
+            OutboxAction::Append { token, entry, messages, haste, urgent } => {
+                store.with_journals(|it| {
+                    it.outbox.append_for_sink(token, &entry, messages, haste, urgent);
+                });
             }
             OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
             OutboxAction::Read(number, position) => {
@@ -100,6 +103,10 @@ impl Shared {
                 if result.is_ok() {
                     add(&self.counters.stored, 1);
                 }
+                let result = result.map_err(|problem| NotStored {
+                    reason: problem.reason.to_string(),
+                    may_turn_up: problem.may_turn_up,
+                });
                 let mut waiters = lock(&store.waiters);
                 for waiter in waiters.get(number).into_iter().flatten() {
                     waiter.tell_stored(result.clone());
@@ -207,7 +214,7 @@ impl Shared {
     pub(crate) fn handle_outbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_outbox(|outbox, now| {
             for (token, result) in stored {
-                outbox.handle_appended(now, token, result.map_err(|error| error.to_string()));
+                outbox.handle_appended(now, token, result);
             }
         });
     }
@@ -274,12 +281,16 @@ impl Shared {
         let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
         while let Some(action) = inbox.poll_action() {
             match action {
-                InboxAction::Append { token, entry, haste } => {
+                InboxAction::Append { token, entry, messages, haste } => {
                     // What is processed here lets others free room.
-                    store.with_journals(|it| it.inbox.append_for_sink(token, &entry, haste, true));
+                    store.with_journals(|it| {
+                        it.inbox.append_for_sink(token, &entry, messages, haste, true);
+                    });
                 }
-                InboxAction::AppendSnapshot { token, entry } => {
-                    store.with_journals(|it| it.inbox.append_first_for_sink(token, &entry));
+                InboxAction::AppendSnapshot { token, entry, messages } => {
+                    store.with_journals(|it| {
+                        it.inbox.append_first_for_sink(token, &entry, messages);
+                    });
                 }
                 InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(&entry)),
                 InboxAction::RemoveBefore(segment) => {
@@ -325,7 +336,7 @@ impl Shared {
     pub(crate) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
         self.with_inbox(|inbox| {
             for (token, result) in stored {
-                inbox.handle_appended(token, result.map_err(|error| error.to_string()));
+                inbox.handle_appended(token, result);
             }
         });
     }

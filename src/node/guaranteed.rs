@@ -1,5 +1,6 @@
 //! Guaranteed messages: stored here until they are processed there.
 
+use std::fmt;
 use std::future::{Future, IntoFuture, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -47,10 +48,34 @@ pub enum OutboxError {
     Unsupported(#[from] Unsupported),
     /// The disk refused it, or the broker did not confirm it.
     #[error("the message can't be stored: {0}")]
-    NotStored(String),
+    NotStored(NotStored),
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+}
+
+/// Why a message was not stored, and whether that is certain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NotStored {
+    /// What the system or the broker said.
+    pub reason: String,
+    /// The message may be delivered all the same: it was written, and then the disk failed before
+    /// it was safe, so that it may still be there after a restart; or it was sent to the broker,
+    /// which may have it. Sent again, it may come twice, unless both times it has the same id
+    /// ([`once`](Guaranteed::once)). If this is false, nothing of the message was kept, and it
+    /// will not be delivered.
+    pub may_turn_up: bool,
+}
+
+impl fmt::Display for NotStored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)?;
+        if self.may_turn_up {
+            f.write_str("; it may be delivered all the same")?;
+        }
+        Ok(())
+    }
 }
 
 /// A message for the outbox. Awaiting it stores the message and returns a [`Receipt`].

@@ -38,7 +38,7 @@ pub use delivery::DeliveryError;
 pub use draft::BodyError;
 pub(crate) use draft::Draft;
 pub use events::{DownCause, Event, Events};
-pub use guaranteed::{Guaranteed, OutboxError, Receipt, Storing, Transaction};
+pub use guaranteed::{Guaranteed, NotStored, OutboxError, Receipt, Storing, Transaction};
 pub use handler::{Call, HandlerError};
 pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};

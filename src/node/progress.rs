@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use super::guaranteed::NotStored;
 use crate::engine::delivery::Fate;
 use crate::sync::{Mutex, Rank, lock};
 
 #[derive(Debug, Default)]
 struct State {
-    stored: Option<Result<(), String>>,
+    stored: Option<Result<(), NotStored>>,
     done: Option<Result<(), Fate>>,
     /// Nobody tells any more.
     abandoned: bool,
@@ -31,7 +32,7 @@ impl Progress {
     }
 
     /// Whether it was stored; `None` if nobody will tell.
-    pub(super) fn poll_stored(&self, context: &Context<'_>) -> Poll<Option<Result<(), String>>> {
+    pub(super) fn poll_stored(&self, context: &Context<'_>) -> Poll<Option<Result<(), NotStored>>> {
         self.poll(context, |state| state.stored.clone())
     }
 
@@ -58,7 +59,7 @@ impl Progress {
 }
 
 impl Teller {
-    pub(super) fn tell_stored(&self, result: Result<(), String>) {
+    pub(super) fn tell_stored(&self, result: Result<(), NotStored>) {
         self.tell(|state| state.stored = Some(result));
     }
 

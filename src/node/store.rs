@@ -76,7 +76,11 @@ impl From<JournalError> for StoreProblem {
     }
 }
 
-/// A part of a store's file that can't be read, though it was stored. The file is left as it is.
+/// A part of a store's file that can't be read, though it was stored, or a file that is missing.
+/// What is there is left as it is.
+///
+/// A journal's `manifest` lists its other files. Without it nobody knows whether any are missing,
+/// or were cut short; a new one is begun when the store is opened, and this is told once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedPart {
@@ -86,14 +90,16 @@ pub struct DamagedPart {
     pub from: u64,
     /// The one behind the last.
     pub to: u64,
+    /// The file is not there.
+    pub missing: bool,
 }
 
 impl DamagedPart {
     /// What of one of a store's journals is damaged.
     pub(crate) fn all(journal: &str, recovery: &Recovery) -> Vec<Self> {
         let part = |it: &Damage| {
-            let file = Path::new(journal).join(it.file_name());
-            Self { file, from: it.from, to: it.to }
+            let file = Path::new(journal).join(it.file.name());
+            Self { file, from: it.from, to: it.to, missing: it.missing }
         };
         recovery.damaged.iter().map(part).collect()
     }
@@ -101,12 +107,16 @@ impl DamagedPart {
 
 impl fmt::Display for DamagedPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, bytes {} to {}", self.file.display(), self.from, self.to)
+        let Self { file, from, to, missing } = self;
+        match missing {
+            true => write!(f, "{}, which is missing", file.display()),
+            false => write!(f, "{}, bytes {from} to {to}", file.display()),
+        }
     }
 }
 
 /// What reading a store back found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreReport {
     /// Messages that wait to be processed, once for each destination.
@@ -116,9 +126,15 @@ pub struct StoreReport {
     /// What can't be read, and is lost. After a power cut that may be a part of the last write, of
     /// which nobody was told that it was stored.
     pub damaged: Vec<DamagedPart>,
-    /// Bytes of last writes that a crash tore. Nobody was told that they were stored, unless the
-    /// very last entry of a file was damaged later: if its process was killed within a second of
-    /// writing it, that looks the same.
+    /// How many messages of the outbox that may have cost, at the most: so many were stored in what
+    /// can't be read. Those among them that were processed already, or stored once more elsewhere,
+    /// are counted too. `None` if nobody knows: the manifest is damaged itself, the damaged part was
+    /// written in the last seconds before a power cut, or by a version that didn't count.
+    pub lost: Option<u64>,
+    /// How many messages may be processed here once more, since what said that they were is in what
+    /// can't be read of the inbox. `None` as for `lost`.
+    pub forgotten: Option<u64>,
+    /// Bytes of last writes that a crash tore. Nobody was told that they were stored.
     pub torn: u64,
 }
 
@@ -192,6 +208,8 @@ impl Store {
             pending: outbox.pending(),
             dead_letters: outbox.dead_letters(),
             damaged,
+            lost: recovery.lost,
+            forgotten: inbox_recovery.lost,
             torn: recovery.torn + inbox_recovery.torn,
         };
         if report.torn > 0 {
@@ -199,6 +217,10 @@ impl Store {
         }
         for part in &report.damaged {
             tracing::error!(path = %path.display(), %part, "a part of the store can't be read: what it held is lost");
+        }
+        if !report.damaged.is_empty() {
+            let (lost, forgotten) = (at_the_most(report.lost), at_the_most(report.forgotten));
+            tracing::error!(path = %path.display(), lost, forgotten, "so many messages at the most are lost, or may be processed once more");
         }
         Ok(Self {
             outbox: Mutex::new(Rank::Outbox, outbox),
@@ -235,13 +257,21 @@ impl Store {
 
     /// Writes what is to be written and closes the files.
     pub(super) fn close(&self) {
+        // Not while outbox or inbox is between two actions: what a user was told of the first
+        // one, the second may have to store.
+        let deciding = (lock(&self.outbox), lock(&self.inbox));
         let mut journals = self.journals.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         let taken = journals.take();
         // Its sinks may want to append.
-        drop(journals);
+        drop((journals, deciding));
         drop(taken);
         *lock(&self.waiters) = Numbered::default();
     }
+}
+
+/// A number of messages, for people.
+fn at_the_most(messages: Option<u64>) -> String {
+    messages.map_or("unknown".into(), |messages| messages.to_string())
 }
 
 fn keep_first(kept: &mut Option<RecordError>, result: Result<(), RecordError>) {

@@ -1,4 +1,5 @@
 //! The `peerbus` command: nodes to run, messages to send, a demo and a benchmark.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod bench;
 mod bridge;
@@ -115,7 +116,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     if gone.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("peerbus: {}", in_full(error));
+    output::note(format_args!("peerbus: {}", in_full(error)));
     ExitCode::FAILURE
 }
 

@@ -1,7 +1,6 @@
 //! `peerbus node`: a demo node that prints what it sees.
 
 use std::future;
-use std::io;
 use std::time::Duration;
 
 use clap::Args;
@@ -50,7 +49,7 @@ impl NodeCommand {
             format!("{} is up as {} ({tcp})", node.name(), node.id())
         })?;
         if let Some(hint) = self.node.hint() {
-            eprintln!("{hint}");
+            output::note(hint);
         }
         let mut messages = SelectAll::new();
         for pattern in &self.subscribe {
@@ -115,7 +114,7 @@ async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Res
 /// will be so.
 pub(crate) fn echo(
     json: bool,
-    unprinted: UnboundedSender<io::Error>,
+    unprinted: UnboundedSender<anyhow::Error>,
 ) -> impl Fn(Call) -> BoxFuture<'static, Result<Body, HandlerError>> {
     move |call| {
         let message = call.message;

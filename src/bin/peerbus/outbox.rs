@@ -44,6 +44,15 @@ impl Folder {
     fn open(&self) -> anyhow::Result<ClosedOutbox> {
         Ok(ClosedOutbox::open(&self.dir)?)
     }
+
+    /// Opens it to write nothing.
+    fn look(&self) -> anyhow::Result<ClosedOutbox> {
+        let outbox = ClosedOutbox::look(&self.dir)?;
+        if let Some(problem) = outbox.identity_problem() {
+            output::note(format_args!("peerbus: its node won't start: {problem}"));
+        }
+        Ok(outbox)
+    }
 }
 
 #[derive(Args)]
@@ -130,7 +139,7 @@ struct Line {
 
 impl List {
     fn run(self) -> anyhow::Result<()> {
-        let outbox = self.folder.open()?;
+        let outbox = self.folder.look()?;
         let mut lines = BTreeMap::<Target, Line>::new();
         let (mut listed, mut more) = (Vec::new(), 0u64);
         for message in outbox.messages() {
@@ -155,33 +164,29 @@ impl List {
         if self.folder.json {
             return self.print_json(&outbox, &lines, &listed);
         }
-        for (node, name, pattern) in outbox.subscriptions() {
-            println!("durable subscription {name} to {pattern} of {node}");
-        }
+        let subscription =
+            |(node, name, pattern)| format!("durable subscription {name} to {pattern} of {node}");
+        let mut text: Vec<String> = outbox.subscriptions().map(subscription).collect();
         if lines.is_empty() {
-            println!("nothing waits in {}", self.folder.dir.display());
-            return Ok(());
+            text.push(format!("nothing waits in {}", self.folder.dir.display()));
+            return output::say(text.join("\n"));
         }
-        println!("{:<32} {:>9} {:>9} {:>12} {:>10}", "TO", "PENDING", "DEAD", "BYTES", "OLDEST");
+        let [to, pending, dead, bytes, oldest] = ["TO", "PENDING", "DEAD", "BYTES", "OLDEST"];
+        text.push(format!("{to:<32} {pending:>9} {dead:>9} {bytes:>12} {oldest:>10}"));
         for (target, line) in &lines {
             let oldest = line.oldest.map_or("?".into(), age);
-            println!(
-                "{:<32} {:>9} {:>9} {:>12} {oldest:>10}",
-                target.to_string(),
-                line.pending,
-                line.dead,
-                line.bytes
-            );
+            let (target, Line { pending, dead, bytes, .. }) = (target.to_string(), line);
+            text.push(format!("{target:<32} {pending:>9} {dead:>9} {bytes:>12} {oldest:>10}"));
         }
-        println!();
+        text.push(String::new());
         for message in &listed {
             let at = outbox.read(message).ok().map(|(header, _)| header.sent_at());
-            println!("{}", describe(message, at));
+            text.push(describe(message, at));
         }
         if more > 0 {
-            println!("… and {more} more (--limit)");
+            text.push(format!("… and {more} more (--limit)"));
         }
-        Ok(())
+        output::say(text.join("\n"))
     }
 
     fn print_json(
@@ -210,7 +215,7 @@ impl List {
         let value = json!({
             "destinations": lines, "subscriptions": subscriptions, "messages": listed,
         });
-        Ok(output::line(true, &value, String::new)?)
+        output::line(true, &value, String::new)
     }
 }
 
@@ -249,7 +254,7 @@ fn describe(message: &StoredMessage, at: Option<SystemTime>) -> String {
 
 impl Show {
     fn run(self) -> anyhow::Result<()> {
-        let outbox = self.folder.open()?;
+        let outbox = self.folder.look()?;
         let found: Vec<StoredMessage> =
             outbox.messages().filter(|message| message.number == self.number).collect();
         let first =
@@ -257,27 +262,28 @@ impl Show {
         let (header, body) = outbox.read(first)?;
         if self.folder.json {
             let parts: Vec<Value> = found.iter().map(|part| as_json(&outbox, part)).collect();
-            return Ok(output::line(true, &json!(parts), String::new)?);
+            return output::line(true, &json!(parts), String::new);
         }
-        for part in &found {
-            println!("{}", describe(part, Some(header.sent_at())));
-        }
-        println!("id          {}", header.id);
-        println!("destination {}", header.destination);
+        let sent_at = Some(header.sent_at());
+        let mut text: Vec<_> = found.iter().map(|part| describe(part, sent_at)).collect();
+        text.push(format!("id          {}", header.id));
+        text.push(format!("destination {}", header.destination));
         if let Some(key) = header.ordering_key() {
-            println!("key         {key}");
+            text.push(format!("key         {key}"));
         }
         for (name, value) in header.extra.iter().flat_map(|extra| &extra.headers) {
-            println!("header      {name}={value}");
+            text.push(format!("header      {name}={value}"));
         }
         match first.expires_at.map(|at| at.duration_since(SystemTime::now())) {
-            Some(Ok(left)) => println!("expires in  {}", humantime::format_duration(left)),
-            Some(Err(_)) => println!("expires     it has expired"),
+            Some(Ok(left)) => {
+                text.push(format!("expires in  {}", humantime::format_duration(left)))
+            }
+            Some(Err(_)) => text.push("expires     it has expired".into()),
             None => {}
         }
-        println!("body        {} bytes", body.len());
-        println!("{}", String::from_utf8_lossy(&body));
-        Ok(())
+        text.push(format!("body        {} bytes", body.len()));
+        text.push(format!("{}", String::from_utf8_lossy(&body)));
+        output::say(text.join("\n"))
     }
 }
 
@@ -309,7 +315,7 @@ impl<const ANY: bool> Chosen<ANY> {
             count += u64::from(act(&mut outbox, message)?);
         }
         let value = json!({ done: count });
-        Ok(output::line(self.folder.json, &value, || format!("{done} {count}"))?)
+        output::line(self.folder.json, &value, || format!("{done} {count}"))
     }
 }
 
@@ -339,7 +345,7 @@ impl Reassign {
             );
         }
         let value = json!({ "reassigned": found.len() });
-        Ok(output::line(self.folder.json, &value, || format!("reassigned {}", found.len()))?)
+        output::line(self.folder.json, &value, || format!("reassigned {}", found.len()))
     }
 }
 
@@ -362,12 +368,12 @@ impl Forget {
         let messages = outbox.forget(&node, &self.name)?.unwrap_or_default();
         let value = json!({ "forgotten": self.name.as_str(), "node": node, "messages": messages });
         let text = || format!("forgot {} of {}, with {messages} messages", self.name, node.short());
-        Ok(output::line(self.folder.json, &value, text)?)
+        output::line(self.folder.json, &value, text)
     }
 }
 
 fn verify(folder: &Folder) -> anyhow::Result<()> {
-    let outbox = folder.open()?;
+    let outbox = ClosedOutbox::look(&folder.dir)?;
     let (mut messages, mut unreadable) = (0u64, Vec::new());
     for message in outbox.messages() {
         messages += 1;
@@ -375,42 +381,65 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
             unreadable.push(message.number);
         }
     }
-    let (damaged, torn) = (outbox.damaged(), outbox.torn());
+    let (damaged, lost, torn) = (outbox.damaged(), outbox.lost(), outbox.torn());
     let inbox = outbox.check_inbox()?;
+    let identity = outbox.identity_problem().map(ToString::to_string);
     let value = json!({
         "messages": messages,
         "unreadable": unreadable,
         "damaged": parts_as_json(damaged),
+        "lost": lost,
         "torn": torn,
         "inbox": inbox.as_ref().map(|inbox| json!({
-            "entries": inbox.entries, "damaged": parts_as_json(&inbox.damaged), "torn": inbox.torn,
+            "entries": inbox.entries, "damaged": parts_as_json(&inbox.damaged),
+            "forgotten": inbox.forgotten, "torn": inbox.torn,
         })),
+        "identity": identity,
     });
-    output::line(folder.json, &value, || {
+    let printed = output::line(folder.json, &value, || {
         let text = match (damaged.len(), unreadable.len()) {
             (0, 0) => format!("{messages} messages, all can be read"),
             (_, gone) => {
-                format!("{messages} messages, {gone} can't be read{}", parts_as_text(damaged))
+                let cost = cost(lost, "lost");
+                format!("{messages} messages, {gone} can't be read{}{cost}", parts_as_text(damaged))
             }
         };
-        text + &torn_end(torn) + &inbox.as_ref().map(describe_inbox).unwrap_or_default()
-    })?;
+        let inbox = inbox.as_ref().map(describe_inbox).unwrap_or_default();
+        let identity = identity.iter().map(|problem| format!("\nits node won't start: {problem}"));
+        text + &torn_end(torn) + &inbox + &identity.collect::<String>()
+    });
     ensure!(damaged.is_empty() && unreadable.is_empty(), "the outbox is damaged");
     ensure!(inbox.is_none_or(|inbox| inbox.damaged.is_empty()), "the inbox is damaged");
-    Ok(())
+    ensure!(identity.is_none(), "the identity file can't be used");
+    printed
 }
 
 fn describe_inbox(inbox: &InboxReport) -> String {
-    let InboxReport { entries, damaged, torn, .. } = inbox;
+    let InboxReport { entries, damaged, forgotten, torn, .. } = inbox;
     let text = match damaged.len() {
         0 => format!("\nthe inbox: {entries} entries, all can be read"),
-        _ => format!("\nthe inbox: {entries} entries{}", parts_as_text(damaged)),
+        _ => {
+            let cost = cost(*forgotten, "processed once more");
+            format!("\nthe inbox: {entries} entries{}{cost}", parts_as_text(damaged))
+        }
     };
     text + &torn_end(*torn)
 }
 
+/// What may become of how many messages, since something is damaged.
+fn cost(messages: Option<u64>, what: &str) -> String {
+    match messages {
+        Some(messages) => format!("; {messages} messages at the most are {what}"),
+        None => format!("; nobody knows how many messages are {what}"),
+    }
+}
+
 fn parts_as_json(parts: &[DamagedPart]) -> Value {
-    parts.iter().map(|it| json!({ "file": it.file, "from": it.from, "to": it.to })).collect()
+    parts.iter().map(part_as_json).collect()
+}
+
+fn part_as_json(part: &DamagedPart) -> Value {
+    json!({ "file": part.file, "from": part.from, "to": part.to, "missing": part.missing })
 }
 
 fn parts_as_text(parts: &[DamagedPart]) -> String {

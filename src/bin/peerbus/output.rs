@@ -1,7 +1,9 @@
 //! Results, for people or for machines.
 
+use std::fmt::Display;
 use std::io::Write;
 
+use anyhow::Context;
 use peerbus::{Event, Message};
 use serde_json::{Value, json};
 
@@ -10,11 +12,25 @@ pub(crate) fn line(
     as_json: bool,
     value: &Value,
     text: impl FnOnce() -> String,
-) -> std::io::Result<()> {
-    let line = if as_json { value.to_string() } else { text() };
+) -> anyhow::Result<()> {
+    say(if as_json { value.to_string() } else { text() })
+}
+
+/// Writes a line to stdout, or several.
+pub(crate) fn say(text: impl Display) -> anyhow::Result<()> {
+    write(format!("{text}\n").as_bytes())
+}
+
+/// Writes bytes to stdout, as they are.
+pub(crate) fn write(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{line}")?;
-    stdout.flush()
+    let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
+    written.context("can't write to the standard output")
+}
+
+/// Writes a line to stderr, if somebody takes it.
+pub(crate) fn note(text: impl Display) {
+    let _nobody_reads = writeln!(std::io::stderr(), "{text}");
 }
 
 pub(crate) fn message(message: &Message) -> Value {
@@ -120,7 +136,8 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
 /// Says on a terminal how far a long command is; `None` wipes it away.
 pub(crate) fn progress(text: Option<&str>) {
     use std::io::IsTerminal;
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{}", text.unwrap_or_default());
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        let _nobody_reads = write!(stderr, "\r\x1b[K{}", text.unwrap_or_default());
     }
 }

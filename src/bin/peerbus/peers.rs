@@ -76,7 +76,7 @@ impl Peers {
             text
         })?;
         if let (true, Some(hint)) = (peers.is_empty(), self.node.hint()) {
-            eprintln!("{hint}");
+            output::note(hint);
         }
         match self.count {
             Some(count) if found.is_err() => {

@@ -1,7 +1,5 @@
 //! `peerbus request`
 
-use std::io::Write;
-
 use clap::Args;
 
 use crate::options::{BodyArg, NodeOptions, To};
@@ -42,12 +40,11 @@ impl Request {
         if self.json {
             output::line(true, &output::message(&reply), String::new)?;
         } else {
-            let mut stdout = std::io::stdout().lock();
-            stdout.write_all(&reply.body)?;
+            let mut body = reply.body.to_vec();
             if !reply.body.ends_with(b"\n") {
-                stdout.write_all(b"\n")?;
+                body.push(b'\n');
             }
-            stdout.flush()?;
+            output::write(&body)?;
         }
         Ok(())
     }

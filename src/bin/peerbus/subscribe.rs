@@ -108,7 +108,7 @@ fn durable(
     pattern: &Pattern,
     json: bool,
     limit: Limit,
-    printed: UnboundedSender<std::io::Result<()>>,
+    printed: UnboundedSender<anyhow::Result<()>>,
 ) -> anyhow::Result<Consumer> {
     let limit = Mutex::new(limit);
     let handler = move |call: peerbus::Call| {

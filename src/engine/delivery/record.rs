@@ -217,6 +217,14 @@ pub(super) enum OutboxRecord<'a> {
 }
 
 impl<'a> OutboxRecord<'a> {
+    /// How many messages it stores.
+    pub(super) fn messages(&self) -> u32 {
+        match self {
+            Self::Messages(messages) | Self::Once(messages, _) => messages.len() as u32,
+            _ => 0,
+        }
+    }
+
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Messages(messages) => {

@@ -83,7 +83,7 @@ impl Disk {
         &mut self,
         fails: bool,
         random: &mut Random,
-    ) -> Vec<(u64, Result<Position, String>)> {
+    ) -> Vec<(u64, Result<Position, NotStored>)> {
         if fails {
             let countdown = match random.once_in(2) {
                 true => &self.bytes.write_fails,
@@ -92,7 +92,7 @@ impl Disk {
             countdown.store(1, Ordering::SeqCst);
         }
         let tokens: Vec<_> = self.being_written.iter().map(|write| write.token).collect();
-        let results = self.write().into_iter().map(|it| it.map_err(|error| error.to_string()));
+        let results = self.write();
         self.fail_no_more();
         let results = tokens.into_iter().zip(results);
         results.filter_map(|(token, result)| Some((token?, result))).collect()

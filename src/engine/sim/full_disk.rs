@@ -33,8 +33,10 @@ impl Receiver {
     fn perform(&mut self) {
         while let Some(action) = self.inbox.poll_action() {
             let (token, entry, kind) = match action {
-                InboxAction::Append { token, entry, haste } => (Some(token), entry, kind(haste)),
-                InboxAction::AppendSnapshot { token, entry } => {
+                InboxAction::Append { token, entry, haste, .. } => {
+                    (Some(token), entry, kind(haste))
+                }
+                InboxAction::AppendSnapshot { token, entry, .. } => {
                     (Some(token), entry, EntryKind::First)
                 }
                 InboxAction::Note(entry) => (None, entry, EntryKind::Note),
@@ -51,7 +53,7 @@ impl Receiver {
             self.snapshots += u64::from(kind == EntryKind::First);
             let written = self.journal.write(std::iter::once((entry, kind))).remove(0);
             if let Some(token) = token {
-                self.inbox.handle_appended(token, written.map_err(|error| error.to_string()));
+                self.inbox.handle_appended(token, written);
             }
         }
     }

@@ -294,7 +294,7 @@ impl Keeper {
         let handler = |_: Call| std::future::ready(Ok::<_, HandlerError>(""));
         let _service = node.serve("work", handler).start()?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        println!("{}", listener.local_addr()?);
+        output::say(listener.local_addr()?)?;
         let path = self.store.with_extension("by-hand");
         thread::spawn(move || by_hand::answer(&listener, &path));
         // Until the near side closes its end.

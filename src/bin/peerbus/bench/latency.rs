@@ -242,7 +242,7 @@ impl Echo {
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let ready = |address: String| println!("{address}");
+        let ready = |address: String| _ = output::say(address);
         let serving = async move {
             match self.contender {
                 Contender::TcpEcho => serve_tcp(self.size, ready).await,

@@ -135,13 +135,13 @@ pub(crate) struct Restarted {
 
 impl Restarted {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        println!("here");
+        output::say("here")?;
         let _node = node(&self.runtime_dir, &self.store).await?;
         let answering = tokio::task::spawn_blocking(|| {
             for line in std::io::stdin().lines() {
                 line?;
                 let (cpu, resident) = usage()?;
-                println!("{} {resident}", cpu.as_nanos());
+                output::say(format_args!("{} {resident}", cpu.as_nanos()))?;
             }
             Ok(())
         });

@@ -223,7 +223,7 @@ impl Member {
             Some(by) => {
                 let node = self.config(by)?.start().await?;
                 let address = node.listening().first().map(ToString::to_string);
-                println!("{}", address.unwrap_or_else(|| "here".into()));
+                output::say(address.unwrap_or_else(|| "here".into()))?;
                 let others = self.nodes as usize - 1;
                 node.wait_for_peers(others, Duration::from_secs(self.patience)).await?;
                 self.rest().await
@@ -232,7 +232,7 @@ impl Member {
                 let path = |number| format!("ipc://{}/{number}.sock", self.dir.display());
                 let mut router = RouterSocket::new();
                 router.bind(&path(self.number)).await?;
-                println!("here");
+                output::say("here")?;
                 let mut dials = JoinSet::new();
                 for number in 0..self.number {
                     let endpoint = path(number);
@@ -260,10 +260,10 @@ impl Member {
 
     /// Tells what this process takes whenever it is asked.
     async fn rest(&self) -> anyhow::Result<()> {
-        println!("met");
+        output::say("met")?;
         while tokio::task::spawn_blocking(|| std::io::stdin().lines().next()).await?.is_some() {
             let (cpu, resident) = usage()?;
-            println!("{} {resident}", cpu.as_nanos());
+            output::say(format_args!("{} {resident}", cpu.as_nanos()))?;
         }
         Ok(())
     }

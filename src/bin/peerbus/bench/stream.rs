@@ -11,6 +11,7 @@ use zeromq::{PullSocket, PushSocket, Socket, SocketRecv, SocketSend, ZmqMessage}
 
 use super::process::{Far, Placement, affinity, name};
 use super::stats::Samples;
+use crate::output;
 use crate::scratch::Scratch;
 
 /// What carries the messages.
@@ -282,12 +283,12 @@ impl Sink {
                     delays.add(Duration::from_nanos(late));
                 }
                 let [p50, p99, p999] = [500, 990, 999].map(|part| delays.percentile(part));
-                println!("{p50} {p99} {p999}");
+                output::say(format_args!("{p50} {p99} {p999}"))?;
             } else {
                 for _ in 0..count {
                     incoming.next().await?;
                 }
-                println!("done");
+                output::say("done")?;
             }
         }
         Ok(())
@@ -301,7 +302,7 @@ impl Sink {
                     Transport::Unix => format!("ipc://{}", self.socket.display()),
                     Transport::Tcp | Transport::Tls => "tcp://127.0.0.1:0".to_owned(),
                 };
-                println!("{}", socket.bind(&endpoint).await?);
+                output::say(socket.bind(&endpoint).await?)?;
                 Ok(Incoming::Zeromq(socket))
             }
             Contender::Peerbus => {
@@ -310,7 +311,7 @@ impl Sink {
                 let overflow = if self.stalled { Overflow::DropNewest } else { Overflow::HoldBack };
                 let subscription = node.subscribe_with(TOPIC, overflow)?;
                 let address = node.listening().first().map(ToString::to_string);
-                println!("{}", address.unwrap_or_else(|| "here".into()));
+                output::say(address.unwrap_or_else(|| "here".into()))?;
                 Ok(Incoming::Peerbus { _node: node, subscription })
             }
         }

@@ -20,10 +20,10 @@ const KILL_AFTER: usize = 100;
 
 /// Shows what the outbox is for.
 pub(super) async fn show() -> anyhow::Result<()> {
-    title("A receiver is killed in mid-stream");
+    title("A receiver is killed in mid-stream")?;
     say(&format!(
         "You send {MESSAGES} messages; after {KILL_AFTER} of them dave is killed, and started again."
-    ));
+    ))?;
     for guaranteed in [false, true] {
         let scene = Scene::begin(guaranteed).await?;
         let (refused, handled) = scene.play().await?;
@@ -37,7 +37,7 @@ pub(super) async fn show() -> anyhow::Result<()> {
         if again > 0 {
             text += &format!(", {again} handled twice, since dave died before he could note it");
         }
-        say(&text);
+        say(&text)?;
         anyhow::ensure!(!guaranteed || lost == 0, "guaranteed messages were lost");
     }
     Ok(())

@@ -15,6 +15,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::output;
+
 /// Starts three nodes as processes of their own, and shows what they do. Takes a few seconds.
 #[derive(Args)]
 pub(crate) struct Demo {}
@@ -34,7 +36,7 @@ type Lines = mpsc::UnboundedReceiver<(&'static str, Value)>;
 impl Demo {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let mesh = format!("demo-{}", std::process::id());
-        say("Three processes are started: alice, bob and carol. No server, no configuration.");
+        say("Three processes are started: alice, bob and carol. No server, no configuration.")?;
         let (sender, mut lines) = mpsc::unbounded_channel();
         let mut processes = Vec::new();
         for name in NAMES {
@@ -46,8 +48,8 @@ impl Demo {
         }
         result?;
         crash::show().await?;
-        say("");
-        say("That was the mesh. `peerbus --help` lists what else there is.");
+        say("")?;
+        say("That was the mesh. `peerbus --help` lists what else there is.")?;
         Ok(())
     }
 }
@@ -59,56 +61,56 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     let node = Node::builder().name("you").mesh(mesh).mdns(false).start().await?;
     node.wait_for_peers(3, STEP).await.context("the demo did not meet its nodes")?;
     let names: BTreeMap<_, _> = node.peers().into_iter().map(|peer| (peer.id, peer.name)).collect();
-    say("This command joins them as a fourth node, called \"you\".");
+    say("This command joins them as a fourth node, called \"you\".")?;
 
-    title("Publish and subscribe");
+    title("Publish and subscribe")?;
     node.wait_for_subscribers("news.today", 3, STEP).await?;
     let report = node.publish("news.today", "the sun shines").await?;
     say(&format!(
         "You publish on news.today. It is queued for {} nodes that subscribe to news.>",
         report.queued
-    ));
+    ))?;
     let mut heard = Vec::new();
     while heard.len() < 3 {
         let (name, line) = next(lines, "message").await?;
-        say(&format!("  {name} received {}", line["body"]));
+        say(&format!("  {name} received {}", line["body"]))?;
         heard.push(name);
     }
 
-    title("Request and reply");
+    title("Request and reply")?;
     node.wait_for_service("work", STEP).await?;
     let reply = node.request("work", "how are you?").await?;
     let who = names.get(&reply.from).map_or("somebody", String::as_str);
-    say(&format!("You ask the service \"work\"; {who} replies {:?}.", reply.text()));
+    say(&format!("You ask the service \"work\"; {who} replies {:?}.", reply.text()))?;
 
-    title("Competing consumers");
-    say("All three serve \"work\". Twelve requests, each handled by exactly one of them:");
+    title("Competing consumers")?;
+    say("All three serve \"work\". Twelve requests, each handled by exactly one of them:")?;
     share(&node, &names).await?;
 
-    title("A node dies");
+    title("A node dies")?;
     let carol = &mut processes[2];
     carol.child.start_kill().context("carol can't be killed")?;
     carol.child.wait().await?;
-    say("carol is killed, without a chance to say goodbye.");
+    say("carol is killed, without a chance to say goodbye.")?;
     let mut noticed = 0;
     while noticed < 2 {
         let (name, line) = next(lines, "peer_down").await?;
         if line["name"] == "carol" {
-            say(&format!("  {name} noticed: {}", line["reason"].as_str().unwrap_or_default()));
+            say(&format!("  {name} noticed: {}", line["reason"].as_str().unwrap_or_default()))?;
             noticed += 1;
         }
     }
     while node.peers().len() > 2 {
         tokio::task::yield_now().await;
     }
-    say("The work goes on with those who are left:");
+    say("The work goes on with those who are left:")?;
     share(&node, &names).await?;
     let report = node.shutdown().await;
     say(&format!(
         "You leave. Messages dropped: {}, in doubt: {}.",
         report.counters.dropped_total(),
         report.counters.in_doubt
-    ));
+    ))?;
     Ok(())
 }
 
@@ -124,7 +126,7 @@ async fn meet(lines: &mut Lines) -> anyhow::Result<()> {
             _ => "when it was dialled by it",
         };
         if let Some(other) = line["name"].as_str().filter(|other| NAMES.contains(other)) {
-            say(&format!("  {name} found {other} {means}"));
+            say(&format!("  {name} found {other} {means}"))?;
             met += 1;
         }
     }
@@ -139,7 +141,7 @@ async fn share(node: &Node, names: &BTreeMap<peerbus::NodeId, String>) -> anyhow
         *shares.entry(name).or_insert(0) += 1;
     }
     for (name, count) in shares {
-        say(&format!("  {name:<6} {}", "▪".repeat(count)));
+        say(&format!("  {name:<6} {}", "▪".repeat(count)))?;
     }
     Ok(())
 }
@@ -191,15 +193,15 @@ async fn terminate(child: &mut Child, name: &str) {
         if timeout(Duration::from_secs(5), child.wait()).await.is_ok() {
             return;
         }
-        eprintln!("{name} had to be killed");
+        output::note(format_args!("{name} had to be killed"));
     }
     let _gone_already = child.kill().await;
 }
 
-fn title(text: &str) {
-    say(&format!("\n{text}"));
+fn title(text: &str) -> anyhow::Result<()> {
+    say(&format!("\n{text}"))
 }
 
-fn say(text: &str) {
-    println!("{text}");
+fn say(text: &str) -> anyhow::Result<()> {
+    output::say(text)
 }

@@ -17,7 +17,7 @@ use super::ranges::Ranges;
 use super::record::InboxRecord;
 use crate::engine::HashMap;
 use crate::identity::NodeId;
-use crate::journal::{Haste, Position};
+use crate::journal::{Haste, NotStored, Position};
 use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
 
 /// A redelivered message whose handler was begun so often, and never ended, kills its process.
@@ -59,12 +59,15 @@ pub(crate) enum InboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
+        /// How many messages it says to be processed.
+        messages: u32,
         haste: Haste,
     },
     /// The same for all that is known, as the first entry of a segment.
     AppendSnapshot {
         token: u64,
         entry: Vec<u8>,
+        messages: u32,
     },
     Note(Vec<u8>),
     /// The segments before that one are no longer wanted.
@@ -342,7 +345,7 @@ impl Inbox {
     }
 
     /// An entry was stored, or can't be.
-    pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, String>) {
+    pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, NotStored>) {
         if result.is_err() {
             // What was written before may be gone as well, whatever a later sync says.
             self.streams.values_mut().for_each(|seen| seen.opened = false);
@@ -449,10 +452,11 @@ impl Inbox {
     }
 
     fn append(&mut self, record: &InboxRecord, pending: Pending, haste: Haste) {
+        let messages = u32::from(matches!(pending, Pending::Processed(..)));
         let token = self.token_for(pending);
         let entry = record.encode();
         self.since_snapshot += ENTRY_COST + entry.len() as u64;
-        self.actions.push_back(InboxAction::Append { token, entry, haste });
+        self.actions.push_back(InboxAction::Append { token, entry, messages, haste });
     }
 
     fn token_for(&mut self, pending: Pending) -> u64 {

@@ -13,13 +13,16 @@ impl Inbox {
 
     /// Says all that is known again, so that what is before can go.
     pub(super) fn take_snapshot(&mut self) {
-        let streams = self.streams.values().map(Seen::record).collect();
+        let streams: Vec<_> = self.streams.values().map(Seen::record).collect();
+        let processed = streams.iter().flat_map(|stream| &stream.processed);
+        let messages: u64 = processed.map(|(first, last)| last.saturating_sub(*first) + 1).sum();
+        let messages = messages.try_into().unwrap_or(u32::MAX);
         let snapshot = InboxRecord::Snapshot(self.epoch, streams);
         let (token, entry) = (self.token_for(Pending::Snapshot), snapshot.encode());
         self.snapshot_size = entry.len() as u64;
         self.since_snapshot = 0;
         self.snapshot = SnapshotPhase::Storing;
-        self.actions.push_back(InboxAction::AppendSnapshot { token, entry });
+        self.actions.push_back(InboxAction::AppendSnapshot { token, entry, messages });
         let counts = self.streams.values().flat_map(|seen| {
             seen.begun.iter().map(|(seq, times)| InboxRecord::Begun(seen.number, *seq, *times))
         });

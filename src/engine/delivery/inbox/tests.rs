@@ -31,7 +31,7 @@ impl Bench {
         while let Some(action) = self.inbox.poll_action() {
             match action {
                 InboxAction::Append { token, entry, .. }
-                | InboxAction::AppendSnapshot { token, entry } => {
+                | InboxAction::AppendSnapshot { token, entry, .. } => {
                     self.journal.push(entry);
                     self.inbox.handle_appended(token, Ok(PLACE));
                 }

@@ -38,7 +38,7 @@ use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
-use crate::journal::{Haste, Position};
+use crate::journal::{Haste, NotStored, Position};
 use crate::message::MessageId;
 use crate::wire::{Control, Delivery, Envelope, Stream};
 
@@ -92,6 +92,8 @@ pub(crate) enum OutboxAction {
     Append {
         token: u64,
         entry: Vec<u8>,
+        /// How many messages it stores.
+        messages: u32,
         haste: Haste,
         urgent: bool,
     },
@@ -111,7 +113,7 @@ pub(crate) enum OutboxAction {
     },
     Send(NodeId, Control),
     /// The message is stored, or can't be.
-    Stored(u64, Result<(), String>),
+    Stored(u64, Result<(), NotStored>),
     /// All destinations have processed it, or it is a dead letter for one.
     Done(u64, Result<(), Fate>),
     Report(OutboxEvent),

@@ -3,7 +3,7 @@
 use super::{Bound, DISK_RETRY, Outbox, OutboxAction, PartKey, Pending, State, Target, Written};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::journal::{Haste, Position};
+use crate::journal::{Haste, NotStored, Position};
 
 impl Outbox {
     pub(super) fn append(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
@@ -16,8 +16,8 @@ impl Outbox {
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        let entry = record.encode();
-        self.actions.push_back(OutboxAction::Append { token, entry, haste, urgent });
+        let (entry, messages) = (record.encode(), record.messages());
+        self.actions.push_back(OutboxAction::Append { token, entry, messages, haste, urgent });
     }
 
     /// Stores, without a sync, what was settled since the last time.
@@ -40,7 +40,7 @@ impl Outbox {
         &mut self,
         now: Now,
         token: u64,
-        result: Result<Position, String>,
+        result: Result<Position, NotStored>,
     ) {
         self.now = now.time;
         if let Ok(position) = &result {

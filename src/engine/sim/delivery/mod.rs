@@ -406,10 +406,10 @@ impl World {
         let entry = &mut self.nodes[node];
         let life = entry.life.as_mut().expect("it acts");
         match action {
-            InboxAction::Append { token, entry: bytes, haste } => {
+            InboxAction::Append { token, entry: bytes, haste, .. } => {
                 entry.inbox_disk.append(Some(token), bytes, kind(haste));
             }
-            InboxAction::AppendSnapshot { token, entry: bytes } => {
+            InboxAction::AppendSnapshot { token, entry: bytes, .. } => {
                 // Each life begins with one.
                 self.seen.when("snapshots of inboxes that live", life.snapshots > 0);
                 life.snapshots += 1;

@@ -18,6 +18,7 @@ use super::pace::Pace;
 use super::tally::{Counter, Log, Sent, Stamp, count, now};
 use super::workload::Pattern;
 use crate::bench::process::affinity;
+use crate::output;
 
 /// What it is told at its start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -110,7 +111,7 @@ fn note(book: &Shared, body: &[u8]) {
         Some(Book::Counting(counter)) => counter.add(stamp, at),
         Some(Book::Logging(log)) => {
             if let Err(error) = log.add(stamp, at) {
-                eprintln!("what came can't be written down: {error}");
+                output::note(format_args!("what came can't be written down: {error}"));
             }
         }
         None => {}
@@ -131,8 +132,8 @@ async fn receive(
     let noting = book.clone();
     let noting: Note = Arc::new(move |body| note(&noting, body));
     match client.receive(noting).await? {
-        Some(addr) => println!("{addr}"),
-        None => println!("ready"),
+        Some(addr) => output::say(addr)?,
+        None => output::say("ready")?,
     }
     while let Some(line) = lines.next_line().await? {
         let mut book = book.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,10 +142,10 @@ async fn receive(
             (("begin", start), book) => {
                 *book = Some(Book::Counting(Box::new(Counter::new(start.parse()?))));
             }
-            (("count", _), Some(Book::Counting(counter))) => println!("{}", counter.received()),
+            (("count", _), Some(Book::Counting(counter))) => output::say(counter.received())?,
             (("report", _), book @ Some(Book::Counting(_))) => {
                 if let Some(Book::Counting(counter)) = book.take() {
-                    println!("{}", serde_json::to_string(&counter.finish())?);
+                    output::say(serde_json::to_string(&counter.finish())?)?;
                 }
             }
             (("end", _), _) => break,
@@ -221,7 +222,7 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
     };
     let client = Client::connect(&part).await?;
     client.meet(receivers).await?;
-    println!("ready");
+    output::say("ready")?;
     let line = lines.next_line().await?.context("it was never told to begin")?;
     let start: u64 = line.strip_prefix("begin ").context("it was not told when")?.parse()?;
     let part = Arc::new(part);
@@ -242,7 +243,7 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
         sent.told = ended.told + sender.client.told() - told_before;
         sent.replies = ended.replies.take().map(Counter::finish);
     });
-    println!("{}", serde_json::to_string(&sent)?);
+    output::say(serde_json::to_string(&sent)?)?;
     while lines.next_line().await?.is_some_and(|line| line != "end") {}
     sender.client.close().await;
     Ok(())

@@ -71,8 +71,7 @@ pub(crate) struct Tradeoff {
 impl Tradeoff {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         if self.print {
-            print!("{}", workload::STANDARD);
-            return Ok(());
+            return output::write(workload::STANDARD.as_bytes());
         }
         let workloads = self.workloads()?;
         let (systems, skipped) = self.systems(&workloads)?;
@@ -136,7 +135,7 @@ impl Tradeoff {
         output::line(self.json, &value, || table::text(report))?;
         if let Some(path) = &self.html {
             std::fs::write(path, html::page(report)).with_context(|| path.display().to_string())?;
-            eprintln!("the page is in {}", path.display());
+            output::note(format_args!("the page is in {}", path.display()));
         }
         Ok(())
     }
