@@ -17,7 +17,25 @@ pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     let mut options = std::fs::OpenOptions::new();
     let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())?;
-    file.sync_all()
+    file.sync_all()?;
+    sync_folder_of(path)
+}
+
+/// Makes a name last that is new in its folder: neither the file's own sync nor that of a folder
+/// beneath does.
+#[cfg(unix)]
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        Some(_) => Path::new("."),
+        None => return Ok(()),
+    };
+    match std::fs::File::open(folder) {
+        Ok(folder) => folder.sync_all(),
+        // One that may be written to but not read can't be synced.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(not(unix))]
@@ -58,14 +76,19 @@ pub(crate) fn looser(_: &Path) -> io::Result<Option<Looser>> {
     Ok(None)
 }
 
-/// Makes a folder with mode 0700, and those above it, unless it is there.
+/// Makes a folder with mode 0700, and those above it, unless it is there. What is made lasts.
 ///
 /// # Errors
 /// What the system says.
 #[cfg(unix)]
 pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    let new = path.ancestors().take_while(|folder| {
+        *folder != Path::new("") && std::fs::symlink_metadata(folder).is_err()
+    });
+    let new: Vec<&Path> = new.collect();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    new.into_iter().try_for_each(sync_folder_of)
 }
 
 #[cfg(not(unix))]

@@ -259,7 +259,8 @@ impl Journal {
     ) -> Result<(Reader, Recovery), JournalError> {
         let storage = Directory::open_to_read(path)?;
         let (recovery, resume) = recover(&storage, take)?;
-        Ok((Reader { storage, salt: resume.salt.unwrap_or_default() }, recovery))
+        let (storage, salt) = (Arc::new(storage), resume.salt.unwrap_or_default());
+        Ok((Reader { storage, salt }, recovery))
     }
 
     /// [`Journal::open`] with a sink for [`Journal::append_for_sink`].
@@ -332,7 +333,12 @@ impl Journal {
 
     /// Reads an entry that was stored.
     pub fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
-        read_entry(&*self.storage, self.salt, position)
+        self.reader().read(position)
+    }
+
+    /// Reads entries apart from the journal.
+    pub(crate) fn reader(&self) -> Reader {
+        Reader { storage: self.storage.clone(), salt: self.salt }
     }
 
     /// Removes the segments before that one, whose entries are no longer wanted; never the one
@@ -348,16 +354,16 @@ impl Journal {
     }
 }
 
-/// A journal that is only read. Nobody can open it to write as long as this lives.
+/// Reads the entries of a journal. Nobody else can open its directory as long as this lives.
 pub(crate) struct Reader {
-    storage: Directory,
+    storage: Arc<dyn Storage>,
     salt: u64,
 }
 
 impl Reader {
     /// Reads an entry that was stored.
     pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
-        read_entry(&self.storage, self.salt, position)
+        read_entry(&*self.storage, self.salt, position)
     }
 }
 

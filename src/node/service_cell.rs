@@ -109,22 +109,22 @@ impl ServiceCell {
         let cancelled = Arc::default();
         let held = Box::new(Held { message, credit, cancelled, deadline, share });
         let (key, order) = (held.key(), held.message.header.ordering_key().map(str::to_owned));
-        let admission = lock(&self.calls).handle_call(key, order.as_deref(), expires, held);
-        match admission {
-            Admission::Start(held) => self.start(shared, key, held),
+        let mut calls = lock(&self.calls);
+        match calls.handle_call(key, order.as_deref(), expires, held) {
+            // Under the lock: its end waits for its beginning, and so does whoever cancels it.
+            Admission::Start(held) => calls.keep(key, self.start(shared, key, held)),
             Admission::Waits => {}
             Admission::Refused(held) => {
+                drop(calls);
                 shared.decline(&held.message, held.credit, DropReason::NoService);
             }
         }
     }
 
     /// Runs a call, and after it what has waited for its place.
-    fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Box<Held>) {
+    fn start(self: &Arc<Self>, shared: &Arc<Shared>, key: Key, held: Box<Held>) -> Running {
         let (cancelled, guaranteed) = (held.cancelled.clone(), held.message.delivery.is_some());
         let (service, node) = (self.clone(), shared.clone());
-        // What it does when it ends waits until this is done.
-        let mut calls = lock(&self.calls);
         let task = shared.runtime.spawn(async move {
             let (mut next, mut in_a_row) = (Some((key, held)), 0);
             while let Some((key, held)) = next {
@@ -136,7 +136,7 @@ impl ServiceCell {
                 }
             }
         });
-        calls.keep(key, Running { cancelled, guaranteed, task: task.abort_handle() });
+        Running { cancelled, guaranteed, task: task.abort_handle() }
     }
 
     /// Runs a call; returns what is next in its place.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, RwLock, Weak};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 
 use smallvec::SmallVec;
 
@@ -150,6 +150,8 @@ pub(crate) struct Store {
     /// `None` when the node has shut down.
     journals: RwLock<Option<Journals>>,
     pub(super) reader: Reader,
+    /// Held while an entry is read.
+    reads: RwLock<()>,
     pub(super) waiters: Mutex<Numbered<Waiters>>,
     /// Durable subscriptions that this node has given up. Held while peers are told.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
@@ -227,6 +229,7 @@ impl Store {
             inbox: Mutex::new(Rank::Inbox, inbox),
             journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
             reader: Reader::default(),
+            reads: RwLock::default(),
             waiters: Mutex::new(Rank::Table, Numbered::default()),
             ended: Mutex::new(Rank::EndedConsumers, BTreeSet::new()),
             parked: Mutex::new(Rank::Table, HashMap::new()),
@@ -242,7 +245,7 @@ impl Store {
     }
 
     pub(super) fn with_journals(&self, act: impl FnOnce(&Journals)) {
-        let journals = self.journals.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let journals = self.journals.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(journals) = &*journals {
             act(journals);
         }
@@ -250,17 +253,20 @@ impl Store {
 
     /// An entry of the outbox's journal; `None` if it can't be read.
     pub(super) fn entry(&self, position: Position) -> Option<Vec<u8>> {
-        let mut entry = None;
-        self.with_journals(|it| entry = it.outbox.read(position).ok());
-        entry
+        let _open = self.reads.read().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = None;
+        self.with_journals(|it| reader = Some(it.outbox.reader()));
+        reader?.read(position).ok()
     }
 
     /// Writes what is to be written and closes the files.
     pub(super) fn close(&self) {
+        // No lock is held while a read comes to its end.
+        let _no_reads = self.reads.write().unwrap_or_else(PoisonError::into_inner);
         // Not while outbox or inbox is between two actions: what a user was told of the first
         // one, the second may have to store.
         let deciding = (lock(&self.outbox), lock(&self.inbox));
-        let mut journals = self.journals.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut journals = self.journals.write().unwrap_or_else(PoisonError::into_inner);
         let taken = journals.take();
         // Its sinks may want to append.
         drop((journals, deciding));

@@ -331,7 +331,12 @@ impl Mesh {
     /// The peer speaks a newer protocol than ours.
     pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
         self.send(link, Control::Bye(Bye::Version));
-        self.refuse(now, link, format!("it speaks protocol version {version}"), true);
+        let text = format!("it speaks protocol version {version}");
+        match self.links.get(&link).map(|link| link.phase) {
+            // Its peer has routes and a place in the outbox, which have to go.
+            Some(Phase::Up) => self.end(now, link, DownReason::Refused(text)),
+            _ => self.refuse(now, link, text, true),
+        }
     }
 
     /// Of those that came over a network, nodes that are not `trusted` as before lose their links.

@@ -120,6 +120,17 @@ fn a_message_may_follow_the_accept_at_once() {
 }
 
 #[test]
+fn a_peer_that_begins_to_speak_a_newer_version_is_down() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    a.handle_newer_version(at(3), LinkId(1), 9);
+    assert!(!a.is_linked(&b.me.id));
+    let told = actions(&mut a);
+    let is_down = |action: &Action| matches!(action, Action::Report(MeshEvent::PeerDown { .. }));
+    assert!(told.iter().any(is_down), "{told:?}");
+}
+
+#[test]
 fn a_target_that_is_gone_is_forgotten_when_its_link_ends() {
     let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
     linked(&mut a, &mut b, LinkId(1));
