@@ -250,11 +250,13 @@ impl Config {
         fail_fast: bool;
         /// How long a connection from a network may take for its handshake: 5 s by default.
         handshake_timeout: Duration;
-        /// How many connections may be in their handshake at once: 128 by default.
+        /// The most connections from networks in their handshake at once: 128 by default.
+        /// Processes of the same user on this host, over Unix sockets, have limits of their own:
+        /// 1,024 handshakes and 4,096 connections.
         max_pending_handshakes: usize;
         /// How many of those from one address: 8 by default.
         max_pending_per_address: usize;
-        /// How many accepted connections there may be: 1,024 by default.
+        /// The most accepted connections from networks: 1,024 by default.
         max_connections: usize;
         /// When a guaranteed message counts as stored: [`Durability::Sync`] by default.
         durability: Durability;

@@ -1,4 +1,4 @@
-//! What is logged of decisions that are made under a lock: queued there, written by a task.
+//! Log lines of decisions that are made under a lock: queued there, written by a task.
 //!
 //! A subscriber of `tracing` may wait, for a terminal or a full pipe say, and whoever wants the
 //! lock would wait with it.

@@ -27,14 +27,14 @@ pub(super) struct Transmission {
     pub(super) expires_at: Option<u64>,
 }
 
-/// What is wanted of a stored message.
+/// A stored message that is to be read.
 pub(super) enum Wanted {
     /// To be stored once more, elsewhere: its number, and where it is.
     Move(u64, Position),
     Transmit(Transmission, Source),
 }
 
-/// What was read.
+/// A message that was read, or can't be.
 enum Found {
     Moved(u64, Option<Bytes>),
     Transmission(Transmission, Option<Envelope>),
@@ -50,8 +50,8 @@ pub(super) struct Reader {
 #[derive(Default)]
 struct Waiting {
     wanted: Vec<Wanted>,
-    /// How many messages are on their way to a node through here. What is sent to it meanwhile
-    /// comes behind them, though it be in memory.
+    /// Messages on their way to each node through here, counted. Others for it come behind them,
+    /// though they be in memory.
     to: HashMap<NodeId, u64>,
 }
 
@@ -66,7 +66,7 @@ impl Reader {
         self.more.notify_one();
     }
 
-    /// Whether something for that node is on its way through here.
+    /// Something for that node is on its way through here.
     pub(super) fn is_busy_for(&self, node: &NodeId) -> bool {
         lock(&self.waiting).to.contains_key(node)
     }

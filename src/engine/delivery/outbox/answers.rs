@@ -30,7 +30,7 @@ impl Outbox {
         }
     }
 
-    /// Whether that attempt is still on its way.
+    /// That attempt is still on its way.
     pub(crate) fn is_in_flight(&self, key: PartKey, attempt: u32) -> bool {
         self.part(key).is_some_and(|part| part.state == State::InFlight && part.attempts == attempt)
     }
