@@ -95,6 +95,65 @@ async fn nats_crashes() {
     if let Some(world) = World::nats().await {
         a_broker_that_crashes_is_told_and_what_was_promised_is_kept(world).await;
     }
+    // Both kill the one server.
+    if let Some(world) = World::nats().await {
+        what_nats_has_forgotten_to_have_delivered_is_marked_as_redelivered(world).await;
+    }
+}
+
+/// A server that is killed may forget what it had delivered.
+#[cfg(feature = "nats")]
+async fn what_nats_has_forgotten_to_have_delivered_is_marked_as_redelivered(mut world: World) {
+    use std::collections::HashSet;
+    use std::sync::{Arc, Mutex};
+
+    use peerbus::{Call, HandlerError};
+
+    let (alice, bob) = (world.durable("alice").await, world.durable("bob").await);
+    let (began, mut beginnings) = tokio::sync::mpsc::unbounded_channel();
+    let begun = Arc::new(Mutex::new(HashSet::new()));
+    let handler = move |call: Call| {
+        let (text, again) = (call.message.text().into_owned(), call.message.is_redelivered());
+        let first = begun.lock().unwrap().insert(text.clone());
+        began.send((text.clone(), first, again)).unwrap();
+        async move {
+            // Those of the server's first life never end.
+            if first && text.starts_with("early") {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, HandlerError>(())
+        }
+    };
+    let _service = bob.serve("marked", handler).concurrency(200).start().unwrap();
+    for n in 0..100 {
+        alice.send("marked", format!("early {n}")).guaranteed().await.unwrap();
+    }
+    let mut early = 0;
+    while early < 100 {
+        let (text, first, again) = soon(beginnings.recv()).await.unwrap();
+        assert!(first && !again, "{text}");
+        early += 1;
+    }
+    let mut events = alice.events();
+    restart(&mut world).await;
+    wait_for(&mut events, |event| match event {
+        Event::PeerUp(peer) => (peer.id == NodeId::BROKER).then_some(()),
+        _ => None,
+    })
+    .await;
+    alice.send("marked", "late").guaranteed().await.unwrap();
+    let mut is_late_there = false;
+    while early < 200 || !is_late_there {
+        let next = tokio::time::timeout(SOON * 4, beginnings.recv());
+        let (text, first, again) = next.await.expect("it comes again").unwrap();
+        match text.as_str() {
+            "late" => is_late_there = true,
+            _ => {
+                assert!(!first && again, "{text} came again and didn't say so");
+                early += 1;
+            }
+        }
+    }
 }
 
 #[cfg(feature = "rabbitmq")]

@@ -12,12 +12,20 @@
 //! | dead letter | stream `peerbus_MESH_dead`, subject `.d.` and the rest of its own, reason in the header `peerbus-reason` |
 //!
 //! Our head is the header `peerbus`, in base64; the payload is the body.
+//!
+//! A server that is killed may forget that it had delivered a message, and count its deliveries
+//! from one again. So each durable consumer has in its metadata for which life of the server the
+//! counts are right, and behind which message of the stream; what came before is marked as
+//! redelivered, though it may not have been. A server older than 2.10 keeps no such metadata: all
+//! that was stored before a node connects is marked then. In a cluster a life is that of the server
+//! that the node is connected to: if another one is killed, some may not be marked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::{self, AckKind, stream};
 use async_nats::{
     Client, ConnectErrorKind, ConnectOptions, HeaderMap, ServerAddr, StatusCode, Subscriber,
@@ -44,6 +52,10 @@ const HEAD: &str = "peerbus";
 /// The header of a dead letter that says why it is one.
 const REASON: &str = "peerbus-reason";
 const GROUP: &str = "peerbus";
+/// In a consumer's metadata: the life of the server that counts its deliveries, and the last
+/// message of the stream that was there before.
+const COUNTED_BY: &str = "peerbus-counted-by";
+const COUNTED_BEHIND: &str = "peerbus-counted-behind";
 /// How many guaranteed messages are asked for at a time.
 const BATCH: usize = 500;
 
@@ -300,8 +312,8 @@ impl Session {
             false => (name.to_string(), Via::Service(name.clone())),
         };
         let config = self.consumer_config(escape(&channel), self.names.work(&channel));
-        let consumer = take_on(&streams.work, config).await?;
-        self.work(Task::Work(name), consumer, concurrency, None, move |_| Some(via.clone())).await
+        let taken = self.take_on(&streams.work, config).await?;
+        self.work(Task::Work(name), taken, concurrency, None, move |_| Some(via.clone())).await
     }
 
     async fn consume(
@@ -315,10 +327,42 @@ impl Session {
         };
         let subject = self.names.kept(pattern.as_str());
         let config = self.consumer_config(self.durable_name(&name), subject);
-        let consumer = take_on(&streams.kept, config).await?;
+        let taken = self.take_on(&streams.kept, config).await?;
         let start = self.names.kept("").len();
         let via = move |subject: &str| Some(Via::Topic(subject.get(start..)?.parse().ok()?, None));
-        self.work(Task::Durable(name.clone()), consumer, concurrency, Some(name), via).await
+        self.work(Task::Durable(name.clone()), taken, concurrency, Some(name), via).await
+    }
+
+    /// A durable consumer with these settings, and which of its messages are counted.
+    async fn take_on(
+        &self,
+        stream: &stream::Stream,
+        mut config: pull::Config,
+    ) -> Result<Taken, Failed> {
+        let name = config.durable_name.clone().unwrap_or_default();
+        let server = self.client.server_info().server_id;
+        let told = match stream.consumer_info(&name).await {
+            Ok(there) => Counted::told(&there.config.metadata).filter(|it| it.server == server),
+            // Nothing was delivered yet.
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => {
+                Some(Counted { server: server.clone(), behind: 0 })
+            }
+            Err(error) => return Err(refused(error)),
+        };
+        let counted = match told {
+            Some(counted) => counted,
+            None => {
+                let info = stream.get_info().await.map_err(refused)?;
+                Counted { server, behind: info.state.last_sequence }
+            }
+        };
+        config.metadata = counted.metadata();
+        let consumer = stream.create_consumer(config).await.map_err(|error| {
+            let told =
+                format!("the consumer {name} is there with other settings, or can't be made");
+            Failed::Refused(format!("{told}: {error}"))
+        })?;
+        Ok(Taken { consumer, counted })
     }
 
     fn durable_name(&self, name: &ServiceName) -> String {
@@ -340,24 +384,31 @@ impl Session {
     async fn work(
         &self,
         task: Task,
-        consumer: jetstream::consumer::Consumer<pull::Config>,
+        taken: Taken,
         concurrency: u32,
         subscription: Option<ServiceName>,
         via: impl Fn(&str) -> Option<Via> + Send + 'static,
     ) -> Result<(), Failed> {
+        let Taken { consumer, counted } = taken;
         let batch = (concurrency as usize * 2).clamp(1, BATCH);
         let mut messages =
             consumer.stream().max_messages_per_batch(batch).messages().await.map_err(refused)?;
         let incoming = self.incoming.clone();
         let Some(streams) = self.jetstream.clone() else { return Ok(()) };
         let (names, lease) = (self.names.clone(), self.me.lease);
+        let client = self.client.clone();
         self.spawn(task, async move {
             while let Some(Ok(message)) = messages.next().await {
-                let attempt = message.info().map_or(1, |info| info.delivered.max(1) as u32);
+                let info = message.info().ok();
+                let attempt = info.as_ref().map_or(1, |info| info.delivered.max(1) as u32);
+                let sequence = info.map_or(0, |info| info.stream_sequence);
+                // The client may have connected again before this session ends.
+                let server = client.server_info().server_id;
+                let redelivered = attempt > 1 || !counted.counts(&server, sequence);
                 let (outcome, ended) = oneshot::channel();
                 if let Some(via) = via(&message.subject) {
                     let subscription = subscription.clone();
-                    let kept = Kept { subscription, attempt, redelivered: attempt > 1, outcome };
+                    let kept = Kept { subscription, attempt, redelivered, outcome };
                     incoming.handle_kept(via, parcel(&message), kept);
                 }
                 let (context, names) = (streams.context.clone(), names.clone());
@@ -483,16 +534,36 @@ async fn find(
     }
 }
 
-/// A durable consumer with these settings.
-async fn take_on(
-    stream: &stream::Stream,
-    config: pull::Config,
-) -> Result<jetstream::consumer::Consumer<pull::Config>, Failed> {
-    let name = config.durable_name.clone().unwrap_or_default();
-    stream.create_consumer(config).await.map_err(|error| {
-        let told = format!("the consumer {name} is there with other settings, or can't be made");
-        Failed::Refused(format!("{told}: {error}"))
-    })
+/// A durable consumer, and which of its messages are counted.
+struct Taken {
+    consumer: jetstream::consumer::Consumer<pull::Config>,
+    counted: Counted,
+}
+
+/// Which deliveries of a consumer the server has counted all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Counted {
+    /// The life of the server.
+    server: String,
+    /// Those of messages behind this one of the stream.
+    behind: u64,
+}
+
+impl Counted {
+    fn told(metadata: &HashMap<String, String>) -> Option<Self> {
+        let behind = metadata.get(COUNTED_BEHIND)?.parse().ok()?;
+        Some(Self { server: metadata.get(COUNTED_BY)?.clone(), behind })
+    }
+
+    fn metadata(&self) -> HashMap<String, String> {
+        let told = [(COUNTED_BY, self.server.clone()), (COUNTED_BEHIND, self.behind.to_string())];
+        told.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    /// Whether that server has counted all deliveries of a message.
+    fn counts(&self, server: &str, sequence: u64) -> bool {
+        server == self.server && sequence > self.behind
+    }
 }
 
 /// Tells the server what became of a guaranteed message.
@@ -587,6 +658,16 @@ mod tests {
         assert_eq!(escape("orders-eu"), "orders-eu");
         assert_ne!(escape("a.b"), escape("a_b"));
         assert!(escape("a.b/c*").chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
+    }
+
+    #[test]
+    fn deliveries_of_an_earlier_life_of_the_server_are_not_counted() {
+        let counted = Counted { server: "A".into(), behind: 7 };
+        assert_eq!(Counted::told(&counted.metadata()), Some(counted.clone()));
+        assert_eq!(Counted::told(&HashMap::new()), None);
+        assert!(counted.counts("A", 8));
+        assert!(!counted.counts("A", 7), "it was there before");
+        assert!(!counted.counts("B", 8), "the client has connected to another one");
     }
 
     #[test]
