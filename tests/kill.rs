@@ -40,7 +40,11 @@ fn lines(dir: &Path, name: &str) -> Vec<String> {
 
 async fn start(dir: &Path, name: &str) -> Node {
     let config = Node::builder().name(name).runtime_dir(dir.join("run")).mdns(false);
-    config.outbox(dir.join(name)).start().await.unwrap()
+    let node = config.outbox(dir.join(name)).start().await.unwrap();
+    for part in &node.store_report().unwrap().damaged {
+        log(dir, "damaged").write_all(format!("{part}\n").as_bytes()).unwrap();
+    }
+    node
 }
 
 /// What the processes of this test run: the same program, told its role.
@@ -160,6 +164,7 @@ fn processes_that_are_killed_lose_nothing_and_process_nothing_twice_unknowingly(
     let mut last = Process::start(dir, "last sender", life + 1);
     assert!(last.0.wait().unwrap().success());
     drop(receiver);
+    assert_eq!(lines(dir, "damaged"), [""; 0], "a kill damages nothing");
     check(&lines(dir, "stored"), &lines(dir, "handled"), life);
 }
 

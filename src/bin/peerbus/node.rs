@@ -66,7 +66,7 @@ impl NodeCommand {
         loop {
             tokio::select! {
                 () = &mut end => break,
-                Some(error) = unprinted.recv() => return Err(error.into()),
+                Some(error) = unprinted.recv() => return Err(error),
                 Some(message) = messages.next(), if !messages.is_empty() => {
                     output::line(self.json, &output::message(&message), || {
                         format!("{}: {}", message.header.destination, output::body(&message))

@@ -33,7 +33,7 @@ impl Serve {
         let service = node.serve(&self.service, handler).concurrency(self.concurrency).start()?;
         tokio::select! {
             () = interrupted() => {}
-            Some(error) = unprinted.recv() => return Err(error.into()),
+            Some(error) = unprinted.recv() => return Err(error),
         }
         service.drain().await;
         node.shutdown().await;
