@@ -105,7 +105,8 @@ impl ClosedOutbox {
     /// [`StoreError`] if a process uses it, or there is none.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::open_with(dir.as_ref(), |folder, take| {
-            let (journal, recovery) = Journal::open(folder, &Options::default(), take)?;
+            let (journal, recovery) =
+                Journal::open(folder, &Options::default().cleaned(folder), take)?;
             Ok((Access::Write(journal), recovery))
         })
     }

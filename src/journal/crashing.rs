@@ -43,7 +43,7 @@ pub(super) struct FileState {
 
 impl FileState {
     /// Takes what a crash takes.
-    fn crash(&mut self, random: &mut Random, lost: &mut Lost) {
+    fn crash(&mut self, random: &mut Random, room: &mut u64, lost: &mut Lost) {
         if self.synced < self.bytes.len() {
             self.unsure.get_or_insert(self.synced);
         }
@@ -76,7 +76,9 @@ impl FileState {
         }
         if random.below(2) == 0 {
             // It had been given room for more.
-            self.bytes.resize(self.bytes.len() + random.below(2000) as usize, 0);
+            let more = random.below(2000).min(*room);
+            *room -= more;
+            self.bytes.resize(self.bytes.len() + more as usize, 0);
         }
     }
 }
@@ -165,13 +167,26 @@ impl Disk {
     /// Another one with the same files.
     pub(crate) fn copy(&self) -> Self {
         let (files, manifest) = (lock(&self.files).clone(), lock(&self.manifest).clone());
-        Self { files: Mutex::new(files), manifest: Mutex::new(manifest), ..Self::default() }
+        let (files, manifest) = (Mutex::new(files), Mutex::new(manifest));
+        Self { files, manifest, ..self.as_large() }
+    }
+
+    /// An empty one that holds as much.
+    fn as_large(&self) -> Self {
+        let same = |number: &AtomicU64| AtomicU64::new(number.load(Ordering::SeqCst));
+        Self { capacity: same(&self.capacity), spare: same(&self.spare), ..Self::default() }
+    }
+
+    /// It holds that much at the most, in bytes.
+    pub(crate) fn limit(&self, capacity: u64) {
+        self.capacity.store(capacity, Ordering::SeqCst);
     }
 
     /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
     pub(crate) fn crash(&self, seed: u64) -> Arc<Self> {
         let (mut random, mut lost) = (Random(seed), Lost::default());
-        let mut left = BTreeMap::new();
+        // A file is given room only while there is much.
+        let (mut left, mut room) = (BTreeMap::new(), (self.room() / 2) as u64);
         // Of one moment, though another thread writes.
         let (files, manifest) = (lock(&self.files), lock(&self.manifest));
         for (number, file) in &*files {
@@ -179,7 +194,7 @@ impl Disk {
                 continue;
             }
             let mut file = file.clone();
-            file.crash(&mut random, &mut lost);
+            file.crash(&mut random, &mut room, &mut lost);
             left.insert(*number, file);
         }
         for (number, file) in &*lock(&self.removed) {
@@ -192,7 +207,7 @@ impl Disk {
         }
         let manifest = manifest.as_ref().map(|it| it.crash(&mut random));
         let (files, manifest) = (Mutex::new(left), Mutex::new(manifest));
-        Arc::new(Self { files, manifest, lost, ..Self::default() })
+        Arc::new(Self { files, manifest, lost, ..self.as_large() })
     }
 
     /// How many more bytes there is room for.
@@ -281,6 +296,10 @@ impl Storage for Mount {
         lock(&self.0.removed).clear();
         self.0.step();
         Ok(())
+    }
+
+    fn free(&self) -> Option<u64> {
+        (self.0.capacity.load(Ordering::SeqCst) > 0).then(|| self.0.room() as u64)
     }
 
     fn manifest(&self) -> io::Result<Option<Vec<u8>>> {

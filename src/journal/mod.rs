@@ -23,6 +23,7 @@ mod manifest;
 mod manifest_writer;
 mod queue;
 mod recovery;
+mod room;
 mod segment;
 #[cfg(test)]
 pub(crate) mod stepped;
@@ -31,6 +32,7 @@ mod storage;
 mod tests;
 mod writer;
 
+pub(crate) use room::{DiskNews, Level, Room, Watch};
 pub use storage::DirectoryError;
 
 use std::io;
@@ -69,11 +71,24 @@ pub struct Options {
     pub durability: Durability,
     /// A segment that is longer than this is the last with that content, in bytes.
     pub segment_size: u64,
+    /// What is wanted of a segment may be written once more, so that the segment can go: when room
+    /// is scarce, as much is kept as that takes.
+    pub cleaned: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { durability: Durability::Sync, segment_size: 64 * 1024 * 1024 }
+        Self { durability: Durability::Sync, segment_size: 64 * 1024 * 1024, cleaned: false }
+    }
+}
+
+impl Options {
+    /// The same for a journal in that folder whose segments are cleaned: many of them fit its disk.
+    pub(crate) fn cleaned(&self, folder: &Path) -> Self {
+        let longest = self.segment_size;
+        let fitting = |disk: storage::FileSystem| room::fitting_segment(disk.size, longest);
+        let segment_size = storage::disk(folder).map_or(longest, fitting);
+        Self { segment_size, cleaned: true, ..self.clone() }
     }
 }
 
@@ -216,6 +231,19 @@ pub(crate) enum Haste {
     Later,
 }
 
+/// What may be written when the disk is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Need {
+    /// It is refused.
+    None,
+    /// It may have the room that is kept, but for the last part.
+    Urgent,
+    /// It may have that too, but for a little: no segment can go before.
+    Emergency,
+    /// It may have all of it: it is for a segment to go.
+    Removal,
+}
+
 /// Who is told that an entry is stored.
 enum Done {
     Nobody,
@@ -228,6 +256,9 @@ pub struct Journal {
     storage: Arc<dyn Storage>,
     salt: u64,
     queue: Arc<Queue>,
+    room: Room,
+    /// The segment that it writes first.
+    first: u64,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -273,18 +304,52 @@ impl Journal {
         Self::open_on(Arc::new(Directory::open(path)?), options, sink, take)
     }
 
+    /// The same, and `watch` is told of the disk from then on.
+    pub(crate) fn open_watched(
+        path: &Path,
+        options: &Options,
+        sink: Sink,
+        watch: Watch,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        Self::open_watched_on(Arc::new(Directory::open(path)?), options, sink, watch, take)
+    }
+
     fn open_on(
         storage: Arc<dyn Storage>,
         options: &Options,
         sink: Sink,
         take: impl FnMut(Entry<'_>),
     ) -> Result<(Self, Recovery), JournalError> {
-        let (writer, salt, recovery) = begin(&storage, options, sink, take)?;
+        Self::open_watched_on(storage, options, sink, Box::new(|_| {}), take)
+    }
+
+    fn open_watched_on(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        sink: Sink,
+        watch: Watch,
+        take: impl FnMut(Entry<'_>),
+    ) -> Result<(Self, Recovery), JournalError> {
+        let (mut writer, salt, recovery) = begin(&storage, options, sink, take)?;
+        writer.watch = watch;
+        let (room, first) = (writer.room(), writer.number());
         let queue = Arc::new(Queue::default());
         let thread = std::thread::Builder::new().name("peerbus-journal".into());
         let ends = End(queue.clone());
         let writer = thread.spawn(move || writer.run(&ends.0))?;
-        Ok((Self { storage, salt, queue, writer: Some(writer) }, recovery))
+        Ok((Self { storage, salt, queue, room, first, writer: Some(writer) }, recovery))
+    }
+
+    /// How much room there was when it was opened.
+    pub(crate) fn room(&self) -> Room {
+        self.room
+    }
+
+    /// The segments that are there, and how long each is, in bytes; the last is the one that is
+    /// written first.
+    pub(crate) fn segments(&self) -> io::Result<Vec<(u64, u64)>> {
+        lengths(&*self.storage, self.first)
     }
 
     /// Appends entries, all or none of which survive a crash before they are stored. Awaiting it
@@ -295,25 +360,26 @@ impl Journal {
         async move { wait.await.unwrap_or_else(|_| Err(NotStored::closed())) }
     }
 
-    /// Appends an entry and waits until it is stored, on a thread that may wait.
+    /// Appends an entry, also with the last room of the disk, and waits until it is stored, on a
+    /// thread that may wait.
     pub(crate) fn append_blocking(&self, payload: &[u8]) -> Stored {
         let (waiter, wait) = oneshot::channel();
-        self.queue.append(payload, Append::new(Done::Waiter(waiter)));
+        let append = Append { need: Need::Removal, ..Append::new(Done::Waiter(waiter)) };
+        self.queue.append(payload, append);
         wait.blocking_recv().unwrap_or_else(|_| Err(NotStored::closed()))
     }
 
     /// Appends an entry that stores so many messages; the sink is told its number when it is
-    /// stored. An urgent one may have the room that is kept for when the disk is full: it is what
-    /// frees room.
+    /// stored.
     pub(crate) fn append_for_sink(
         &self,
         number: u64,
         payload: &[u8],
         messages: u32,
         haste: Haste,
-        urgent: bool,
+        need: Need,
     ) {
-        let append = Append { haste, urgent, messages, ..Append::new(Done::Sink(number)) };
+        let append = Append { haste, need, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
@@ -321,7 +387,8 @@ impl Journal {
     /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
     /// than the length of this one comes between them.
     pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8], messages: u32) {
-        let append = Append { first: true, messages, ..Append::new(Done::Sink(number)) };
+        let need = Need::Removal;
+        let append = Append { need, first: true, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
@@ -382,6 +449,15 @@ fn begin(
     let salt = resume.salt.unwrap_or_else(random_u64);
     let writer = Writer::begin(storage.clone(), options, sink, salt, resume)?;
     Ok((writer, salt, recovery))
+}
+
+fn lengths(storage: &dyn Storage, current: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut lengths = Vec::new();
+    for segment in storage.segments()?.into_iter().filter(|segment| *segment < current) {
+        lengths.push((segment, storage.length(segment)?));
+    }
+    lengths.push((current, 0));
+    Ok(lengths)
 }
 
 fn read_entry(

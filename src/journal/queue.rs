@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Done, Haste};
+use super::{Done, Haste, Need};
 use crate::sync::lock_unranked as lock;
 
 /// So much room is kept from one batch to the next, in bytes.
@@ -15,8 +15,7 @@ pub(super) struct Append {
     pub(super) start: usize,
     pub(super) length: u32,
     pub(super) haste: Haste,
-    /// It may have the room that is kept for when the disk is full.
-    pub(super) urgent: bool,
+    pub(super) need: Need,
     /// It begins a segment.
     pub(super) first: bool,
     /// How many messages it stores.
@@ -28,8 +27,8 @@ impl Append {
     /// One that stores no message, is synced at once, urgent and not the first of a segment; who
     /// is told when it is stored.
     pub(super) fn new(done: Done) -> Self {
-        let (haste, urgent, first) = (Haste::Synced, true, false);
-        Self { start: 0, length: 0, haste, urgent, first, messages: 0, done }
+        let (haste, need, first) = (Haste::Synced, Need::Urgent, false);
+        Self { start: 0, length: 0, haste, need, first, messages: 0, done }
     }
 
     /// Its own, of the bytes of its batch.

@@ -7,7 +7,8 @@ use super::queue::{Append, Batch, Removal};
 use super::storage::Storage;
 use super::writer::Writer;
 use super::{
-    Done, Entry, Haste, JournalError, NotStored, Options, Position, Recovery, begin, read_entry,
+    Done, Entry, Haste, JournalError, Need, NotStored, Options, Position, Recovery, Room, begin,
+    lengths, read_entry,
 };
 
 /// How an entry is written.
@@ -16,6 +17,11 @@ pub(crate) enum EntryKind {
     /// As the first of a segment, and synced.
     First,
     Synced,
+    /// It is synced, but not written when the disk is full.
+    Offered,
+    /// They are synced, and may have the last room of a full disk.
+    Emergency,
+    Removal,
     /// It needn't be synced.
     Note,
 }
@@ -47,8 +53,14 @@ impl Stepped {
         let (mut batch, mut results) = (Batch::default(), Vec::new());
         for (payload, kind) in gathered {
             let first = kind == EntryKind::First;
+            let need = match kind {
+                EntryKind::Offered => Need::None,
+                EntryKind::Synced | EntryKind::Note => Need::Urgent,
+                EntryKind::Emergency => Need::Emergency,
+                EntryKind::First | EntryKind::Removal => Need::Removal,
+            };
             let haste = if kind == EntryKind::Note { Haste::Written } else { Haste::Synced };
-            let append = Append { haste, first, messages: 1, ..Append::new(Done::Nobody) };
+            let append = Append { haste, first, need, messages: 1, ..Append::new(Done::Nobody) };
             batch.push(&payload, append);
         }
         self.writer.store(&batch.bytes, &batch.appends, &mut results);
@@ -58,6 +70,22 @@ impl Stepped {
     /// Reads an entry that was stored.
     pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
         read_entry(&*self.storage, self.salt, position)
+    }
+
+    /// How much room there is, when it has been looked at.
+    pub(crate) fn look_for_room(&mut self) -> Room {
+        self.writer.look_for_room();
+        self.writer.room()
+    }
+
+    /// How much room there is.
+    pub(crate) fn room(&self) -> Room {
+        self.writer.room()
+    }
+
+    /// The segments that are there, and how long each is, in bytes.
+    pub(crate) fn segments(&self) -> Vec<(u64, u64)> {
+        lengths(&*self.storage, self.writer.number()).unwrap_or_default()
     }
 
     /// Removes the segments before that one.

@@ -35,6 +35,8 @@ pub(super) trait Storage: Send + Sync {
     fn sync_manifest(&self) -> io::Result<()>;
     /// Makes what was created and removed last.
     fn sync_directory(&self) -> io::Result<()>;
+    /// How many bytes may be written here; `None` if nobody knows.
+    fn free(&self) -> Option<u64>;
     /// Takes so many bytes, if it hasn't, to have them when the disk is full.
     fn take_spare(&self, bytes: u64) -> io::Result<()>;
     /// Gives them back; whether there were any.
@@ -312,6 +314,10 @@ impl Storage for Directory {
         Ok(())
     }
 
+    fn free(&self) -> Option<u64> {
+        Some(disk(&self.path)?.free)
+    }
+
     fn take_spare(&self, bytes: u64) -> io::Result<()> {
         let path = self.path.join(SPARE);
         if fs::metadata(&path).is_ok_and(|spare| spare.len() == bytes) {
@@ -331,6 +337,27 @@ impl Storage for Directory {
             Err(error) => Err(error),
         }
     }
+}
+
+/// A file system, in bytes.
+pub(super) struct FileSystem {
+    pub(super) size: u64,
+    /// What its users may still take of it.
+    pub(super) free: u64,
+}
+
+/// What a folder lies on, or will when it is made; `None` if nobody knows.
+#[cfg(unix)]
+pub(super) fn disk(folder: &Path) -> Option<FileSystem> {
+    let there = folder.ancestors().find(|it| it.exists()).filter(|it| *it != Path::new(""));
+    let it = rustix::fs::statvfs(there.unwrap_or(Path::new("."))).ok()?;
+    let bytes = |blocks: u64| blocks.saturating_mul(it.f_frsize);
+    Some(FileSystem { size: bytes(it.f_blocks), free: bytes(it.f_bavail) })
+}
+
+#[cfg(not(unix))]
+pub(super) fn disk(_: &Path) -> Option<FileSystem> {
+    None
 }
 
 /// Writes so many bytes, which no file system can store in less.
@@ -370,11 +397,28 @@ impl Growing {
 
     fn reserve(&mut self, end: u64) {
         if let Some(reserved) = self.reserved.filter(|reserved| *reserved < end) {
+            if is_scarce(&self.file) {
+                // It is wanted for what is written.
+                self.reserved = None;
+                return;
+            }
             let more = (end - reserved).next_multiple_of(RESERVED);
             let given = allocate(&self.file, reserved, more);
             self.reserved = given.then_some(reserved + more);
         }
     }
+}
+
+/// Whether there is too little room left to give some in advance.
+#[cfg(unix)]
+fn is_scarce(file: &File) -> bool {
+    let free = |it: rustix::fs::StatVfs| it.f_bavail.saturating_mul(it.f_frsize);
+    rustix::fs::fstatvfs(file).is_ok_and(|it| free(it) < 4 * RESERVED)
+}
+
+#[cfg(not(unix))]
+fn is_scarce(_: &File) -> bool {
+    false
 }
 
 #[cfg(target_os = "linux")]

@@ -354,7 +354,7 @@ fn a_full_disk_still_takes_what_frees_room() {
     // What needn't be stored.
     let offer = |journal: &Journal| {
         let (waiter, wait) = oneshot::channel();
-        let append = Append { urgent: false, ..Append::new(Done::Waiter(waiter)) };
+        let append = Append { need: Need::None, ..Append::new(Done::Waiter(waiter)) };
         journal.queue.append(&[1; 300], append);
         wait_for(wait).unwrap()
     };
@@ -549,10 +549,10 @@ fn what_can_be_written_later_is_written_with_what_comes_next_or_at_the_end() {
     let (journal, _) = Journal::open_on(storage, &small(), sink, |_| {}).unwrap();
     // From here on the writer waits for a while only.
     append(&journal, b"first").unwrap();
-    journal.append_for_sink(1, b"later", 0, Haste::Later, true);
-    journal.append_for_sink(2, b"now", 0, Haste::Synced, true);
+    journal.append_for_sink(1, b"later", 0, Haste::Later, Need::Urgent);
+    journal.append_for_sink(2, b"now", 0, Haste::Synced, Need::Urgent);
     assert_eq!([stored.recv(), stored.recv()], [Ok(1), Ok(2)]);
-    journal.append_for_sink(3, b"at the end", 0, Haste::Later, true);
+    journal.append_for_sink(3, b"at the end", 0, Haste::Later, Need::Urgent);
     drop(journal);
     assert_eq!(stored.recv(), Ok(3));
     let (_, found, _) = open(&disk);

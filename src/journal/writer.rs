@@ -9,6 +9,7 @@ use super::manifest::Witness;
 use super::manifest_writer::ManifestWriter;
 use super::queue::{Append, Batch, Queue, Removal, Taken};
 use super::recovery::Resume;
+use super::room::{DiskNews, Room, Spare, Watch, is_full};
 use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
 use super::storage::{Gone, SegmentFile, Storage};
 use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
@@ -17,26 +18,6 @@ use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored}
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
 /// After so long without anything to write, what was written last gets its mark.
 const IDLE: Duration = Duration::from_secs(1);
-/// After the disk was full, it is asked so often whether there is room again.
-const SPARE_RETRY: Duration = Duration::from_secs(1);
-/// The room that is kept for when the disk is full: such a part of a segment, and in bytes.
-const SPARE_PART: u64 = 16;
-const MOST_SPARE: u64 = 4 * 1024 * 1024;
-/// Or so often what a segment began with, rounded up: as much again may come behind it, and then
-/// what the next one begins with, which can be as long as both.
-const SPARE_FIRSTS: u64 = 3;
-const SPARE_STEP: u64 = 1024 * 1024;
-
-/// The room that is kept for when the disk is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spare {
-    Kept,
-    /// The disk is full, and only what is urgent is written. The room is taken again when there is
-    /// some, which is looked at then.
-    Given(Instant),
-    /// The disk can't, for another reason than that it is full.
-    None,
-}
 
 pub(super) struct Writer {
     /// `None` after a failure, until the next segment is begun. It goes before what locks the
@@ -48,8 +29,8 @@ pub(super) struct Writer {
     durability: Durability,
     segment_size: u64,
     spare: Spare,
-    /// How long the last entry is that was to begin a segment, in bytes.
-    first: u64,
+    /// Is told of the disk.
+    pub(super) watch: Watch,
     header: Header,
     /// The number of the segment that was begun last.
     current: u64,
@@ -114,26 +95,38 @@ impl Writer {
         let begin = || {
             // No segment of this version is without a manifest, whatever comes between.
             let manifest = ManifestWriter::begin(storage.clone(), salt, &resume)?;
-            Ok((manifest, begin_segment(&*storage, &header)?))
+            Ok((manifest, begin_segment(&*storage, &header)))
+        };
+        let is_over = |begun: &io::Result<(_, io::Result<_>)>| match begun {
+            Ok((_, file)) => file.as_ref().is_err_and(is_full),
+            Err(error) => is_full(error),
         };
         let mut begun = begin();
-        if begun.as_ref().is_err_and(is_full) && storage.give_spare()? {
+        if is_over(&begun) && storage.give_spare()? {
             begun = begin();
         }
         let (mut manifest, file) = begun?;
-        manifest.begun(number);
+        // What is full may come free without a word that is written.
+        let (file, current) = match file {
+            Ok(file) => (Some(file), number),
+            Err(error) if is_full(&error) => (None, previous),
+            Err(error) => return Err(error),
+        };
+        if file.is_some() {
+            manifest.begun(number);
+        }
         let mut writer = Self {
+            spare: Spare::new(storage.clone(), options),
+            watch: Box::new(|_| {}),
             storage,
             manifest,
             empty: resume.empty,
             sink,
             durability: options.durability,
             segment_size: options.segment_size,
-            spare: Spare::None,
-            first: 0,
             header,
-            current: number,
-            file: Some(file),
+            current,
+            file,
             end: HEADER,
             messages: 0,
             synced: HEADER,
@@ -146,8 +139,18 @@ impl Writer {
             results: Vec::new(),
             for_sink: Vec::new(),
         };
-        writer.take_spare();
+        writer.spare.take();
         Ok(writer)
+    }
+
+    /// The segment that is being written, or would be if there were room.
+    pub(super) fn number(&self) -> u64 {
+        self.header.number
+    }
+
+    /// How much room there is.
+    pub(super) fn room(&self) -> Room {
+        self.spare.room()
     }
 
     /// Writes what comes, until there won't be more.
@@ -161,9 +164,13 @@ impl Writer {
                     self.sync_if_due()
                 }
                 Taken::Nothing if self.sync_by.is_some() => self.sync_if_due(),
+                Taken::Nothing if self.spare.is_given() => Ok(()),
                 Taken::Nothing => self.mark(),
                 Taken::Closed => break,
             };
+            if self.spare.looks_at().is_some_and(|at| at <= Instant::now()) {
+                self.look_for_room();
+            }
             if let Err(error) = done {
                 tracing::error!(%error, "the journal can't be synced");
             }
@@ -197,11 +204,25 @@ impl Writer {
 
     /// After how long without anything to write there is something else to do.
     fn pause(&self) -> Option<Duration> {
-        match self.sync_by {
+        let due = self.sync_by.into_iter().chain(self.spare.looks_at()).min();
+        match due {
             Some(by) => Some(by.saturating_duration_since(Instant::now()).min(IDLE)),
             None if self.is_marked() => None,
             None => Some(IDLE),
         }
+    }
+
+    /// Takes the room again that was given up when the disk was full, if there is as much.
+    pub(super) fn look_for_room(&mut self) {
+        if self.spare.is_given() {
+            self.spare.take();
+            self.tell_room();
+        }
+    }
+
+    fn tell_room(&mut self) {
+        let room = self.room();
+        (self.watch)(DiskNews::Room(room));
     }
 
     fn sync_if_due(&mut self) -> io::Result<()> {
@@ -229,10 +250,12 @@ impl Writer {
 
     /// Stores entries, in as many writes as it takes, and tells after each.
     fn store_and_tell(&mut self, bytes: &[u8], appends: &mut [Append]) {
+        // A segment is not to be much longer than it should.
+        let most = MOST_AT_ONCE.min(self.segment_size as usize);
         let mut size = 0;
         let one_write = |_: &Append, next: &Append| {
             size += next.length as usize;
-            let fits = size < MOST_AT_ONCE;
+            let fits = size < most;
             if !fits {
                 size = 0;
             }
@@ -264,27 +287,24 @@ impl Writer {
     }
 
     fn store_together(&mut self, bytes: &[u8], appends: &[Append], results: &mut Results) {
-        if let Spare::Given(retry) = self.spare
-            && Instant::now() >= retry
-        {
-            self.take_spare();
-        }
         let full = || Failed::from(io::Error::from(io::ErrorKind::StorageFull)).into();
         let mut error = None;
-        if !matches!(self.spare, Spare::Given(_)) {
+        if !self.spare.is_given() {
             let before = results.len();
             match self.write(bytes, appends.iter(), results) {
                 Ok(()) => {
                     if appends.first().is_some_and(|append| append.first) {
-                        self.take_spare();
+                        self.spare.take();
                     }
                     return;
                 }
                 Err(problem) => {
                     results.truncate(before);
-                    let gave = is_full(&problem.error) && self.give_spare();
+                    let gave = is_full(&problem.error) && self.spare.give();
                     let problem = NotStored::from(problem);
-                    if !gave {
+                    if gave {
+                        self.tell_room();
+                    } else {
                         results.extend(appends.iter().map(|_| Err(problem.clone())));
                         return;
                     }
@@ -293,49 +313,24 @@ impl Writer {
             }
         }
         let error = error.unwrap_or_else(full);
-        let (mut written, urgent) = (Results::new(), appends.iter().filter(|it| it.urgent));
+        let mut size = 0;
+        let fits = |append: &Append| {
+            let more = record_size(u64::from(append.length));
+            let fits = self.spare.admits(append.need, size + more);
+            size += if fits { more } else { 0 };
+            fits
+        };
+        let fitting: Vec<bool> = appends.iter().map(fits).collect();
+        let mut written = Results::new();
+        let urgent = appends.iter().zip(&fitting).filter(|(_, fits)| **fits).map(|(it, _)| it);
         let problem = self.write(bytes, urgent, &mut written).err();
         let problem = problem.map(NotStored::from);
         let mut written = written.into_iter();
-        results.extend(appends.iter().map(|append| match &problem {
-            _ if !append.urgent => Err(error.clone()),
+        results.extend(fitting.iter().map(|fits| match &problem {
+            _ if !fits => Err(error.clone()),
             Some(problem) => Err(problem.clone()),
             None => written.next().unwrap_or_else(|| Err(error.clone())),
         }));
-    }
-
-    fn wanted_spare(&self) -> u64 {
-        let usual = (self.segment_size / SPARE_PART).min(MOST_SPARE);
-        match SPARE_FIRSTS * self.first {
-            more if more > usual => more.next_multiple_of(SPARE_STEP),
-            _ => usual,
-        }
-    }
-
-    /// Takes the room for when the disk is full, if there is as much.
-    fn take_spare(&mut self) {
-        let bytes = self.wanted_spare();
-        self.spare = match self.storage.take_spare(bytes) {
-            Ok(()) => Spare::Kept,
-            Err(error) if is_full(&error) => {
-                tracing::warn!("the disk is full: only what frees room is stored");
-                Spare::Given(Instant::now() + SPARE_RETRY)
-            }
-            Err(error) => {
-                tracing::warn!(%error, "no room can be kept for when the disk is full");
-                Spare::None
-            }
-        };
-    }
-
-    /// Gives it up; whether there was any.
-    fn give_spare(&mut self) -> bool {
-        let gave = self.storage.give_spare().unwrap_or_default();
-        if gave {
-            tracing::warn!("the disk is full: only what frees room is stored");
-            self.spare = Spare::Given(Instant::now() + SPARE_RETRY);
-        }
-        gave
     }
 
     /// Writes entries; where each lies is added to `results`.
@@ -399,8 +394,9 @@ impl Writer {
         }
         self.is_gone = false;
         if first.first {
-            self.first = u64::from(first.length);
+            self.spare.began_with(u64::from(first.length));
         }
+        self.spare.wrote(end - start);
         self.end = end;
         self.messages = messages;
         self.has_entries = true;
@@ -416,7 +412,7 @@ impl Writer {
     }
 
     fn is_marked(&self) -> bool {
-        self.file.is_none() || self.synced <= self.marked || matches!(self.spare, Spare::Given(_))
+        self.file.is_none() || self.synced <= self.marked || self.spare.is_given()
     }
 
     /// Says behind what is synced that it is: damage to it can't be taken for a torn write then.
@@ -473,6 +469,11 @@ impl Writer {
         (self.end, self.synced, self.marked) = (HEADER, HEADER, HEADER);
         (self.messages, self.synced_messages, self.has_entries) = (0, 0, false);
         self.manifest.begun(self.current);
+        self.spare.wrote(HEADER);
+        if !self.spare.is_given() {
+            self.spare.take();
+        }
+        self.tell_room();
         Ok(())
     }
 
@@ -483,14 +484,21 @@ impl Writer {
         // What makes them unwanted has to outlast them, however late it may be synced otherwise.
         let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
         // A manifest that has outgrown its file needs some room to free more.
-        if removed.as_ref().is_err_and(is_full) && self.give_spare() {
+        if removed.as_ref().is_err_and(is_full) && self.spare.give() {
             removed = self.remove_synced(removal);
         }
         if let Err(error) = removed {
             tracing::warn!(%error, "old segments can't be removed");
         }
-        if matches!(self.spare, Spare::Given(_)) {
-            self.take_spare();
+        if self.spare.is_given() {
+            self.spare.take();
+        }
+        self.tell_room();
+        if let Removal::These(segments) = removal {
+            let left = self.storage.segments();
+            let is_gone = |segment: &u64| left.as_ref().is_ok_and(|left| !left.contains(segment));
+            let gone = segments.iter().copied().filter(is_gone).collect();
+            (self.watch)(DiskNews::Removed(gone));
         }
     }
 }
@@ -498,24 +506,25 @@ impl Writer {
 impl Writer {
     fn remove_synced(&mut self, removal: &Removal) -> io::Result<()> {
         let there = self.storage.segments()?;
-        let goes = |segment| {
-            segment < self.current && (removal.takes(segment) || self.empty.contains(&segment))
-        };
+        // After a failure none is being written.
+        let end = self.file.as_ref().map_or(self.header.number, |_| self.current);
+        let goes =
+            |segment| segment < end && (removal.takes(segment) || self.empty.contains(&segment));
         // What is missing is reported for as long as there is something older.
         let oldest = there.iter().copied().find(|segment| !goes(*segment));
         let is_over = |segment| goes(segment) || Some(segment) < oldest;
         // The manifest goes first: what it doesn't list is not missed.
         self.manifest.forget(is_over)?;
         self.empty.retain(|segment| self.manifest.lists(*segment));
-        let old = there.into_iter().filter(|segment| *segment < self.current);
+        let old = there.into_iter().filter(|segment| *segment < end);
         let gone: Vec<_> = old.filter(|segment| !self.manifest.lists(*segment)).collect();
-        gone.iter().try_for_each(|segment| self.storage.remove(*segment))?;
+        for segment in &gone {
+            let length = self.storage.length(*segment).unwrap_or_default();
+            self.storage.remove(*segment)?;
+            self.spare.freed(length);
+        }
         if gone.is_empty() { Ok(()) } else { self.storage.sync_directory() }
     }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn SegmentFile>> {

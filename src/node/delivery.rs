@@ -23,7 +23,7 @@ use crate::engine::delivery::{
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
-use crate::journal::Ended;
+use crate::journal::{DiskNews, Ended, Need};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
@@ -76,17 +76,19 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, messages, haste, urgent } => {
+            OutboxAction::Append { token, entry, messages, haste, need } => {
                 store.with_journals(|it| {
-                    it.outbox.append_for_sink(token, &entry, messages, haste, urgent);
+                    it.outbox.append_for_sink(token, &entry, messages, haste, need);
                 });
             }
-            OutboxAction::Note(entry) => store.with_journals(|it| it.outbox.note(&entry)),
+            OutboxAction::AppendFirst { token, entry } => {
+                store.with_journals(|it| it.outbox.append_first_for_sink(token, &entry, 0));
+            }
             OutboxAction::Read(number, position) => {
                 store.reader.push(Wanted::Move(number, position));
             }
-            OutboxAction::RemoveBefore(segment) => {
-                store.with_journals(|it| it.outbox.remove_before(segment));
+            OutboxAction::Remove(segments) => {
+                store.with_journals(|it| it.outbox.remove(segments));
             }
             OutboxAction::Transmit { to, key, source, delivery, expires_at } => {
                 let transmission = Transmission { to, key, delivery, expires_at };
@@ -219,6 +221,14 @@ impl Shared {
         });
     }
 
+    /// The outbox's journal tells of its disk.
+    pub(crate) fn handle_outbox_disk(self: &Arc<Self>, news: DiskNews) {
+        self.with_outbox(|outbox, now| match news {
+            DiskNews::Room(room) => outbox.handle_room(now, room),
+            DiskNews::Removed(gone) => outbox.handle_removed(now, &gone),
+        });
+    }
+
     pub(crate) fn handle_answers(self: &Arc<Self>, from: NodeId, answers: Vec<Answer>) {
         self.with_outbox(|outbox, now| {
             for answer in answers {
@@ -284,7 +294,7 @@ impl Shared {
                 InboxAction::Append { token, entry, messages, haste } => {
                     // What is processed here lets others free room.
                     store.with_journals(|it| {
-                        it.inbox.append_for_sink(token, &entry, messages, haste, true);
+                        it.inbox.append_for_sink(token, &entry, messages, haste, Need::Urgent);
                     });
                 }
                 InboxAction::AppendSnapshot { token, entry, messages } => {

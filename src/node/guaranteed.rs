@@ -114,8 +114,8 @@ impl<'a> Guaranteed<'a> {
     /// send something again without knowing whether it has been stored, as after a crash. The
     /// receipt then tells of the one that was stored first.
     ///
-    /// An outbox remembers the id for as long as the next 256 MiB of its journal, restarts
-    /// included. NATS does so for two minutes (its `duplicate_window`); RabbitMQ can't.
+    /// An outbox remembers the id for as long as the next 256 MiB of its journal, on a disk that is
+    /// smaller for as much as that holds, restarts included. NATS does so for two minutes (its `duplicate_window`); RabbitMQ can't.
     pub fn once(mut self, id: MessageId) -> Self {
         self.draft.rare().id = Some(id);
         self.once = true;

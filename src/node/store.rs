@@ -18,7 +18,7 @@ use crate::address::ServiceName;
 use crate::engine::delivery::{Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
 use crate::identity::{NodeId, random_u64};
 use crate::journal::{
-    Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink,
+    Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink, Watch,
 };
 use crate::message::Message;
 use crate::private;
@@ -182,15 +182,19 @@ impl Store {
             Journal::check(&path.join(journal)).map_err(|error| failed(error.into()))?;
         }
         let node = Arc::new(OnceLock::new());
-        let mut outbox = Outbox::new(config);
+        let folder = path.join(OUTBOX);
+        let cleaned = options.cleaned(&folder);
+        let segment_size = cleaned.segment_size;
+        let mut outbox = Outbox::new(OutboxConfig { segment_size, ..config });
         let mut unreadable = None;
         let take = |entry: crate::journal::Entry<'_>| {
             keep_first(&mut unreadable, outbox.recover(entry.position, entry.payload));
         };
         let sink = sink(&node, Shared::handle_outbox_stored);
         let (outbox_journal, recovery) =
-            Journal::open_with(&path.join(OUTBOX), options, sink, take)
+            Journal::open_watched(&folder, &cleaned, sink, watch(&node), take)
                 .map_err(|error| failed(error.into()))?;
+        let segments = outbox_journal.segments().map_err(|error| failed(error.into()))?;
         let mut inbox = Inbox::new(random_u64());
         let take = |entry: crate::journal::Entry<'_>| {
             keep_first(&mut unreadable, inbox.recover(entry.payload));
@@ -202,6 +206,8 @@ impl Store {
         if let Some(error) = unreadable {
             return Err(failed(StoreProblem::Newer(error.to_string())));
         }
+        outbox.handle_segments(&segments);
+        outbox.handle_room(now, outbox_journal.room());
         outbox.handle_recovered(now);
         inbox.handle_recovered();
         let mut damaged = DamagedPart::all(OUTBOX, &recovery);
@@ -293,6 +299,17 @@ fn sink(node: &Arc<OnceLock<Weak<Shared>>>, tell: fn(&Arc<Shared>, Ended<'_>)) -
         if let Some(shared) = node.get().and_then(Weak::upgrade) {
             let _runtime = shared.runtime.enter();
             tell(&shared, stored);
+        }
+    })
+}
+
+/// Tells a node of the disk of its outbox's journal.
+fn watch(node: &Arc<OnceLock<Weak<Shared>>>) -> Watch {
+    let node = node.clone();
+    Box::new(move |news| {
+        if let Some(shared) = node.get().and_then(Weak::upgrade) {
+            let _runtime = shared.runtime.enter();
+            shared.handle_outbox_disk(news);
         }
     })
 }

@@ -139,6 +139,16 @@ impl<T> Numbered<T> {
         Some(self.floor.get()).filter(|_| !self.is_empty())
     }
 
+    /// Those from `first` to `last`, by number.
+    pub(crate) fn range(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, &T)> {
+        let places = self.places.range(first / CHUNK..=last / CHUNK);
+        let all = places.flat_map(|(chunk, place)| {
+            let slots = self.chunks[*place].slots.iter().enumerate();
+            slots.filter_map(move |(at, slot)| Some((chunk * CHUNK + at as u64, slot.as_ref()?)))
+        });
+        all.filter(move |(number, _)| (first..=last).contains(number))
+    }
+
     /// All, by number.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &T)> {
         self.places.iter().flat_map(|(chunk, place)| {
@@ -161,6 +171,10 @@ mod tests {
         assert_eq!(map.insert(3, 7), Some(6));
         assert_eq!(map.iter().map(|(number, _)| number).collect::<Vec<_>>(), [3, 63, 64, 200]);
         assert_eq!((map.len(), map.first(), map.get(3), map.get(4)), (4, Some(3), Some(&7), None));
+        for (first, last, numbers) in [(4, 64, vec![63, 64]), (0, 999, vec![3, 63, 64, 200])] {
+            let found: Vec<u64> = map.range(first, last).map(|(number, _)| number).collect();
+            assert_eq!(found, numbers);
+        }
         for number in [3, 200, 63, 64] {
             assert!(map.remove(number).is_some());
         }

@@ -62,6 +62,36 @@ impl Ranges {
         }
     }
 
+    /// What is in both, as ranges in their order.
+    pub(crate) fn overlaps(&self, other: &Self) -> impl Iterator<Item = (u64, u64)> {
+        let (mut ours, mut theirs) = (self.ranges.iter(), other.ranges.iter());
+        // Most have nothing in common.
+        let apart = |low: &Self, high: &Self| match (
+            low.ranges.last_key_value(),
+            high.ranges.first_key_value(),
+        ) {
+            (Some((_, last)), Some((first, _))) => last < first,
+            _ => true,
+        };
+        let (mut our, mut their) = match apart(self, other) || apart(other, self) {
+            true => (None, None),
+            false => (ours.next(), theirs.next()),
+        };
+        std::iter::from_fn(move || {
+            while let (Some((first, last)), Some((other_first, other_last))) = (our, their) {
+                let both = (*first.max(other_first), *last.min(other_last));
+                match last < other_last {
+                    true => our = ours.next(),
+                    false => their = theirs.next(),
+                }
+                if both.0 <= both.1 {
+                    return Some(both);
+                }
+            }
+            None
+        })
+    }
+
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (u64, u64)> {
         self.ranges.iter().map(|(first, last)| (*first, *last))
     }
@@ -95,6 +125,21 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_two_have_in_common_is_in_both(
+            one in proptest::collection::btree_set(0u64..60, 0..40),
+            other in proptest::collection::btree_set(0u64..60, 0..40),
+        ) {
+            let ranges = |set: &BTreeSet<u64>| {
+                let mut ranges = Ranges::default();
+                set.iter().for_each(|number| _ = ranges.insert(*number));
+                ranges
+            };
+            let (a, b) = (ranges(&one), ranges(&other));
+            let both: Vec<u64> = a.overlaps(&b).flat_map(|(first, last)| first..=last).collect();
+            prop_assert_eq!(both, one.intersection(&other).copied().collect::<Vec<_>>());
+        }
+
         #[test]
         fn it_is_a_set(steps in proptest::collection::vec((0u64..40, any::<bool>()), 0..200)) {
             let (mut ranges, mut set) = (Ranges::default(), BTreeSet::new());

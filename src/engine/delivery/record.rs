@@ -25,6 +25,10 @@ pub(crate) enum RecordError {
     Name(#[from] crate::address::AddressError),
     #[error("it holds a message that goes nowhere")]
     NoTarget,
+    #[error("it holds what is no id")]
+    Id,
+    #[error("it names a stream that it doesn't hold")]
+    Stream,
 }
 
 /// Bytes as such, not as a list of numbers.
@@ -192,6 +196,98 @@ impl PeerRecord {
     }
 }
 
+/// What is still wanted of segments that go.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct KeptRecord<'a> {
+    /// No message has had this number, or a higher one.
+    pub(super) next: u64,
+    /// Messages that are settled for all destinations, from the first to the last of each range.
+    pub(super) settled: Vec<(u64, u64)>,
+    /// The streams that the states name by their places here.
+    pub(super) streams: Vec<StreamName>,
+    /// How messages stand that lie elsewhere.
+    pub(super) states: Vec<StateRecord>,
+    /// Ids of messages that are stored once, and their numbers.
+    #[serde(borrow)]
+    pub(super) ids: Vec<IdsRecord<'a>>,
+    /// All that is remembered of peers.
+    pub(super) peers: Option<Vec<PeerRecord>>,
+}
+
+/// A node and a stream of deliveries to it: its epoch, and its subscription.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StreamName(NodeBytes, u64, Option<Name>);
+
+/// How a message stands: its number, whether it still expires, and its destinations in their order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StateRecord(pub(super) u64, pub(super) bool, pub(super) Vec<PartState>);
+
+/// The same as a [`PartRecord`], without what doesn't change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PartState {
+    pub(super) binding: Option<(u32, u64)>,
+    pub(super) failures: u32,
+    pub(super) redelivered: bool,
+    pub(super) settled: bool,
+    pub(super) dead: Option<Fate>,
+    pub(super) former: Vec<(u32, u64)>,
+}
+
+impl KeptRecord<'_> {
+    /// The place of a binding's stream, and its number there.
+    fn shorten(&mut self, binding: &BindingRecord) -> (u32, u64) {
+        let BindingRecord(node, epoch, name, seq) = binding;
+        let stream = StreamName(node.clone(), *epoch, name.clone());
+        let place = self.streams.iter().position(|it| *it == stream).unwrap_or_else(|| {
+            self.streams.push(stream);
+            self.streams.len() - 1
+        });
+        (place as u32, *seq)
+    }
+
+    /// How a message stands.
+    pub(super) fn state(&mut self, message: &MessageRecord<'_>) -> StateRecord {
+        let parts = message.parts.iter().map(|part| PartState {
+            binding: part.binding.as_ref().map(|binding| self.shorten(binding)),
+            failures: part.failures,
+            redelivered: part.redelivered,
+            settled: part.settled,
+            dead: part.dead.clone(),
+            former: part.former.iter().map(|former| self.shorten(former)).collect(),
+        });
+        StateRecord(message.number, message.expires_at.is_some(), parts.collect())
+    }
+
+    pub(super) fn binding(&self, (place, seq): (u32, u64)) -> Result<BindingRecord, RecordError> {
+        let stream = self.streams.get(place as usize).ok_or(RecordError::Stream)?;
+        let StreamName(node, epoch, name) = stream.clone();
+        Ok(BindingRecord(node, epoch, name, seq))
+    }
+}
+
+/// Ids that are equally old: so much of the journal was written since, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct IdsRecord<'a> {
+    pub(super) age: u64,
+    #[serde(borrow)]
+    pub(super) ids: Vec<(Raw<'a>, u64)>,
+}
+
+impl IdsRecord<'_> {
+    pub(super) fn new(age: u64, ids: &[(MessageId, u64)]) -> Self {
+        let raw = |(id, number): &(MessageId, u64)| (Raw(id.to_bytes().to_vec().into()), *number);
+        Self { age, ids: ids.iter().map(raw).collect() }
+    }
+
+    pub(super) fn ids(&self) -> Result<Vec<(MessageId, u64)>, RecordError> {
+        let id = |(Raw(bytes), number): &(Raw<'_>, u64)| {
+            let bytes = bytes[..].try_into().map_err(|_| RecordError::Id)?;
+            Ok((MessageId::from_bytes(bytes), *number))
+        };
+        self.ids.iter().map(id).collect()
+    }
+}
+
 /// An entry of an outbox's journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum OutboxRecord<'a> {
@@ -214,17 +310,11 @@ pub(super) enum OutboxRecord<'a> {
     Once(MessageRecords<'a>, Vec<(MessageId, u64)>),
     /// Message and part: it was taken from its node, which may have processed it.
     Left(Vec<(u64, u32)>),
+    /// What is still wanted of segments that go.
+    Kept(KeptRecord<'a>),
 }
 
 impl<'a> OutboxRecord<'a> {
-    /// How many messages it stores.
-    pub(super) fn messages(&self) -> u32 {
-        match self {
-            Self::Messages(messages) | Self::Once(messages, _) => messages.len() as u32,
-            _ => 0,
-        }
-    }
-
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
             Self::Messages(messages) => {
@@ -243,6 +333,7 @@ impl<'a> OutboxRecord<'a> {
                 with_kind(7, &(messages, ids.collect::<Vec<_>>()))
             }
             Self::Left(left) => with_kind(8, left),
+            Self::Kept(kept) => with_kind(9, kept),
         }
     }
 
@@ -268,6 +359,7 @@ impl<'a> OutboxRecord<'a> {
                 Self::Once(messages.into(), ids.collect())
             }
             8 => Self::Left(decode(rest)?),
+            9 => Self::Kept(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::Random;
 use crate::journal::crashing::{Disk as Bytes, Lost};
 use crate::journal::stepped::{EntryKind, Stepped};
-use crate::journal::{Entry, Haste, NotStored, Options, Position, Recovery};
+use crate::journal::{Entry, Haste, Level, Need, NotStored, Options, Position, Recovery, Room};
 
 /// What ends without warning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,7 @@ struct Write {
 enum Step {
     Write(Write),
     RemoveBefore(u64),
+    Remove(Vec<u64>),
 }
 
 #[derive(Default)]
@@ -38,15 +39,31 @@ pub(super) struct Disk {
     waiting: VecDeque<Step>,
     being_written: Vec<Write>,
     pub(super) failing: bool,
+    /// Its journal's segments are cleaned.
+    is_cleaned: bool,
+    /// Segments that were removed from a list, of which nobody was told yet.
+    removed: Vec<u64>,
+    told: Option<Level>,
 }
 
 /// About how large a segment is, in bytes.
 pub(super) const SEGMENT: u64 = 3000;
 
 impl Disk {
+    /// One for a journal whose segments are cleaned.
+    pub(super) fn cleaned() -> Self {
+        Self { is_cleaned: true, ..Self::default() }
+    }
+
+    /// It holds that much at the most, in bytes.
+    pub(super) fn limit(&self, capacity: u64) {
+        self.bytes.limit(capacity);
+    }
+
     /// Hands out what is on it, and goes on from there.
     pub(super) fn open(&mut self, take: impl FnMut(Entry<'_>)) -> Recovery {
-        let options = Options { segment_size: SEGMENT, ..Options::default() };
+        let cleaned = self.is_cleaned;
+        let options = Options { segment_size: SEGMENT, cleaned, ..Options::default() };
         let (journal, recovery) = Stepped::open(&self.bytes, &options, take).unwrap();
         self.journal = Some(journal);
         recovery
@@ -60,15 +77,58 @@ impl Disk {
         self.waiting.push_back(Step::RemoveBefore(segment));
     }
 
+    pub(super) fn remove(&mut self, segments: Vec<u64>) {
+        self.waiting.push_back(Step::Remove(segments));
+    }
+
+    /// The segments that are there, and how long each is, in bytes.
+    pub(super) fn segments(&self) -> Vec<(u64, u64)> {
+        self.journal.as_ref().expect("it is open").segments()
+    }
+
+    /// How much room there is, when it has been looked at.
+    pub(super) fn look_for_room(&mut self) -> Room {
+        let room = self.journal.as_mut().expect("it is open").look_for_room();
+        self.told = Some(room.level);
+        room
+    }
+
+    /// The same if nobody was told of a change.
+    pub(super) fn changed_room(&mut self) -> Option<Room> {
+        let room = self.journal.as_ref().expect("it is open").room();
+        let changed = self.told != Some(room.level);
+        self.told = Some(room.level);
+        changed.then_some(room)
+    }
+
+    pub(super) fn level(&self) -> Level {
+        self.journal.as_ref().expect("it is open").room().level
+    }
+
+    pub(super) fn has_removed(&self) -> bool {
+        !self.removed.is_empty()
+    }
+
+    /// Segments that were removed from a list since this was asked last.
+    pub(super) fn removed(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.removed)
+    }
+
     /// Begins to write what waits; whether there is anything, and nothing is written already.
     pub(super) fn begin(&mut self) -> bool {
         if !self.being_written.is_empty() {
             return false;
         }
-        while let Some(Step::RemoveBefore(segment)) = self.waiting.front() {
-            let journal = self.journal.as_mut().expect("it is open");
-            journal.remove_before(*segment);
-            self.waiting.pop_front();
+        let journal = self.journal.as_mut().expect("it is open");
+        while let Some(Step::RemoveBefore(_) | Step::Remove(_)) = self.waiting.front() {
+            match self.waiting.pop_front() {
+                Some(Step::RemoveBefore(segment)) => journal.remove_before(segment),
+                Some(Step::Remove(segments)) => {
+                    journal.remove(segments.clone());
+                    self.removed.extend(segments);
+                }
+                Some(Step::Write(_)) | None => unreachable!("it was looked at"),
+            }
         }
         while let Some(Step::Write(_)) = self.waiting.front()
             && let Some(Step::Write(write)) = self.waiting.pop_front()
@@ -112,6 +172,7 @@ impl Disk {
     /// Ends who has it open; what that took from it.
     pub(super) fn crash(&mut self, crash: Crash, random: &mut Random) -> Lost {
         self.waiting.clear();
+        self.removed.clear();
         if !self.being_written.is_empty() {
             // Nothing comes behind what is being written, as after a write that fails.
             let behind = self.being_written.iter().skip(1);
@@ -139,13 +200,14 @@ impl Disk {
 
     /// Stores something while the disk is well and nobody else writes.
     pub(super) fn store(&mut self, bytes: Vec<u8>) {
-        self.being_written.push(Write { token: None, bytes, kind: EntryKind::Synced });
+        self.being_written.push(Write { token: None, bytes, kind: EntryKind::Removal });
         assert!(self.write().iter().all(Result::is_ok));
     }
 
     /// What a backup of it would hold now, while nobody has it open.
     pub(super) fn copy(&self) -> Self {
-        Self { bytes: Arc::new(self.bytes.copy()), ..Self::default() }
+        let bytes = Arc::new(self.bytes.copy());
+        Self { bytes, is_cleaned: self.is_cleaned, ..Self::default() }
     }
 
     pub(super) fn at(&self, position: Position) -> Option<Vec<u8>> {
@@ -153,8 +215,11 @@ impl Disk {
     }
 }
 
-pub(super) fn kind(haste: Haste) -> EntryKind {
+pub(super) fn kind(haste: Haste, need: Need) -> EntryKind {
     match haste {
+        Haste::Synced if need == Need::None => EntryKind::Offered,
+        Haste::Synced if need == Need::Emergency => EntryKind::Emergency,
+        Haste::Synced if need == Need::Removal => EntryKind::Removal,
         Haste::Synced => EntryKind::Synced,
         Haste::Written | Haste::Later => EntryKind::Note,
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::disk::kind;
 use crate::engine::delivery::{Inbox, InboxAction, Verdict};
 use crate::identity::NodeId;
-use crate::journal::Options;
 use crate::journal::crashing::Disk;
 use crate::journal::stepped::{EntryKind, Stepped};
+use crate::journal::{Need, Options};
 use crate::wire::{Delivery, DeliveryId, Outcome, Stream};
 
 const SENDER: NodeId = NodeId::from_bytes([7; 32]);
@@ -34,7 +34,7 @@ impl Receiver {
         while let Some(action) = self.inbox.poll_action() {
             let (token, entry, kind) = match action {
                 InboxAction::Append { token, entry, haste, .. } => {
-                    (Some(token), entry, kind(haste))
+                    (Some(token), entry, kind(haste, Need::Urgent))
                 }
                 InboxAction::AppendSnapshot { token, entry, .. } => {
                     (Some(token), entry, EntryKind::First)

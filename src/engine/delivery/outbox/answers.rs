@@ -72,7 +72,7 @@ impl Outbox {
         }
         if answer.outcome == Outcome::Processed {
             // Of whichever attempt, also of one before it went to another node.
-            if !matches!(part.state, State::Dying | State::Dead(_) | State::Settled) {
+            if !matches!(part.state, State::Dying(_) | State::Dead(_) | State::Settled) {
                 self.settle(key);
             }
             return true;
@@ -98,7 +98,7 @@ impl Outbox {
                 if matches!(self.targets[target as usize], Target::Service(_)) {
                     self.unbind(key);
                     let free = OutboxRecord::Bound(vec![(key.number, key.part, None)]);
-                    self.note(&free);
+                    self.note(&free, [key.number]);
                 }
                 self.pause(now, key, attempts.saturating_sub(1), true);
             }
@@ -126,7 +126,7 @@ impl Outbox {
         } else if expired {
             self.kill(key, Fate::Expired { maybe_processed: true });
         } else {
-            self.note(&OutboxRecord::Failed(key.number, key.part, failures));
+            self.note(&OutboxRecord::Failed(key.number, key.part, failures), [key.number]);
             self.pause(now, key, failures - 1, false);
         }
     }

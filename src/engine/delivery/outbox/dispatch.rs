@@ -164,8 +164,7 @@ impl Outbox {
             }
         }
         self.store_settled();
-        self.remove_segments();
-        self.compact();
+        self.clean();
     }
 
     fn bind_waiting(&mut self, choose: &mut Choose<'_>) {
@@ -279,7 +278,8 @@ impl Outbox {
             && at <= now.time
         {
             self.timers.pop_first();
-            if let Some(fate) = self.dying.remove(&key) {
+            if let Some(State::Dying(fate)) = self.part(key).map(|part| &part.state) {
+                let fate = Fate::clone(fate);
                 self.store_fate(key, fate);
             }
             if matches!(self.part(key).map(|part| &part.state), Some(State::Paused { until, .. }) if *until == at)
@@ -289,7 +289,8 @@ impl Outbox {
             }
         }
         self.disk_retry.take_if(|at| *at <= now.time);
-        self.compact_retry.take_if(|at| *at <= now.time);
+        self.clean_retry.take_if(|at| *at <= now.time);
+        self.clean_due |= self.clean_at.take_if(|at| *at <= now.time).is_some();
         if self.peers_retry.take_if(|at| *at <= now.time).is_some() && self.peers_dirty {
             self.store_peers(false);
         }
@@ -308,7 +309,11 @@ impl Outbox {
         let maybe_processed = part.redelivered;
         match part.state {
             // Its answer decides, or the end of the link.
-            State::InFlight | State::Storing | State::Dying | State::Dead(_) | State::Settled => {}
+            State::InFlight
+            | State::Storing
+            | State::Dying(_)
+            | State::Dead(_)
+            | State::Settled => {}
             _ if self.has_expired(now, key) => self.kill(key, Fate::Expired { maybe_processed }),
             State::Scheduled => self.activate(now, key),
             _ => {}

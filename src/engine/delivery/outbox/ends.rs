@@ -14,19 +14,18 @@ impl Outbox {
     /// Stores that it is a dead letter; it is one then.
     pub(super) fn kill(&mut self, key: PartKey, fate: Fate) {
         self.stop(key);
-        self.set_state(key, State::Dying);
+        self.set_state(key, State::Dying(Box::new(fate.clone())));
         self.store_fate(key, fate);
     }
 
     pub(super) fn store_fate(&mut self, key: PartKey, fate: Fate) {
-        let record = OutboxRecord::Dead(key.number, key.part, Some(fate.clone()));
-        self.append(&record, Pending::Dead(key, Box::new(fate)));
+        let record = OutboxRecord::Dead(key.number, key.part, Some(fate));
+        self.append(&record, Pending::Dead(key));
     }
 
-    pub(super) fn bury(&mut self, key: PartKey, fate: Fate) {
-        if self.part(key).is_none_or(|part| part.state != State::Dying) {
-            return;
-        }
+    pub(super) fn bury(&mut self, key: PartKey) {
+        let Some(State::Dying(fate)) = self.part(key).map(|part| &part.state) else { return };
+        let fate = Fate::clone(fate);
         let event = OutboxEvent::DeadLetter { number: key.number, fate: fate.clone() };
         self.actions.push_back(OutboxAction::Report(event));
         self.end_part(key, State::Dead(Box::new(fate)));
@@ -106,7 +105,7 @@ impl Outbox {
             self.cached_bytes -= u64::from(entry.size);
         }
         if let Some(position) = entry.position {
-            self.leave_segment(position.segment);
+            self.leave_segment(position, entry.size);
         }
     }
 }

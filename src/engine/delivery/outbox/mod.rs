@@ -9,10 +9,12 @@
 
 mod admin;
 mod answers;
+mod cleaning;
 mod dispatch;
 mod ends;
 mod intake;
 mod lanes;
+mod moving;
 mod once;
 mod peers;
 mod recover;
@@ -38,7 +40,7 @@ use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
-use crate::journal::{Haste, NotStored, Position};
+use crate::journal::{Haste, Level, Need, NotStored, Position, Room};
 use crate::message::MessageId;
 use crate::wire::{Control, Delivery, Envelope, Stream};
 
@@ -87,22 +89,24 @@ pub(crate) enum Source {
 /// What the owner of the outbox is to do, in this order.
 #[derive(Debug)]
 pub(crate) enum OutboxAction {
-    /// Append an entry to the journal, and tell of its end by the number. An urgent one may have
-    /// the last room of the disk: it helps to free some.
+    /// Append an entry to the journal, and tell of its end by the number.
     Append {
         token: u64,
         entry: Vec<u8>,
         /// How many messages it stores.
         messages: u32,
         haste: Haste,
-        urgent: bool,
+        need: Need,
     },
-    /// Append an entry that nobody waits for.
-    Note(Vec<u8>),
+    /// The same for one that begins a segment, so that others can go.
+    AppendFirst {
+        token: u64,
+        entry: Vec<u8>,
+    },
     /// Read a message, and tell of it: it is to be stored once more.
     Read(u64, Position),
-    /// The entries before that segment are no longer wanted.
-    RemoveBefore(u64),
+    /// The entries of these segments are no longer wanted: remove them, and tell which are gone.
+    Remove(Vec<u64>),
     Transmit {
         to: NodeId,
         key: PartKey,
@@ -206,7 +210,7 @@ enum State {
         refused: bool,
     },
     /// That it is a dead letter is being stored.
-    Dying,
+    Dying(Box<Fate>),
     Dead(Box<Fate>),
     Settled,
 }
@@ -252,15 +256,19 @@ enum Pending {
     /// Their numbers, and the ids of those that are stored once.
     Messages(SmallVec<[u64; 2]>, Vec<(MessageId, u64)>),
     Bound(Vec<PartKey>),
-    Dead(PartKey, Box<Fate>),
-    /// A message that was in an old segment.
+    Dead(PartKey),
+    /// Something that is said of messages, and need not be synced.
+    Noted(SmallVec<[u64; 1]>),
+    /// A message that was in a segment that is to go.
     Moved(u64),
     /// What is settled, and the numbers that it had.
     Settled(Vec<(u64, u32)>, Vec<Bound>),
     /// What is remembered of peers.
     Peers,
-    /// The same; then the segments before that one can go.
-    Removal(u64),
+    /// A segment is begun.
+    Begun,
+    /// What is wanted of segments that go then.
+    Kept(Box<cleaning::Keeping>),
 }
 
 /// An entry of what is settled.
@@ -302,8 +310,6 @@ pub(crate) struct Outbox {
     former: HashMap<PartKey, Vec<Bound>>,
     /// What was taken from its node without ever having been sent, which is to be stored.
     freed: Vec<(u64, u32)>,
-    /// What could not be stored as dead letters yet.
-    dying: HashMap<PartKey, Fate>,
     /// What is remembered of peers is being stored.
     peers_pending: bool,
     /// It has changed since.
@@ -327,15 +333,25 @@ pub(crate) struct Outbox {
     written: VecDeque<Written>,
     /// Messages that are stored once.
     once: once::Once,
-    /// How many messages are in each segment.
-    live: BTreeMap<u64, u64>,
-    newest_segment: u64,
-    removed_before: u64,
-    removing: bool,
-    /// How many messages are being moved out of the oldest segment.
+    segments: segments::Segments,
+    /// Where what is remembered of peers was stored last.
+    peers_in: Option<u64>,
+    /// How much room the journal's disk has.
+    room: Room,
+    /// Since when it is full and nothing was removed.
+    full_since: Time,
+    cleaning: cleaning::Cleaning,
+    /// The disk is full, and no segment can go before more is processed: what that takes may have
+    /// the last room.
+    is_at_an_end: bool,
+    /// There may be a segment that can go.
+    clean_due: bool,
+    /// When that is looked for again.
+    clean_at: Option<Time>,
+    /// How many messages are being moved out of a segment.
     moving: u64,
-    /// Not before then, since a message could not be read.
-    compact_retry: Option<Time>,
+    /// No segment is cleaned before then, since something could not be read or stored.
+    clean_retry: Option<Time>,
     /// How often in a row messages could not be read, by their numbers.
     unreadable: HashMap<u64, u32>,
     actions: VecDeque<OutboxAction>,
@@ -365,7 +381,6 @@ impl Outbox {
             lanes: HashMap::default(),
             former: HashMap::default(),
             freed: Vec::new(),
-            dying: HashMap::default(),
             peers_pending: false,
             peers_dirty: false,
             peers_met: false,
@@ -380,12 +395,16 @@ impl Outbox {
             unreleased: Vec::new(),
             written: VecDeque::new(),
             once: once::Once::default(),
-            live: BTreeMap::new(),
-            newest_segment: 0,
-            removed_before: 0,
-            removing: false,
+            segments: segments::Segments::default(),
+            peers_in: None,
+            room: Room { level: Level::Ample, bytes: u64::MAX, last: 0 },
+            full_since: Time::default(),
+            cleaning: cleaning::Cleaning::default(),
+            is_at_an_end: false,
+            clean_due: false,
+            clean_at: None,
             moving: 0,
-            compact_retry: None,
+            clean_retry: None,
             unreadable: HashMap::default(),
             actions: VecDeque::new(),
             config,
@@ -519,7 +538,8 @@ impl Outbox {
     /// Stores, without a sync, what is free. It comes before what it is bound to next.
     fn store_freed(&mut self) {
         for freed in std::mem::take(&mut self.freed).chunks(MOST_FREED) {
-            self.note(&OutboxRecord::Freed(freed.to_vec()));
+            let messages = freed.iter().map(|(number, _)| *number);
+            self.note(&OutboxRecord::Freed(freed.to_vec()), messages);
         }
     }
 
@@ -552,7 +572,7 @@ impl Outbox {
         let timer = self.timers.first().map(|(at, _)| *at);
         let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);
         let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
-        let timers = timers.chain(self.disk_retry).chain(self.compact_retry);
+        let timers = timers.chain(self.disk_retry).chain(self.clean_retry).chain(self.clean_at);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }
 }

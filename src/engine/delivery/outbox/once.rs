@@ -4,15 +4,14 @@ use std::collections::BTreeMap;
 
 use super::{Fate, NewMessage, Outbox, Part, State};
 use crate::engine::HashMap;
-use crate::journal::Position;
 use crate::message::MessageId;
 
-/// An id is remembered for as much of the journal as this many full segments, after the one in
-/// which its message was stored. Each start begins a segment, and a process that is killed over and
-/// over is the one that needs the ids, so it is not their number that counts.
-const REMEMBERED_FOR: u64 = 4;
-/// But for no more segments than this, however short they are.
-const MOST_SEGMENTS: usize = 1024;
+/// An id is remembered for as much of the journal as this, in bytes, after its message was stored.
+/// Each start begins a segment, and a process that is killed over and over is the one that needs
+/// the ids, so it is not the number of segments that counts.
+const REMEMBERED_FOR: u64 = 256 * 1024 * 1024;
+/// But for no more than so many full segments, which is what a small disk holds.
+const MOST_SEGMENTS: u64 = 32;
 
 /// What becomes of a message that is to be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,26 +29,53 @@ pub(crate) enum Submitted {
 /// The numbers that the messages with these ids were given, and the segments that say so.
 #[derive(Debug, Default)]
 pub(super) struct Once {
-    numbers: HashMap<MessageId, u64>,
-    segments: BTreeMap<u64, Vec<MessageId>>,
-    /// How long each segment is, as far as is known.
-    ends: BTreeMap<u64, u64>,
+    /// With the segment that says so last; zero while it is being stored.
+    numbers: HashMap<MessageId, (u64, u64)>,
+    segments: BTreeMap<u64, Vec<Group>>,
+}
+
+/// Ids that are equally old.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Group {
+    /// How much of the journal had been written by then, in bytes. It may have been before this
+    /// life began to count.
+    pub(super) since: i64,
+    pub(super) ids: Vec<(MessageId, u64)>,
+}
+
+impl Group {
+    fn is_wanted(&self, written: u64, segment_size: u64) -> bool {
+        let wanted_for = REMEMBERED_FOR.min(MOST_SEGMENTS.saturating_mul(segment_size));
+        self.age(written) < wanted_for
+    }
+
+    /// How much of the journal was written since, in bytes.
+    pub(super) fn age(&self, written: u64) -> u64 {
+        (written as i64).saturating_sub(self.since).max(0) as u64
+    }
 }
 
 impl Once {
     fn number(&self, message: &NewMessage) -> Option<u64> {
         let wanted = message.once && !self.numbers.is_empty();
-        wanted.then(|| self.numbers.get(&message.id()).copied()).flatten()
+        wanted.then(|| self.numbers.get(&message.id()).map(|(number, _)| *number)).flatten()
     }
 
     /// It is being stored.
     pub(super) fn submit(&mut self, id: MessageId, number: u64) {
-        self.numbers.insert(id, number);
+        self.numbers.insert(id, (number, 0));
     }
 
-    pub(super) fn remember(&mut self, id: MessageId, number: u64, position: Position) {
-        self.numbers.insert(id, number);
-        self.segments.entry(position.segment).or_default().push(id);
+    /// A segment says it.
+    pub(super) fn remember(&mut self, segment: u64, group: Group) {
+        for (id, number) in &group.ids {
+            self.numbers.insert(*id, (*number, segment));
+        }
+        let groups = self.segments.entry(segment).or_default();
+        match groups.last_mut().filter(|last| last.since == group.since) {
+            Some(last) => last.ids.extend(group.ids),
+            None => groups.push(group),
+        }
     }
 
     /// It could not be stored.
@@ -57,29 +83,45 @@ impl Once {
         self.numbers.remove(id);
     }
 
-    /// There is something in the journal there.
-    pub(super) fn reach(&mut self, position: Position) {
-        let end = self.ends.entry(position.segment).or_default();
-        *end = (*end).max(position.offset + u64::from(position.length));
-    }
-
-    /// The first segment that is to stay for the ids in it.
-    pub(super) fn first_wanted(&self, segment_size: u64) -> Option<u64> {
-        let mut behind = 0;
-        let wanted = self.ends.iter().rev().take(MOST_SEGMENTS).take_while(|(_, end)| {
-            let is_wanted = behind < REMEMBERED_FOR * segment_size;
-            behind += **end;
-            is_wanted
+    /// What only that segment says, and is to be remembered for longer; also of messages that
+    /// `is_live` says to be in the outbox.
+    pub(super) fn wanted(
+        &self,
+        segment: u64,
+        (written, segment_size): (u64, u64),
+        is_live: impl Fn(u64) -> bool,
+    ) -> Vec<Group> {
+        let groups = self.segments.get(&segment).into_iter().flatten();
+        let wanted = groups.map(|group| {
+            let is_young = group.is_wanted(written, segment_size);
+            let ids = group.ids.iter().filter(|(id, number)| {
+                let said = self.numbers.get(id);
+                said == Some(&(*number, segment)) && (is_young || is_live(*number))
+            });
+            Group { since: group.since, ids: ids.copied().collect() }
         });
-        let first = wanted.last().map(|(segment, _)| *segment)?;
-        self.segments.range(first..).next().map(|(segment, _)| *segment)
+        wanted.filter(|group| !group.ids.is_empty()).collect()
     }
 
-    pub(super) fn forget_before(&mut self, segment: u64) {
-        self.ends = self.ends.split_off(&segment);
-        let kept = self.segments.split_off(&segment);
-        for id in std::mem::replace(&mut self.segments, kept).into_values().flatten() {
-            self.numbers.remove(&id);
+    /// Whether ids in that segment are to be remembered for longer.
+    pub(super) fn wants(&self, segment: u64, written: u64, segment_size: u64) -> bool {
+        let groups = self.segments.get(&segment);
+        groups.into_iter().flatten().any(|group| group.is_wanted(written, segment_size))
+    }
+
+    /// How many of them there are.
+    pub(super) fn count_wanted(&self, segment: u64, written: u64, segment_size: u64) -> u64 {
+        let groups = self.segments.get(&segment).into_iter().flatten();
+        let wanted = groups.filter(|group| group.is_wanted(written, segment_size));
+        wanted.map(|group| group.ids.len() as u64).sum()
+    }
+
+    /// That segment is gone.
+    pub(super) fn forget_segment(&mut self, segment: u64) {
+        for (id, _) in self.segments.remove(&segment).into_iter().flatten().flat_map(|it| it.ids) {
+            if self.numbers.get(&id).is_some_and(|(_, said)| *said == segment) {
+                self.numbers.remove(&id);
+            }
         }
     }
 }

@@ -252,6 +252,6 @@ impl Outbox {
 
     fn reassign(&mut self, key: PartKey) {
         self.leave(key);
-        self.note(&OutboxRecord::Left(vec![(key.number, key.part)]));
+        self.note(&OutboxRecord::Left(vec![(key.number, key.part)]), [key.number]);
     }
 }

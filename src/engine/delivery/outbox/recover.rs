@@ -5,10 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
+use super::once::Group;
 use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
-#[cfg(test)]
-use crate::engine::delivery::record::Raw;
-use crate::engine::delivery::record::{MessageRecord, OutboxRecord, PartRecord, PeerRecord};
+use crate::engine::delivery::record::{
+    KeptRecord, MessageRecord, OutboxRecord, PartRecord, PeerRecord, Raw, StateRecord,
+};
 use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
@@ -35,8 +36,8 @@ impl Outbox {
     /// # Errors
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
-        self.newest_segment = self.newest_segment.max(position.segment);
-        self.once.reach(position);
+        self.segments.reach(position);
+        let here = position.segment;
         match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) => {
                 for message in messages {
@@ -47,9 +48,10 @@ impl Outbox {
                 for message in messages {
                     self.recover_message(position, &message)?;
                 }
-                ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
+                self.remember_ids(here, ids);
             }
             OutboxRecord::Bound(bound) => {
+                self.segments.tell(here, bound.iter().map(|(number, ..)| *number));
                 for (number, part, binding) in bound {
                     let key = PartKey { number, part };
                     match binding {
@@ -60,11 +62,13 @@ impl Outbox {
                 }
             }
             OutboxRecord::Left(left) => {
+                self.segments.tell(here, left.iter().map(|(number, _)| *number));
                 for (number, part) in left {
                     self.leave(PartKey { number, part });
                 }
             }
             OutboxRecord::Freed(freed) => {
+                self.segments.tell(here, freed.iter().map(|(number, _)| *number));
                 for (number, part) in freed {
                     let key = PartKey { number, part };
                     self.unbind(key);
@@ -74,30 +78,30 @@ impl Outbox {
                 }
             }
             OutboxRecord::Settled(settled) => {
+                self.segments.tell(here, settled.iter().map(|(number, _)| *number));
                 for (number, part) in settled {
                     self.recover_settled(PartKey { number, part });
                 }
             }
             OutboxRecord::Failed(number, part, failures) => {
+                self.segments.tell(here, [number].into_iter());
                 if let Some(part) = self.part_mut(PartKey { number, part }) {
                     (part.failures, part.redelivered) = (failures, true);
                 }
             }
             OutboxRecord::Dead(number, part, Some(fate)) => {
+                self.segments.tell(here, [number].into_iter());
                 let key = PartKey { number, part };
                 if self.part(key).is_some_and(|part| part.state == State::Storing) {
                     self.end_part(key, State::Dead(Box::new(fate)));
                 }
             }
             OutboxRecord::Dead(number, part, None) => {
-                self.revive_for_good(PartKey { number, part })
+                self.segments.tell(here, [number].into_iter());
+                self.revive_for_good(PartKey { number, part });
             }
-            OutboxRecord::Peers(peers) => {
-                self.subscriptions.clear();
-                for peer in peers {
-                    self.recover_peer(&peer)?;
-                }
-            }
+            OutboxRecord::Peers(peers) => self.recover_peers(here, &peers)?,
+            OutboxRecord::Kept(kept) => self.recover_kept(here, &kept)?,
         }
         // What says that they are settled is on the disk.
         for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
@@ -108,13 +112,88 @@ impl Outbox {
         Ok(())
     }
 
+    /// What was still wanted of segments that went.
+    fn recover_kept(&mut self, here: u64, kept: &KeptRecord<'_>) -> Result<(), RecordError> {
+        let ids = kept.ids.iter().flat_map(|group| &group.ids).map(|(_, number)| *number);
+        let next = ids.map(|number| number.saturating_add(1)).max().unwrap_or_default();
+        self.next_number = self.next_number.max(kept.next).max(next);
+        for (first, last) in kept.settled.iter().filter(|(first, last)| first <= last) {
+            let there: Vec<u64> =
+                self.entries.range(*first, *last).map(|(number, _)| number).collect();
+            there.into_iter().for_each(|number| self.discard(number));
+            self.segments.tell_range(here, *first, *last);
+        }
+        for state in &kept.states {
+            self.segments.tell(here, [state.0].into_iter());
+            self.recover_state(kept, state)?;
+        }
+        for group in &kept.ids {
+            let since = self.segments.written as i64 - group.age.min(i64::MAX as u64) as i64;
+            self.once.remember(here, Group { since, ids: group.ids()? });
+        }
+        kept.peers.as_ref().map_or(Ok(()), |peers| self.recover_peers(here, peers))
+    }
+
+    fn recover_state(
+        &mut self,
+        kept: &KeptRecord<'_>,
+        StateRecord(number, expires, states): &StateRecord,
+    ) -> Result<(), RecordError> {
+        // The message itself may be gone by now, or be another with its number.
+        let Some(entry) = self.entries.get(*number) else { return Ok(()) };
+        let Some(position) = entry.position.filter(|_| entry.parts.len() == states.len()) else {
+            return Ok(());
+        };
+        let parts = entry.parts.iter().zip(states).map(|(part, state)| {
+            let former = state.former.iter().map(|former| kept.binding(*former));
+            Ok(PartRecord {
+                target: (&self.targets[part.target as usize]).into(),
+                binding: state.binding.map(|binding| kept.binding(binding)).transpose()?,
+                failures: state.failures,
+                redelivered: state.redelivered,
+                settled: state.settled,
+                dead: state.dead.clone(),
+                former: former.collect::<Result<_, _>>()?,
+            })
+        });
+        let parts = parts.collect::<Result<_, RecordError>>()?;
+        let rare = entry.rare.as_deref();
+        let record = MessageRecord {
+            number: *number,
+            parts,
+            expires_at: rare.and_then(|rare| rare.expires_at).filter(|_| *expires),
+            not_before: rare.and_then(|rare| rare.not_before),
+            order: self.order(*number).map(|order| order.to_string()),
+            frozen: Raw(Default::default()),
+        };
+        let size = entry.size;
+        self.recover_as(position, size, &record)
+    }
+
+    fn recover_peers(&mut self, here: u64, peers: &[PeerRecord]) -> Result<(), RecordError> {
+        self.peers_in = Some(here);
+        self.subscriptions.clear();
+        peers.iter().try_for_each(|peer| self.recover_peer(peer))
+    }
+
     fn recover_message(
         &mut self,
         position: Position,
         record: &MessageRecord<'_>,
     ) -> Result<(), RecordError> {
+        self.next_number = self.next_number.max(record.number + 1);
+        let destinations = BASE_COST as u32 * record.parts.len().max(1) as u32;
+        self.recover_as(position, destinations + record.frozen.0.len() as u32, record)
+    }
+
+    /// A message that lies there stands as the record says.
+    fn recover_as(
+        &mut self,
+        position: Position,
+        size: u32,
+        record: &MessageRecord<'_>,
+    ) -> Result<(), RecordError> {
         let number = record.number;
-        self.next_number = self.next_number.max(number + 1);
         if self.entries.get(number).is_some() {
             // It was moved to here; what is said is how it stood then.
             self.discard(number);
@@ -133,11 +212,9 @@ impl Outbox {
         let (expires_at, not_before) = (record.expires_at, record.not_before);
         let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));
-        let destinations = BASE_COST as u32 * record.parts.len().max(1) as u32;
-        let size = destinations + record.frozen.0.len() as u32;
         let entry = Entry { position: Some(position), cached: None, rare, parts, size };
         self.bytes += u64::from(size);
-        *self.live.entry(position.segment).or_default() += 1;
+        self.segments.enter(position.segment, number, size);
         self.entries.insert(number, entry);
         for (at, part) in (0u32..).zip(&record.parts) {
             let key = PartKey { number, part: at };
@@ -215,6 +292,12 @@ impl Outbox {
             self.peers.entry(node).or_default().known_inbox = Some(record.inbox);
         }
         Ok(())
+    }
+
+    /// The segments of the journal that has been read, and how long each is, in bytes.
+    pub(crate) fn handle_segments(&mut self, segments: &[(u64, u64)]) {
+        self.segments.found(segments);
+        self.clean_due = true;
     }
 
     /// The journal has been read: what is in it goes on its way.

@@ -1,149 +1,119 @@
-//! Which segments of the journal can go, and what has to move before they can.
+//! What lies in which segment of the journal, and what its entries say of messages elsewhere.
 
-use bytes::Bytes;
-use smallvec::smallvec;
+use std::collections::BTreeMap;
 
-use super::answers::MOST_UNREADABLE;
-use super::{Bound, DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
-use crate::engine::delivery::record::{
-    BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
-};
-use crate::engine::delivery::{Fate, Now};
+use crate::engine::delivery::ranges::Ranges;
 use crate::journal::Position;
 
-impl Outbox {
-    /// Has the segments removed that hold nothing more that counts.
-    pub(super) fn remove_segments(&mut self) {
-        let first = self.live.first_key_value().map(|(segment, _)| *segment);
-        let before = first.unwrap_or(self.newest_segment).min(self.newest_segment);
-        let wanted = self.once.first_wanted(self.config.segment_size);
-        let before = wanted.map_or(before, |wanted| wanted.min(before));
-        if self.disk_retry.is_some()
-            || self.removing
-            || before <= self.removed_before
-            || self.newest_segment == 0
-        {
-            return;
-        }
-        self.removing = true;
-        // It is said again in a segment that stays.
-        let peers = self.peer_records();
-        self.append(&OutboxRecord::Peers(peers), Pending::Removal(before));
+/// What a segment takes without an entry, in bytes.
+const EMPTY: u64 = 48;
+
+/// A segment that is on the disk.
+#[derive(Debug, Default)]
+pub(super) struct Segment {
+    /// How long it is, as far as is known, in bytes.
+    pub(super) size: u64,
+    /// How many messages lie in it that are not settled, and their bytes.
+    pub(super) live: u64,
+    pub(super) live_bytes: u64,
+    /// All messages that are stored in it, also those that lie elsewhere by now or are settled.
+    pub(super) messages: Ranges,
+    /// Those of which its other entries say something.
+    pub(super) told: Ranges,
+    /// It is no longer wanted, and will be removed.
+    pub(super) goes: bool,
+}
+
+/// The segments that are on the disk, by number.
+#[derive(Debug, Default)]
+pub(super) struct Segments {
+    all: BTreeMap<u64, Segment>,
+    /// The one that is being written, as far as is known; zero before there is one.
+    pub(super) newest: u64,
+    /// How much was written to them by now, in bytes.
+    pub(super) written: u64,
+}
+
+impl Segments {
+    pub(super) fn iter(&self) -> impl DoubleEndedIterator<Item = (u64, &Segment)> {
+        self.all.iter().map(|(number, segment)| (*number, segment))
     }
 
-    pub(super) fn leave_segment(&mut self, segment: u64) {
-        if let Some(live) = self.live.get_mut(&segment) {
-            *live -= 1;
-            if *live == 0 {
-                self.live.remove(&segment);
-            }
-        }
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
     }
 
-    /// Moves what is left in the oldest segment to the newest, when the journal takes more than
-    /// twice of what is in it: one message that waits for long would keep all that came after it.
-    pub(super) fn compact(&mut self) {
-        let Some((oldest, count)) = self.live.first_key_value().map(|(at, count)| (*at, *count))
-        else {
-            return;
-        };
-        let needed = self.bytes / self.config.segment_size.max(1);
-        let waits = self.moving > 0 || self.disk_retry.is_some() || self.compact_retry.is_some();
-        if waits || self.newest_segment - oldest <= 2 + 2 * needed {
-            return;
-        }
-        let here = self.entries.iter().filter_map(|(number, entry)| {
-            let position = entry.position?;
-            // What says that it is dying is on its way to the journal, and this would undo it.
-            let dying = entry.parts.iter().any(|part| part.state == State::Dying);
-            (position.segment == oldest && !dying).then_some((number, position))
-        });
-        let here: Vec<_> = here.take(count as usize).collect();
-        self.moving = here.len() as u64;
-        let reads = here.into_iter().map(|(number, position)| OutboxAction::Read(number, position));
-        self.actions.extend(reads);
+    pub(super) fn get(&self, number: u64) -> Option<&Segment> {
+        self.all.get(&number)
     }
 
-    /// A message that was to be read is this; `None` if it can't be read.
-    pub(crate) fn handle_read(&mut self, now: Now, number: u64, frozen: Option<Bytes>) {
-        self.moving -= 1;
-        match frozen {
-            Some(frozen) => self.move_message(number, frozen),
-            None => self.give_up_unread(now, number),
-        }
+    pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut Segment> {
+        self.all.get_mut(&number)
     }
 
-    /// What can't be read is tried some more times, then it is a dead letter without a body, which
-    /// doesn't keep the segment.
-    fn give_up_unread(&mut self, now: Now, number: u64) {
-        let Some(entry) = self.entries.get(number) else { return };
-        let waits = |part: &Part| {
-            matches!(
-                part.state,
-                State::Scheduled
-                    | State::Blocked
-                    | State::Waiting
-                    | State::Ready
-                    | State::Paused { .. }
-            )
-        };
-        let parts = (0u32..).zip(&entry.parts).filter(|(_, part)| waits(part));
-        let waiting: Vec<_> = parts.map(|(part, _)| PartKey { number, part }).collect();
-        let ended = |part: &Part| matches!(part.state, State::Dead(_) | State::Settled);
-        let is_over = entry.parts.iter().all(ended);
-        let is_lost = self.count_unreadable(number) >= MOST_UNREADABLE;
-        if is_lost && is_over {
-            return self.move_message(number, Bytes::new());
-        }
-        self.compact_retry = Some(now.time + DISK_RETRY);
-        if is_lost {
-            waiting.into_iter().for_each(|key| self.kill(key, Fate::Unreadable));
+    /// There is an entry in the journal there; whether it is in a segment that is new.
+    pub(super) fn reach(&mut self, position: Position) -> bool {
+        let is_new = position.segment > self.newest;
+        self.newest = self.newest.max(position.segment);
+        let segment = self.all.entry(position.segment).or_default();
+        let end = position.offset + u64::from(position.length);
+        let more = end.saturating_sub(segment.size);
+        segment.size += more;
+        self.written += more;
+        is_new
+    }
+
+    /// The segments before that one, which is new, may be there too: a write to them failed.
+    pub(super) fn suspect(&mut self, last: u64, new: u64) {
+        for number in last + 1..new {
+            self.all.entry(number).or_default().size += EMPTY;
         }
     }
 
-    /// Stores a message once more, as it stands.
-    fn move_message(&mut self, number: u64, frozen: Bytes) {
-        let Some(entry) = self.entries.get(number) else { return };
-        if entry.parts.iter().any(|part| part.state == State::Dying) {
-            // What says so is in the journal by now, and this would undo it.
-            return;
+    /// These are on the disk, with their lengths; the last is the one that is being written.
+    pub(super) fn found(&mut self, segments: &[(u64, u64)]) {
+        let mut known = std::mem::take(&mut self.all);
+        for (number, length) in segments {
+            let mut segment = known.remove(number).unwrap_or_default();
+            segment.size = segment.size.max(*length);
+            self.all.insert(*number, segment);
         }
-        let record = |bound: &Bound| BindingRecord::from(&self.binding(*bound));
-        let parts = (0u32..).zip(&entry.parts).map(|(at, part)| {
-            let binding = part.bound.as_ref().map(record);
-            let former = self.former.get(&PartKey { number, part: at });
-            let former = former.into_iter().flatten().map(record).collect();
-            let dead = match &part.state {
-                State::Dead(fate) => Some(Fate::clone(fate)),
-                _ => None,
-            };
-            let settled = part.state == State::Settled;
-            let target = (&self.targets[part.target as usize]).into();
-            let redelivered = part.redelivered || part.attempts > 0;
-            let failures = part.failures;
-            PartRecord { target, binding, failures, redelivered, settled, dead, former }
-        });
-        let rare = entry.rare.as_deref();
-        let record = MessageRecord {
-            number,
-            parts: parts.collect(),
-            expires_at: rare.and_then(|rare| rare.expires_at),
-            not_before: rare.and_then(|rare| rare.not_before),
-            order: self.order(number).map(|order| order.to_string()),
-            frozen: Raw(frozen[..].into()),
-        };
-        self.moving += 1;
-        self.append(&OutboxRecord::Messages(smallvec![record]), Pending::Moved(number));
+        self.newest = self.all.last_key_value().map_or(0, |(number, _)| *number);
     }
 
-    pub(super) fn handle_moved(&mut self, number: u64, position: Option<Position>) {
-        self.moving -= 1;
-        let (Some(position), Some(entry)) = (position, self.entries.get_mut(number)) else {
-            return;
-        };
-        if let Some(before) = entry.position.replace(position) {
-            self.leave_segment(before.segment);
-        }
-        *self.live.entry(position.segment).or_default() += 1;
+    /// A message of that size lies there.
+    pub(super) fn enter(&mut self, number: u64, message: u64, size: u32) {
+        let segment = self.all.entry(number).or_default();
+        segment.live += 1;
+        segment.live_bytes += u64::from(size);
+        segment.messages.insert(message);
+    }
+
+    /// A message is stored there that is settled by now.
+    pub(super) fn store(&mut self, number: u64, message: u64) {
+        self.all.entry(number).or_default().messages.insert(message);
+    }
+
+    /// It is settled, or lies elsewhere; whether it was the last.
+    pub(super) fn leave(&mut self, number: u64, size: u32) -> bool {
+        let Some(segment) = self.all.get_mut(&number) else { return false };
+        segment.live -= 1;
+        segment.live_bytes -= u64::from(size);
+        segment.live == 0
+    }
+
+    /// An entry there says something of messages.
+    pub(super) fn tell(&mut self, number: u64, messages: impl Iterator<Item = u64>) {
+        let segment = self.all.entry(number).or_default();
+        messages.for_each(|message| _ = segment.told.insert(message));
+    }
+
+    /// The same of all from `first` to `last`.
+    pub(super) fn tell_range(&mut self, number: u64, first: u64, last: u64) {
+        self.all.entry(number).or_default().told.insert_range(first, last);
+    }
+
+    pub(super) fn remove(&mut self, number: u64) -> bool {
+        self.all.remove(&number).is_some()
     }
 }

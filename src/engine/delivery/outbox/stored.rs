@@ -1,23 +1,50 @@
 //! What goes to the journal, and what it says of it.
 
+use super::once::Group;
 use super::{Bound, DISK_RETRY, Outbox, OutboxAction, PartKey, Pending, State, Target, Written};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::journal::{Haste, NotStored, Position};
+use crate::journal::{Haste, Level, Need, NotStored, Position};
+use crate::message::MessageId;
 
 impl Outbox {
     pub(super) fn append(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
+        self.append_encoded(record.encode(), pending);
+    }
+
+    pub(super) fn append_encoded(&mut self, entry: Vec<u8>, pending: Pending) {
         let haste = match pending {
             // If it is lost, what it tells of comes once more, and is known there.
             Pending::Settled(..) => Haste::Later,
+            Pending::Noted(_) => Haste::Written,
             _ => Haste::Synced,
         };
-        let urgent = !matches!(pending, Pending::Messages(..) | Pending::Moved(_) | Pending::Peers);
+        let need = match pending {
+            Pending::Messages(..) | Pending::Peers => Need::None,
+            Pending::Moved(_) | Pending::Begun | Pending::Kept(_) => Need::Removal,
+            _ if self.is_at_an_end => Need::Emergency,
+            _ => Need::Urgent,
+        };
+        let messages = match &pending {
+            Pending::Messages(numbers, _) => numbers.len() as u32,
+            Pending::Moved(_) => 1,
+            _ => 0,
+        };
+        let token = self.token_for(pending);
+        self.actions.push_back(OutboxAction::Append { token, entry, messages, haste, need });
+    }
+
+    /// Appends an entry as the first of a segment.
+    pub(super) fn append_first(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
+        let (token, entry) = (self.token_for(pending), record.encode());
+        self.actions.push_back(OutboxAction::AppendFirst { token, entry });
+    }
+
+    fn token_for(&mut self, pending: Pending) -> u64 {
         let token = self.next_token;
         self.next_token += 1;
         self.pending.insert(token, pending);
-        let (entry, messages) = (record.encode(), record.messages());
-        self.actions.push_back(OutboxAction::Append { token, entry, messages, haste, urgent });
+        token
     }
 
     /// Stores, without a sync, what was settled since the last time.
@@ -31,8 +58,13 @@ impl Outbox {
         self.append(&record, Pending::Settled(settled, numbers));
     }
 
-    pub(super) fn note(&mut self, record: &OutboxRecord<'_>) {
-        self.actions.push_back(OutboxAction::Note(record.encode()));
+    /// Stores, without a sync, what is said of messages.
+    pub(super) fn note(
+        &mut self,
+        record: &OutboxRecord<'_>,
+        messages: impl IntoIterator<Item = u64>,
+    ) {
+        self.append(record, Pending::Noted(messages.into_iter().collect()));
     }
 
     /// An entry was stored, or can't be.
@@ -44,11 +76,18 @@ impl Outbox {
     ) {
         self.now = now.time;
         if let Ok(position) = &result {
-            self.newest_segment = self.newest_segment.max(position.segment);
-            self.once.reach(*position);
+            let last = self.segments.newest;
+            if self.segments.reach(*position) {
+                self.segments.suspect(last, position.segment);
+                // The one before it may be worth cleaning.
+                self.clean_due = true;
+            }
         }
         let synced = result.is_ok()
-            && self.pending.get(token).is_some_and(|it| !matches!(it, Pending::Settled(..)));
+            && self
+                .pending
+                .get(token)
+                .is_some_and(|it| !matches!(it, Pending::Settled(..) | Pending::Noted(_)));
         while synced
             && self.written.front().is_some_and(|before| before.token < token)
             && let Some(Written { numbers, .. }) = self.written.pop_front()
@@ -67,7 +106,7 @@ impl Outbox {
         match (self.pending.remove(token), result) {
             (None, _) => {}
             (Some(Pending::Messages(numbers, ids)), Ok(position)) => {
-                ids.into_iter().for_each(|(id, number)| self.once.remember(id, number, position));
+                self.remember_ids(position.segment, ids);
                 for number in numbers {
                     self.handle_stored(now, number, position);
                 }
@@ -79,7 +118,8 @@ impl Outbox {
                     self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
                 }
             }
-            (Some(Pending::Bound(keys)), Ok(_)) => {
+            (Some(Pending::Bound(keys)), Ok(position)) => {
+                self.segments.tell(position.segment, keys.iter().map(|key| key.number));
                 for key in keys {
                     if self.part(key).is_some_and(|part| part.state == State::Binding) {
                         self.make_ready(key);
@@ -92,18 +132,27 @@ impl Outbox {
                     if part.state == State::Binding {
                         match part.redelivered {
                             true => self.leave(key),
-                            false => self.unbind(key),
+                            // An entry of its own may say that it is bound.
+                            false => self.free(key),
                         }
                         self.pause(now, key, 0, true);
                     }
                 }
             }
-            (Some(Pending::Dead(key, fate)), Ok(_)) => self.bury(key, *fate),
-            (Some(Pending::Dead(key, fate)), Err(_)) => {
-                self.dying.insert(key, *fate);
+            (Some(Pending::Dead(key)), Ok(position)) => {
+                self.segments.tell(position.segment, [key.number].into_iter());
+                self.bury(key);
+            }
+            (Some(Pending::Dead(key)), Err(_)) => {
                 self.timers.insert((now.time + DISK_RETRY, key));
             }
-            (Some(Pending::Settled(settled, numbers)), Ok(_)) => {
+            (Some(Pending::Noted(messages)), result) => {
+                if let Ok(position) = result {
+                    self.segments.tell(position.segment, messages.into_iter());
+                }
+            }
+            (Some(Pending::Settled(settled, numbers)), Ok(position)) => {
+                self.segments.tell(position.segment, settled.iter().map(|(number, _)| *number));
                 self.written.push_back(Written { token, settled, numbers });
             }
             (Some(Pending::Settled(settled, numbers)), Err(_)) => {
@@ -114,35 +163,49 @@ impl Outbox {
             }
             (Some(Pending::Moved(number)), result) => {
                 if result.is_err() {
-                    self.disk_retry = Some(now.time + DISK_RETRY);
+                    self.clean_later(now);
                 }
                 self.handle_moved(number, result.ok());
             }
             (Some(Pending::Peers), result) => {
                 (self.peers_pending, self.peers_retry) = (false, Some(now.time + DISK_RETRY));
+                self.peers_in =
+                    result.as_ref().ok().map(|position| position.segment).or(self.peers_in);
                 self.peers_dirty |= result.is_err();
                 if self.peers_dirty {
                     self.store_peers(false);
                 }
             }
-            (Some(Pending::Removal(before)), Ok(_)) => {
-                self.removing = false;
-                self.removed_before = before;
-                self.once.forget_before(before);
-                self.actions.push_back(OutboxAction::RemoveBefore(before));
+            (Some(Pending::Begun), result) => {
+                if result.is_err() {
+                    self.clean_later(now);
+                }
+                self.handle_begun(result.is_ok());
             }
-            (Some(Pending::Removal(_)), Err(_)) => {
-                self.removing = false;
-                self.disk_retry = Some(now.time + DISK_RETRY);
+            (Some(Pending::Kept(keeping)), Ok(position)) => self.handle_kept(position, *keeping),
+            (Some(Pending::Kept(_)), Err(_)) => {
+                self.is_at_an_end = self.room.level == Level::Full;
+                self.clean_later(now);
+                self.give_up_cleaning();
             }
         }
+    }
+
+    /// A segment says that these ids are those of messages that are stored once.
+    pub(super) fn remember_ids(&mut self, segment: u64, ids: Vec<(MessageId, u64)>) {
+        if ids.is_empty() {
+            return;
+        }
+        let before = self.segments.get(segment).map_or(0, |it| it.size);
+        let since = self.segments.written.saturating_sub(before) as i64;
+        self.once.remember(segment, Group { since, ids });
     }
 
     pub(super) fn handle_stored(&mut self, now: Now, number: u64, position: Position) {
         self.actions.push_back(OutboxAction::Stored(number, Ok(())));
         let Some(entry) = self.entries.get_mut(number) else { return };
-        *self.live.entry(position.segment).or_default() += 1;
         entry.position = Some(position);
+        self.segments.enter(position.segment, number, entry.size);
         for part in 0..entry.parts.len() as u32 {
             let key = PartKey { number, part };
             if self.is_unwanted(key) {

@@ -7,7 +7,7 @@ use super::{Event, Life, NODES, Node, Packet, Which, World, id};
 use crate::engine::Time;
 use crate::engine::delivery::{Contents, Inbox, Outbox, OutboxConfig};
 use crate::engine::sim::disk::{Crash, Disk, SEGMENT};
-use crate::journal::Entry;
+use crate::journal::{Entry, Level};
 use crate::message::MessageId;
 use crate::wire::{Control, InboxInfo};
 
@@ -40,6 +40,8 @@ impl World {
         for Contents { number, position, .. } in outbox.contents() {
             numbers.insert(number, entry.stored_id(number, position.expect("it is stored")));
         }
+        outbox.handle_segments(&entry.outbox_disk.segments());
+        outbox.handle_room(now, entry.outbox_disk.look_for_room());
         let inbox_read = entry.inbox_disk.open(|it| inbox.recover(it.payload).unwrap());
         for read in [outbox_read, inbox_read] {
             self.seen.when("journals with a torn tail", read.torn > 0);
@@ -59,6 +61,7 @@ impl World {
         }
         let recovered: HashSet<MessageId> = numbers.values().copied().collect();
         self.check_transactions(node, &recovered);
+        self.check_ends(node, &recovered);
         let entry = &mut self.nodes[node];
         inbox.handle_recovered();
         let (waiting, running) = (HashMap::new(), HashSet::new());
@@ -71,6 +74,7 @@ impl World {
             snapshots: 0,
             wakes: None,
             retry_at: Time::default(),
+            looks: false,
         });
         self.submit_again(node);
         self.tell_consumers(node);
@@ -121,7 +125,11 @@ impl World {
     /// promise left. What is stored from then on has all of them.
     fn restore_outbox(&mut self, node: usize) {
         self.seen.add("outboxes put back", 1);
-        self.nodes[node].outbox_disk = self.nodes[node].backup.take().unwrap_or_default();
+        let disk = self.nodes[node].backup.take().unwrap_or_else(Disk::cleaned);
+        disk.limit(self.capacity.unwrap_or_default());
+        self.nodes[node].outbox_disk = disk;
+        let sent = &self.sent;
+        self.gone.retain(|message| sent[message].sender != node);
         self.sent.values_mut().filter(|sent| sent.sender == node).for_each(|sent| {
             (sent.stored, sent.forgotten) = (false, true);
         });
@@ -164,6 +172,11 @@ impl World {
         let written = disk.finish(fails, &mut self.random);
         let failed = written.iter().any(|(_, result)| result.is_err());
         self.seen.when("failed writes", failed);
+        let room = (which == Which::Outbox).then(|| disk.changed_room()).flatten();
+        if let Some(room) = room {
+            self.seen.when("disks that were full", room.level == Level::Full);
+            life.outbox.handle_room(now, room);
+        }
         for (token, result) in written {
             match which {
                 Which::Outbox => life.outbox.handle_appended(now, token, result),

@@ -6,6 +6,7 @@ mod handlers;
 mod links;
 mod lives;
 mod operator;
+mod room;
 mod seen;
 mod senders;
 
@@ -15,14 +16,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Random;
-use super::disk::{Disk, kind};
+use super::disk::{Disk, SEGMENT, kind};
 use crate::engine::Time;
 use crate::engine::delivery::{
     Fate, Inbox, InboxAction, NewMessage, Now, Outbox, OutboxAction, Source, Target,
 };
 use crate::identity::NodeId;
-use crate::journal::Position;
 use crate::journal::stepped::EntryKind;
+use crate::journal::{Need, Position};
 use crate::message::{IdSource, MessageId};
 use crate::wire::{Answer, Control, Delivery, DeliveryId, Outcome, thaw};
 use seen::Seen;
@@ -88,13 +89,27 @@ enum Packet {
 enum Event {
     Wake,
     Written(Which),
-    Arrive { from: usize, connection: u64, packet: Packet },
-    Ended { from: usize, id: DeliveryId, message: MessageId },
+    Arrive {
+        from: usize,
+        connection: u64,
+        packet: Packet,
+    },
+    Ended {
+        from: usize,
+        id: DeliveryId,
+        message: MessageId,
+    },
     Send,
-    Link { with: usize },
+    Link {
+        with: usize,
+    },
     Fault,
     Restart,
     Calm,
+    /// Segments of the outbox were removed.
+    Removed,
+    /// It is time to look whether the outbox's disk has room.
+    Look,
 }
 
 struct Life {
@@ -107,6 +122,8 @@ struct Life {
     snapshots: u64,
     wakes: Option<Time>,
     retry_at: Time,
+    /// Its disk will be looked at.
+    looks: bool,
 }
 
 struct Node {
@@ -154,6 +171,15 @@ struct World {
     reassign_after: Option<Duration>,
     /// A dead letter holds up those with its key.
     hold_keys: bool,
+    /// What the disk of an outbox holds, in bytes, if that is little.
+    capacity: Option<u64>,
+    /// Messages that were settled and gone when their outbox was last read.
+    gone: HashSet<MessageId>,
+    /// Of each sender, when the storm was over and all was processed: the message that shows that
+    /// its outbox takes one again.
+    probes: [Option<MessageId>; 2],
+    /// Since when it refuses them.
+    refused_since: [Option<Time>; 2],
     seen: Seen,
 }
 
@@ -174,7 +200,7 @@ impl World {
         let node = |_| Node {
             life: None,
             lives: 0,
-            outbox_disk: Disk::default(),
+            outbox_disk: Disk::cleaned(),
             inbox_disk: Disk::default(),
             backup: None,
             serves: true,
@@ -199,12 +225,22 @@ impl World {
             to_send: 120,
             reassign_after: None,
             hold_keys: false,
+            capacity: None,
+            gone: HashSet::new(),
+            probes: [None; 2],
+            refused_since: [None; 2],
             seen: Seen::default(),
         };
         if world.random.once_in(3) {
             world.reassign_after = Some(Duration::from_millis(world.random.between(50, 500)));
         }
         world.hold_keys = world.random.once_in(3);
+        if world.random.once_in(2) {
+            // Its manifest takes 24 KiB of it.
+            let capacity = 24 * 1024 + world.random.between(10, 18) * SEGMENT;
+            world.capacity = Some(capacity);
+            world.nodes.iter().for_each(|node| node.outbox_disk.limit(capacity));
+        }
         for node in 0..NODES {
             world.after(0, node, Event::Restart);
         }
@@ -224,7 +260,8 @@ impl World {
     /// Runs until all is settled.
     fn run(mut self) -> Seen {
         while let Some(Reverse((at, number, node, life))) = self.queue.pop() {
-            assert!(at.since_start() < Duration::from_secs(5000), "{:?}", self.unsettled());
+            let is_over = at.since_start() >= Duration::from_secs(5000);
+            assert!(!is_over, "{:?}\n{}", self.unsettled(), self.describe_room());
             self.now = at;
             let event = self.events.remove(&number).expect("each event is queued once");
             let of_this_life = self.nodes[node].lives == life;
@@ -235,10 +272,11 @@ impl World {
             }
             self.handle(node, event);
             if self.to_send == 0 && self.is_calm() {
-                if self.unsettled().is_empty() {
+                if !self.unsettled().is_empty() {
+                    self.free_held();
+                } else if self.probe() {
                     break;
                 }
-                self.free_held();
             }
         }
         assert!(self.unsettled().is_empty(), "{:?}", self.unsettled());
@@ -273,8 +311,10 @@ impl World {
         let now = self.clock();
         match event {
             Event::Wake => {
-                if let Some(life) = &mut self.nodes[node].life {
-                    life.wakes = None;
+                // It may have been told to wake earlier since.
+                if let Some(life) = &mut self.nodes[node].life
+                    && life.wakes.take_if(|at| *at <= now.time).is_some()
+                {
                     life.outbox.handle_timeout(now);
                     if life.retry_at <= now.time {
                         life.inbox.handle_timeout();
@@ -294,6 +334,8 @@ impl World {
             Event::Fault => self.fault(node),
             Event::Restart => self.restart(node),
             Event::Calm => {}
+            Event::Removed => self.handle_removed(node),
+            Event::Look => self.look_for_room(node),
         }
         self.perform(node);
     }
@@ -326,6 +368,7 @@ impl World {
         }
         self.write(node, Which::Outbox);
         self.write(node, Which::Inbox);
+        self.look_later(node);
         let now = self.clock();
         let Some(life) = &mut self.nodes[node].life else { return };
         let (timer, wall) = life.outbox.poll_timeout();
@@ -335,10 +378,12 @@ impl World {
         let retry = life.inbox.has_unstored().then_some(life.retry_at);
         if let Some(at) = timer.into_iter().chain(wall.map(|at| at.min(longest))).chain(retry).min()
             && at < Time::after_start(Duration::MAX)
-            && life.wakes.is_none_or(|known| known > at)
         {
-            life.wakes = Some(at);
-            self.at(at.max(now.time) + Duration::from_micros(1), node, Event::Wake);
+            let at = at.max(now.time) + Duration::from_micros(1);
+            if life.wakes.is_none_or(|known| known > at) {
+                life.wakes = Some(at);
+                self.at(at, node, Event::Wake);
+            }
         }
     }
 
@@ -347,9 +392,15 @@ impl World {
             Which::Outbox => &mut self.nodes[node].outbox_disk,
             Which::Inbox => &mut self.nodes[node].inbox_disk,
         };
-        if disk.begin() {
+        let begun = disk.begin();
+        let removed = which == Which::Outbox && disk.has_removed();
+        if begun {
             let takes = self.random.between(20, 400);
             self.after(takes, node, Event::Written(which));
+        }
+        if removed {
+            let takes = self.random.between(20, 400);
+            self.after(takes, node, Event::Removed);
         }
     }
 
@@ -357,13 +408,19 @@ impl World {
         let now = self.clock();
         let entry = &mut self.nodes[node];
         match action {
-            OutboxAction::Append { token, entry: bytes, haste, .. } => {
-                entry.outbox_disk.append(Some(token), bytes, kind(haste));
+            OutboxAction::Append { token, entry: bytes, haste, need, .. } => {
+                entry.outbox_disk.append(Some(token), bytes, kind(haste, need));
             }
-            OutboxAction::Note(bytes) => entry.outbox_disk.append(None, bytes, EntryKind::Note),
-            OutboxAction::RemoveBefore(segment) => entry.outbox_disk.remove_before(segment),
+            OutboxAction::AppendFirst { token, entry: bytes } => {
+                self.seen.add("segments begun to clean the newest", 1);
+                entry.outbox_disk.append(Some(token), bytes, EntryKind::First);
+            }
+            OutboxAction::Remove(segments) => {
+                self.seen.add("segments removed", segments.len() as u64);
+                entry.outbox_disk.remove(segments);
+            }
             OutboxAction::Read(number, position) => {
-                self.seen.add("messages moved to a newer segment", 1);
+                self.seen.add("messages moved to another segment", 1);
                 let bytes = entry.outbox_disk.at(position).expect("it is kept");
                 let frozen = Outbox::frozen(&bytes, number).unwrap();
                 entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, frozen);
@@ -390,11 +447,15 @@ impl World {
             }
             OutboxAction::Stored(number, result) => {
                 let life = entry.life.as_ref().expect("it acts");
-                let sent = self.sent.get_mut(&life.numbers[&number]).expect("it was sent");
+                let message = life.numbers[&number];
+                let sent = self.sent.get_mut(&message).expect("it was sent");
                 sent.stored = result.is_ok();
                 match result {
                     Ok(()) => self.seen.add("messages stored", 1),
-                    Err(_) => self.seen.add("messages that could not be stored", 1),
+                    Err(_) => {
+                        self.seen.add("messages that could not be stored", 1);
+                        self.handle_refused(node, message);
+                    }
                 }
             }
             OutboxAction::Done(number, result) => self.handle_done(node, number, result),
@@ -407,7 +468,7 @@ impl World {
         let life = entry.life.as_mut().expect("it acts");
         match action {
             InboxAction::Append { token, entry: bytes, haste, .. } => {
-                entry.inbox_disk.append(Some(token), bytes, kind(haste));
+                entry.inbox_disk.append(Some(token), bytes, kind(haste, Need::Urgent));
             }
             InboxAction::AppendSnapshot { token, entry: bytes, .. } => {
                 // Each life begins with one.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-const ALL: [&str; 31] = [
+const ALL: [&str; 36] = [
     "messages stored",
     "messages that could not be stored",
     "messages processed",
@@ -25,7 +25,12 @@ const ALL: [&str; 31] = [
     "journals with a torn tail",
     "journals with holes",
     "failed writes",
-    "messages moved to a newer segment",
+    "messages moved to another segment",
+    "segments removed",
+    "segments begun to clean the newest",
+    "disks that were full",
+    "outboxes full of what is not processed",
+    "messages gone for good",
     "snapshots of inboxes that live",
     "cuts",
     "clock jumps",

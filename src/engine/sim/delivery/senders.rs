@@ -30,7 +30,7 @@ impl World {
         }
     }
 
-    fn submit(&mut self, node: usize, all: NewMessages) -> SmallVec<[Submitted; 1]> {
+    pub(super) fn submit(&mut self, node: usize, all: NewMessages) -> SmallVec<[Submitted; 1]> {
         let now = self.clock();
         let serving: Vec<usize> = (1..NODES).filter(|node| self.nodes[*node].serves).collect();
         let outbox = &mut self.nodes[node].life.as_mut().expect("it lives").outbox;
@@ -97,6 +97,12 @@ impl World {
         }
     }
 
+    /// Longer ones where disks are small.
+    fn body(&mut self) -> Bytes {
+        let length = if self.capacity.is_some() { self.random.below(1200) } else { 6 };
+        Bytes::from(vec![b'x'; length as usize])
+    }
+
     /// A message that is sent now.
     fn draw(&mut self, node: usize) -> Option<NewMessage> {
         let now = self.clock();
@@ -135,7 +141,7 @@ impl World {
         let expires_at = self.random.once_in(8).then_some(soon);
         let not_before = self.random.once_in(8).then_some(soon / 2 + now.unix_ms / 2);
         let parts = targets.len();
-        let envelope = Arc::new(Envelope::one_way(header, Bytes::from_static(b"a body")));
+        let envelope = Arc::new(Envelope::one_way(header, self.body()));
         let once = self.random.once_in(6);
         let new = NewMessage { envelope, targets, expires_at, not_before, once };
         let sent = Sent {

@@ -1,0 +1,420 @@
+//! Making room: which segments of the journal can go, and what has to be said again before.
+//!
+//! ```text
+//!   the newest ─▶ Beginning ─▶ Moving ─▶ Keeping ─▶ Removing
+//!   another one ───────────────┘ its      │ what its other entries say of messages elsewhere,
+//!   nothing lies in it ───────── messages ┘ ids, peers
+//! ```
+//!
+//! Segments go in any order, those first that free the most for the least that is written again.
+//! What is said again comes behind all that it takes the place of, and is synced before that goes,
+//! so that a crash at any point leaves one or both.
+
+use std::time::Duration;
+
+use super::once::Group;
+use super::segments::Segment;
+use super::{DISK_RETRY, Outbox, OutboxAction, Pending, State};
+use crate::engine::delivery::ranges::Ranges;
+use crate::engine::delivery::record::{IdsRecord, KeptRecord, OutboxRecord};
+use crate::engine::delivery::{Fate, Now};
+use crate::journal::{Level, Position, Room};
+
+/// While room is wanted, it is looked for so often.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// So long a full disk waits for a segment of which half can go; then less has to do.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// What a message takes in the journal beside what it counts for in the outbox, in bytes at the most.
+const MOVE: u64 = 160;
+/// What it takes to say again how a message stands, that a range of them is settled, or an id, in
+/// bytes at the most.
+const STATE: u64 = 32;
+const RANGE: u64 = 24;
+const ID: u64 = 32;
+const PEER: u64 = 64;
+/// The same of what comes once, and of an entry with nothing in it.
+const ENTRY: u64 = 256;
+const SHORT_ENTRY: u64 = 160;
+/// So much of the last room is left for other entries: a part of a segment, and in bytes.
+const LEFT_PART: u64 = 4;
+const LEFT: u64 = 256 * 1024;
+/// So many segments may be kept for nothing but the ids in them.
+const MOST_FOR_IDS: usize = 1024;
+
+/// What is being done to have segments removed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) enum Cleaning {
+    #[default]
+    Idle,
+    /// Another segment is begun, so that this one is not written any more.
+    Beginning(u64),
+    /// Its messages are stored once more; those before `next` have been looked at.
+    Moving {
+        segment: u64,
+        next: u64,
+    },
+    /// What else is wanted of them is being stored.
+    Keeping,
+    Removing,
+}
+
+/// What an entry says again so that segments can go.
+#[derive(Debug)]
+pub(super) struct Keeping {
+    pub(super) segments: Vec<u64>,
+    settled: Vec<(u64, u64)>,
+    states: Vec<u64>,
+    groups: Vec<Group>,
+    peers: bool,
+}
+
+/// What the entries of a segment say of messages that lie elsewhere.
+#[derive(Debug, Default)]
+struct Facts {
+    /// Messages that are settled, of which another segment still has the bytes.
+    settled: Vec<(u64, u64)>,
+    states: Vec<u64>,
+}
+
+/// A segment that may be cleaned.
+struct Candidate {
+    number: u64,
+    size: u64,
+    /// What has to be written for it, in bytes.
+    cost: u64,
+}
+
+impl Candidate {
+    /// Bytes freed by a byte that is written.
+    fn yields(&self) -> f64 {
+        self.size.saturating_sub(self.cost) as f64 / (self.cost + ENTRY) as f64
+    }
+}
+
+impl Outbox {
+    /// The journal's disk has that much room.
+    pub(crate) fn handle_room(&mut self, now: Now, room: Room) {
+        self.now = now.time;
+        if room.level == Level::Full && self.room.level != Level::Full {
+            self.full_since = now.time;
+        }
+        self.room = room;
+        self.clean_due |= room.level != Level::Ample;
+    }
+
+    /// Of the segments that were to be removed, these are gone.
+    pub(crate) fn handle_removed(&mut self, now: Now, gone: &[u64]) {
+        self.now = now.time;
+        for segment in gone {
+            if self.segments.remove(*segment) {
+                self.once.forget_segment(*segment);
+                self.full_since = now.time;
+            }
+        }
+        if self.cleaning == Cleaning::Removing {
+            self.cleaning = Cleaning::Idle;
+        }
+        self.clean_due = true;
+        if self.segments.iter().any(|(_, segment)| segment.goes) {
+            self.clean_retry = Some(now.time + DISK_RETRY);
+        }
+    }
+
+    /// A message of that size is no longer in its segment.
+    pub(super) fn leave_segment(&mut self, position: Position, size: u32) {
+        let was_last = self.segments.leave(position.segment, size);
+        self.clean_due |= was_last;
+        if self.room.level != Level::Ample {
+            self.clean_at.get_or_insert(self.now + LOOK_AGAIN);
+        }
+    }
+
+    /// Has segments removed that hold little or nothing that counts.
+    pub(super) fn clean(&mut self) {
+        if let Cleaning::Moving { segment, next } = self.cleaning {
+            return self.move_more(segment, next);
+        }
+        let waits = self.clean_retry.is_some();
+        if self.cleaning != Cleaning::Idle || waits || !std::mem::take(&mut self.clean_due) {
+            return;
+        }
+        let going = self.segments.iter().filter(|(_, segment)| segment.goes);
+        let going: Vec<u64> = going.map(|(number, _)| number).collect();
+        if !going.is_empty() {
+            return self.remove(going);
+        }
+        let dead = self.dead_segments();
+        if !dead.is_empty() {
+            return self.keep(dead);
+        }
+        let chosen = self.choose_segment();
+        self.is_at_an_end = chosen.is_none() && self.room.level == Level::Full;
+        let Some(chosen) = chosen else { return };
+        match chosen.number == self.segments.newest {
+            true => {
+                self.cleaning = Cleaning::Beginning(chosen.number);
+                let kept = KeptRecord { next: self.next_number, ..KeptRecord::default() };
+                self.append_first(&OutboxRecord::Kept(kept), Pending::Begun);
+            }
+            false => self.begin_moving(chosen.number),
+        }
+    }
+
+    fn begin_moving(&mut self, segment: u64) {
+        self.cleaning = Cleaning::Moving { segment, next: 0 };
+        self.move_more(segment, 0);
+    }
+
+    /// The newest segment is another one by now, or could not be begun.
+    pub(super) fn handle_begun(&mut self, begun: bool) {
+        let Cleaning::Beginning(segment) = self.cleaning else { return };
+        match begun && segment < self.segments.newest {
+            true => self.begin_moving(segment),
+            false => self.give_up_cleaning(),
+        }
+    }
+
+    /// The journal refused what is written for a segment to go.
+    pub(super) fn clean_later(&mut self, now: Now) {
+        let is_full = self.room.level == Level::Full;
+        self.clean_retry = Some(now.time + if is_full { LOOK_AGAIN } else { DISK_RETRY });
+    }
+
+    /// Begins another time.
+    pub(super) fn give_up_cleaning(&mut self) {
+        (self.cleaning, self.clean_due) = (Cleaning::Idle, true);
+    }
+
+    /// Whether a segment stays for the ids in it.
+    fn stays_for_ids(&self, number: u64) -> bool {
+        let (written, size) = (self.segments.written, self.config.segment_size);
+        self.room.level == Level::Ample
+            && self.segments.len() <= MOST_FOR_IDS
+            && self.once.wants(number, written, size)
+    }
+
+    /// The segments in which no message lies any more, and that say little else: as many as what
+    /// they say again has room for, or those first that say nothing.
+    fn dead_segments(&self) -> Vec<u64> {
+        let newest = self.segments.newest;
+        let part = if self.room.level == Level::Full { 2 } else { 8 };
+        let dead = self.segments.iter().filter(|(number, segment)| {
+            segment.live == 0 && *number < newest && !self.stays_for_ids(*number)
+        });
+        let mut dead: Vec<(u64, u64)> = dead
+            .map(|(number, segment)| (self.cost(number, segment), number, segment))
+            .filter(|(cost, _, segment)| *cost <= (segment.size / part).max(2 * ENTRY))
+            .map(|(cost, number, _)| (cost, number))
+            .collect();
+        if self.room.level == Level::Full {
+            if dead.iter().any(|(cost, _)| *cost == 0) {
+                dead.retain(|(cost, _)| *cost == 0);
+            }
+            dead.sort_unstable();
+            let mut left = self.room.bytes.saturating_sub(SHORT_ENTRY);
+            let mut is_first = true;
+            dead.retain(|(cost, _)| {
+                // The cheapest is tried in any case: it may cost less.
+                let fits = *cost <= left || std::mem::take(&mut is_first);
+                is_first = false;
+                left = left.saturating_sub(*cost);
+                fits
+            });
+        }
+        dead.into_iter().map(|(_, number)| number).collect()
+    }
+
+    /// The one whose cleaning frees the most for what it costs, if any is worth it.
+    fn choose_segment(&mut self) -> Option<Candidate> {
+        let level = self.room.level;
+        let (newest, segment_size) = (self.segments.newest, self.config.segment_size);
+        // When there is room, the journal may take twice what is in it, and some more.
+        let counted =
+            |(number, _): &(u64, &Segment)| *number < newest && !self.stays_for_ids(*number);
+        let total = self.segments.iter().filter(counted);
+        let (size, live) = total.fold((0, 0), |(size, live), (_, segment)| {
+            (size + segment.size, live + segment.live_bytes)
+        });
+        let is_spacious = size <= 2 * live + 2 * segment_size;
+        if level == Level::Ample && is_spacious {
+            return None;
+        }
+        let patient = self.now.since(self.full_since) < PATIENCE;
+        let is_worth = |it: &Candidate| match level {
+            Level::Full if !patient => it.cost <= it.size / 8 * 7,
+            _ => it.cost <= it.size / 2,
+        };
+        let least = segment_size / 64;
+        // While others write too, they are left some of what is for them.
+        let Room { bytes, last, .. } = self.room;
+        let left = LEFT.min(segment_size / LEFT_PART);
+        let room = last.min(bytes).max(bytes.saturating_sub(left));
+        let all = self.segments.iter().filter(|(number, segment)| {
+            // The one that is being written grows, and is worth more later.
+            let is_over =
+                *number < newest || level == Level::Full && segment.size >= segment_size / 8;
+            is_over && segment.live_bytes < segment.size
+        });
+        let candidates =
+            all.filter(|(number, _)| !self.stays_for_ids(*number)).map(|(number, segment)| {
+                let cost = self.cost(number, segment);
+                Candidate { number, size: segment.size, cost }
+            });
+        let worth = candidates.filter(|it| {
+            let gain = it.size.saturating_sub(it.cost);
+            let fits = it.cost + 2 * ENTRY <= room;
+            is_worth(it) && gain > least && fits
+        });
+        let best = worth.max_by(|one, other| one.yields().total_cmp(&other.yields()));
+        if best.is_none() && level == Level::Full && patient {
+            self.clean_at.get_or_insert(self.full_since + PATIENCE);
+        }
+        best
+    }
+
+    /// What has to be written for a segment to go, in bytes.
+    fn cost(&self, number: u64, segment: &Segment) -> u64 {
+        let facts = self.facts(number, segment);
+        let ranges = facts.settled.len() as u64;
+        let states: u64 = facts.states.iter().map(|message| self.state_cost(*message)).sum();
+        let (written, size) = (self.segments.written, self.config.segment_size);
+        let ids = self.once.count_wanted(number, written, size);
+        let moves = segment.live_bytes + MOVE * segment.live;
+        let peers = match self.peers_in.is_none_or(|peers| peers == number) {
+            true => ENTRY + PEER * self.peers.len() as u64,
+            false => 0,
+        };
+        moves + peers + states + RANGE * ranges + ID * ids
+    }
+
+    fn state_cost(&self, message: u64) -> u64 {
+        let parts = self.entries.get(message).into_iter().flat_map(|entry| &entry.parts);
+        let costs = parts.map(|part| match &part.state {
+            State::Dead(fate) | State::Dying(fate) => match &**fate {
+                Fate::Failed { text, .. } | Fate::Rejected { text } => STATE + text.len() as u64,
+                Fate::Expired { .. } | Fate::TooLarge | Fate::Unreadable => STATE,
+            },
+            _ => STATE,
+        });
+        costs.sum()
+    }
+
+    /// What its entries say that has to be said again when it goes.
+    fn facts(&self, number: u64, segment: &Segment) -> Facts {
+        // A copy of what is settled would come back to life. What says so may be in this segment,
+        // or nowhere yet, if the last copy is in it.
+        let mut copies = Ranges::default();
+        for (_, other) in self.segments.iter().filter(|(other, _)| *other != number) {
+            let both = [&segment.told, &segment.messages].map(|own| own.overlaps(&other.messages));
+            both.into_iter().flatten().for_each(|(first, last)| copies.insert_range(first, last));
+        }
+        let mut facts = Facts::default();
+        for (first, last) in copies.iter() {
+            let mut from = first;
+            for (live, _) in self.entries.range(first, last) {
+                if from < live {
+                    facts.settled.push((from, live - 1));
+                }
+                from = live + 1;
+            }
+            if from <= last {
+                facts.settled.push((from, last));
+            }
+        }
+        for (first, last) in segment.told.iter() {
+            let elsewhere = self.entries.range(first, last).filter(|(_, entry)| {
+                entry.position.is_some_and(|position| position.segment != number)
+            });
+            facts.states.extend(elsewhere.map(|(message, _)| message));
+        }
+        facts
+    }
+
+    /// Says again what is wanted of segments in which no message lies.
+    pub(super) fn keep(&mut self, segments: Vec<u64>) {
+        let (mut settled, mut states) = (Ranges::default(), Ranges::default());
+        let mut groups = Vec::new();
+        for number in &segments {
+            let Some(segment) = self.segments.get(*number) else { continue };
+            let facts = self.facts(*number, segment);
+            facts.settled.iter().for_each(|(first, last)| settled.insert_range(*first, *last));
+            facts.states.iter().for_each(|message| _ = states.insert(*message));
+            let counted = (self.segments.written, self.config.segment_size);
+            let is_live = |message| self.entries.get(message).is_some();
+            groups.extend(self.once.wanted(*number, counted, is_live));
+        }
+        let peers = self.peers_in.is_none_or(|segment| segments.contains(&segment));
+        if settled == Ranges::default()
+            && states == Ranges::default()
+            && groups.is_empty()
+            && !peers
+        {
+            // Also a disk without any room comes free then.
+            return self.go(segments);
+        }
+        let states: Vec<u64> = states.iter().flat_map(|(first, last)| first..=last).collect();
+        let written = self.segments.written;
+        let ids = groups.iter().map(|group| IdsRecord::new(group.age(written), &group.ids));
+        let mut record = KeptRecord {
+            next: self.next_number,
+            settled: settled.iter().collect(),
+            ids: ids.collect(),
+            peers: peers.then(|| self.peer_records()),
+            ..KeptRecord::default()
+        };
+        for message in &states {
+            let state = self.message_record(*message, &[]).map(|it| record.state(&it));
+            record.states.extend(state);
+        }
+        let record = OutboxRecord::Kept(record).encode();
+        let settled = settled.iter().collect();
+        let keeping = Keeping { segments, settled, states, groups, peers };
+        self.cleaning = Cleaning::Keeping;
+        self.append_encoded(record, Pending::Kept(Box::new(keeping)));
+    }
+
+    /// It is said again there; what said it before can go.
+    pub(super) fn handle_kept(&mut self, position: Position, keeping: Keeping) {
+        let Keeping { segments, settled, states, groups, peers } = keeping;
+        let here = position.segment;
+        settled.iter().for_each(|(first, last)| self.segments.tell_range(here, *first, *last));
+        self.segments.tell(here, states.into_iter());
+        groups.into_iter().for_each(|group| self.once.remember(here, group));
+        if peers {
+            self.peers_in = Some(here);
+        }
+        self.go(segments);
+    }
+
+    /// Nothing is wanted of these any more.
+    fn go(&mut self, segments: Vec<u64>) {
+        for segment in &segments {
+            if let Some(segment) = self.segments.get_mut(*segment) {
+                segment.goes = true;
+            }
+        }
+        self.remove(segments);
+    }
+
+    fn remove(&mut self, segments: Vec<u64>) {
+        self.cleaning = Cleaning::Removing;
+        self.actions.push_back(OutboxAction::Remove(segments));
+    }
+}
+
+#[cfg(test)]
+impl Outbox {
+    /// What keeps it from freeing room, for a test that fails.
+    pub(crate) fn describe_room(&self) -> String {
+        let segments = self.segments.iter().map(|(number, it)| {
+            let cost = self.cost(number, it);
+            format!(
+                "{number}: {} bytes, {} live, costs {cost}, goes: {}",
+                it.size, it.live, it.goes
+            )
+        });
+        let (room, retry, end) = (self.room, self.clean_retry, self.is_at_an_end);
+        let all: Vec<String> = segments.collect();
+        format!("{room:?}, {:?}, retry {retry:?}, at an end: {end}; {all:#?}", self.cleaning)
+    }
+}
