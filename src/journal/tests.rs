@@ -383,6 +383,19 @@ fn a_full_disk_still_takes_what_frees_room() {
 }
 
 #[test]
+fn what_was_written_before_a_failure_and_may_be_gone_is_told_by_the_next_entry() {
+    let disk = Arc::new(Disk::default());
+    let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();
+    let entry = |text: &str, kind| std::iter::once((text.as_bytes().to_vec(), kind));
+    assert!(journal.write(entry("may wait for its sync", EntryKind::Note))[0].is_ok());
+    disk.write_fails.store(1, Ordering::SeqCst);
+    disk.sync_fails.store(1, Ordering::SeqCst);
+    // There is room to spare for it, but who waits for the first one has to hear of it.
+    assert!(journal.write(entry("urgent", EntryKind::Synced))[0].is_err());
+    assert!(journal.write(entry("the next", EntryKind::Synced))[0].is_ok());
+}
+
+#[test]
 fn a_full_disk_takes_what_begins_a_segment_though_it_has_grown() {
     let disk = Arc::new(Disk::default());
     let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();

@@ -46,6 +46,9 @@ pub(super) struct Writer {
     has_entries: bool,
     /// The folder was removed, and that was told.
     is_gone: bool,
+    /// Earlier entries that needn't be synced at once may not be on the disk, though the system had
+    /// taken them. Their owner hears of it by an error of the next ones.
+    is_unsure: bool,
     /// Up to where a mark says so.
     marked: u64,
     /// When what the disk doesn't have yet has to be synced.
@@ -133,6 +136,7 @@ impl Writer {
             synced_messages: 0,
             has_entries: false,
             is_gone: false,
+            is_unsure: false,
             marked: HEADER,
             sync_by: None,
             buf: Vec::new(),
@@ -300,11 +304,12 @@ impl Writer {
                 }
                 Err(problem) => {
                     results.truncate(before);
-                    let gave = is_full(&problem.error) && self.spare.give();
+                    let gave = is_full(&problem.error) && !self.is_unsure && self.spare.give();
                     let problem = NotStored::from(problem);
                     if gave {
                         self.tell_room();
                     } else {
+                        self.is_unsure = false;
                         results.extend(appends.iter().map(|_| Err(problem.clone())));
                         return;
                     }
@@ -324,6 +329,7 @@ impl Writer {
         let mut written = Results::new();
         let urgent = appends.iter().zip(&fitting).filter(|(_, fits)| **fits).map(|(it, _)| it);
         let problem = self.write(bytes, urgent, &mut written).err();
+        self.is_unsure &= problem.is_none();
         let problem = problem.map(NotStored::from);
         let mut written = written.into_iter();
         results.extend(fitting.iter().map(|fits| match &problem {
@@ -341,6 +347,9 @@ impl Writer {
         results: &mut Results,
     ) -> Result<(), Failed> {
         let Some(first) = appends.clone().next() else { return Ok(()) };
+        if std::mem::take(&mut self.is_unsure) {
+            return Err(io::Error::other("what was written before may not be on the disk").into());
+        }
         let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
         if self.file.is_none() || is_over {
             self.turn_over().map_err(|error| self.told(error))?;
@@ -363,6 +372,7 @@ impl Writer {
             // Some of it may be there. What the file holds beyond `end` doesn't count; what was
             // written before and needn't be synced at once had better last all the same.
             let is_written = file.retract().is_err();
+            self.is_unsure |= is_written;
             self.file = None;
             return Err(Failed { error, is_written });
         }
@@ -424,6 +434,7 @@ impl Writer {
         self.buf.clear();
         self.header.encode_record(self.end, MARK, &self.synced.to_le_bytes(), &mut self.buf);
         if let Err(error) = file.append(&self.buf) {
+            self.is_unsure |= file.retract().is_err();
             self.file = None;
             return Err(error);
         }
@@ -438,6 +449,7 @@ impl Writer {
             && self.synced < self.end
         {
             if let Err(error) = file.sync() {
+                self.is_unsure = true;
                 self.file = None;
                 return Err(error);
             }
