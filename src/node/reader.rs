@@ -37,7 +37,7 @@ pub(super) enum Wanted {
 /// A message that was read, or can't be.
 enum Found {
     Moved(u64, Option<Bytes>),
-    Transmission(Transmission, Option<Envelope>),
+    Transmission(Transmission, Option<Arc<Envelope>>),
 }
 
 /// Messages that wait to be read. The outbox's windows bound how many.
@@ -124,11 +124,12 @@ impl Shared {
         match wanted {
             Wanted::Move(number, position) => Found::Moved(number, read(position, number)),
             Wanted::Transmit(transmission, Source::Memory(message)) => {
-                Found::Transmission(transmission, Some(Arc::unwrap_or_clone(message)))
+                Found::Transmission(transmission, Some(message))
             }
             Wanted::Transmit(transmission, Source::Journal(position, number)) => {
                 let frozen = read(position, number);
                 let message = frozen.and_then(|frozen| thaw(&frozen, &self.id).ok());
+                let message = message.map(Arc::new);
                 Found::Transmission(transmission, message)
             }
         }
@@ -143,7 +144,7 @@ impl Shared {
             // Its link may have ended meanwhile, or it is over.
             Found::Transmission(it, _) if !outbox.is_in_flight(it.key, it.delivery.attempt) => {}
             Found::Transmission(it, Some(message)) => {
-                self.transmit(store, outbox, now, it, message);
+                self.transmit(store, outbox, now, it, Arc::unwrap_or_clone(message));
             }
             Found::Transmission(it, None) => {
                 self.log.push(Line::Unreadable(it.key.number));
