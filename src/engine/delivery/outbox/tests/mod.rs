@@ -1,5 +1,6 @@
 //! What the simulator doesn't ask: wrong answers, absences, limits.
 
+mod cleaning;
 mod instances;
 mod peers;
 
@@ -41,6 +42,10 @@ struct Bench {
     /// What is appended lies there.
     segment: u64,
     removed: Vec<u64>,
+    /// That segment can't be removed.
+    kept: Option<u64>,
+    /// What can be written later is never written.
+    forgetful: bool,
 }
 
 impl NewMessage {
@@ -82,6 +87,8 @@ impl Bench {
             reads: 0,
             segment: 1,
             removed: Vec::new(),
+            kept: None,
+            forgetful: false,
         }
     }
 
@@ -100,12 +107,14 @@ impl Bench {
                     self.refused += 1;
                     self.outbox.handle_appended(now, token, Err("the disk is full".into()));
                 }
+                OutboxAction::Append { haste: Haste::Later, .. } if self.forgetful => {}
                 OutboxAction::Append { token, entry, .. } => self.store(token, entry),
                 OutboxAction::AppendFirst { token, entry } => {
                     self.segment += 1;
                     self.store(token, entry);
                 }
-                OutboxAction::Remove(segments) => {
+                OutboxAction::Remove(mut segments) => {
+                    segments.retain(|segment| self.kept != Some(*segment));
                     self.journal.retain(|(position, _)| !segments.contains(&position.segment));
                     self.outbox.handle_removed(now, &segments);
                     self.removed.extend(segments);
