@@ -26,7 +26,7 @@ const BESIDE: u64 = 1024 * 1024;
 /// Such a part of what is kept is for what has segments removed alone; and such a part of that also
 /// when nothing else can be done about a full disk.
 const LAST_PART: u64 = 2;
-const LEAST_PART: u64 = 4;
+const LEAST_PART: u64 = 8;
 /// With less room than for so many segments it is scarce.
 const SCARCE: u64 = 4;
 /// A disk is as large as this many segments at the least, unless they would be too short.

@@ -108,7 +108,7 @@ impl Outbox {
         for segment in gone {
             if self.segments.remove(*segment) {
                 self.once.forget_segment(*segment);
-                self.full_since = now.time;
+                (self.full_since, self.is_at_an_end) = (now.time, false);
             }
         }
         if self.cleaning == Cleaning::Removing {
@@ -116,6 +116,8 @@ impl Outbox {
         }
         self.clean_due = true;
         if self.segments.iter().any(|(_, segment)| segment.goes) {
+            // Perhaps because a sync failed.
+            self.doubt_written();
             self.clean_retry = Some(now.time + DISK_RETRY);
         }
     }
@@ -123,7 +125,8 @@ impl Outbox {
     /// A message of that size is no longer in its segment.
     pub(super) fn leave_segment(&mut self, position: Position, size: u32) {
         let was_last = self.segments.leave(position.segment, size);
-        self.clean_due |= was_last;
+        // The one that is being written is empty now and then.
+        self.clean_due |= was_last && position.segment < self.segments.newest;
         if self.room.level != Level::Ample {
             self.clean_at.get_or_insert(self.now + LOOK_AGAIN);
         }
@@ -138,18 +141,13 @@ impl Outbox {
         if self.cleaning != Cleaning::Idle || waits || !std::mem::take(&mut self.clean_due) {
             return;
         }
-        let going = self.segments.iter().filter(|(_, segment)| segment.goes);
-        let going: Vec<u64> = going.map(|(number, _)| number).collect();
-        if !going.is_empty() {
-            return self.remove(going);
-        }
         let dead = self.dead_segments();
         if !dead.is_empty() {
             return self.keep(dead);
         }
         let chosen = self.choose_segment();
         self.is_at_an_end = chosen.is_none() && self.room.level == Level::Full;
-        let Some(chosen) = chosen else { return };
+        let Some(chosen) = chosen else { return self.remove_going() };
         match chosen.number == self.segments.newest {
             true => {
                 self.cleaning = Cleaning::Beginning(chosen.number);
@@ -199,28 +197,28 @@ impl Outbox {
         let newest = self.segments.newest;
         let part = if self.room.level == Level::Full { 2 } else { 8 };
         let dead = self.segments.iter().filter(|(number, segment)| {
-            segment.live == 0 && *number < newest && !self.stays_for_ids(*number)
+            let is_dead = segment.live == 0 && !segment.goes && *number < newest;
+            is_dead && !self.stays_for_ids(*number)
         });
         let mut dead: Vec<(u64, u64)> = dead
             .map(|(number, segment)| (self.cost(number, segment), number, segment))
             .filter(|(cost, _, segment)| *cost <= (segment.size / part).max(2 * ENTRY))
             .map(|(cost, number, _)| (cost, number))
             .collect();
-        if self.room.level == Level::Full {
-            if dead.iter().any(|(cost, _)| *cost == 0) {
-                dead.retain(|(cost, _)| *cost == 0);
-            }
-            dead.sort_unstable();
-            let mut left = self.room.bytes.saturating_sub(SHORT_ENTRY);
-            let mut is_first = true;
-            dead.retain(|(cost, _)| {
-                // The cheapest is tried in any case: it may cost less.
-                let fits = *cost <= left || std::mem::take(&mut is_first);
-                is_first = false;
-                left = left.saturating_sub(*cost);
-                fits
-            });
+        dead.sort_unstable();
+        if self.room.level == Level::Full && dead.first().is_some_and(|(cost, _)| *cost == 0) {
+            dead.retain(|(cost, _)| *cost == 0);
         }
+        let room = self.room.bytes.saturating_sub(SHORT_ENTRY);
+        let mut left = room.min(self.config.segment_size / LEFT_PART);
+        let mut is_first = true;
+        dead.retain(|(cost, _)| {
+            // The cheapest is tried in any case: it may cost less.
+            let fits = *cost <= left || is_first;
+            is_first = false;
+            left = left.saturating_sub(*cost);
+            fits
+        });
         dead.into_iter().map(|(_, number)| number).collect()
     }
 
@@ -253,19 +251,23 @@ impl Outbox {
             // The one that is being written grows, and is worth more later.
             let is_over =
                 *number < newest || level == Level::Full && segment.size >= segment_size / 8;
-            is_over && segment.live_bytes < segment.size
+            is_over && !segment.goes && segment.live_bytes < segment.size
         });
         let candidates =
             all.filter(|(number, _)| !self.stays_for_ids(*number)).map(|(number, segment)| {
                 let cost = self.cost(number, segment);
                 Candidate { number, size: segment.size, cost }
             });
-        let worth = candidates.filter(|it| {
-            let gain = it.size.saturating_sub(it.cost);
-            let fits = it.cost + 2 * ENTRY <= room;
-            is_worth(it) && gain > least && fits
-        });
-        let best = worth.max_by(|one, other| one.yields().total_cmp(&other.yields()));
+        let mut worth: Vec<Candidate> = candidates
+            .filter(|it| is_worth(it) && it.size.saturating_sub(it.cost) > least)
+            .collect();
+        worth.sort_by(|one, other| other.yields().total_cmp(&one.yields()));
+        let mut best = worth.iter().position(|it| it.cost + 2 * ENTRY <= room);
+        if level == Level::Full && !patient {
+            // What it costs is less than that, and nothing else is left to be done.
+            best = best.or_else(|| worth.iter().position(|it| it.cost <= bytes));
+        }
+        let best = best.map(|place| worth.swap_remove(place));
         if best.is_none() && level == Level::Full && patient {
             self.clean_at.get_or_insert(self.full_since + PATIENCE);
         }
@@ -388,17 +390,22 @@ impl Outbox {
 
     /// Nothing is wanted of these any more.
     fn go(&mut self, segments: Vec<u64>) {
-        for segment in &segments {
-            if let Some(segment) = self.segments.get_mut(*segment) {
+        for segment in segments {
+            if let Some(segment) = self.segments.get_mut(segment) {
                 segment.goes = true;
             }
         }
-        self.remove(segments);
+        self.remove_going();
     }
 
-    fn remove(&mut self, segments: Vec<u64>) {
-        self.cleaning = Cleaning::Removing;
-        self.actions.push_back(OutboxAction::Remove(segments));
+    /// Removes what is no longer wanted, also what could not be removed before.
+    fn remove_going(&mut self) {
+        let going = self.segments.iter().filter(|(_, segment)| segment.goes);
+        let going: Vec<u64> = going.map(|(number, _)| number).collect();
+        if !going.is_empty() {
+            self.cleaning = Cleaning::Removing;
+            self.actions.push_back(OutboxAction::Remove(going));
+        }
     }
 }
 

@@ -97,11 +97,7 @@ impl Outbox {
             }
         }
         if result.is_err() {
-            // What was written before may be gone as well, whatever a later sync says.
-            for Written { settled, numbers, .. } in std::mem::take(&mut self.written) {
-                self.settled.extend(settled);
-                self.unreleased.extend(numbers);
-            }
+            self.doubt_written();
         }
         match (self.pending.remove(token), result) {
             (None, _) => {}
@@ -191,6 +187,14 @@ impl Outbox {
         }
     }
 
+    /// What was written before may be gone, whatever a later sync says: it is said again.
+    pub(super) fn doubt_written(&mut self) {
+        for Written { settled, numbers, .. } in std::mem::take(&mut self.written) {
+            self.settled.extend(settled);
+            self.unreleased.extend(numbers);
+        }
+    }
+
     /// A segment says that these ids are those of messages that are stored once.
     pub(super) fn remember_ids(&mut self, segment: u64, ids: Vec<(MessageId, u64)>) {
         if ids.is_empty() {
@@ -203,7 +207,9 @@ impl Outbox {
 
     pub(super) fn handle_stored(&mut self, now: Now, number: u64, position: Position) {
         self.actions.push_back(OutboxAction::Stored(number, Ok(())));
-        let Some(entry) = self.entries.get_mut(number) else { return };
+        let Some(entry) = self.entries.get_mut(number) else {
+            return self.segments.store(position.segment, number);
+        };
         entry.position = Some(position);
         self.segments.enter(position.segment, number, entry.size);
         for part in 0..entry.parts.len() as u32 {

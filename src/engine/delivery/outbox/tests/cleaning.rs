@@ -118,6 +118,35 @@ fn how_a_message_stands_is_said_again_when_what_said_it_goes() {
 }
 
 #[test]
+fn a_copy_of_what_is_settled_meanwhile_does_not_come_back() {
+    let mut bench = bench();
+    bench.wait(9);
+    bench.submit(Target::Node(BOB)).unwrap();
+    let id = bench.sent.last().unwrap().1.id.clone();
+    bench.process(90);
+    // It is moved, and the first copy stays on the disk.
+    bench.kept = Some(1);
+    bench.turn_over();
+    bench.room(SCARCE);
+    let copy = |(_, entry): &&(_, Vec<u8>)| Outbox::frozen(entry, 10).unwrap().is_some();
+    let copies = |bench: &Bench| bench.journal.iter().filter(copy).count();
+    let last = bench.segment;
+    assert_eq!(copies(&bench), 2);
+    // That it is settled is not stored before its last copy goes.
+    bench.process(90);
+    bench.forgetful = true;
+    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.segment += 1;
+    bench.wait(1);
+    bench.sleep(DISK_RETRY);
+    bench.room(SCARCE);
+    assert!(bench.removed.contains(&last), "{:?}", bench.removed);
+    assert_eq!(copies(&bench), 1);
+    let bench = bench.restart();
+    assert!(bench.outbox.contents().all(|it| it.number != 10));
+}
+
+#[test]
 fn ids_are_said_again_without_bodies_when_there_is_little_room() {
     for room in [None, Some(SCARCE), Some(FULL)] {
         let mut bench = bench();
