@@ -399,7 +399,7 @@ impl Crossing {
         let destination = message.header.destination.clone();
         let kept = Guaranteed::new(self.to.shared(), Ok(destination), draft);
         // The draft has the message's id.
-        let kept = match self.to.shared().broker().map(|broker| broker.room.kind()) {
+        let kept = match self.to.shared().broker().map(|broker| broker.client.kind()) {
             Some(BrokerKind::RabbitMq) => kept,
             _ => kept.once(message.header.id),
         };

@@ -11,7 +11,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
-use crate::private::{self, Looser};
+use crate::private::{self, LoosePermissions};
 
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
 /// lower-case characters.
@@ -168,7 +168,7 @@ impl Identity {
             io::ErrorKind::InvalidData => format(),
             _ => file_error(error),
         })?;
-        if let Some(Looser(mode)) = private::looser(path).map_err(file_error)? {
+        if let Some(LoosePermissions(mode)) = private::looser(path).map_err(file_error)? {
             return Err(IdentityError::Mode { path: path.into(), mode });
         }
         decode_pem(&pem).and_then(|der| Self::from_pkcs8(&der)).ok_or_else(format)

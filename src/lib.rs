@@ -123,7 +123,7 @@ pub use broker::{
     Unsupported,
 };
 pub use config::Config;
-pub use engine::delivery::{Fate, Target};
+pub use engine::delivery::{DeadLetterReason, Target};
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;

@@ -6,12 +6,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use crate::address::{Pattern, ServiceName};
-use crate::engine::delivery::{Contents, Fate, Inbox, Outbox, OutboxConfig, PartKey, Target};
+use crate::engine::delivery::{
+    Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, Target,
+};
 use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
 use crate::node::{DamagedPart, StoreError, StoreProblem, store};
-use crate::wire::{Envelope, thaw};
+use crate::wire::{Envelope, decode_stored};
 
 /// A message in an outbox, for one of its destinations.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +36,7 @@ pub struct StoredMessage {
     /// What it takes, in bytes.
     pub size: u32,
     /// Why it is a dead letter, if it is one.
-    pub dead: Option<Fate>,
+    pub dead: Option<DeadLetterReason>,
     position: Option<Position>,
 }
 
@@ -237,9 +239,10 @@ impl ClosedOutbox {
             Access::Read(reader) => reader.read(position),
         };
         let entry = entry.map_err(|_| unreadable())?;
-        let frozen = Outbox::frozen(&entry, message.number).ok().flatten();
-        let frozen = frozen.ok_or_else(unreadable)?;
-        let Envelope { header, mut payload } = thaw(&frozen, &self.me).map_err(|_| unreadable())?;
+        let encoded = Outbox::stored_message(&entry, message.number).ok().flatten();
+        let encoded = encoded.ok_or_else(unreadable)?;
+        let Envelope { header, mut payload } =
+            decode_stored(&encoded, &self.me).map_err(|_| unreadable())?;
         Ok((header, payload.take_body()))
     }
 
@@ -311,6 +314,6 @@ impl ClosedOutbox {
     }
 }
 
-fn key(message: &StoredMessage) -> PartKey {
-    PartKey { number: message.number, part: message.part }
+fn key(message: &StoredMessage) -> DeliveryKey {
+    DeliveryKey { number: message.number, part: message.part }
 }

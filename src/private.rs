@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 
 /// The mode of a file that others may read or write.
-pub(crate) struct Looser(pub(crate) u32);
+pub(crate) struct LoosePermissions(pub(crate) u32);
 
 /// Creates a file with mode 0600.
 ///
@@ -48,16 +48,16 @@ pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
 
 /// The mode of a file that others than this user may read or write.
 #[cfg(unix)]
-pub(crate) fn looser(path: &Path) -> io::Result<Option<Looser>> {
+pub(crate) fn looser(path: &Path) -> io::Result<Option<LoosePermissions>> {
     let mode = mode(path)?;
-    Ok((mode & 0o077 != 0).then_some(Looser(mode)))
+    Ok((mode & 0o077 != 0).then_some(LoosePermissions(mode)))
 }
 
 /// The mode of a file that others than this user may write.
 #[cfg(unix)]
-pub(crate) fn writable_by_others(path: &Path) -> io::Result<Option<Looser>> {
+pub(crate) fn writable_by_others(path: &Path) -> io::Result<Option<LoosePermissions>> {
     let mode = mode(path)?;
-    Ok((mode & 0o022 != 0).then_some(Looser(mode)))
+    Ok((mode & 0o022 != 0).then_some(LoosePermissions(mode)))
 }
 
 #[cfg(unix)]
@@ -67,12 +67,12 @@ fn mode(path: &Path) -> io::Result<u32> {
 }
 
 #[cfg(not(unix))]
-pub(crate) fn writable_by_others(_: &Path) -> io::Result<Option<Looser>> {
+pub(crate) fn writable_by_others(_: &Path) -> io::Result<Option<LoosePermissions>> {
     Ok(None)
 }
 
 #[cfg(not(unix))]
-pub(crate) fn looser(_: &Path) -> io::Result<Option<Looser>> {
+pub(crate) fn looser(_: &Path) -> io::Result<Option<LoosePermissions>> {
     Ok(None)
 }
 

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use common::{Host, SOON, private_dir, soon, wait_for};
 use peerbus::{
-    Call, Config, DeliveryError, Event, Fate, HandlerError, MemoryNetwork, Node, OutboxError,
-    ServeError, StartError, StoreProblem,
+    Call, Config, DeadLetterReason, DeliveryError, Event, HandlerError, MemoryNetwork, Node,
+    OutboxError, ServeError, StartError, StoreProblem,
 };
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -53,7 +53,7 @@ fn fresh(text: &str) -> Seen {
 }
 
 /// A handler that tells what it is given, and returns Ok.
-fn teller(
+fn sender(
     told: &UnboundedSender<Seen>,
 ) -> impl Fn(Call) -> std::future::Ready<Result<(), HandlerError>> + Send + Sync + 'static {
     let told = told.clone();
@@ -76,7 +76,7 @@ async fn a_message_waits_for_its_service_and_is_processed_once() {
 
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
-    let _service = bob.serve("work", teller(&told)).start().unwrap();
+    let _service = bob.serve("work", sender(&told)).start().unwrap();
     soon(receipt.processed()).await.unwrap();
     assert_eq!(next(&mut seen).await, fresh("one"));
     assert_eq!(alice.outbox_size(), (0, 0));
@@ -84,7 +84,7 @@ async fn a_message_waits_for_its_service_and_is_processed_once() {
     // With the instance there, and to a node by its id, and to itself.
     let receipt = alice.send("work", "two").guaranteed().await.unwrap();
     soon(receipt.processed()).await.unwrap();
-    let _inbox = bob.serve_node(teller(&told)).start().unwrap();
+    let _inbox = bob.serve_node(sender(&told)).start().unwrap();
     let receipt = alice.send(bob.id(), "three").guaranteed().await.unwrap();
     soon(receipt.processed()).await.unwrap();
     let receipt = bob.send("work", "four").guaranteed().await.unwrap();
@@ -117,7 +117,7 @@ async fn what_is_stored_outlives_its_sender() {
     let mut events = alice.events();
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
-    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
     let mut texts = Vec::new();
     for _ in 0..101 {
         texts.push(next(&mut seen).await.0);
@@ -162,7 +162,8 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
     let receipt = alice.send("work", "panics").guaranteed().await.unwrap();
     soon(receipt.processed()).await.unwrap();
     let receipt = alice.send("work", "bad").guaranteed().await.unwrap();
-    let Err(DeliveryError::DeadLetter(Fate::Rejected { text })) = soon(receipt.processed()).await
+    let Err(DeliveryError::DeadLetter(DeadLetterReason::Rejected { text })) =
+        soon(receipt.processed()).await
     else {
         panic!("it was rejected");
     };
@@ -209,8 +210,8 @@ async fn a_durable_subscription_gets_what_was_published_while_it_was_away() {
     soon(receipt.processed()).await.unwrap();
 
     let (told, mut seen) = unbounded_channel();
-    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
-    let again = bob.consume("billing", "other", teller(&told)).start();
+    let consumer = bob.consume("billing", "orders.*", sender(&told)).start().unwrap();
+    let again = bob.consume("billing", "other", sender(&told)).start();
     assert!(matches!(again, Err(ServeError::AlreadyServed(_))));
     let met = async {
         loop {
@@ -238,7 +239,7 @@ async fn a_durable_subscription_gets_what_was_published_while_it_was_away() {
 
     let bob = place.node("bob").await;
     let _consumer =
-        bob.consume("billing", "orders.*", teller(&told)).concurrency(1).start().unwrap();
+        bob.consume("billing", "orders.*", sender(&told)).concurrency(1).start().unwrap();
     for text in ["two", "three", "four"] {
         assert_eq!(next(&mut seen).await.0, text);
     }
@@ -250,7 +251,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
     let place = Place::new();
     let (alice, bob) = (place.node("alice").await, place.node("bob").await);
     let (told, mut seen) = unbounded_channel();
-    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
+    let consumer = bob.consume("billing", "orders.*", sender(&told)).start().unwrap();
     alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
     soon(consumer.unsubscribe()).await;
     let forgotten = async {
@@ -263,7 +264,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
     assert!(seen.try_recv().is_err());
 
     // It may begin anew, and end while its publisher is away for good.
-    let consumer = bob.consume("billing", "orders.*", teller(&told)).start().unwrap();
+    let consumer = bob.consume("billing", "orders.*", sender(&told)).start().unwrap();
     alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
     soon(bob.shutdown()).await;
     soon(consumer.drain()).await;
@@ -295,7 +296,7 @@ async fn a_transaction_is_stored_as_a_whole() {
     assert!(matches!(full, OutboxError::OutboxFull { messages: 3, .. }));
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
-    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
     for n in 0..3 {
         assert_eq!(next(&mut seen).await.0, n.to_string());
     }
@@ -331,9 +332,9 @@ async fn a_node_without_a_store_takes_and_sends_nothing_guaranteed() {
     let refused = bare.send("work", "x").guaranteed().await.unwrap_err();
     assert_eq!(refused, OutboxError::NoOutbox);
     let (told, mut seen) = unbounded_channel();
-    let refused = bare.consume("billing", "orders.*", teller(&told)).start();
+    let refused = bare.consume("billing", "orders.*", sender(&told)).start();
     assert!(matches!(refused, Err(ServeError::NoStore)));
-    let _service = bare.serve("work", teller(&told)).start().unwrap();
+    let _service = bare.serve("work", sender(&told)).start().unwrap();
     alice.wait_for_service("work", SOON).await.unwrap();
     let receipt = alice.send("work", "waits").guaranteed().await.unwrap();
     // Who has a store gets it, though the other was there first.
@@ -349,12 +350,12 @@ async fn what_expires_is_a_dead_letter_and_what_is_for_later_waits() {
     let alice = place.node("alice").await;
     let message = alice.send("work", "old").guaranteed().expires_in(Duration::from_millis(50));
     let receipt = message.await.unwrap();
-    let fate = soon(receipt.processed()).await;
-    let expired = Fate::Expired { maybe_processed: false };
-    assert_eq!(fate, Err(DeliveryError::DeadLetter(expired)));
+    let reason = soon(receipt.processed()).await;
+    let expired = DeadLetterReason::Expired { maybe_processed: false };
+    assert_eq!(reason, Err(DeliveryError::DeadLetter(expired)));
 
     let (told, mut seen) = unbounded_channel();
-    let _service = alice.serve("work", teller(&told)).start().unwrap();
+    let _service = alice.serve("work", sender(&told)).start().unwrap();
     let due = SystemTime::now() + Duration::from_millis(300);
     let later = alice.send("work", "later").guaranteed().not_before(due).await.unwrap();
     let now = alice.send("work", "now").guaranteed().await.unwrap();
@@ -476,7 +477,7 @@ async fn an_outbox_that_is_restored_from_an_old_copy_has_nothing_new_dropped_as_
     let store = |name: &str| place.stores.path().join(name);
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
-    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
     let alice = place.node("alice").await;
     let receipt = alice.send("work", "one").guaranteed().await.unwrap();
     soon(receipt.processed()).await.unwrap();
@@ -506,7 +507,7 @@ async fn an_outbox_that_is_wiped_has_nothing_new_dropped_as_a_duplicate() {
     let place = Place::new();
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
-    let _service = bob.serve("work", teller(&told)).concurrency(1).start().unwrap();
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
     let mut ids = Vec::new();
     for texts in [["one", "two"], ["three", "four"]] {
         let alice = place.node("alice").await;
@@ -585,7 +586,7 @@ async fn a_receiver_whose_store_is_lost_is_reported_and_gets_what_is_not_settled
 
     let second = bob("second").await.unwrap();
     let (told, mut seen) = unbounded_channel();
-    let _service = second.serve("work", teller(&told)).start().unwrap();
+    let _service = second.serve("work", sender(&told)).start().unwrap();
     let lost = |event| match event {
         Event::InboxLost { peer } => Some(peer),
         _ => None,
@@ -609,7 +610,7 @@ async fn what_waited_for_a_service_of_its_own_node_goes_there_after_a_restart() 
     alice.shutdown().await;
     let alice = config().start().await.unwrap();
     let (told, mut seen) = unbounded_channel();
-    let _service = alice.serve("work", teller(&told)).start().unwrap();
+    let _service = alice.serve("work", sender(&told)).start().unwrap();
     assert_eq!(next(&mut seen).await.0, "one");
     alice.shutdown().await;
 }
@@ -619,7 +620,7 @@ async fn messages_of_a_node_to_itself_come_one_by_one_in_their_order() {
     let place = Place::new();
     let alice = place.node("alice").await;
     let (told, mut seen) = unbounded_channel();
-    let consume = alice.consume("billing", "orders.>", teller(&told));
+    let consume = alice.consume("billing", "orders.>", sender(&told));
     let _consumer = consume.concurrency(1).start().unwrap();
     let sent = (0..5000).map(|n| format!("{n}"));
     let publish = |text: &String| alice.publish("orders.new", text.clone()).guaranteed();
@@ -652,7 +653,7 @@ async fn a_subscription_that_drains_leaves_its_successor_alone() {
     let mut draining = Box::pin(old.drain());
     assert!(futures_util::poll!(&mut draining).is_pending());
     let (told, mut seen) = unbounded_channel();
-    let _new = alice.consume("billing", "orders.>", teller(&told)).start().unwrap();
+    let _new = alice.consume("billing", "orders.>", sender(&told)).start().unwrap();
     end.send_replace(true);
     soon(draining).await;
     alice.publish("orders.new", "two").guaranteed().await.unwrap();

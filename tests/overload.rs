@@ -85,7 +85,7 @@ async fn after_overflow(overflow: Overflow, count: u32, topics: u32) -> (Vec<u32
     let mut inbox = node.subscribe_with("load.*", overflow).unwrap();
     for n in 0..count {
         let report = node.publish(format!("load.{}", n % topics), body(n)).await.unwrap();
-        // What makes room for this message is no fate of its own.
+        // What makes room for this message is no reason of its own.
         assert!(overflow == Overflow::DropNewest || report.queued == 1, "{report:?}");
     }
     let counters = node.counters();

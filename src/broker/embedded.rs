@@ -17,7 +17,7 @@ use zeromq::{
 
 use super::hub::{SILENCE, WINDOW, cost, number, op, text};
 use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
-use super::{BrokerUrl, Incoming, Me, Order, StoreFailure, Via};
+use super::{BrokerUrl, Command, Incoming, Me, StoreFailure, Via};
 use crate::address::Recipient;
 use crate::identity::random_bytes;
 use crate::message::MessageId;
@@ -80,7 +80,7 @@ impl Session {
             Ok(Err(error)) => return Err(ConnectError::passing(to_io(error))),
             Err(_) => return Err(ConnectError::passing("no answer within 5 s")),
         };
-        let (outgoing, orders) = mpsc::unbounded_channel();
+        let (outgoing, commands) = mpsc::unbounded_channel();
         let (tell_done, done) = mpsc::unbounded_channel();
         let ending = Ending::new();
         let reader = Reader {
@@ -90,7 +90,7 @@ impl Session {
             taken: 0,
         };
         let tasks = vec![
-            tokio::spawn(write(sender, orders, ending.clone())),
+            tokio::spawn(write(sender, commands, ending.clone())),
             tokio::spawn(reader.run(receiver, monitor, ending.clone())),
         ];
         let done = tokio::sync::Mutex::new(done);
@@ -101,36 +101,36 @@ impl Session {
         self.title.clone()
     }
 
-    pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
+    pub(super) async fn perform(&self, command: Command) -> Result<(), Failed> {
         let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
         let id = |id: MessageId| Bytes::copy_from_slice(&id.to_bytes());
-        match order {
-            Order::Publish(topic, Parcel { head, body }) => {
+        match command {
+            Command::Publish(topic, Parcel { head, body }) => {
                 self.say(vec![op(b"P"), bytes(topic.as_str()), head, body])
             }
-            Order::Call(Recipient::Service(name), call, _, Parcel { head, body }) => {
+            Command::Call(Recipient::Service(name), call, _, Parcel { head, body }) => {
                 self.say(vec![op(b"C"), bytes(name.as_str()), id(call), head, body])
             }
-            Order::Call(Recipient::Node(node), call, _, Parcel { head, body }) => {
+            Command::Call(Recipient::Node(node), call, _, Parcel { head, body }) => {
                 let node = Bytes::copy_from_slice(node.as_bytes());
                 self.say(vec![op(b"N"), node, id(call), head, body])
             }
-            Order::Reply(node, Parcel { head, body }) => {
+            Command::Reply(node, Parcel { head, body }) => {
                 let node = Bytes::copy_from_slice(node.as_bytes());
                 self.say(vec![op(b"N"), node, Bytes::new(), head, body])
             }
-            Order::Tell(Parcel { head, body }) => self.say(vec![op(b"A"), head, body]),
-            Order::Subscribe(pattern) => {
+            Command::Tell(Parcel { head, body }) => self.say(vec![op(b"A"), head, body]),
+            Command::Subscribe(pattern) => {
                 return self.ask(vec![op(b"S"), bytes(pattern.as_str())]).await;
             }
-            Order::Serve(name, _) => return self.ask(vec![op(b"V"), bytes(name.as_str())]).await,
-            Order::Unsubscribe(pattern) => self.say(vec![op(b"U"), bytes(pattern.as_str())]),
-            Order::Withdraw(name) => self.say(vec![op(b"X"), bytes(name.as_str())]),
-            Order::Store(message) => {
+            Command::Serve(name, _) => return self.ask(vec![op(b"V"), bytes(name.as_str())]).await,
+            Command::Unsubscribe(pattern) => self.say(vec![op(b"U"), bytes(pattern.as_str())]),
+            Command::Withdraw(name) => self.say(vec![op(b"X"), bytes(name.as_str())]),
+            Command::Store(message) => {
                 let text = "the embedded broker keeps nothing".to_owned();
                 let _gave_up = message.stored.send(Err(StoreFailure::Refused(text)));
             }
-            Order::Consume(..) | Order::Pause(_) | Order::Forget(_) => {}
+            Command::Consume(..) | Command::Pause(_) | Command::Forget(_) => {}
         }
         Ok(())
     }
@@ -184,13 +184,13 @@ fn to_io(error: ZmqError) -> std::io::Error {
 
 async fn write(
     mut sender: DealerSendHalf,
-    mut orders: mpsc::UnboundedReceiver<Vec<Bytes>>,
+    mut commands: mpsc::UnboundedReceiver<Vec<Bytes>>,
     ending: Ending,
 ) {
     let mut pings = interval(PING);
     loop {
         let frames = tokio::select! {
-            frames = orders.recv() => match frames {
+            frames = commands.recv() => match frames {
                 Some(frames) => frames,
                 None => return,
             },

@@ -1,7 +1,7 @@
 //! Broker mode: the same API, with every message carried by a broker.
 //!
 //! ```text
-//!  Node ── orders ──▶ Room ──▶ Session ═══ broker ═══ sessions of other nodes
+//!  Node ── commands ──▶ BrokerClient ──▶ Session ═══ broker ═══ sessions of other nodes
 //!   ▲                  │ connects again, restores what the node wants
 //!   └──── Incoming ◀───┘
 //! ```
@@ -10,13 +10,13 @@
 //! broker: [`embedded`], [`nats`], [`rabbitmq`]. Each file says how it maps the words of this
 //! crate to the broker's own.
 
+mod client;
 mod embedded;
 mod hub;
 #[cfg(feature = "nats")]
 mod nats;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq;
-mod room;
 mod session;
 mod url;
 
@@ -25,8 +25,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+pub(crate) use client::{BrokerClient, Pace, State};
 pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
-pub(crate) use room::{Pace, Room, State};
 pub use url::{BrokerKind, BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
@@ -60,7 +60,7 @@ pub(crate) struct Me {
 
 /// What a node asks of its session.
 #[derive(Debug)]
-pub(crate) enum Order {
+pub(crate) enum Command {
     Publish(Topic, Parcel),
     /// A call or a request, with its id, by which it is told if nobody takes it, and how long it
     /// is worth handling.
@@ -116,7 +116,7 @@ pub(crate) enum Via {
 
 /// What became of a message that a broker keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum BrokerAck {
     /// Its handler returned Ok.
     Processed,
     /// Its handler failed: try again later.
@@ -140,11 +140,11 @@ pub(crate) struct Kept {
     /// From 1.
     pub(crate) attempt: u32,
     pub(crate) redelivered: bool,
-    pub(crate) outcome: oneshot::Sender<Outcome>,
+    pub(crate) outcome: oneshot::Sender<BrokerAck>,
 }
 
 /// Held while a call that came from a broker is handled; its drop tells the broker.
-pub(crate) type Ticket = oneshot::Sender<Outcome>;
+pub(crate) type Ticket = oneshot::Sender<BrokerAck>;
 
 /// What sessions bring to a node.
 pub(crate) trait Incoming: Send + Sync {
@@ -164,19 +164,19 @@ pub(crate) trait Incoming: Send + Sync {
 pub(crate) enum End {
     Forget,
     /// Keep it as a dead letter, for that reason.
-    Bury(String),
+    DeadLetter(String),
     /// Deliver it again after that time.
     Again(Duration),
 }
 
-impl Outcome {
+impl BrokerAck {
     /// What follows from the outcome of an attempt; `None` is one that nobody tells.
     pub(crate) fn end(outcome: Option<Self>, attempt: u32) -> End {
         match outcome {
             Some(Self::Processed) => End::Forget,
-            Some(Self::Failed(reason)) if attempt >= MAX_FAILURES => End::Bury(reason),
-            Some(Self::Rejected(reason)) => End::Bury(reason),
-            Some(Self::Expired) => End::Bury("it expired".into()),
+            Some(Self::Failed(reason)) if attempt >= MAX_FAILURES => End::DeadLetter(reason),
+            Some(Self::Rejected(reason)) => End::DeadLetter(reason),
+            Some(Self::Expired) => End::DeadLetter("it expired".into()),
             Some(Self::Later(wait)) => End::Again(wait),
             Some(Self::Failed(_) | Self::Refused) | None => {
                 End::Again(longest_pause(attempt.saturating_sub(1)))
@@ -191,10 +191,10 @@ mod tests {
 
     #[test]
     fn what_fails_is_left_alone_ever_longer_and_buried_in_the_end() {
-        let failed = |attempt| Outcome::end(Some(Outcome::Failed("no".into())), attempt);
+        let failed = |attempt| BrokerAck::end(Some(BrokerAck::Failed("no".into())), attempt);
         assert_eq!(failed(1), End::Again(Duration::from_millis(200)));
         assert_eq!(failed(2), End::Again(Duration::from_millis(400)));
-        assert_eq!(failed(MAX_FAILURES), End::Bury("no".into()));
-        assert_eq!(Outcome::end(None, u32::MAX), End::Again(Duration::from_secs(60)));
+        assert_eq!(failed(MAX_FAILURES), End::DeadLetter("no".into()));
+        assert_eq!(BrokerAck::end(None, u32::MAX), End::Again(Duration::from_secs(60)));
     }
 }

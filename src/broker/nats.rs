@@ -39,7 +39,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
-use super::{BrokerUrl, End, Guaranteed, Incoming, Kept, Me, Order, Outcome, StoreFailure, Via};
+use super::{
+    BrokerAck, BrokerUrl, Command, End, Guaranteed, Incoming, Kept, Me, StoreFailure, Via,
+};
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::engine::delivery::longest_pause;
 use crate::identity::NodeId;
@@ -214,25 +216,28 @@ impl Session {
     }
 
     /// Orders that only put something into the client's own queue, if that has room.
-    pub(super) fn perform_now(&self, order: Order) -> Option<Order> {
-        let again = match &order {
-            Order::Publish(topic, parcel) => Order::Publish(topic.clone(), parcel.clone()),
-            Order::Call(to, id, ttl, parcel) => Order::Call(to.clone(), *id, *ttl, parcel.clone()),
-            Order::Reply(to, parcel) => Order::Reply(*to, parcel.clone()),
-            _ => return Some(order),
+    pub(super) fn perform_now(&self, command: Command) -> Option<Command> {
+        let again = match &command {
+            Command::Publish(topic, parcel) => Command::Publish(topic.clone(), parcel.clone()),
+            Command::Call(to, id, ttl, parcel) => {
+                Command::Call(to.clone(), *id, *ttl, parcel.clone())
+            }
+            Command::Reply(to, parcel) => Command::Reply(*to, parcel.clone()),
+            _ => return Some(command),
         };
-        match self.publish(order).now_or_never() {
+        match self.publish(command).now_or_never() {
             Some(Ok(())) => None,
             Some(Err(_)) | None => Some(again),
         }
     }
 
-    pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
-        match order {
-            order @ (Order::Publish(..) | Order::Call(..) | Order::Reply(..) | Order::Tell(_)) => {
-                self.publish(order).await.map_err(Failed::lost)
-            }
-            Order::Subscribe(pattern) => {
+    pub(super) async fn perform(&self, command: Command) -> Result<(), Failed> {
+        match command {
+            command @ (Command::Publish(..)
+            | Command::Call(..)
+            | Command::Reply(..)
+            | Command::Tell(_)) => self.publish(command).await.map_err(Failed::lost),
+            Command::Subscribe(pattern) => {
                 let subject = self.names.topic(pattern.as_str());
                 let subscriber = self.client.subscribe(subject).await.map_err(Failed::lost)?;
                 let start = self.names.topic("").len();
@@ -243,48 +248,48 @@ impl Session {
                 });
                 self.client.flush().await.map_err(Failed::lost)
             }
-            Order::Unsubscribe(pattern) => {
+            Command::Unsubscribe(pattern) => {
                 self.end(&Task::Topics(pattern));
                 Ok(())
             }
-            Order::Serve(name, concurrency) => self.serve(name, concurrency).await,
-            Order::Withdraw(name) => {
+            Command::Serve(name, concurrency) => self.serve(name, concurrency).await,
+            Command::Withdraw(name) => {
                 self.end(&Task::Service(name.clone()));
                 self.end(&Task::Work(name));
                 self.client.flush().await.map_err(Failed::lost)
             }
-            Order::Consume(name, pattern, concurrency) => {
+            Command::Consume(name, pattern, concurrency) => {
                 self.consume(name, &pattern, concurrency).await
             }
-            Order::Pause(name) => {
+            Command::Pause(name) => {
                 self.end(&Task::Durable(name));
                 Ok(())
             }
-            Order::Forget(name) => {
+            Command::Forget(name) => {
                 self.end(&Task::Durable(name.clone()));
                 let Some(streams) = &self.jetstream else { return Ok(()) };
                 let gone = streams.kept.delete_consumer(&self.durable_name(&name)).await;
                 gone.map(drop).map_err(refused)
             }
-            Order::Store(message) => {
+            Command::Store(message) => {
                 self.store(*message).await;
                 Ok(())
             }
         }
     }
 
-    async fn publish(&self, order: Order) -> Result<(), async_nats::PublishError> {
-        let (subject, reply, parcel) = match order {
-            Order::Publish(topic, parcel) => (self.names.topic(topic.as_str()), None, parcel),
-            Order::Call(to, id, _, parcel) => {
+    async fn publish(&self, command: Command) -> Result<(), async_nats::PublishError> {
+        let (subject, reply, parcel) = match command {
+            Command::Publish(topic, parcel) => (self.names.topic(topic.as_str()), None, parcel),
+            Command::Call(to, id, _, parcel) => {
                 let subject = match &to {
                     Recipient::Service(name) => self.names.service(name.as_str()),
                     Recipient::Node(node) => self.names.node(node),
                 };
                 (subject, Some(format!("{}.{id}", self.names.unrouted(&self.me.id))), parcel)
             }
-            Order::Reply(node, parcel) => (self.names.node(&node), None, parcel),
-            Order::Tell(parcel) => (self.names.all(), None, parcel),
+            Command::Reply(node, parcel) => (self.names.node(&node), None, parcel),
+            Command::Tell(parcel) => (self.names.all(), None, parcel),
             _ => return Ok(()),
         };
         let headers = headers(&parcel);
@@ -570,7 +575,7 @@ impl Counted {
 async fn settle(
     message: jetstream::Message,
     attempt: u32,
-    mut ended: oneshot::Receiver<Outcome>,
+    mut ended: oneshot::Receiver<BrokerAck>,
     lease: Duration,
     context: jetstream::Context,
     names: Names,
@@ -584,10 +589,10 @@ async fn settle(
             }
         }
     };
-    let kind = match Outcome::end(outcome.ok(), attempt) {
+    let kind = match BrokerAck::end(outcome.ok(), attempt) {
         End::Forget => AckKind::Ack,
         End::Again(wait) => AckKind::Nak(Some(wait)),
-        End::Bury(reason) => match bury(&message, &reason, &context, &names).await {
+        End::DeadLetter(reason) => match dead_letter(&message, &reason, &context, &names).await {
             Ok(()) => AckKind::Term,
             Err(error) => {
                 tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
@@ -601,7 +606,7 @@ async fn settle(
 }
 
 /// Stores a dead letter.
-async fn bury(
+async fn dead_letter(
     message: &jetstream::Message,
     reason: &str,
     context: &jetstream::Context,
@@ -655,7 +660,7 @@ mod tests {
 
     #[test]
     fn names_of_consumers_stay_different() {
-        assert_eq!(escape("orders-eu"), "orders-eu");
+        assert_eq!(escape("commands-eu"), "commands-eu");
         assert_ne!(escape("a.b"), escape("a_b"));
         assert!(escape("a.b/c*").chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
     }

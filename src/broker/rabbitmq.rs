@@ -37,7 +37,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::session::{ANSWER, ConnectError, Ending, Failed, Lost};
-use super::{BrokerUrl, End, Guaranteed, Incoming, Kept, Me, Order, Outcome, StoreFailure, Via};
+use super::{
+    BrokerAck, BrokerUrl, Command, End, Guaranteed, Incoming, Kept, Me, StoreFailure, Via,
+};
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::clock::unix_ms;
 use crate::engine::delivery::MAX_FAILURES;
@@ -248,55 +250,55 @@ impl Session {
         self.names.node(&self.me.id)
     }
 
-    pub(super) async fn perform(&self, order: Order) -> Result<(), Failed> {
-        match order {
-            Order::Publish(topic, parcel) => {
+    pub(super) async fn perform(&self, command: Command) -> Result<(), Failed> {
+        match command {
+            Command::Publish(topic, parcel) => {
                 self.publish(&self.names.of("events"), topic.as_str(), parcel).await
             }
-            Order::Reply(node, parcel) => self.publish("", &self.names.node(&node), parcel).await,
-            Order::Tell(parcel) => self.publish(&self.names.of("all"), "", parcel).await,
-            Order::Call(to, id, ttl, parcel) => {
+            Command::Reply(node, parcel) => self.publish("", &self.names.node(&node), parcel).await,
+            Command::Tell(parcel) => self.publish(&self.names.of("all"), "", parcel).await,
+            Command::Call(to, id, ttl, parcel) => {
                 let queue = match &to {
                     Recipient::Service(name) => self.names.service(name),
                     Recipient::Node(node) => self.names.node(node),
                 };
                 self.call(&queue, id, ttl, parcel).await
             }
-            Order::Subscribe(pattern) => {
+            Command::Subscribe(pattern) => {
                 self.bind(&self.inbox(), "events", &binding(&pattern)?).await
             }
-            Order::Unsubscribe(pattern) => {
+            Command::Unsubscribe(pattern) => {
                 let (queue, exchange) = (short(&self.inbox())?, short(&self.names.of("events"))?);
                 let (key, none) = (short(&binding(&pattern)?)?, FieldTable::default());
                 let unbound =
                     self.declaring.lock().await.queue_unbind(queue, exchange, key, none).await;
                 unbound.map_err(Failed::lost)
             }
-            Order::Serve(name, concurrency) => self.serve(name, concurrency).await,
-            Order::Withdraw(name) => {
+            Command::Serve(name, concurrency) => self.serve(name, concurrency).await,
+            Command::Withdraw(name) => {
                 self.end(&Task::Service(name.clone())).await;
                 self.end(&Task::Work(name)).await;
                 Ok(())
             }
-            Order::Consume(name, pattern, concurrency) => {
+            Command::Consume(name, pattern, concurrency) => {
                 let queue = self.names.durable(&self.me, &name);
                 self.declare_queue(&queue, durable(), self.kept_arguments()).await?;
                 self.bind(&queue, "kept", &binding(&pattern)?).await?;
                 let task = Task::Durable(name.clone());
                 self.work(task, &queue, concurrency, Some(name), topic).await
             }
-            Order::Pause(name) => {
+            Command::Pause(name) => {
                 self.end(&Task::Durable(name)).await;
                 Ok(())
             }
-            Order::Forget(name) => {
+            Command::Forget(name) => {
                 self.end(&Task::Durable(name.clone())).await;
                 let queue = short(&self.names.durable(&self.me, &name))?;
                 let channel = self.declaring.lock().await;
                 let deleted = channel.queue_delete(queue, QueueDeleteOptions::default()).await;
                 deleted.map(drop).map_err(Failed::lost)
             }
-            Order::Store(message) => self.store(*message).await,
+            Command::Store(message) => self.store(*message).await,
         }
     }
 
@@ -549,10 +551,10 @@ impl Drop for Session {
 }
 
 /// Tells the broker what became of a guaranteed message.
-async fn settle(acker: Acker, attempt: u32, ended: oneshot::Receiver<Outcome>) {
-    let told = match Outcome::end(ended.await.ok(), attempt) {
+async fn settle(acker: Acker, attempt: u32, ended: oneshot::Receiver<BrokerAck>) {
+    let told = match BrokerAck::end(ended.await.ok(), attempt) {
         End::Forget => acker.ack(BasicAckOptions::default()).await,
-        End::Bury(reason) => {
+        End::DeadLetter(reason) => {
             tracing::warn!(reason, "a message is a dead letter");
             acker.reject(BasicRejectOptions { requeue: false }).await
         }

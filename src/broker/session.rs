@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::nats;
 #[cfg(feature = "rabbitmq")]
 use super::rabbitmq;
-use super::{BrokerKind, BrokerUrl, Incoming, Me, Order, embedded};
+use super::{BrokerKind, BrokerUrl, Command, Incoming, Me, embedded};
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,17 +123,17 @@ impl Session {
 
     /// Does one thing; the next is asked for when it is done. What it promised is kept: a
     /// subscription is in place then.
-    pub(crate) async fn perform(&self, order: Order) -> Result<(), Failed> {
-        each!(self, session => session.perform(order).await)
+    pub(crate) async fn perform(&self, command: Command) -> Result<(), Failed> {
+        each!(self, session => session.perform(command).await)
     }
 
-    /// Performs at once, from whatever task asks, an order that waits for nothing; gives it back
+    /// Performs at once, from whatever task asks, a command that waits for nothing; gives it back
     /// if that can't be done now.
-    pub(crate) fn perform_now(&self, order: Order) -> Option<Order> {
+    pub(crate) fn perform_now(&self, command: Command) -> Option<Command> {
         match self {
             #[cfg(feature = "nats")]
-            Self::Nats(session) => session.perform_now(order),
-            _ => Some(order),
+            Self::Nats(session) => session.perform_now(command),
+            _ => Some(command),
         }
     }
 

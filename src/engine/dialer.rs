@@ -63,16 +63,16 @@ struct Target {
 
 /// Backoff between attempts: doubling, with jitter over its upper half.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
-/// Where it ends, in each lane. What this host and the configuration name is few, and somebody
+/// Where it ends, in each tier. What this host and the configuration name is few, and somebody
 /// waits for it: one that comes back shall be found within a second.
-const LONGEST_RETRY: [Duration; LANES] =
+const LONGEST_RETRY: [Duration; TIERS] =
     [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(10)];
 /// For a target that refused us for good reason: another mesh, another protocol.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
 /// How long the larger id leaves the dialling of an announced node to the smaller one, so that
 /// the two don't cross.
 const POLITE_DELAY: Duration = Duration::from_millis(300);
-/// How many targets of a lane are dialled at once.
+/// How many targets of a tier are dialled at once.
 const MAX_DIALING: usize = 32;
 /// How soon a target is tried again when others than this host and its configuration say that
 /// its addresses have changed. Who forges that can do so as often as it likes.
@@ -82,14 +82,14 @@ pub(crate) const MAX_ADDRESSES: usize = 8;
 /// Those that wait and those that are dialled, apart by how far their source is believed: what
 /// this host and the configuration say, what anybody on the network may announce, what peers have
 /// told. So the later never stand in the way of the earlier.
-const LANES: usize = 3;
-/// The most targets that are known in each lane.
-const MAX_KNOWN: [usize; LANES] = [usize::MAX, 4096, 4096];
+const TIERS: usize = 3;
+/// The most targets that are known in each tier.
+const MAX_KNOWN: [usize; TIERS] = [usize::MAX, 4096, 4096];
 /// How often a target is tried before it is forgotten, if it is known from hearsay only, or its
-/// lane is full.
+/// tier is full.
 const ATTEMPTS: u32 = 5;
 
-fn lane(source: Source) -> usize {
+fn tier(source: Source) -> usize {
     match source {
         Source::Local | Source::Fixed | Source::Inbound => 0,
         Source::Mdns => 1,
@@ -103,12 +103,12 @@ pub(crate) struct Dialer {
     me: NodeId,
     targets: BTreeMap<TargetKey, Target>,
     /// Those that wait, by when they are due.
-    due: [BTreeSet<(Time, TargetKey)>; LANES],
+    due: [BTreeSet<(Time, TargetKey)>; TIERS],
     by_link: HashMap<LinkId, TargetKey>,
     by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
     /// How many are being dialled, and how many are known.
-    dialing: [usize; LANES],
-    known: [usize; LANES],
+    dialing: [usize; TIERS],
+    known: [usize; TIERS],
     random: Random,
 }
 
@@ -120,8 +120,8 @@ impl Dialer {
             due: Default::default(),
             by_link: HashMap::new(),
             by_node: HashMap::new(),
-            dialing: [0; LANES],
-            known: [0; LANES],
+            dialing: [0; TIERS],
+            known: [0; TIERS],
             random: Random::new(seed),
         }
     }
@@ -134,7 +134,7 @@ impl Dialer {
         let Some(target) = self.targets.get_mut(&key) else {
             return self.add(now, key, sighting);
         };
-        let (state, before, after) = (target.state, lane(target.source), lane(sighting.source));
+        let (state, before, after) = (target.state, tier(target.source), tier(sighting.source));
         if before != after && self.known[after] >= MAX_KNOWN[after] {
             return;
         }
@@ -185,11 +185,11 @@ impl Dialer {
     }
 
     fn add(&mut self, now: Time, key: TargetKey, sighting: Sighting) {
-        let lane = lane(sighting.source);
-        if self.known[lane] >= MAX_KNOWN[lane] {
+        let tier = tier(sighting.source);
+        if self.known[tier] >= MAX_KNOWN[tier] {
             return;
         }
-        self.known[lane] += 1;
+        self.known[tier] += 1;
         let wait = match sighting.id {
             Some(id) if self.me > id => POLITE_DELAY,
             _ => Duration::ZERO,
@@ -296,31 +296,31 @@ impl Dialer {
         let doubled = FIRST_RETRY.saturating_mul(1 << target.failures.min(10));
         target.failures += 1;
         target.last_error = Some(error);
-        let lane = lane(target.source);
+        let tier = tier(target.source);
         if target.failures >= ATTEMPTS
-            && (target.source == Source::Gossip || self.known[lane] >= MAX_KNOWN[lane])
+            && (target.source == Source::Gossip || self.known[tier] >= MAX_KNOWN[tier])
         {
             target.gone = true;
         }
-        let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY[lane]).mul_f64(jitter));
+        let wait = wait.unwrap_or_else(|| doubled.min(LONGEST_RETRY[tier]).mul_f64(jitter));
         self.enter(key, State::Waiting { until: now + wait });
     }
 
     /// Puts a target into a state, in all indexes; forgets it if it is gone and at rest.
     fn enter(&mut self, key: &TargetKey, state: State) {
         let Some(target) = self.targets.get_mut(key) else { return };
-        let lane = lane(target.source);
+        let tier = tier(target.source);
         match std::mem::replace(&mut target.state, state) {
-            State::Waiting { until } => _ = self.due[lane].remove(&(until, key.clone())),
-            State::Dialing => self.dialing[lane] -= 1,
+            State::Waiting { until } => _ = self.due[tier].remove(&(until, key.clone())),
+            State::Dialing => self.dialing[tier] -= 1,
             State::Linked(link) => _ = self.by_link.remove(&link),
             State::Idle | State::Own => {}
         }
         match state {
-            State::Dialing => self.dialing[lane] += 1,
+            State::Dialing => self.dialing[tier] += 1,
             State::Linked(link) => _ = self.by_link.insert(link, key.clone()),
             _ if target.gone => self.forget(key),
-            State::Waiting { until } => _ = self.due[lane].insert((until, key.clone())),
+            State::Waiting { until } => _ = self.due[tier].insert((until, key.clone())),
             State::Idle | State::Own => {}
         }
     }
@@ -330,7 +330,7 @@ impl Dialer {
         if let Some(id) = target.id {
             unlist(&mut self.by_node, id, key);
         }
-        self.known[lane(target.source)] -= 1;
+        self.known[tier(target.source)] -= 1;
     }
 
     /// The next target that is due and leads to nobody that `is_linked` knows. Only so many are
@@ -362,8 +362,8 @@ impl Dialer {
     }
 
     fn next_due(&self) -> Option<&(Time, TargetKey)> {
-        let lanes = self.due.iter().zip(self.dialing);
-        let open = lanes.filter(|(_, dialing)| *dialing < MAX_DIALING);
+        let tiers = self.due.iter().zip(self.dialing);
+        let open = tiers.filter(|(_, dialing)| *dialing < MAX_DIALING);
         open.filter_map(|(due, _)| due.first()).min()
     }
 

@@ -160,7 +160,7 @@ pub(crate) struct Flow {
     /// An otherwise empty batch is worth sending: a heartbeat, or credit.
     batch_due: bool,
     dropped_here: BTreeMap<DropReason, u64>,
-    dropped_here_untold: bool,
+    dropped_here_unreported: bool,
     dropped_there: BTreeMap<DropReason, u64>,
     last_sent: Time,
     last_heard: Time,
@@ -192,7 +192,7 @@ impl Flow {
             peer_max_body: 0,
             batch_due: false,
             dropped_here: BTreeMap::new(),
-            dropped_here_untold: false,
+            dropped_here_unreported: false,
             dropped_there: BTreeMap::new(),
             last_sent: now,
             last_heard: now,
@@ -267,7 +267,7 @@ impl Flow {
             lane.told = consumed;
         }
         let mut batch = BatchEncoder::new(&self.me, Preamble { consumed });
-        if std::mem::take(&mut self.dropped_here_untold) {
+        if std::mem::take(&mut self.dropped_here_unreported) {
             let counts = self.dropped_here.iter();
             let counts = counts.map(|(reason, count)| (reason.as_str().to_owned(), *count));
             batch.push_control(&Control::Dropped(counts.collect()));
@@ -315,7 +315,7 @@ impl Flow {
 
     fn has_something_to_send(&self) -> bool {
         self.batch_due
-            || self.dropped_here_untold
+            || self.dropped_here_unreported
             || !self.control.is_empty()
             || self.sendable_events().is_some()
             || sendable(&self.calls, &self.outgoing[Lane::Calls as usize]).is_some()
@@ -380,8 +380,8 @@ impl Flow {
         let incoming = &mut self.incoming[lane as usize];
         incoming.consumed += done;
         // The end of a call is told at once: the caller chooses among instances by it.
-        let untold = incoming.consumed.bytes - incoming.told.bytes;
-        if lane == Lane::Calls || untold >= incoming.window / 4 {
+        let unreported = incoming.consumed.bytes - incoming.told.bytes;
+        if lane == Lane::Calls || unreported >= incoming.window / 4 {
             self.batch_due = true;
         }
     }
@@ -389,7 +389,7 @@ impl Flow {
     /// A received message was dropped; it counts as consumed as well.
     pub(crate) fn handle_dropped(&mut self, reason: DropReason, count: u64) {
         *self.dropped_here.entry(reason).or_default() += count;
-        self.dropped_here_untold = true;
+        self.dropped_here_unreported = true;
     }
 
     /// The peer reported what it dropped. Returns what is new.

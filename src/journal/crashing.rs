@@ -153,7 +153,7 @@ pub(crate) struct Disk {
     /// machine dies.
     pub(super) steps_left: AtomicU64,
     /// What was left then.
-    pub(super) frozen: Mutex<Option<Arc<Disk>>>,
+    pub(super) encoded: Mutex<Option<Arc<Disk>>>,
     /// What the crash took that left this.
     pub(crate) lost: Lost,
 }
@@ -234,7 +234,7 @@ impl Disk {
     fn step(&self) {
         if fails(&self.steps_left) {
             let seed = lock(&self.files).len() as u64;
-            *lock(&self.frozen) = Some(self.crash(seed));
+            *lock(&self.encoded) = Some(self.crash(seed));
         }
     }
 

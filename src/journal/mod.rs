@@ -222,13 +222,13 @@ pub type Ended<'a> = std::vec::Drain<'a, (u64, Stored)>;
 
 /// When an entry counts as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Haste {
+pub(crate) enum Persist {
     /// When it is synced.
-    Synced,
+    Sync,
     /// When the system has it.
-    Written,
+    Flush,
     /// The same, and that may be with what is written next, or a second later.
-    Later,
+    Lazy,
 }
 
 /// What may be written when the disk is full.
@@ -376,10 +376,10 @@ impl Journal {
         number: u64,
         payload: &[u8],
         messages: u32,
-        haste: Haste,
+        persist: Persist,
         need: Need,
     ) {
-        let append = Append { haste, need, messages, ..Append::new(Done::Sink(number)) };
+        let append = Append { persist, need, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
@@ -395,7 +395,7 @@ impl Journal {
     /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
     /// the machine if a later one is synced.
     pub(crate) fn note(&self, payload: &[u8]) {
-        self.queue.append(payload, Append { haste: Haste::Written, ..Append::new(Done::Nobody) });
+        self.queue.append(payload, Append { persist: Persist::Flush, ..Append::new(Done::Nobody) });
     }
 
     /// Reads an entry that was stored.

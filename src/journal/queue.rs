@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Done, Haste, Need};
+use super::{Done, Need, Persist};
 use crate::sync::lock_unranked as lock;
 
 /// So much room is kept from one batch to the next, in bytes.
@@ -14,7 +14,7 @@ pub(super) struct Append {
     /// Where its payload lies in the bytes of its [`Batch`], which sets both.
     pub(super) start: usize,
     pub(super) length: u32,
-    pub(super) haste: Haste,
+    pub(super) persist: Persist,
     pub(super) need: Need,
     /// It begins a segment.
     pub(super) first: bool,
@@ -27,8 +27,8 @@ impl Append {
     /// One that stores no message, is synced at once, urgent and not the first of a segment; who
     /// is told when it is stored.
     pub(super) fn new(done: Done) -> Self {
-        let (haste, need, first) = (Haste::Synced, Need::Urgent, false);
-        Self { start: 0, length: 0, haste, need, first, messages: 0, done }
+        let (persist, need, first) = (Persist::Sync, Need::Urgent, false);
+        Self { start: 0, length: 0, persist, need, first, messages: 0, done }
     }
 
     /// Its own, of the bytes of its batch.
@@ -122,7 +122,7 @@ enum Waits {
 
 impl Queue {
     pub(super) fn append(&self, payload: &[u8], append: Append) {
-        let hurries = append.haste != Haste::Later;
+        let hurries = append.persist != Persist::Lazy;
         self.add(hurries, |batch| batch.push(payload, append));
     }
 

@@ -7,7 +7,7 @@ use super::queue::{Append, Batch, Removal};
 use super::storage::Storage;
 use super::writer::Writer;
 use super::{
-    Done, Entry, Haste, JournalError, Need, NotStored, Options, Position, Recovery, Room, begin,
+    Done, Entry, JournalError, Need, NotStored, Options, Persist, Position, Recovery, Room, begin,
     lengths, read_entry,
 };
 
@@ -59,8 +59,8 @@ impl Stepped {
                 EntryKind::Emergency => Need::Emergency,
                 EntryKind::First | EntryKind::Removal => Need::Removal,
             };
-            let haste = if kind == EntryKind::Note { Haste::Written } else { Haste::Synced };
-            let append = Append { haste, first, need, messages: 1, ..Append::new(Done::Nobody) };
+            let persist = if kind == EntryKind::Note { Persist::Flush } else { Persist::Sync };
+            let append = Append { persist, first, need, messages: 1, ..Append::new(Done::Nobody) };
             batch.push(&payload, append);
         }
         self.writer.store(&batch.bytes, &batch.appends, &mut results);

@@ -293,7 +293,7 @@ fn a_crash_while_segments_are_removed_leaves_all_of_them_or_none() {
         let (journal, ..) = open(&disk);
         journal.remove(gone.clone());
         drop(journal);
-        let crashed = lock(&disk.frozen).take().unwrap_or_else(|| disk.crash(random.next()));
+        let crashed = lock(&disk.encoded).take().unwrap_or_else(|| disk.crash(random.next()));
         let files: Vec<u64> = lock(&crashed.files).keys().copied().collect();
         let (journal, found, recovery) = open(&crashed);
         assert_eq!((recovery.damaged, recovery.lost), (vec![], Some(0)), "seed {seed}");
@@ -562,10 +562,10 @@ fn what_can_be_written_later_is_written_with_what_comes_next_or_at_the_end() {
     let (journal, _) = Journal::open_on(storage, &small(), sink, |_| {}).unwrap();
     // From here on the writer waits for a while only.
     append(&journal, b"first").unwrap();
-    journal.append_for_sink(1, b"later", 0, Haste::Later, Need::Urgent);
-    journal.append_for_sink(2, b"now", 0, Haste::Synced, Need::Urgent);
+    journal.append_for_sink(1, b"later", 0, Persist::Lazy, Need::Urgent);
+    journal.append_for_sink(2, b"now", 0, Persist::Sync, Need::Urgent);
     assert_eq!([stored.recv(), stored.recv()], [Ok(1), Ok(2)]);
-    journal.append_for_sink(3, b"at the end", 0, Haste::Later, Need::Urgent);
+    journal.append_for_sink(3, b"at the end", 0, Persist::Lazy, Need::Urgent);
     drop(journal);
     assert_eq!(stored.recv(), Ok(3));
     let (_, found, _) = open(&disk);

@@ -12,7 +12,7 @@ use super::recovery::Resume;
 use super::room::{DiskNews, Room, Spare, Watch, is_full};
 use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
 use super::storage::{Gone, SegmentFile, Storage};
-use super::{Done, Durability, Haste, NotStored, Options, Position, Sink, Stored};
+use super::{Done, Durability, NotStored, Options, Persist, Position, Sink, Stored};
 
 /// How much goes in one write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
@@ -380,7 +380,7 @@ impl Writer {
         let messages = self.messages + messages;
         self.marked = self.synced;
         match self.durability {
-            Durability::Sync if appends.clone().any(|append| append.haste == Haste::Synced) => {
+            Durability::Sync if appends.clone().any(|append| append.persist == Persist::Sync) => {
                 if let Err(error) = file.sync() {
                     // Nobody knows what is on the disk; another sync of this file might say that
                     // all is well though it isn't.

@@ -1,4 +1,4 @@
-//! Broker mode as the node sees it: what goes to the room in place of links, and what it brings.
+//! Broker mode as the node sees it: what goes to the client in place of links, and what it brings.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -9,15 +9,15 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::counters::add;
+use super::event_batch::EventBatch;
 use super::events::{DownCause, Event};
 use super::guaranteed::{NotStored, OutboxError, Receipt};
-use super::run::Run;
-use super::service_cell::LOCAL;
-use super::shared::{Outcome as RequestOutcome, Shared};
+use super::service_runner::LOCAL;
+use super::shared::{RequestOutcome, Shared};
 use crate::address::{Destination, Pattern, Recipient, ServiceName, Topic};
 use crate::broker::{
-    BrokerKind, Incoming, Kept, Order, Outcome, Pace, Room, State, StoreFailure, Ticket,
-    Unsupported, Via,
+    BrokerAck, BrokerClient, BrokerKind, Command, Incoming, Kept, Pace, State, StoreFailure,
+    Ticket, Unsupported, Via,
 };
 use crate::clock::unix_ms;
 use crate::engine::LinkId;
@@ -38,7 +38,7 @@ const STORE_AGAIN: Duration = Duration::from_millis(20);
 
 /// What a node in broker mode has besides what every node has.
 pub(crate) struct Brokered {
-    pub(crate) room: Arc<Room>,
+    pub(crate) client: Arc<BrokerClient>,
     kept: Mutex<Ledger>,
     /// Who waits for answers to a question.
     asking: Mutex<HashMap<MessageId, mpsc::UnboundedSender<NodeId>>>,
@@ -50,7 +50,7 @@ pub(crate) struct Brokered {
 #[derive(Default)]
 struct Ledger {
     next: u64,
-    outcomes: HashMap<u64, (MessageId, tokio::sync::oneshot::Sender<Outcome>)>,
+    outcomes: HashMap<u64, (MessageId, tokio::sync::oneshot::Sender<BrokerAck>)>,
     ids: HashSet<(MessageId, Option<ServiceName>)>,
 }
 
@@ -68,9 +68,9 @@ pub(super) enum Ask {
 }
 
 impl Brokered {
-    pub(crate) fn new(room: Arc<Room>) -> Self {
+    pub(crate) fn new(client: Arc<BrokerClient>) -> Self {
         Self {
-            room,
+            client,
             kept: Mutex::new(Rank::Table, Ledger::default()),
             asking: Mutex::new(Rank::Table, HashMap::default()),
             title: Mutex::new(Rank::Table, None),
@@ -79,26 +79,26 @@ impl Brokered {
 
     /// What the broker can't do, as an error.
     pub(super) fn lacks(&self, what: &'static str) -> Unsupported {
-        Unsupported { broker: self.room.kind(), what }
+        Unsupported { broker: self.client.kind(), what }
     }
 
     /// Whether it keeps guaranteed messages.
     pub(crate) fn can_keep(&self) -> Result<(), Unsupported> {
-        match self.room.kind() {
+        match self.client.kind() {
             BrokerKind::Embedded => Err(self.lacks("guaranteed messages")),
             BrokerKind::Nats | BrokerKind::RabbitMq => Ok(()),
         }
     }
 
     fn address(&self) -> Address {
-        let url = self.room.url();
+        let url = self.client.url();
         let text = format!("{}:{}", url.host(), url.port());
         text.parse().unwrap_or_else(|_| Address::Host(url.host().into(), url.port()))
     }
 
     /// The broker, as the one peer that this node is linked to.
     pub(super) fn peers(&self) -> Vec<PeerInfo> {
-        match self.room.state() {
+        match self.client.state() {
             State::Up { title } => vec![self.info(title)],
             State::Down { .. } | State::Closed => Vec::new(),
         }
@@ -118,7 +118,7 @@ impl Brokered {
     }
 
     pub(super) fn unreachable(&self) -> Vec<Unreachable> {
-        let State::Down { error } = self.room.state() else { return Vec::new() };
+        let State::Down { error } = self.client.state() else { return Vec::new() };
         vec![Unreachable {
             address: self.address(),
             id: Some(NodeId::BROKER),
@@ -143,7 +143,7 @@ impl Shared {
         pace: Pace,
     ) -> Result<(), DropReason> {
         let parcel = Parcel::pack(envelope, &self.id, None, None);
-        broker.room.send_at(Order::Publish(topic.clone(), parcel), pace).await
+        broker.client.send_at(Command::Publish(topic.clone(), parcel), pace).await
     }
 
     /// Sends a call or a request by the broker.
@@ -165,14 +165,14 @@ impl Shared {
             false => Payload::Call(body.bytes),
         };
         let parcel = Parcel::pack(Envelope { header, payload }, &self.id, None, None);
-        broker.room.send(Order::Call(to, id, ttl, parcel))?;
+        broker.client.send(Command::Call(to, id, ttl, parcel))?;
         add(&self.counters.queued, 1);
         Ok(())
     }
 
     pub(super) fn reply_by_broker(&self, broker: &Brokered, to: NodeId, envelope: Envelope) {
         let parcel = Parcel::pack(envelope, &self.id, None, None);
-        match broker.room.send(Order::Reply(to, parcel)) {
+        match broker.client.send(Command::Reply(to, parcel)) {
             Ok(()) => add(&self.counters.queued, 1),
             Err(reason) => self.count_drop(NodeId::BROKER, reason, 1),
         }
@@ -190,14 +190,14 @@ impl Shared {
         let (id, to) = (envelope.header.id, envelope.header.destination.clone());
         let parcel = Parcel::pack(envelope, &self.id, expires_at, not_before);
         let deadline = Instant::now() + self.config.request_deadline;
-        let room = &broker.room;
+        let client = &broker.client;
         // It was sent, and nobody knows whether it came.
         let mut may_turn_up = false;
         let failed =
             |reason: String, may_turn_up| OutboxError::NotStored(NotStored { reason, may_turn_up });
         loop {
-            if !room.wait_until_up(deadline).await {
-                let why = match room.state() {
+            if !client.wait_until_up(deadline).await {
+                let why = match client.state() {
                     State::Down { error } => format!("the broker can't be reached: {error}"),
                     State::Up { .. } | State::Closed => "the broker can't be reached".into(),
                 };
@@ -206,15 +206,15 @@ impl Shared {
             let (stored, confirmed) = tokio::sync::oneshot::channel();
             let (to, parcel) = (to.clone(), parcel.clone());
             let message = crate::broker::Guaranteed { id, to, parcel, expires_at, stored };
-            let order = Order::Store(Box::new(message));
-            let confirmed = match room.send_at(order, Pace::Until(deadline)).await {
+            let command = Command::Store(Box::new(message));
+            let confirmed = match client.send_at(command, Pace::Until(deadline)).await {
                 Ok(()) => timeout_at(deadline, confirmed).await,
                 Err(_) => Ok(Ok(Err(StoreFailure::Lost))),
             };
             match confirmed {
                 Ok(Ok(Ok(()))) => {
                     add(&self.counters.stored, 1);
-                    return Ok(Receipt::of_broker(id, room.kind()));
+                    return Ok(Receipt::of_broker(id, client.kind()));
                 }
                 Ok(Ok(Err(StoreFailure::Refused(error)))) => {
                     return Err(failed(error, may_turn_up));
@@ -265,7 +265,7 @@ impl Shared {
         let body = rmp_serde::to_vec(ask).unwrap_or_default();
         let envelope = Envelope { header, payload: Payload::Request(body.into()) };
         let parcel = Parcel::pack(envelope, &self.id, None, None);
-        let _asked_again = broker.room.send(Order::Tell(parcel));
+        let _asked_again = broker.client.send(Command::Tell(parcel));
     }
 
     /// Tells whoever handles a call that its caller no longer wants it.
@@ -274,11 +274,11 @@ impl Shared {
     }
 
     fn handle_ask(self: &Arc<Self>, broker: &Brokered, from: NodeId, id: MessageId, body: &[u8]) {
-        let room = &broker.room;
+        let client = &broker.client;
         let yes = match rmp_serde::from_slice(body) {
-            Ok(Ask::Subscribers(topic)) => topic.parse().is_ok_and(|it| room.has_subscribed(&it)),
-            Ok(Ask::Consumers(topic)) => topic.parse().is_ok_and(|it| room.has_consumed(&it)),
-            Ok(Ask::Instances(name)) => name.parse().is_ok_and(|it| room.has_served(&it)),
+            Ok(Ask::Subscribers(topic)) => topic.parse().is_ok_and(|it| client.has_subscribed(&it)),
+            Ok(Ask::Consumers(topic)) => topic.parse().is_ok_and(|it| client.has_consumed(&it)),
+            Ok(Ask::Instances(name)) => name.parse().is_ok_and(|it| client.has_served(&it)),
             Ok(Ask::Cancel(id)) => {
                 let id = MessageId::from_bytes(id);
                 for service in self.handling() {
@@ -353,7 +353,7 @@ impl Shared {
 
     fn deliver_from_broker(&self, topic: Topic, mut message: Message, only: Option<&Pattern>) {
         message.unpin();
-        self.deliver(Run::single(topic, message), None, only);
+        self.deliver(EventBatch::single(topic, message), None, only);
     }
 
     fn admit_from_broker(self: &Arc<Self>, message: Message, ticket: Option<Ticket>) {
@@ -375,16 +375,16 @@ impl Shared {
     fn handle_kept(self: &Arc<Self>, broker: &Brokered, via: Via, parcel: Parcel, kept: Kept) {
         let Some(Unpacked { from, envelope, expires_at, not_before }) = self.unpack(&via, parcel)
         else {
-            let _gone = kept.outcome.send(Outcome::Rejected("it can't be read".into()));
+            let _gone = kept.outcome.send(BrokerAck::Rejected("it can't be read".into()));
             return;
         };
         let now = unix_ms();
         if expires_at.is_some_and(|at| at <= now) {
-            let _gone = kept.outcome.send(Outcome::Expired);
+            let _gone = kept.outcome.send(BrokerAck::Expired);
             return;
         }
         if let Some(wait) = not_before.and_then(|at| at.checked_sub(now)).filter(|wait| *wait > 0) {
-            let _gone = kept.outcome.send(Outcome::Later(Duration::from_millis(wait)));
+            let _gone = kept.outcome.send(BrokerAck::Later(Duration::from_millis(wait)));
             return;
         }
         let (Payload::Event(body) | Payload::Call(body)) = envelope.payload else { return };
@@ -410,19 +410,19 @@ impl Shared {
         &self,
         broker: &Brokered,
         id: &DeliveryId,
-        outcome: Option<crate::wire::Outcome>,
+        outcome: Option<crate::wire::DeliveryOutcome>,
     ) {
         let mut ledger = lock(&broker.kept);
         let Some((message, told)) = ledger.outcomes.remove(&id.seq) else { return };
         ledger.ids.remove(&(message, id.stream.subscription.clone()));
         drop(ledger);
-        use crate::wire::Outcome as Ended;
+        use crate::wire::DeliveryOutcome as Ended;
         let outcome = match outcome {
-            Some(Ended::Processed) => Outcome::Processed,
-            Some(Ended::Failed(text)) => Outcome::Failed(text),
-            Some(Ended::Rejected(text)) => Outcome::Rejected(text),
-            Some(Ended::Expired) => Outcome::Expired,
-            Some(Ended::Refused | Ended::NoInbox) | None => Outcome::Refused,
+            Some(Ended::Processed) => BrokerAck::Processed,
+            Some(Ended::Failed(text)) => BrokerAck::Failed(text),
+            Some(Ended::Rejected(text)) => BrokerAck::Rejected(text),
+            Some(Ended::Expired) => BrokerAck::Expired,
+            Some(Ended::Refused | Ended::NoInbox) | None => BrokerAck::Refused,
         };
         let _connection_lost = told.send(outcome);
     }
@@ -457,7 +457,7 @@ impl Shared {
             State::Up { title } => {
                 *lock(&broker.title) = Some(title.clone());
                 add(&self.counters.links, 1);
-                tracing::info!(broker = %broker.room.url(), title, "the broker is there");
+                tracing::info!(broker = %broker.client.url(), title, "the broker is there");
                 Event::PeerUp(Box::new(broker.info(title.clone())))
             }
             State::Down { error } => {
@@ -477,7 +477,7 @@ impl Shared {
                 Event::PeerDown { id: NodeId::BROKER, name, reason: DownCause::ShutDownHere }
             }
         };
-        self.tell_routes_changed();
+        self.notify_routes_changed();
         let _nobody_watches = self.events.send(event);
     }
 }

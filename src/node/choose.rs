@@ -7,9 +7,9 @@ use smallvec::SmallVec;
 use tokio::time::{Instant, timeout};
 
 use super::broker::BROKER;
-use super::cell::LinkCell;
 use super::counters::add;
-use super::service_cell::ServiceCell;
+use super::peer_link::PeerLink;
+use super::service_runner::ServiceRunner;
 use super::shared::Shared;
 use crate::address::{Recipient, ServiceName};
 use crate::engine::{Instance, least_loaded, preferred};
@@ -22,7 +22,7 @@ use crate::wire::{Envelope, Payload};
 /// Who was chosen to take a call.
 pub(super) enum Chosen {
     Here,
-    There(Arc<LinkCell>),
+    There(Arc<PeerLink>),
     /// The broker chooses.
     Broker,
 }
@@ -47,8 +47,8 @@ impl Chosen {
 
 /// One of the nodes that could take a call.
 enum Candidate<'a> {
-    Here(Arc<ServiceCell>),
-    There(&'a Instance<Arc<LinkCell>>),
+    Here(Arc<ServiceRunner>),
+    There(&'a Instance<Arc<PeerLink>>),
 }
 
 impl Candidate<'_> {
@@ -79,7 +79,7 @@ impl Shared {
         ordering_key: Option<&str>,
     ) -> Option<Chosen> {
         if let Some(broker) = self.broker() {
-            broker.room.wait_until_up(Instant::now() + self.config.service_grace).await;
+            broker.client.wait_until_up(Instant::now() + self.config.service_grace).await;
             return Some(Chosen::Broker);
         }
         let choose = || self.choose(recipient, ordering_key);
@@ -143,7 +143,7 @@ impl Shared {
         if let Some(from) = moved_from
             && self.counters.moved(service, from, taker)
         {
-            self.untold.notify_one();
+            self.unreported.notify_one();
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::handler::Handler;
 use super::service::ServeError;
-use super::service_cell::ServiceCell;
+use super::service_runner::ServiceRunner;
 use super::shared::Shared;
 use crate::address::{AddressError, Pattern, ServiceName};
 use crate::broker::BrokerKind;
@@ -36,7 +36,7 @@ impl Consume {
     pub fn start(self) -> Result<Consumer, ServeError> {
         let (name, pattern) = (self.name?, self.pattern?);
         match self.shared.broker() {
-            Some(broker) if broker.room.kind() == BrokerKind::Embedded => {
+            Some(broker) if broker.client.kind() == BrokerKind::Embedded => {
                 return Err(broker.lacks("durable subscriptions").into());
             }
             Some(_) if self.shared.config.identity.is_none() => return Err(ServeError::NoIdentity),
@@ -46,7 +46,7 @@ impl Consume {
         if self.shared.is_stopping() {
             return Err(ServeError::ShutDown);
         }
-        let cell = Arc::new(ServiceCell::new(name.clone(), self.concurrency, self.handler));
+        let cell = Arc::new(ServiceRunner::new(name.clone(), self.concurrency, self.handler));
         if !self.shared.add_consumer(&cell, pattern.clone()) {
             return Err(ServeError::AlreadyServed(name));
         }
@@ -58,7 +58,7 @@ impl Consume {
 /// what is for it, and what is published meanwhile, until it is started again.
 #[must_use = "dropping it stops the durable subscription"]
 pub struct Consumer {
-    cell: Arc<ServiceCell>,
+    cell: Arc<ServiceRunner>,
     pattern: Pattern,
     shared: Arc<Shared>,
 }
@@ -101,7 +101,7 @@ impl Consumer {
         let (shared, name) = (self.shared.clone(), self.cell.name.clone());
         self.drain().await;
         if let Some(broker) = shared.broker() {
-            broker.room.forget(&name);
+            broker.client.forget(&name);
         }
     }
 }
@@ -113,7 +113,7 @@ impl Drop for Consumer {
 }
 
 impl Shared {
-    fn add_consumer(self: &Arc<Self>, cell: &Arc<ServiceCell>, pattern: Pattern) -> bool {
+    fn add_consumer(self: &Arc<Self>, cell: &Arc<ServiceRunner>, pattern: Pattern) -> bool {
         let mut consumers = lock(&self.consumers);
         if consumers.contains_key(&cell.name) {
             return false;
@@ -122,17 +122,17 @@ impl Shared {
         drop(consumers);
         self.add_handler(cell);
         if let Some(broker) = self.broker() {
-            broker.room.consume(&cell.name, &pattern, cell.concurrency);
+            broker.client.consume(&cell.name, &pattern, cell.concurrency);
         }
         if let Some(store) = &self.store {
             lock(&store.ended).remove(&cell.name);
         }
-        self.tell_consumers();
+        self.announce_consumers();
         true
     }
 
     /// Removes it, and not another that has its name by now.
-    fn remove_consumer(self: &Arc<Self>, cell: &Arc<ServiceCell>) {
+    fn remove_consumer(self: &Arc<Self>, cell: &Arc<ServiceRunner>) {
         let mut consumers = lock(&self.consumers);
         let own = consumers.get(&cell.name).is_some_and(|(_, there)| Arc::ptr_eq(there, cell));
         if own {
@@ -141,14 +141,14 @@ impl Shared {
         drop(consumers);
         if own {
             if let Some(broker) = self.broker() {
-                broker.room.pause(&cell.name);
+                broker.client.pause(&cell.name);
             }
-            self.tell_consumers();
+            self.announce_consumers();
             cell.turn_down(self);
         }
     }
 
-    pub(super) fn consumer(&self, name: &ServiceName) -> Option<(Pattern, Arc<ServiceCell>)> {
+    pub(super) fn consumer(&self, name: &ServiceName) -> Option<(Pattern, Arc<ServiceRunner>)> {
         lock(&self.consumers).get(name).cloned()
     }
 
@@ -157,7 +157,7 @@ impl Shared {
         consumers.iter().map(|(name, (pattern, _))| (name.clone(), pattern.clone())).collect()
     }
 
-    pub(super) fn add_handler(&self, cell: &Arc<ServiceCell>) {
+    pub(super) fn add_handler(&self, cell: &Arc<ServiceRunner>) {
         let mut handlers = lock(&self.handlers);
         handlers.retain(|handler| handler.strong_count() > 0);
         handlers.push(Arc::downgrade(cell));
@@ -165,7 +165,7 @@ impl Shared {
 
     /// All that handles calls here: services and durable subscriptions, and those of them that
     /// take no more but have handlers that run.
-    pub(super) fn handling(&self) -> Vec<Arc<ServiceCell>> {
+    pub(super) fn handling(&self) -> Vec<Arc<ServiceRunner>> {
         lock(&self.handlers).iter().filter_map(Weak::upgrade).collect()
     }
 }

@@ -31,18 +31,18 @@ struct Rare {
     dropped_for_others: BTreeMap<DropReason, u64>,
     refused: BTreeMap<String, u64>,
     moved_keys: u64,
-    untold: Untold,
+    unreported: Unreported,
 }
 
 /// What no event has told of yet.
 #[derive(Default)]
-pub(crate) struct Untold {
+pub(crate) struct Unreported {
     pub(crate) dropped: BTreeMap<(NodeId, DropReason), u64>,
     /// Keys of a service that moved from one node to another.
     pub(crate) moved: BTreeMap<(ServiceName, NodeId, NodeId), u64>,
 }
 
-impl Untold {
+impl Unreported {
     fn is_empty(&self) -> bool {
         self.dropped.is_empty() && self.moved.is_empty()
     }
@@ -57,7 +57,7 @@ impl LiveCounters {
         lock(&self.rare)
     }
 
-    /// A message of ours for `peer` was dropped. Whether this is the first untold drop.
+    /// A message of ours for `peer` was dropped. Whether this is the first unreported drop.
     pub(crate) fn dropped(&self, peer: NodeId, reason: DropReason, count: u64) -> bool {
         if count == 0 {
             return false;
@@ -65,23 +65,23 @@ impl LiveCounters {
         let mut rare = self.rare();
         let dropped = rare.dropped.entry(reason).or_default();
         *dropped = dropped.saturating_add(count);
-        let first = rare.untold.is_empty();
-        let untold = rare.untold.dropped.entry((peer, reason)).or_default();
-        *untold = untold.saturating_add(count);
+        let first = rare.unreported.is_empty();
+        let unreported = rare.unreported.dropped.entry((peer, reason)).or_default();
+        *unreported = unreported.saturating_add(count);
         first
     }
 
-    /// A key's messages go to another instance from now on. Whether this is the first untold.
+    /// A key's messages go to another instance from now on. Whether this is the first unreported.
     pub(crate) fn moved(&self, service: &ServiceName, from: NodeId, to: NodeId) -> bool {
         let mut rare = self.rare();
         rare.moved_keys += 1;
-        let first = rare.untold.is_empty();
-        *rare.untold.moved.entry((service.clone(), from, to)).or_default() += 1;
+        let first = rare.unreported.is_empty();
+        *rare.unreported.moved.entry((service.clone(), from, to)).or_default() += 1;
         first
     }
 
-    pub(crate) fn take_untold(&self) -> Untold {
-        std::mem::take(&mut self.rare().untold)
+    pub(crate) fn take_unreported(&self) -> Unreported {
+        std::mem::take(&mut self.rare().unreported)
     }
 
     pub(crate) fn dropped_for_others(&self, reason: DropReason, count: u64) {

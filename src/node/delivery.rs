@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use super::cell::{Credit, LinkCell};
 use super::counters::add;
 use super::events::Event;
 use super::guaranteed::NotStored;
 use super::log::Line;
+use super::peer_link::{Credit, PeerLink};
 use super::reader::{Transmission, Wanted};
 use super::shared::Shared;
 use super::store::Store;
@@ -19,7 +19,7 @@ use crate::address::ServiceName;
 use crate::broker::Unsupported;
 use crate::clock::unix_ms;
 use crate::engine::delivery::{
-    Fate, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, Source, Verdict,
+    DeadLetterReason, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxEvent, Source, Verdict,
 };
 use crate::engine::{Time, least_loaded, preferred};
 use crate::identity::NodeId;
@@ -28,7 +28,8 @@ use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{
-    Answer, Control, Delivery, DeliveryId, Envelope, InboxInfo, MAX_ANSWERS, Outcome, Payload,
+    Answer, Control, Delivery, DeliveryId, DeliveryOutcome, Envelope, InboxInfo, MAX_ANSWERS,
+    Payload,
 };
 
 /// An instance that could take a message: its load, and how many it runs at once.
@@ -76,9 +77,9 @@ impl Shared {
         action: OutboxAction,
     ) {
         match action {
-            OutboxAction::Append { token, entry, messages, haste, need } => {
+            OutboxAction::Append { token, entry, messages, persist, need } => {
                 store.with_journals(|it| {
-                    it.outbox.append_for_sink(token, &entry, messages, haste, need);
+                    it.outbox.append_for_sink(token, &entry, messages, persist, need);
                 });
             }
             OutboxAction::AppendFirst { token, entry } => {
@@ -111,7 +112,7 @@ impl Shared {
                 });
                 let mut waiters = lock(&store.waiters);
                 for waiter in waiters.get(number).into_iter().flatten() {
-                    waiter.tell_stored(result.clone());
+                    waiter.notify_stored(result.clone());
                 }
                 if result.is_err() {
                     waiters.remove(number);
@@ -122,7 +123,7 @@ impl Shared {
                     add(&self.counters.settled, 1);
                 }
                 let waiters = lock(&store.waiters).remove(number);
-                waiters.into_iter().flatten().for_each(|waiter| waiter.tell_done(result.clone()));
+                waiters.into_iter().flatten().for_each(|waiter| waiter.notify_done(result.clone()));
             }
             OutboxAction::Report(event) => self.report_outbox(event),
         }
@@ -203,9 +204,9 @@ impl Shared {
                 self.log.push(Line::NotRemembered(peer));
                 return self.counters.refused("too_many_subscribers");
             }
-            OutboxEvent::DeadLetter { number, fate } => {
+            OutboxEvent::DeadLetter { number, reason } => {
                 add(&self.counters.dead_lettered, 1);
-                Event::DeadLetter { number, fate }
+                Event::DeadLetter { number, reason }
             }
             OutboxEvent::InboxLost(peer) => Event::InboxLost { peer },
             OutboxEvent::PeerGone { peer, messages } => Event::PeerGone { peer, messages },
@@ -241,18 +242,18 @@ impl Shared {
 
     pub(crate) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
         self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
-        self.tell_routes_changed();
+        self.notify_routes_changed();
     }
 
     /// A link can be used: each side says what it has stored.
     pub(crate) fn handle_delivery_link_up(self: &Arc<Self>, peer: NodeId) {
         if let Some(store) = &self.store {
             self.with_outbox(|outbox, _| outbox.handle_link_up(peer));
-            self.tell_inbox(store, &peer);
+            self.announce_inbox(store, &peer);
         }
     }
 
-    fn tell_inbox(&self, store: &Store, peer: &NodeId) {
+    fn announce_inbox(&self, store: &Store, peer: &NodeId) {
         let ended = lock(&store.ended);
         self.send_control_to(peer, Control::Inbox(Box::new(self.inbox_info(store, &ended))));
     }
@@ -263,14 +264,14 @@ impl Shared {
     }
 
     /// The durable subscriptions here are not what they were.
-    pub(crate) fn tell_consumers(self: &Arc<Self>) {
+    pub(crate) fn announce_consumers(self: &Arc<Self>) {
         let Some(store) = &self.store else { return };
         // Not by two at once: what is told last has to be what is.
         let ended = lock(&store.ended);
         let info = self.inbox_info(store, &ended);
         let own = InboxInfo { epoch: 0, ..info.clone() };
         self.with_outbox(|outbox, _| outbox.handle_inbox(self.id, own));
-        self.tell_routes_changed();
+        self.notify_routes_changed();
         for cell in self.cells().iter().filter(|cell| cell.is_open()) {
             cell.send_control(Control::Inbox(Box::new(info.clone())));
         }
@@ -291,10 +292,10 @@ impl Shared {
         let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
         while let Some(action) = inbox.poll_action() {
             match action {
-                InboxAction::Append { token, entry, messages, haste } => {
+                InboxAction::Append { token, entry, messages, persist } => {
                     // What is processed here lets others free room.
                     store.with_journals(|it| {
-                        it.inbox.append_for_sink(token, &entry, messages, haste, Need::Urgent);
+                        it.inbox.append_for_sink(token, &entry, messages, persist, Need::Urgent);
                     });
                 }
                 InboxAction::AppendSnapshot { token, entry, messages } => {
@@ -351,11 +352,11 @@ impl Shared {
         });
     }
 
-    pub(crate) fn handle_epochs(self: &Arc<Self>, over: &LinkCell, epochs: &[u64]) {
+    pub(crate) fn handle_epochs(self: &Arc<Self>, over: &PeerLink, epochs: &[u64]) {
         self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
         // What it was told before may have come before it knew that the link is up.
         if let (Some(store), true) = (&self.store, over.is_first_epochs()) {
-            self.tell_inbox(store, &over.peer);
+            self.announce_inbox(store, &over.peer);
         }
     }
 
@@ -386,11 +387,11 @@ impl Shared {
             }
             Some(Verdict::RunLater | Verdict::Wait) => return,
             Some(Verdict::Answer(outcome)) => outcome,
-            None => Outcome::NoInbox,
+            None => DeliveryOutcome::NoInbox,
         };
         drop(held);
-        add(&self.counters.duplicates, u64::from(outcome == Outcome::Processed));
-        if outcome == Outcome::Refused {
+        add(&self.counters.duplicates, u64::from(outcome == DeliveryOutcome::Processed));
+        if outcome == DeliveryOutcome::Refused {
             self.counters.dropped_for_others(DropReason::InboxFull, 1);
         }
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
@@ -399,13 +400,13 @@ impl Shared {
     /// Turns down a guaranteed message for good that its sender may not send.
     pub(crate) fn reject_delivery(self: &Arc<Self>, from: NodeId, delivery: &Delivery, text: &str) {
         self.counters.dropped_for_others(DropReason::NotAllowed, 1);
-        let outcome = Outcome::Rejected(text.into());
+        let outcome = DeliveryOutcome::Rejected(text.into());
         let answer = Answer { id: delivery.id.clone(), attempt: delivery.attempt, outcome };
         self.send_answers(from, vec![answer]);
     }
 
     /// The handler of a guaranteed message ended, or it has none.
-    pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: Outcome) {
+    pub(crate) fn end_delivery(self: &Arc<Self>, message: &Message, outcome: DeliveryOutcome) {
         let Some(id) = delivery_id(message) else { return };
         match self.broker() {
             Some(broker) => self.settle_by_broker(broker, id, Some(outcome)),
@@ -498,7 +499,7 @@ fn after_wall(now: Now, unix_ms: u64) -> Time {
 pub enum DeliveryError {
     /// It is a dead letter: it stays in the outbox, and is not sent again by itself.
     #[error("the message is a dead letter: {0}")]
-    DeadLetter(Fate),
+    DeadLetter(DeadLetterReason),
     /// A broker keeps the message, and does not tell what becomes of it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),

@@ -73,14 +73,14 @@ fn check_links(shared: &Arc<Shared>) {
 }
 
 /// Tells of drops and moved keys, those of 100 ms together.
-pub(crate) async fn tell_groups(shared: Arc<Shared>) {
+pub(crate) async fn report_groups(shared: Arc<Shared>) {
     loop {
-        shared.untold.notified().await;
-        let untold = shared.counters.take_untold();
-        for ((peer, reason), count) in untold.dropped {
+        shared.unreported.notified().await;
+        let unreported = shared.counters.take_unreported();
+        for ((peer, reason), count) in unreported.dropped {
             shared.tell(Event::Dropped { peer, reason, count });
         }
-        for ((service, from, to), count) in untold.moved {
+        for ((service, from, to), count) in unreported.moved {
             shared.tell(Event::KeysMoved { service, from, to, count });
         }
         sleep(Duration::from_millis(100)).await;

@@ -1,7 +1,7 @@
 //! What happens to a node, as a stream.
 
 use crate::address::ServiceName;
-use crate::engine::delivery::Fate;
+use crate::engine::delivery::DeadLetterReason;
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::peer::{Address, PeerInfo};
@@ -53,7 +53,7 @@ pub enum Event {
         /// Its number in the outbox.
         number: u64,
         /// Why.
-        fate: Fate,
+        reason: DeadLetterReason,
     },
     /// A peer has lost the store of its inbox: what it had processed, it may process again.
     InboxLost {

@@ -176,7 +176,7 @@ impl Guaranteed<'_> {
     fn check_broker(&self, broker: &Brokered) -> Result<(), Unsupported> {
         let to_topic = matches!(self.destination, Ok(Destination::Topic(_)));
         broker.can_keep()?;
-        match broker.room.kind() {
+        match broker.client.kind() {
             BrokerKind::RabbitMq if self.not_before.is_some() => {
                 Err(broker.lacks("messages that are held back until a time"))
             }
@@ -391,19 +391,19 @@ fn submit(
         let mut waiters = lock(&store.waiters);
         let sent = receipts.iter_mut().filter(|receipt| receipt.destinations > 0);
         for (submitted, receipt) in submitted.into_iter().zip(sent) {
-            let (teller, progress) = Progress::new();
+            let (sender, progress) = Progress::new();
             match submitted {
-                Submitted::New(number) => waiters.get_or_insert_default(number).push(teller),
+                Submitted::New(number) => waiters.get_or_insert_default(number).push(sender),
                 Submitted::Pending { number, stored } => {
                     if stored {
-                        teller.tell_stored(Ok(()));
+                        sender.notify_stored(Ok(()));
                     }
-                    waiters.get_or_insert_default(number).push(teller);
+                    waiters.get_or_insert_default(number).push(sender);
                 }
                 Submitted::Processed => continue,
-                Submitted::Dead(fate) => {
-                    teller.tell_stored(Ok(()));
-                    teller.tell_done(Err(fate));
+                Submitted::Dead(reason) => {
+                    sender.notify_stored(Ok(()));
+                    sender.notify_done(Err(reason));
                 }
             }
             receipt.progress = Some(progress);

@@ -21,7 +21,7 @@ impl LastRead {
         read: impl FnOnce() -> Option<Vec<u8>>,
     ) -> Option<Bytes> {
         if self.entry.as_ref().is_none_or(|(at, _)| *at != position) {
-            self.entry = Some((position, Outbox::all_frozen(&read()?).ok()?));
+            self.entry = Some((position, Outbox::stored_messages(&read()?).ok()?));
         }
         let (_, messages) = self.entry.as_ref()?;
         let place = messages.binary_search_by_key(&number, |(number, _)| *number).ok();
@@ -45,7 +45,7 @@ mod tests {
                 reads += 1;
                 Some(entry.clone())
             };
-            let alone = Outbox::frozen(&entry, number).unwrap();
+            let alone = Outbox::stored_message(&entry, number).unwrap();
             assert_eq!(last.message(position, number, read), alone);
         }
         assert_eq!(reads, 1);

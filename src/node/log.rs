@@ -127,8 +127,8 @@ fn write_event(event: Event) {
                 "another live node has this node's identity: give one of them another file"
             );
         }
-        Event::DeadLetter { number, fate } => {
-            tracing::warn!(number, %fate, "a message is a dead letter");
+        Event::DeadLetter { number, reason } => {
+            tracing::warn!(number, %reason, "a message is a dead letter");
         }
         Event::InboxLost { peer } => tracing::warn!(
             peer = %peer.short(),

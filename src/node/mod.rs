@@ -1,13 +1,13 @@
 //! The async shell: handles for users, and the tasks that perform what the engine decides.
 
 pub(crate) mod broker;
-mod cell;
 mod choose;
 mod consumer;
 mod counters;
 mod delivery;
 mod draft;
 mod driver;
+mod event_batch;
 mod events;
 mod guaranteed;
 mod handler;
@@ -15,6 +15,7 @@ mod last_read;
 mod lease;
 mod log;
 mod loopback;
+mod peer_link;
 mod progress;
 mod publish;
 mod publisher;
@@ -22,10 +23,9 @@ mod reader;
 mod receive;
 mod reply;
 mod request;
-mod run;
 mod send;
 mod service;
-mod service_cell;
+mod service_runner;
 mod shared;
 mod shutdown;
 mod start;
@@ -106,7 +106,7 @@ impl Drop for Inner {
         self.shared.stopping.store(true, Ordering::Release);
         lock(&self.shared.tasks).abort_all();
         if let Some(broker) = self.shared.broker() {
-            broker.room.abandon();
+            broker.client.abandon();
         }
         self.shared.cells().iter().for_each(|cell| cell.close());
         self.shared.fail_all_requests();
@@ -413,7 +413,7 @@ impl Node {
     /// What waits here for a peer to take it, in bytes; nothing for one that is not linked.
     pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
         if let (Some(broker), &NodeId::BROKER) = (self.shared().broker(), peer) {
-            return broker.room.queued_bytes();
+            return broker.client.queued_bytes();
         }
         match self.shared().routing.load().link(peer) {
             Some(cell) => cell.peek(|flow| flow.queued_bytes()),
@@ -518,7 +518,7 @@ impl Node {
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
         if let Some(broker) = self.shared().broker() {
             return match count {
-                0 | 1 => self.wait_until(|| count == 0 || broker.room.is_up(), within).await,
+                0 | 1 => self.wait_until(|| count == 0 || broker.client.is_up(), within).await,
                 _ => Err(broker.lacks("word of how many nodes it serves").into()),
             };
         }

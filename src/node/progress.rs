@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use super::guaranteed::NotStored;
-use crate::engine::delivery::Fate;
+use crate::engine::delivery::DeadLetterReason;
 use crate::sync::{Mutex, Rank, lock};
 
 #[derive(Debug, Default)]
 struct State {
     stored: Option<Result<(), NotStored>>,
-    done: Option<Result<(), Fate>>,
+    done: Option<Result<(), DeadLetterReason>>,
     /// Nobody tells any more.
     abandoned: bool,
     waiter: Option<Waker>,
@@ -19,16 +19,16 @@ struct State {
 
 /// Tells how far the message is. Who waits is told too when this is dropped.
 #[derive(Debug)]
-pub(super) struct Teller(Arc<Mutex<State>>);
+pub(super) struct ProgressSender(Arc<Mutex<State>>);
 
 /// Waits for it.
 #[derive(Debug)]
 pub(super) struct Progress(Arc<Mutex<State>>);
 
 impl Progress {
-    pub(super) fn new() -> (Teller, Self) {
+    pub(super) fn new() -> (ProgressSender, Self) {
         let state = Arc::new(Mutex::new(Rank::Leaf, State::default()));
-        (Teller(state.clone()), Self(state))
+        (ProgressSender(state.clone()), Self(state))
     }
 
     /// Whether it was stored; `None` if nobody will tell.
@@ -37,7 +37,10 @@ impl Progress {
     }
 
     /// What became of it in the end; `None` if nobody will tell.
-    pub(super) fn poll_done(&self, context: &Context<'_>) -> Poll<Option<Result<(), Fate>>> {
+    pub(super) fn poll_done(
+        &self,
+        context: &Context<'_>,
+    ) -> Poll<Option<Result<(), DeadLetterReason>>> {
         self.poll(context, |state| state.done.take())
     }
 
@@ -58,12 +61,12 @@ impl Progress {
     }
 }
 
-impl Teller {
-    pub(super) fn tell_stored(&self, result: Result<(), NotStored>) {
+impl ProgressSender {
+    pub(super) fn notify_stored(&self, result: Result<(), NotStored>) {
         self.tell(|state| state.stored = Some(result));
     }
 
-    pub(super) fn tell_done(self, result: Result<(), Fate>) {
+    pub(super) fn notify_done(self, result: Result<(), DeadLetterReason>) {
         self.tell(|state| state.done = Some(result));
     }
 
@@ -76,7 +79,7 @@ impl Teller {
     }
 }
 
-impl Drop for Teller {
+impl Drop for ProgressSender {
     fn drop(&mut self) {
         self.tell(|state| state.abandoned = true);
     }
@@ -90,20 +93,20 @@ mod tests {
 
     #[tokio::test]
     async fn who_waits_hears_of_each_step_and_of_the_end_of_the_teller() {
-        let (teller, progress) = Progress::new();
+        let (sender, progress) = Progress::new();
         let waits = tokio::spawn(async move {
             let stored = poll_fn(|context| progress.poll_stored(context)).await;
             (stored, poll_fn(|context| progress.poll_done(context)).await)
         });
         tokio::task::yield_now().await;
-        teller.tell_stored(Ok(()));
+        sender.notify_stored(Ok(()));
         tokio::task::yield_now().await;
-        teller.tell_done(Ok(()));
+        sender.notify_done(Ok(()));
         assert_eq!(waits.await.unwrap(), (Some(Ok(())), Some(Ok(()))));
-        let (teller, progress) = Progress::new();
+        let (sender, progress) = Progress::new();
         let waits = tokio::spawn(poll_fn(move |context| progress.poll_done(context)));
         tokio::task::yield_now().await;
-        drop(teller);
+        drop(sender);
         assert_eq!(waits.await.unwrap(), None);
     }
 }

@@ -8,12 +8,12 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::{Instant, timeout_at};
 
-use super::cell::LinkCell;
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
+use super::event_batch::EventBatch;
 use super::guaranteed::Guaranteed;
+use super::peer_link::PeerLink;
 use super::publisher::Route;
-use super::run::Run;
 use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
 use crate::broker::Pace;
@@ -190,13 +190,13 @@ impl PublishReport {
 struct Spread {
     report: PublishReport,
     /// Peers whose queues are full.
-    full: Vec<Arc<LinkCell>>,
+    full: Vec<Arc<PeerLink>>,
     backlog: Backlog,
 }
 
 impl Spread {
     /// Sends an event over one link, or leaves it to wait.
-    fn send(&mut self, cell: &Arc<LinkCell>, event: &OutgoingEvent<'_>) {
+    fn send(&mut self, cell: &Arc<PeerLink>, event: &OutgoingEvent<'_>) {
         match cell.send_event(event) {
             Err(DropReason::SlowPeer) => self.full.push(cell.clone()),
             sent => {
@@ -267,7 +267,7 @@ impl Shared {
         let Ready { id, header, body } = message;
         let plain = || Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
         let header = header.map_or_else(plain, |header| *header);
-        let run = Run::single(topic, Message::new(self.id, header, body));
+        let run = EventBatch::single(topic, Message::new(self.id, header, body));
         match self.deliver(run, None, None) {
             0 => report.queued += 1,
             _ => report.dropped.push((self.id, DropReason::SlowSubscriber)),

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Publish;
-use super::cell::LinkCell;
 use super::draft::Draft;
+use super::peer_link::PeerLink;
 use super::publish::To;
 use super::shared::Shared;
 use crate::address::Topic;
@@ -25,7 +25,7 @@ pub struct Publisher {
 #[derive(Clone)]
 pub(crate) struct Route {
     pub(crate) topic: Topic,
-    pub(crate) links: Vec<Arc<LinkCell>>,
+    pub(crate) links: Vec<Arc<PeerLink>>,
     /// Whether this node's own subscriptions do.
     pub(crate) here: bool,
     version: u64,

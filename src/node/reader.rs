@@ -12,16 +12,16 @@ use super::last_read::LastRead;
 use super::log::Line;
 use super::shared::Shared;
 use super::store::Store;
-use crate::engine::delivery::{Now, Outbox, PartKey, Source};
+use crate::engine::delivery::{DeliveryKey, Now, Outbox, Source};
 use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::sync::{Mutex, calling_out, lock};
-use crate::wire::{Delivery, Envelope, thaw};
+use crate::wire::{Delivery, Envelope, decode_stored};
 
 /// A message on its way to a node.
 pub(super) struct Transmission {
     pub(super) to: NodeId,
-    pub(super) key: PartKey,
+    pub(super) key: DeliveryKey,
     pub(super) delivery: Arc<Delivery>,
     /// In ms since 1970.
     pub(super) expires_at: Option<u64>,
@@ -127,8 +127,8 @@ impl Shared {
                 Found::Transmission(transmission, Some(message))
             }
             Wanted::Transmit(transmission, Source::Journal(position, number)) => {
-                let frozen = read(position, number);
-                let message = frozen.and_then(|frozen| thaw(&frozen, &self.id).ok());
+                let encoded = read(position, number);
+                let message = encoded.and_then(|encoded| decode_stored(&encoded, &self.id).ok());
                 let message = message.map(Arc::new);
                 Found::Transmission(transmission, message)
             }
@@ -140,7 +140,7 @@ impl Shared {
             store.reader.handle_passed_on(it.to);
         }
         match found {
-            Found::Moved(number, frozen) => outbox.handle_read(now, number, frozen),
+            Found::Moved(number, encoded) => outbox.handle_read(now, number, encoded),
             // Its link may have ended meanwhile, or it is over.
             Found::Transmission(it, _) if !outbox.is_in_flight(it.key, it.delivery.attempt) => {}
             Found::Transmission(it, Some(message)) => {

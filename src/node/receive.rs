@@ -4,10 +4,10 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 
-use super::cell::{Credit, LinkCell};
 use super::counters::add;
-use super::run::{Run, RunBuilder};
-use super::shared::{Outcome, Shared};
+use super::event_batch::{EventBatch, EventBatchBuilder};
+use super::peer_link::{Credit, PeerLink};
+use super::shared::{RequestOutcome, Shared};
 use super::subscription::{Inbox, Lost};
 use crate::address::{Destination, Pattern, ServiceName};
 use crate::broker::Ticket;
@@ -18,8 +18,8 @@ use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::trust::{Action, Grants};
 use crate::wire::{
-    Control, Decoded, Envelope, Failure, INLINE_BODY, Lane, Outcome as DeliveryOutcome,
-    PROTOCOL_VERSION, Payload, Record, Totals, WireError, decode,
+    Control, Decoded, DeliveryOutcome, Envelope, Failure, INLINE_BODY, Lane, PROTOCOL_VERSION,
+    Payload, Record, Totals, WireError, decode,
 };
 
 /// Makes a cell for each new connection. The transports hold it and the node holds the
@@ -38,7 +38,7 @@ impl Acceptor for NodeAcceptor {
         let grants = shared.grants(&connection);
         let connection = Connection { grants: grants.clone(), ..connection };
         let cell =
-            shared.add_cell(|id| LinkCell::new(id, peer, grants, flow, link, shared.started));
+            shared.add_cell(|id| PeerLink::new(id, peer, grants, flow, link, shared.started));
         shared.with_mesh(|mesh, now| mesh.handle_connected(now, cell.id, connection));
         Arc::new(LinkReceiver { shared, cell })
     }
@@ -54,7 +54,7 @@ impl Receiver for NobodyHome {
 
 struct LinkReceiver {
     shared: Arc<Shared>,
-    cell: Arc<LinkCell>,
+    cell: Arc<PeerLink>,
 }
 
 /// What ends a link when a batch is taken apart.
@@ -215,10 +215,14 @@ impl LinkReceiver {
             }
             Payload::Reply(body) => {
                 let message = Message::new(from, header, body);
-                shared.complete(credit, message.header.correlation_id, Outcome::Reply(message));
+                shared.complete(
+                    credit,
+                    message.header.correlation_id,
+                    RequestOutcome::Reply(message),
+                );
             }
             Payload::Failed(failure) => {
-                shared.complete(credit, header.correlation_id, Outcome::Failed(failure));
+                shared.complete(credit, header.correlation_id, RequestOutcome::Failed(failure));
             }
         }
         Ok(())
@@ -239,7 +243,7 @@ fn permit(grants: &Grants, destination: &Destination) -> bool {
 /// The events of a batch, on their way into runs.
 struct Events<'a> {
     link: &'a LinkReceiver,
-    run: Option<RunBuilder>,
+    run: Option<EventBatchBuilder>,
 }
 
 impl Events<'_> {
@@ -257,10 +261,11 @@ impl Events<'_> {
         let Destination::Topic(topic) = &message.header.destination else {
             return Err(WireError::Unexpected("an event without a topic").into());
         };
-        let same = |run: &RunBuilder| run.topic() == topic && !run.is_full(message.body.len());
+        let same =
+            |run: &EventBatchBuilder| run.topic() == topic && !run.is_full(message.body.len());
         if !self.run.as_ref().is_some_and(same) {
             self.deliver()?;
-            self.run = Some(RunBuilder::new(message.from, topic.clone()));
+            self.run = Some(EventBatchBuilder::new(message.from, topic.clone()));
         }
         if let Some(run) = &mut self.run {
             match message.header.is_plain(Kind::Event) && message.body.len() <= INLINE_BODY {
@@ -273,7 +278,7 @@ impl Events<'_> {
 
     /// Delivers what has gathered.
     fn deliver(&mut self) -> Result<(), Fault> {
-        let Some(run) = self.run.as_mut().and_then(RunBuilder::finish) else {
+        let Some(run) = self.run.as_mut().and_then(EventBatchBuilder::finish) else {
             return Ok(());
         };
         let LinkReceiver { shared, cell } = self.link;
@@ -296,8 +301,8 @@ impl Shared {
     /// subscriptions, or those with one pattern; how many deliveries of them were lost.
     pub(crate) fn deliver(
         &self,
-        mut run: Run,
-        over: Option<&Arc<LinkCell>>,
+        mut run: EventBatch,
+        over: Option<&Arc<PeerLink>>,
         only: Option<&Pattern>,
     ) -> u64 {
         let inboxes = self.inboxes.load();
@@ -322,7 +327,7 @@ impl Shared {
         lost + self.give(last, run)
     }
 
-    fn give(&self, inbox: &Inbox, run: Run) -> u64 {
+    fn give(&self, inbox: &Inbox, run: EventBatch) -> u64 {
         let (came, mut gone, mut lost) = (run.totals().messages, 0, 0);
         for Lost { credit, reason, count, earlier } in inbox.push(run) {
             self.drop_received(credit.as_deref(), reason, count);
@@ -406,7 +411,12 @@ impl Shared {
         }
     }
 
-    fn complete(&self, credit: Credit, id: Option<crate::message::MessageId>, outcome: Outcome) {
+    fn complete(
+        &self,
+        credit: Credit,
+        id: Option<crate::message::MessageId>,
+        outcome: RequestOutcome,
+    ) {
         let link = credit.cell().id;
         match id.and_then(|id| self.end_request_over(id, link)) {
             Some(waiter) => {

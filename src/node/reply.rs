@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::cell::Credit;
 use super::counters::add;
-use super::shared::{Outcome, Shared};
+use super::peer_link::Credit;
+use super::shared::{RequestOutcome, Shared};
 use crate::address::Destination;
 use crate::message::{Body, Header, Kind, Message};
 use crate::report::DropReason;
@@ -71,12 +71,14 @@ impl Shared {
             return;
         };
         let outcome = match payload {
-            Payload::Failed(failure) => Outcome::Failed(failure),
+            Payload::Failed(failure) => RequestOutcome::Failed(failure),
             Payload::Event(body)
             | Payload::Call(body)
             | Payload::Request(body)
             | Payload::Reply(body)
-            | Payload::Guaranteed(body, _) => Outcome::Reply(Message::new(self.id, header, body)),
+            | Payload::Guaranteed(body, _) => {
+                RequestOutcome::Reply(Message::new(self.id, header, body))
+            }
         };
         match self.end_request(id) {
             Some((waiter, _)) => {

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::counters::add;
 use super::draft::{BodyError, Draft, message_setters};
 use super::handler::HandlerError;
-use super::shared::{Outcome, Shared};
+use super::shared::{RequestOutcome, Shared};
 use crate::address::{AddressError, Recipient};
 use crate::broker::Unsupported;
 use crate::message::{Kind, Message, MessageId};
@@ -109,16 +109,18 @@ impl<'a> Request<'a> {
         let outcome = outcome.await;
         pending.ended = true;
         match outcome {
-            Ok(Outcome::Reply(message)) => Ok(message),
-            Ok(Outcome::Failed(failure)) => {
+            Ok(RequestOutcome::Reply(message)) => Ok(message),
+            Ok(RequestOutcome::Failed(failure)) => {
                 Err(RequestError::Handler(HandlerError::new(failure.code, failure.text)))
             }
-            Ok(Outcome::Unrouted) => Err(RequestError::NoService(recipient)),
-            Ok(Outcome::DeadlineExceeded) => Err(RequestError::DeadlineExceeded(self.deadline)),
-            Ok(Outcome::PeerLost { maybe_executed }) => {
+            Ok(RequestOutcome::Unrouted) => Err(RequestError::NoService(recipient)),
+            Ok(RequestOutcome::DeadlineExceeded) => {
+                Err(RequestError::DeadlineExceeded(self.deadline))
+            }
+            Ok(RequestOutcome::PeerLost { maybe_executed }) => {
                 Err(RequestError::PeerLost { maybe_executed })
             }
-            Ok(Outcome::ShutDown) | Err(_) => Err(RequestError::ShutDown),
+            Ok(RequestOutcome::ShutDown) | Err(_) => Err(RequestError::ShutDown),
         }
     }
 }

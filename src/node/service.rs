@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::handler::Handler;
-use super::service_cell::ServiceCell;
+use super::service_runner::ServiceRunner;
 use super::shared::Shared;
 use crate::address::{AddressError, ServiceName};
 use crate::broker::Unsupported;
@@ -62,7 +62,7 @@ impl Serve {
         if self.shared.is_stopping() {
             return Err(ServeError::ShutDown);
         }
-        let cell = Arc::new(ServiceCell::new(name.clone(), self.concurrency, self.handler));
+        let cell = Arc::new(ServiceRunner::new(name.clone(), self.concurrency, self.handler));
         if !self.shared.add_service(&cell) {
             return Err(ServeError::AlreadyServed(name));
         }
@@ -73,7 +73,7 @@ impl Serve {
 /// A service that this node offers. Dropping it withdraws the service; what runs is finished.
 #[must_use = "dropping a service withdraws it"]
 pub struct Service {
-    cell: Arc<ServiceCell>,
+    cell: Arc<ServiceRunner>,
     shared: Arc<Shared>,
 }
 

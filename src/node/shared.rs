@@ -11,11 +11,11 @@ use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::broker::{BROKER, Brokered};
-use super::cell::LinkCell;
 use super::counters::{LiveCounters, add};
 use super::events::Event;
 use super::log::{Line, Log};
-use super::service_cell::ServiceCell;
+use super::peer_link::PeerLink;
+use super::service_runner::ServiceRunner;
 use super::store::Store;
 use super::subscription::{Inboxes, Overflow};
 use super::transport::Transport;
@@ -36,11 +36,11 @@ use crate::tunnel::{Refusal, Watch};
 use crate::wire::{Failure, Limits};
 
 /// How the links are reached from a routing snapshot.
-pub(crate) type LiveRouting = Routing<Arc<LinkCell>>;
+pub(crate) type LiveRouting = Routing<Arc<PeerLink>>;
 
 /// What became of a request.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub(crate) enum RequestOutcome {
     Reply(Message),
     Failed(Failure),
     DeadlineExceeded,
@@ -64,20 +64,20 @@ pub(crate) struct Shared {
     /// For guaranteed messages.
     pub(crate) store: Option<Store>,
     mesh: Mutex<Mesh>,
-    cells: Mutex<HashMap<LinkId, Arc<LinkCell>>>,
+    cells: Mutex<HashMap<LinkId, Arc<PeerLink>>>,
     next_link: AtomicU64,
     pub(crate) routing: ArcSwap<LiveRouting>,
     /// Counts the changes of who subscribes and serves, here and elsewhere.
     pub(crate) routes_version: AtomicU64,
     pub(crate) routes_changed: watch::Sender<()>,
-    requests: Mutex<Requests<oneshot::Sender<Outcome>>>,
+    requests: Mutex<Requests<oneshot::Sender<RequestOutcome>>>,
     pub(crate) inboxes: ArcSwap<Inboxes>,
     inboxes_change: Mutex<()>,
-    services: Mutex<BTreeMap<ServiceName, Arc<ServiceCell>>>,
+    services: Mutex<BTreeMap<ServiceName, Arc<ServiceRunner>>>,
     /// The durable subscriptions of this node.
     /// All cells that take calls, or have taken some that they have yet to end.
-    pub(crate) handlers: Mutex<Vec<Weak<ServiceCell>>>,
-    pub(crate) consumers: Mutex<BTreeMap<ServiceName, (Pattern, Arc<ServiceCell>)>>,
+    pub(crate) handlers: Mutex<Vec<Weak<ServiceRunner>>>,
+    pub(crate) consumers: Mutex<BTreeMap<ServiceName, (Pattern, Arc<ServiceRunner>)>>,
     pub(crate) turn: AtomicUsize,
     /// What this node's calls to itself hold, in bytes.
     pub(crate) local_bytes: AtomicU64,
@@ -89,7 +89,7 @@ pub(crate) struct Shared {
     /// Who took the messages of which ordering keys.
     pub(crate) affinity: Mutex<Affinity>,
     /// Drops and moved keys are told in groups, by a task that this wakes.
-    pub(crate) untold: Notify,
+    pub(crate) unreported: Notify,
     /// Wakes the driver for an earlier deadline.
     pub(crate) earlier: Notify,
     /// Until when the driver sleeps, in ms since the start.
@@ -148,7 +148,7 @@ impl Shared {
             log: Log::default(),
             first_events: Mutex::new(Rank::Leaf, Some(first_events)),
             affinity: Mutex::new(Rank::Table, Affinity::default()),
-            untold: Notify::new(),
+            unreported: Notify::new(),
             earlier: Notify::new(),
             armed_ms: AtomicU64::new(0),
             transport: OnceLock::new(),
@@ -249,12 +249,12 @@ impl Shared {
     fn set_routing(&self, routing: Option<LiveRouting>) {
         if let Some(routing) = routing {
             self.routing.store(Arc::new(routing));
-            self.tell_routes_changed();
+            self.notify_routes_changed();
         }
     }
 
     /// Who subscribes or serves, here or elsewhere, is not what it was.
-    pub(super) fn tell_routes_changed(&self) {
+    pub(super) fn notify_routes_changed(&self) {
         self.routes_version.fetch_add(1, Ordering::Release);
         self.routes_changed.send_replace(());
     }
@@ -286,7 +286,7 @@ impl Shared {
         self.log.push(Line::LinkClosed { peer: cell.peer, reason: reason.to_string() });
         for (id, waiter) in lock(&self.requests).handle_link_lost(link) {
             let maybe_executed = !lost.unsent_calls.contains(&id);
-            let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed });
+            let _caller_left = waiter.send(RequestOutcome::PeerLost { maybe_executed });
         }
         for service in self.handling() {
             service.handle_link_lost(self, link);
@@ -315,7 +315,7 @@ impl Shared {
 
     // Links.
 
-    pub(crate) fn add_cell(&self, make: impl FnOnce(LinkId) -> LinkCell) -> Arc<LinkCell> {
+    pub(crate) fn add_cell(&self, make: impl FnOnce(LinkId) -> PeerLink) -> Arc<PeerLink> {
         let id = LinkId(self.next_link.fetch_add(1, Ordering::Relaxed));
         let cell = Arc::new(make(id));
         lock(&self.cells).insert(id, cell.clone());
@@ -323,18 +323,18 @@ impl Shared {
         cell
     }
 
-    fn cell(&self, link: LinkId) -> Option<Arc<LinkCell>> {
+    fn cell(&self, link: LinkId) -> Option<Arc<PeerLink>> {
         lock(&self.cells).get(&link).cloned()
     }
 
-    pub(crate) fn cells(&self) -> Vec<Arc<LinkCell>> {
+    pub(crate) fn cells(&self) -> Vec<Arc<PeerLink>> {
         lock(&self.cells).values().cloned().collect()
     }
 
     /// Counts a drop of ours, and sees to it that it is told.
     pub(crate) fn count_drop(&self, peer: NodeId, reason: DropReason, count: u64) {
         if self.counters.dropped(peer, reason, count) {
-            self.untold.notify_one();
+            self.unreported.notify_one();
         }
     }
 
@@ -353,7 +353,7 @@ impl Shared {
         id: MessageId,
         deadline: Time,
         link: Option<LinkId>,
-        waiter: oneshot::Sender<Outcome>,
+        waiter: oneshot::Sender<RequestOutcome>,
     ) {
         lock(&self.requests).insert(id, deadline, link, waiter);
         self.wake_by(deadline);
@@ -362,7 +362,7 @@ impl Shared {
     pub(crate) fn end_request(
         &self,
         id: MessageId,
-    ) -> Option<(oneshot::Sender<Outcome>, Option<LinkId>)> {
+    ) -> Option<(oneshot::Sender<RequestOutcome>, Option<LinkId>)> {
         lock(&self.requests).remove(id)
     }
 
@@ -371,7 +371,7 @@ impl Shared {
         &self,
         id: MessageId,
         link: LinkId,
-    ) -> Option<oneshot::Sender<Outcome>> {
+    ) -> Option<oneshot::Sender<RequestOutcome>> {
         let mut requests = lock(&self.requests);
         if requests.link(id)? != Some(link) {
             return None;
@@ -382,7 +382,7 @@ impl Shared {
     /// The requests that went over a link that is lost may have been executed.
     pub(super) fn fail_requests_over(&self, link: LinkId) {
         for (_, waiter) in lock(&self.requests).handle_link_lost(link) {
-            let _caller_left = waiter.send(Outcome::PeerLost { maybe_executed: true });
+            let _caller_left = waiter.send(RequestOutcome::PeerLost { maybe_executed: true });
         }
     }
 
@@ -402,7 +402,7 @@ impl Shared {
                 }
             }
             None => self.handling().iter().for_each(|service| {
-                _ = service.handle_cancel(self, super::service_cell::LOCAL, id)
+                _ = service.handle_cancel(self, super::service_runner::LOCAL, id)
             }),
         }
     }
@@ -410,7 +410,7 @@ impl Shared {
     pub(crate) fn expire_requests(&self) {
         let late = lock(&self.requests).handle_timeout(self.now());
         for (id, waiter, link) in late {
-            let _caller_left = waiter.send(Outcome::DeadlineExceeded);
+            let _caller_left = waiter.send(RequestOutcome::DeadlineExceeded);
             self.cancel_call(id, link);
         }
     }
@@ -422,7 +422,7 @@ impl Shared {
     pub(crate) fn fail_all_requests(&self) {
         let forever = Time::after_start(std::time::Duration::MAX);
         for (_, waiter, _) in lock(&self.requests).handle_timeout(forever) {
-            let _caller_left = waiter.send(Outcome::ShutDown);
+            let _caller_left = waiter.send(RequestOutcome::ShutDown);
         }
     }
 
@@ -437,10 +437,10 @@ impl Shared {
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         let (number, inbox) = inboxes.add(pattern, overflow, self.config.subscription_queue);
         self.inboxes.store(Arc::new(inboxes));
-        self.tell_routes_changed();
+        self.notify_routes_changed();
         drop(change);
         match self.broker() {
-            Some(broker) => broker.room.subscribe(pattern),
+            Some(broker) => broker.client.subscribe(pattern),
             None => self.with_mesh(|mesh, _| mesh.subscribe(pattern)),
         }
         if self.is_stopping() {
@@ -451,26 +451,26 @@ impl Shared {
 
     pub(crate) fn unsubscribe(self: &Arc<Self>, number: u64, pattern: &Pattern) {
         match self.broker() {
-            Some(broker) => broker.room.unsubscribe(pattern),
+            Some(broker) => broker.client.unsubscribe(pattern),
             None => self.with_mesh(|mesh, _| mesh.unsubscribe(pattern)),
         }
         let _change = lock(&self.inboxes_change);
         let mut inboxes = Inboxes::clone(&self.inboxes.load());
         inboxes.remove(pattern, number);
         self.inboxes.store(Arc::new(inboxes));
-        self.tell_routes_changed();
+        self.notify_routes_changed();
     }
 
-    pub(crate) fn service(&self, name: &ServiceName) -> Option<Arc<ServiceCell>> {
+    pub(crate) fn service(&self, name: &ServiceName) -> Option<Arc<ServiceRunner>> {
         lock(&self.services).get(name).cloned()
     }
 
-    pub(crate) fn services(&self) -> Vec<Arc<ServiceCell>> {
+    pub(crate) fn services(&self) -> Vec<Arc<ServiceRunner>> {
         lock(&self.services).values().cloned().collect()
     }
 
     /// Offers a service, unless the node does so already.
-    pub(crate) fn add_service(self: &Arc<Self>, service: &Arc<ServiceCell>) -> bool {
+    pub(crate) fn add_service(self: &Arc<Self>, service: &Arc<ServiceRunner>) -> bool {
         let mut services = lock(&self.services);
         if services.contains_key(&service.name) {
             return false;
@@ -479,16 +479,16 @@ impl Shared {
         drop(services);
         self.add_handler(service);
         match self.broker() {
-            Some(broker) => broker.room.serve(&service.name, service.concurrency),
+            Some(broker) => broker.client.serve(&service.name, service.concurrency),
             None => self.with_mesh(|mesh, _| mesh.serve(&service.name, service.concurrency)),
         }
-        self.tell_routes_changed();
+        self.notify_routes_changed();
         true
     }
 
     pub(crate) fn withdraw(self: &Arc<Self>, name: &ServiceName) {
         match self.broker() {
-            Some(broker) => broker.room.withdraw(name),
+            Some(broker) => broker.client.withdraw(name),
             None => self.with_mesh(|mesh, _| mesh.withdraw(name)),
         }
     }

@@ -56,7 +56,7 @@ async fn run_here(shared: &Arc<Shared>, within: Duration) -> ShutdownReport {
     let _too_slow = timeout_at(deadline, settled(shared)).await;
     let before = shared.counters.snapshot();
     if let Some(broker) = shared.broker() {
-        broker.room.close(deadline).await;
+        broker.client.close(deadline).await;
     }
     shared.with_mesh(|mesh, _| mesh.say_goodbye());
     // Peers close a link when they have read the goodbye.

@@ -15,7 +15,7 @@ use super::shared::{DoorWatch, Shared};
 use super::store::{self, Store, StoreError};
 use super::transport::Transport;
 use super::{Inner, Node};
-use crate::broker::{BrokerUrl, BrokerUrlError, Me, Room};
+use crate::broker::{BrokerClient, BrokerUrl, BrokerUrlError, Me};
 use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
@@ -142,7 +142,7 @@ impl Node {
             (None, None) => inner.listening = start_sockets(&shared, &identity, acceptor).await?,
         }
         shared.spawn(driver::run(shared.clone()));
-        shared.spawn(driver::tell_groups(shared.clone()));
+        shared.spawn(driver::report_groups(shared.clone()));
         let logged = shared.clone();
         shared.spawn(async move { logged.log.keep_writing().await });
         if shared.store.is_some() {
@@ -194,11 +194,11 @@ async fn start_broker(shared: &Arc<Shared>, url: &str) -> Result<(), StartError>
         lease: config.lease,
     };
     let gate = Arc::new(BrokerGate(Arc::downgrade(shared)));
-    let (room, keeper) = Room::new(url.clone(), me, config.send_queue, gate);
-    let _first = shared.broker.set(Brokered::new(room));
-    let first = keeper.connect_first().await;
+    let (client, task) = BrokerClient::new(url.clone(), me, config.send_queue, gate);
+    let _first = shared.broker.set(Brokered::new(client));
+    let first = task.connect_first().await;
     let first = first.map_err(|error| StartError::Broker { url, reason: error.text })?;
-    shared.spawn(keeper.run(first));
+    shared.spawn(task.run(first));
     Ok(())
 }
 

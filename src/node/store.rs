@@ -9,9 +9,9 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 
 use smallvec::SmallVec;
 
-use super::cell::Credit;
 use super::loopback::Loopback;
-use super::progress::Teller;
+use super::peer_link::Credit;
+use super::progress::ProgressSender;
 use super::reader::Reader;
 use super::shared::Shared;
 use crate::address::ServiceName;
@@ -139,7 +139,7 @@ pub struct StoreReport {
 }
 
 /// Those who wait for what becomes of a message.
-type Waiters = SmallVec<[Teller; 1]>;
+type Waiters = SmallVec<[ProgressSender; 1]>;
 
 /// A message, and the credit that it holds.
 pub(super) type Parked = (Message, Option<Credit>);

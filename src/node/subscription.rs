@@ -7,8 +7,8 @@ use std::task::{Context, Poll, Waker};
 
 use futures_core::Stream;
 
-use super::cell::Credit;
-use super::run::Run;
+use super::event_batch::EventBatch;
+use super::peer_link::Credit;
 use super::shared::Shared;
 use crate::address::{Pattern, Topic};
 use crate::engine::{Matches, PatternTrie};
@@ -62,7 +62,7 @@ pub(crate) struct Inbox {
 
 #[derive(Default)]
 struct State {
-    runs: VecDeque<Run>,
+    runs: VecDeque<EventBatch>,
     bytes: u64,
     waker: Option<Waker>,
     closed: bool,
@@ -87,7 +87,7 @@ impl Inbox {
     }
 
     /// Queues messages; what is lost by it.
-    pub(crate) fn push(&self, run: Run) -> Vec<Lost> {
+    pub(crate) fn push(&self, run: EventBatch) -> Vec<Lost> {
         let mut state = self.lock();
         let mut lost = Vec::new();
         if state.closed {
@@ -126,7 +126,7 @@ impl Inbox {
     }
 
     /// The next run, or `None` when the queue is closed and empty.
-    fn poll(&self, context: &mut Context<'_>) -> Poll<Option<Run>> {
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Option<EventBatch>> {
         let mut state = self.lock();
         match state.pop() {
             Some(run) => Poll::Ready(Some(run)),
@@ -150,14 +150,14 @@ impl Inbox {
 }
 
 impl State {
-    fn append(&mut self, run: Run) {
+    fn append(&mut self, run: EventBatch) {
         self.bytes += run.totals().bytes;
         self.runs.push_back(run);
     }
 
     /// Appends what there is room for. An empty queue takes any one message.
-    fn append_within(&mut self, mut run: Run, limit: u64) -> Option<Lost> {
-        let fits = |run: &Run| {
+    fn append_within(&mut self, mut run: EventBatch, limit: u64) -> Option<Lost> {
+        let fits = |run: &EventBatch| {
             let totals = run.totals();
             self.bytes + totals.bytes <= limit || self.runs.is_empty() && totals.messages == 1
         };
@@ -174,7 +174,7 @@ impl State {
         (count > 0).then_some(Lost { credit, reason, count, earlier: false })
     }
 
-    fn pop(&mut self) -> Option<Run> {
+    fn pop(&mut self) -> Option<EventBatch> {
         let run = self.runs.pop_front()?;
         self.bytes -= run.totals().bytes;
         Some(run)
@@ -191,7 +191,7 @@ impl State {
     }
 
     /// Takes out the unread message on the same topic.
-    fn supersede(&mut self, by: &Run) -> Option<Lost> {
+    fn supersede(&mut self, by: &EventBatch) -> Option<Lost> {
         let place = self.runs.iter().position(|run| run.topic() == by.topic())?;
         let old = self.runs.remove(place)?;
         self.bytes -= old.totals().bytes;
@@ -250,7 +250,7 @@ impl Inboxes {
 pub struct Subscription {
     inbox: Arc<Inbox>,
     /// What was taken from the inbox together and is handed out one by one.
-    current: Option<Run>,
+    current: Option<EventBatch>,
     number: u64,
     shared: Arc<Shared>,
 }
@@ -275,7 +275,7 @@ impl Subscription {
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Message>> {
         loop {
-            if let Some(message) = self.current.as_mut().and_then(Run::take) {
+            if let Some(message) = self.current.as_mut().and_then(EventBatch::take) {
                 return Poll::Ready(Some(message));
             }
             match self.inbox.poll(context) {

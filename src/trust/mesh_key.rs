@@ -10,7 +10,7 @@ use data_encoding::BASE32_NOPAD;
 use ring::hmac;
 
 use crate::identity::{NodeId, random_bytes, random_u64};
-use crate::private::{self, Looser};
+use crate::private::{self, LoosePermissions};
 
 /// A mesh key: 256 random bits, shared by the nodes of a mesh.
 ///
@@ -120,7 +120,7 @@ impl MeshKey {
         let path_buf = || path.to_path_buf();
         let file_error = |source| MeshKeyFileError::File { path: path_buf(), source };
         let text = fs::read_to_string(path).map_err(file_error)?;
-        if let Some(Looser(mode)) = private::looser(path).map_err(file_error)? {
+        if let Some(LoosePermissions(mode)) = private::looser(path).map_err(file_error)? {
             return Err(MeshKeyFileError::Mode { path: path_buf(), mode });
         }
         let mut keys = Vec::new();

@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::time::interval;
 
 use crate::identity::NodeId;
-use crate::private::{self, Looser};
+use crate::private::{self, LoosePermissions};
 
 /// A file of trusted keys that can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +85,9 @@ impl TrustedKeys {
     fn load(path: &Path) -> Result<Self, TrustedKeysError> {
         let file_error = |source| TrustedKeysError::File { path: path.into(), source };
         let text = fs::read_to_string(path).map_err(file_error)?;
-        if let Some(Looser(mode)) = private::writable_by_others(path).map_err(file_error)? {
+        if let Some(LoosePermissions(mode)) =
+            private::writable_by_others(path).map_err(file_error)?
+        {
             return Err(TrustedKeysError::Mode { path: path.into(), mode });
         }
         let broken = |(line, source)| TrustedKeysError::Line { path: path.into(), line, source };

@@ -39,11 +39,11 @@ pub(crate) struct Delivery {
 pub(crate) struct Answer {
     pub(crate) id: DeliveryId,
     pub(crate) attempt: u32,
-    pub(crate) outcome: Outcome,
+    pub(crate) outcome: DeliveryOutcome,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum DeliveryOutcome {
     /// Its handler returned Ok, now or in an earlier attempt, and that is on the disk.
     Processed,
     /// Its handler failed: try again later.
@@ -80,7 +80,7 @@ fn shorten(text: &str) -> &str {
     &text[..end]
 }
 
-impl Outcome {
+impl DeliveryOutcome {
     fn code(&self) -> u64 {
         match self {
             Self::Processed => 0,
@@ -163,13 +163,13 @@ impl Answer {
         let text = fields.opt(|reader| Ok(shorten(reader.str()?).to_owned()))?.unwrap_or_default();
         fields.finish()?;
         let outcome = match code {
-            0 => Outcome::Processed,
-            1 => Outcome::Failed(text),
-            2 => Outcome::Rejected(text),
-            3 => Outcome::Refused,
-            4 => Outcome::NoInbox,
-            5 => Outcome::Expired,
-            code => Outcome::Failed(format!("outcome {code}: {text}")),
+            0 => DeliveryOutcome::Processed,
+            1 => DeliveryOutcome::Failed(text),
+            2 => DeliveryOutcome::Rejected(text),
+            3 => DeliveryOutcome::Refused,
+            4 => DeliveryOutcome::NoInbox,
+            5 => DeliveryOutcome::Expired,
+            code => DeliveryOutcome::Failed(format!("outcome {code}: {text}")),
         };
         let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
         Ok(Self { id, attempt, outcome })

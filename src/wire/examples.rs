@@ -85,12 +85,12 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         "sell one".into(),
         Arc::new(Delivery { id: delivery.clone(), floor: 10, attempt: 1, redelivered: false }),
     );
-    let processed = Answer { id: delivery, attempt: 1, outcome: Outcome::Processed };
+    let processed = Answer { id: delivery, attempt: 1, outcome: DeliveryOutcome::Processed };
     let subscription = Some("billing".parse().unwrap());
     let failed = Answer {
         id: DeliveryId { stream: Stream { epoch: 7, subscription }, seq: 3 },
         attempt: 2,
-        outcome: Outcome::Failed("busy".into()),
+        outcome: DeliveryOutcome::Failed("busy".into()),
     };
     let subscriptions = vec![("billing".parse().unwrap(), "orders.>".parse().unwrap())];
     let inbox = InboxInfo { epoch: 9, subscriptions, ended: Vec::new() };
@@ -371,8 +371,8 @@ proptest! {
     #[test]
     fn a_message_survives_the_disk(envelope in any_envelope()) {
         if let Payload::Event(_) | Payload::Call(_) = &envelope.payload {
-            let frozen = freeze(&envelope, &ALICE);
-            prop_assert_eq!(thaw(&frozen.into(), &ALICE).unwrap(), envelope);
+            let encoded = encode_stored(&envelope, &ALICE);
+            prop_assert_eq!(decode_stored(&encoded.into(), &ALICE).unwrap(), envelope);
         }
     }
 }

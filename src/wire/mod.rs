@@ -18,10 +18,11 @@ mod record;
 
 pub(crate) use batch::{BatchEncoder, Decoded, EncodedBatch, EventPack, Preamble, Totals, decode};
 pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_ANSWERS, MAX_HINTS};
-pub(crate) use delivery::{Answer, Delivery, DeliveryId, InboxInfo, Outcome, Stream};
+pub(crate) use delivery::{Answer, Delivery, DeliveryId, DeliveryOutcome, InboxInfo, Stream};
 pub(crate) use parcel::{Parcel, Unpacked};
 pub(crate) use record::{
-    BASE_COST, Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, freeze, thaw,
+    BASE_COST, Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, decode_stored,
+    encode_stored,
 };
 
 /// The version of the protocol that this crate speaks.

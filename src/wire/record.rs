@@ -562,7 +562,7 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
 const FROZEN_HEADER: usize = 128;
 
 /// A message as it is kept on a disk; one that nobody replies to.
-pub(crate) fn freeze(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
+pub(crate) fn encode_stored(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FROZEN_HEADER + envelope.body_len());
     bytes.extend([0; 4]);
     let own_frame = write_message(&mut bytes, envelope, &mut Inheritance::default(), me);
@@ -572,8 +572,8 @@ pub(crate) fn freeze(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
     bytes
 }
 
-/// What [`freeze`] wrote.
-pub(crate) fn thaw(bytes: &Bytes, me: &NodeId) -> Result<Envelope, WireError> {
+/// What [`encode_stored`] wrote.
+pub(crate) fn decode_stored(bytes: &Bytes, me: &NodeId) -> Result<Envelope, WireError> {
     let mut reader = Reader::new(bytes);
     let length = reader.length_prefix()?;
     let record = reader.take(length)?;

@@ -246,8 +246,8 @@ fn describe(message: &StoredMessage, at: Option<SystemTime>) -> String {
     if message.failures > 0 {
         text += &format!(", failed {} times", message.failures);
     }
-    if let Some(fate) = &message.dead {
-        text += &format!(", dead: {fate}");
+    if let Some(reason) = &message.dead {
+        text += &format!(", dead: {reason}");
     }
     text
 }

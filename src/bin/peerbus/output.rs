@@ -117,9 +117,9 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             json!({ "event": "identity_conflict", "address": address }),
             "another live node has this node's identity".to_owned(),
         ),
-        Event::DeadLetter { number, fate } => (
-            json!({ "event": "dead_letter", "number": number, "reason": fate.to_string() }),
-            format!("message {number} is a dead letter: {fate}"),
+        Event::DeadLetter { number, reason } => (
+            json!({ "event": "dead_letter", "number": number, "reason": reason.to_string() }),
+            format!("message {number} is a dead letter: {reason}"),
         ),
         Event::InboxLost { peer } => (
             json!({ "event": "inbox_lost", "peer": peer }),

@@ -22,8 +22,8 @@ mod record;
 pub(crate) use inbox::{Inbox, InboxAction, Verdict};
 pub(crate) use numbered::Numbered;
 pub(crate) use outbox::{
-    Contents, Full, NewMessage, NewMessages, Outbox, OutboxAction, OutboxConfig, OutboxEvent,
-    PartKey, Source, Submitted,
+    Contents, DeliveryKey, Full, NewMessage, NewMessages, Outbox, OutboxAction, OutboxConfig,
+    OutboxEvent, Source, Submitted,
 };
 pub(crate) use record::RecordError;
 #[cfg(fuzzing)]
@@ -92,7 +92,7 @@ pub(crate) struct Binding {
 /// Why a message is a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
-pub enum Fate {
+pub enum DeadLetterReason {
     /// It expired before it was processed.
     #[error("it expired{}", if *.maybe_processed { "; a handler may have had it" } else { "" })]
     Expired {

@@ -6,7 +6,7 @@ use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smallvec::SmallVec;
 
-use super::{Binding, Fate, Target};
+use super::{Binding, DeadLetterReason, Target};
 use crate::address::{Pattern, ServiceName};
 use crate::identity::NodeId;
 use crate::message::MessageId;
@@ -111,7 +111,7 @@ pub(super) struct MessageRecord<'a> {
     pub(super) not_before: Option<u64>,
     pub(super) order: Option<String>,
     #[serde(borrow)]
-    pub(super) frozen: Raw<'a>,
+    pub(super) encoded: Raw<'a>,
 }
 
 /// Most messages are stored alone.
@@ -127,7 +127,7 @@ pub(super) struct PartRecord {
     pub(super) redelivered: bool,
     pub(super) settled: bool,
     /// Why it is a dead letter, if it is one.
-    pub(super) dead: Option<Fate>,
+    pub(super) dead: Option<DeadLetterReason>,
     /// Where it was bound to before, and may have been processed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) former: Vec<BindingRecord>,
@@ -229,7 +229,7 @@ pub(super) struct PartState {
     pub(super) failures: u32,
     pub(super) redelivered: bool,
     pub(super) settled: bool,
-    pub(super) dead: Option<Fate>,
+    pub(super) dead: Option<DeadLetterReason>,
     pub(super) former: Vec<(u32, u64)>,
 }
 
@@ -300,7 +300,7 @@ pub(super) enum OutboxRecord<'a> {
     /// Message, part, and how often its handler failed.
     Failed(u64, u32, u32),
     /// Message, part, and what it is a dead letter for; `None` if it is tried again.
-    Dead(u64, u32, Option<Fate>),
+    Dead(u64, u32, Option<DeadLetterReason>),
     /// All that is remembered of peers.
     Peers(Vec<PeerRecord>),
     /// Message and part: it was never sent to the node that it was bound to, and is free again.
@@ -325,7 +325,7 @@ impl<'a> OutboxRecord<'a> {
             Self::Bound(bound) => with_kind(1, bound),
             Self::Settled(settled) => with_kind(2, settled),
             Self::Failed(number, part, failures) => with_kind(3, &(number, part, failures)),
-            Self::Dead(number, part, fate) => with_kind(4, &(number, part, fate)),
+            Self::Dead(number, part, reason) => with_kind(4, &(number, part, reason)),
             Self::Peers(peers) => with_kind(5, peers),
             Self::Freed(freed) => with_kind(6, freed),
             Self::Once(messages, ids) => {
@@ -348,8 +348,8 @@ impl<'a> OutboxRecord<'a> {
                 Self::Failed(number, part, failures)
             }
             4 => {
-                let (number, part, fate) = decode(rest)?;
-                Self::Dead(number, part, fate)
+                let (number, part, reason) = decode(rest)?;
+                Self::Dead(number, part, reason)
             }
             5 => Self::Peers(decode(rest)?),
             6 => Self::Freed(decode(rest)?),
@@ -444,7 +444,7 @@ fn write_kind<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, kind: u8, value: &T) {
 
 /// In bytes; few records take more.
 fn about_size(message: &MessageRecord<'_>) -> usize {
-    32 + 128 * message.parts.len() + message.frozen.0.len()
+    32 + 128 * message.parts.len() + message.encoded.0.len()
 }
 
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, RecordError> {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::Random;
 use crate::journal::crashing::{Disk as Bytes, Lost};
 use crate::journal::stepped::{EntryKind, Stepped};
-use crate::journal::{Entry, Haste, Level, Need, NotStored, Options, Position, Recovery, Room};
+use crate::journal::{Entry, Level, Need, NotStored, Options, Persist, Position, Recovery, Room};
 
 /// What ends without warning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,12 +215,12 @@ impl Disk {
     }
 }
 
-pub(super) fn kind(haste: Haste, need: Need) -> EntryKind {
-    match haste {
-        Haste::Synced if need == Need::None => EntryKind::Offered,
-        Haste::Synced if need == Need::Emergency => EntryKind::Emergency,
-        Haste::Synced if need == Need::Removal => EntryKind::Removal,
-        Haste::Synced => EntryKind::Synced,
-        Haste::Written | Haste::Later => EntryKind::Note,
+pub(super) fn kind(persist: Persist, need: Need) -> EntryKind {
+    match persist {
+        Persist::Sync if need == Need::None => EntryKind::Offered,
+        Persist::Sync if need == Need::Emergency => EntryKind::Emergency,
+        Persist::Sync if need == Need::Removal => EntryKind::Removal,
+        Persist::Sync => EntryKind::Synced,
+        Persist::Flush | Persist::Lazy => EntryKind::Note,
     }
 }

@@ -8,7 +8,7 @@ use crate::identity::NodeId;
 use crate::journal::crashing::Disk;
 use crate::journal::stepped::{EntryKind, Stepped};
 use crate::journal::{Need, Options};
-use crate::wire::{Delivery, DeliveryId, Outcome, Stream};
+use crate::wire::{Delivery, DeliveryId, DeliveryOutcome, Stream};
 
 const SENDER: NodeId = NodeId::from_bytes([7; 32]);
 
@@ -33,8 +33,8 @@ impl Receiver {
     fn perform(&mut self) {
         while let Some(action) = self.inbox.poll_action() {
             let (token, entry, kind) = match action {
-                InboxAction::Append { token, entry, haste, .. } => {
-                    (Some(token), entry, kind(haste, Need::Urgent))
+                InboxAction::Append { token, entry, persist, .. } => {
+                    (Some(token), entry, kind(persist, Need::Urgent))
                 }
                 InboxAction::AppendSnapshot { token, entry, .. } => {
                     (Some(token), entry, EntryKind::First)
@@ -63,7 +63,7 @@ impl Receiver {
         let mut delivery = Delivery { id, floor, attempt: 1, redelivered: false };
         let verdict = self.inbox.handle_delivery(SENDER, &mut delivery);
         if verdict == Verdict::Run {
-            self.inbox.handle_ended(SENDER, &delivery.id, Outcome::Processed);
+            self.inbox.handle_ended(SENDER, &delivery.id, DeliveryOutcome::Processed);
         }
         self.perform();
         verdict
@@ -94,7 +94,7 @@ fn an_inbox_on_a_full_disk_stores_what_it_processes_and_frees_room_for_more() {
 
     drop(receiver);
     let mut receiver = Receiver::open(&disk);
-    let known = Verdict::Answer(Outcome::Processed);
+    let known = Verdict::Answer(DeliveryOutcome::Processed);
     assert_eq!(receiver.deliver(2, 2 * GAPS, 1), known);
     assert_eq!(receiver.deliver(9, MORE, MORE), known);
 }

@@ -3,7 +3,7 @@
 //! For each stream of each sender it keeps a watermark and what is processed above it. There is
 //! no window of time: a delivery is known until its sender says that it is settled.
 
-mod beginning;
+mod poison;
 mod recover;
 mod snapshot;
 #[cfg(test)]
@@ -17,8 +17,8 @@ use super::ranges::Ranges;
 use super::record::InboxRecord;
 use crate::engine::HashMap;
 use crate::identity::NodeId;
-use crate::journal::{Haste, NotStored, Position};
-use crate::wire::{Answer, Delivery, DeliveryId, Outcome, Stream};
+use crate::journal::{NotStored, Persist, Position};
+use crate::wire::{Answer, Delivery, DeliveryId, DeliveryOutcome, Stream};
 
 /// A redelivered message whose handler was begun so often, and never ended, kills its process.
 const MAX_BEGUN: u32 = 10;
@@ -49,7 +49,7 @@ pub(crate) enum Verdict {
     /// Its handler runs, or its end is being stored: the answer comes when that is done.
     Wait,
     /// It needn't run.
-    Answer(Outcome),
+    Answer(DeliveryOutcome),
 }
 
 /// What the owner of the inbox is to do, in this order.
@@ -61,7 +61,7 @@ pub(crate) enum InboxAction {
         entry: Vec<u8>,
         /// How many messages it says to be processed.
         messages: u32,
-        haste: Haste,
+        persist: Persist,
     },
     /// The same for all that is known, as the first entry of a segment.
     AppendSnapshot {
@@ -214,14 +214,14 @@ impl Inbox {
         let seq = *seq;
         let place = match self.places.get(&(from, stream.clone())) {
             Some(place) => *place,
-            None if !self.has_room_for(&from) => return Verdict::Answer(Outcome::Refused),
+            None if !self.has_room_for(&from) => return Verdict::Answer(DeliveryOutcome::Refused),
             None => {
                 let number = self.next_number;
                 self.next_number += 1;
                 let place = self.open_stream(from, stream, number);
                 let opened = self.streams.get(&place).map(Seen::record);
                 let opened = InboxRecord::Opened(opened.expect("it was opened just now"));
-                self.append(&opened, Pending::Opened(place), Haste::Written);
+                self.append(&opened, Pending::Opened(place), Persist::Flush);
                 place
             }
         };
@@ -236,12 +236,12 @@ impl Inbox {
             seen.begun.retain(|seq, _| *seq >= delivery.floor);
         }
         if seen.processed.contains(seq) {
-            return Verdict::Answer(Outcome::Processed);
+            return Verdict::Answer(DeliveryOutcome::Processed);
         }
         if seen.processed.iter().len() >= MAX_RANGES {
             // The lowest that its sender has is always taken, or the gaps would never close.
             if seq > seen.floor && !seen.processed.touches(seq) {
-                return Verdict::Answer(Outcome::Refused);
+                return Verdict::Answer(DeliveryOutcome::Refused);
             }
             if seq < seen.floor {
                 seen.processed.remove_below(seen.floor);
@@ -260,7 +260,7 @@ impl Inbox {
         let begun = seen.begun.get(&seq).copied().unwrap_or_default();
         if begun >= MAX_BEGUN {
             let text = format!("its handler was begun {begun} times and never ended");
-            return Verdict::Answer(Outcome::Rejected(text));
+            return Verdict::Answer(DeliveryOutcome::Rejected(text));
         }
         seen.open.insert(seq, Open { attempt, phase, counted: false });
         if begun >= SUSPECT {
@@ -282,13 +282,13 @@ impl Inbox {
     }
 
     /// A handler ended.
-    pub(crate) fn handle_ended(&mut self, from: NodeId, id: &DeliveryId, outcome: Outcome) {
+    pub(crate) fn handle_ended(&mut self, from: NodeId, id: &DeliveryId, outcome: DeliveryOutcome) {
         let Some((place, seen)) = self.seen(from, &id.stream) else { return };
         let Some(open) = seen.open.get_mut(&id.seq).filter(|open| open.phase == Phase::Running)
         else {
             return;
         };
-        if outcome == Outcome::Processed {
+        if outcome == DeliveryOutcome::Processed {
             self.store_processed(place, id.seq);
             return self.end_suspect(place, id.seq);
         }
@@ -321,7 +321,7 @@ impl Inbox {
             true => InboxRecord::Opened(seen.record()),
             false => InboxRecord::Processed(seen.number, seq),
         };
-        self.append(&record, Pending::Processed(place, seq, whole), Haste::Synced);
+        self.append(&record, Pending::Processed(place, seq, whole), Persist::Sync);
     }
 
     /// A delivery that was to run never will: its link ended while it waited.
@@ -375,7 +375,7 @@ impl Inbox {
                 seen.open.remove(&seq);
                 seen.processed.insert(seq);
                 let id = DeliveryId { stream: seen.stream.clone(), seq };
-                let answer = Answer { id, attempt, outcome: Outcome::Processed };
+                let answer = Answer { id, attempt, outcome: DeliveryOutcome::Processed };
                 self.actions.push_back(InboxAction::Answer(seen.node, answer));
             }
             // If it can't be written, it is not counted.
@@ -451,12 +451,12 @@ impl Inbox {
         self.pending.is_empty()
     }
 
-    fn append(&mut self, record: &InboxRecord, pending: Pending, haste: Haste) {
+    fn append(&mut self, record: &InboxRecord, pending: Pending, persist: Persist) {
         let messages = u32::from(matches!(pending, Pending::Processed(..)));
         let token = self.token_for(pending);
         let entry = record.encode();
         self.since_snapshot += ENTRY_COST + entry.len() as u64;
-        self.actions.push_back(InboxAction::Append { token, entry, messages, haste });
+        self.actions.push_back(InboxAction::Append { token, entry, messages, persist });
     }
 
     fn token_for(&mut self, pending: Pending) -> u64 {

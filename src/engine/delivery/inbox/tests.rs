@@ -52,7 +52,7 @@ impl Bench {
         verdict
     }
 
-    fn end(&mut self, seq: u64, outcome: Outcome) {
+    fn end(&mut self, seq: u64, outcome: DeliveryOutcome) {
         self.inbox.handle_ended(SENDER, &delivery(seq, 0, 1).id, outcome);
         self.run();
     }
@@ -70,12 +70,12 @@ fn what_was_processed_is_answered_again_under_its_current_attempt_also_after_a_r
     let mut bench = Bench::new();
     assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
     assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "it runs");
-    bench.end(1, Outcome::Processed);
+    bench.end(1, DeliveryOutcome::Processed);
     assert_eq!(bench.answers[0].attempt, 2);
-    assert_eq!(bench.deliver(delivery(1, 1, 3)), Verdict::Answer(Outcome::Processed));
+    assert_eq!(bench.deliver(delivery(1, 1, 3)), Verdict::Answer(DeliveryOutcome::Processed));
     bench.restart();
     assert_eq!(bench.inbox.epoch(), 1);
-    assert_eq!(bench.deliver(delivery(1, 1, 4)), Verdict::Answer(Outcome::Processed));
+    assert_eq!(bench.deliver(delivery(1, 1, 4)), Verdict::Answer(DeliveryOutcome::Processed));
     assert_eq!(bench.deliver(delivery(2, 2, 1)), Verdict::Run);
 }
 
@@ -83,7 +83,7 @@ fn what_was_processed_is_answered_again_under_its_current_attempt_also_after_a_r
 fn what_failed_runs_again() {
     let mut bench = Bench::new();
     bench.deliver(delivery(1, 1, 1));
-    bench.end(1, Outcome::Failed("no".into()));
+    bench.end(1, DeliveryOutcome::Failed("no".into()));
     assert!(matches!(bench.deliver(delivery(1, 1, 2)), Verdict::RunLater));
     assert_eq!(bench.begun, 1);
 }
@@ -98,7 +98,7 @@ fn a_message_that_kills_its_process_is_found_out() {
     }
     bench.restart();
     let verdict = bench.deliver(delivery(1, 1, 99));
-    assert!(matches!(verdict, Verdict::Answer(Outcome::Rejected(_))));
+    assert!(matches!(verdict, Verdict::Answer(DeliveryOutcome::Rejected(_))));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn an_outbox_that_is_an_older_copy_loses_nothing() {
     let mut bench = Bench::new();
     for seq in 1..=3 {
         bench.deliver(delivery(seq, seq, 1));
-        bench.end(seq, Outcome::Processed);
+        bench.end(seq, DeliveryOutcome::Processed);
     }
     // It had sent 1 to 3 and heard of their end; the copy has not.
     let mut old = delivery(1, 1, 1);
@@ -119,7 +119,7 @@ fn an_outbox_that_is_an_older_copy_loses_nothing() {
     assert_eq!(bench.deliver(fresh), Verdict::Run);
     bench.inbox.handle_epochs(SENDER, &[6]);
     assert_eq!(bench.inbox.places.len(), 2, "one of the old epoch still runs");
-    bench.end(1, Outcome::Processed);
+    bench.end(1, DeliveryOutcome::Processed);
     bench.inbox.handle_epochs(SENDER, &[6]);
     assert_eq!(bench.inbox.places.len(), 1);
 }
@@ -133,7 +133,7 @@ fn a_sender_with_ever_new_streams_is_refused() {
         assert_eq!(bench.deliver(odd.clone()), Verdict::Run);
     }
     odd.id.stream.epoch = u64::MAX;
-    assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(Outcome::Refused));
+    assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(DeliveryOutcome::Refused));
     let other = NodeId::from_bytes([8; 32]);
     assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
 }
@@ -151,11 +151,11 @@ fn ever_new_senders_are_refused_until_old_ones_have_settled() {
         assert_eq!(bench.inbox.handle_delivery(sender(number), &mut first), Verdict::Run);
     }
     bench.run();
-    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
-    bench.inbox.handle_ended(sender(0), &first.id, Outcome::Processed);
+    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(DeliveryOutcome::Refused));
+    bench.inbox.handle_ended(sender(0), &first.id, DeliveryOutcome::Processed);
     bench.run();
     bench.restart();
-    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(Outcome::Refused));
+    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(DeliveryOutcome::Refused));
     bench.inbox.handle_epochs(sender(0), &[]);
     assert_eq!(bench.deliver(first), Verdict::Run);
 }
@@ -166,14 +166,14 @@ fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
     let last = 200;
     for seq in (1..=last).step_by(2) {
         bench.deliver(delivery(seq, 1, 1));
-        bench.end(seq, Outcome::Processed);
+        bench.end(seq, DeliveryOutcome::Processed);
     }
     let id = |seq| delivery(seq, 1, 1).id;
     for seq in [2, 4] {
         bench.deliver(delivery(seq, 1, 1));
     }
     for seq in [2, 4] {
-        bench.inbox.handle_ended(SENDER, &id(seq), Outcome::Processed);
+        bench.inbox.handle_ended(SENDER, &id(seq), DeliveryOutcome::Processed);
     }
     // The first fails; the second comes behind it, and goes on from what may be gone.
     let appends: Vec<_> = std::iter::from_fn(|| bench.inbox.poll_action()).collect();
@@ -191,13 +191,13 @@ fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
     assert!(bench.journal[before].len() > 200, "the whole stream");
     bench.inbox.handle_timeout();
     bench.deliver(delivery(6, 1, 1));
-    bench.end(6, Outcome::Processed);
+    bench.end(6, DeliveryOutcome::Processed);
     assert!(bench.journal[before + 1..].iter().all(|entry| entry.len() < 50));
     assert_eq!(bench.answers.len(), 103);
     bench.journal.remove(1);
     bench.restart();
     for seq in [1, 2, 4, 6] {
-        assert_eq!(bench.deliver(delivery(seq, 1, 2)), Verdict::Answer(Outcome::Processed));
+        assert_eq!(bench.deliver(delivery(seq, 1, 2)), Verdict::Answer(DeliveryOutcome::Processed));
     }
 }
 
@@ -207,19 +207,19 @@ fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
     let last = 2 * MAX_RANGES as u64;
     for seq in (2..=last).step_by(2) {
         assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
-        bench.end(seq, Outcome::Processed);
+        bench.end(seq, DeliveryOutcome::Processed);
     }
-    assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(Outcome::Refused));
+    assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(DeliveryOutcome::Refused));
     for seq in [last + 1, 3, 1] {
         assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run, "{seq}");
-        bench.end(seq, Outcome::Processed);
+        bench.end(seq, DeliveryOutcome::Processed);
     }
     assert_eq!(bench.deliver(delivery(last + 3, 5, 1)), Verdict::Run, "there is room again");
     // The first of all, though its neighbours are not processed.
     let mut bench = Bench::new();
     for seq in (3..=last + 1).step_by(2) {
         bench.deliver(delivery(seq, 1, 1));
-        bench.end(seq, Outcome::Processed);
+        bench.end(seq, DeliveryOutcome::Processed);
     }
     assert_eq!(bench.deliver(delivery(1, 1, 1)), Verdict::Run);
 }
@@ -228,7 +228,7 @@ fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
 fn an_answer_waits_until_its_record_is_stored() {
     let mut bench = Bench::new();
     bench.deliver(delivery(1, 1, 1));
-    bench.inbox.handle_ended(SENDER, &delivery(1, 1, 1).id, Outcome::Processed);
+    bench.inbox.handle_ended(SENDER, &delivery(1, 1, 1).id, DeliveryOutcome::Processed);
     let Some(InboxAction::Append { token, .. }) = bench.inbox.poll_action() else { panic!() };
     bench.inbox.handle_appended(token, Err("the disk is full".into()));
     assert!(bench.inbox.poll_action().is_none());

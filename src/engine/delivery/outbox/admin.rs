@@ -1,7 +1,7 @@
 //! What an operator decides about messages and durable subscriptions: what an outbox at rest is
 //! told changes it, and gives the entry that says so in its journal.
 
-use super::{Outbox, Part, PartKey, State};
+use super::{DeliveryKey, OutboundDelivery, Outbox, State};
 use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::Target;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
@@ -16,7 +16,7 @@ pub(crate) struct Forgotten {
 
 impl Outbox {
     /// Sends a dead letter again when its outbox is opened next; `None` if it is none.
-    pub(crate) fn replay(&mut self, key: PartKey) -> Option<Vec<u8>> {
+    pub(crate) fn replay(&mut self, key: DeliveryKey) -> Option<Vec<u8>> {
         matches!(self.part(key)?.state, State::Dead(_)).then(|| {
             self.revive_for_good(key);
             OutboxRecord::Dead(key.number, key.part, None).encode()
@@ -24,7 +24,7 @@ impl Outbox {
     }
 
     /// Removes a message, processed or not; `None` if it isn't there.
-    pub(crate) fn purge(&mut self, key: PartKey) -> Option<Vec<u8>> {
+    pub(crate) fn purge(&mut self, key: DeliveryKey) -> Option<Vec<u8>> {
         self.part(key)?;
         self.recover_settled(key);
         Some(OutboxRecord::Settled(vec![(key.number, key.part)]).encode())
@@ -32,13 +32,17 @@ impl Outbox {
 
     /// Takes a message to a service from the node that it was given to, and gives it to another
     /// or to whichever comes; `None` if it goes to no service.
-    pub(crate) fn reassign_to(&mut self, key: PartKey, node: Option<NodeId>) -> Option<Vec<u8>> {
+    pub(crate) fn reassign_to(
+        &mut self,
+        key: DeliveryKey,
+        node: Option<NodeId>,
+    ) -> Option<Vec<u8>> {
         let target = self.targets[self.part(key)?.target as usize].clone();
         if !matches!(target, Target::Service(_)) {
             return None;
         }
         self.leave(key);
-        let PartKey { number, part } = key;
+        let DeliveryKey { number, part } = key;
         let Some(node) = node else {
             return Some(OutboxRecord::Left(vec![(number, part)]).encode());
         };
@@ -81,12 +85,12 @@ impl Outbox {
         let Some(target) = self.target_numbers.get(&target).copied() else { return Some(0) };
         let parts = self.entries.iter().flat_map(|(number, entry)| {
             let parts = entry.parts.iter().enumerate();
-            let kept = move |(_, part): &(usize, &Part)| {
+            let kept = move |(_, part): &(usize, &OutboundDelivery)| {
                 part.target == target && part.state != State::Settled && entry.position.is_some()
             };
-            parts.filter(kept).map(move |(at, _)| PartKey { number, part: at as u32 })
+            parts.filter(kept).map(move |(at, _)| DeliveryKey { number, part: at as u32 })
         });
-        let keys: Vec<PartKey> = parts.collect();
+        let keys: Vec<DeliveryKey> = parts.collect();
         for key in &keys {
             self.revive(*key);
             self.settle(*key);

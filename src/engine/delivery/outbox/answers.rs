@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::{Bound, Outbox, PartKey, State};
+use super::{Bound, DeliveryKey, Outbox, State};
 use crate::engine::delivery::record::OutboxRecord;
-use crate::engine::delivery::{Fate, Now, Target};
+use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::report::DropReason;
-use crate::wire::{Answer, DeliveryId, Outcome};
+use crate::wire::{Answer, DeliveryId, DeliveryOutcome};
 
 /// While the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
@@ -17,13 +17,18 @@ pub(super) const MOST_UNREADABLE: u32 = 10;
 
 impl Outbox {
     /// It could not be handed to its link.
-    pub(crate) fn handle_not_transmitted(&mut self, now: Now, key: PartKey, reason: DropReason) {
+    pub(crate) fn handle_not_transmitted(
+        &mut self,
+        now: Now,
+        key: DeliveryKey,
+        reason: DropReason,
+    ) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {
             return;
         }
         self.stop(key);
         match reason {
-            DropReason::TooLarge => self.kill(key, Fate::TooLarge),
+            DropReason::TooLarge => self.dead_letter(key, DeadLetterReason::TooLarge),
             // Its end is told in a moment.
             DropReason::LinkLost => self.make_ready(key),
             _ => self.pause_until(key, now.time + QUEUE_RETRY, false),
@@ -31,12 +36,12 @@ impl Outbox {
     }
 
     /// That attempt is still on its way.
-    pub(crate) fn is_in_flight(&self, key: PartKey, attempt: u32) -> bool {
+    pub(crate) fn is_in_flight(&self, key: DeliveryKey, attempt: u32) -> bool {
         self.part(key).is_some_and(|part| part.state == State::InFlight && part.attempts == attempt)
     }
 
     /// What is stored of it can't be read. That may pass; if it doesn't, it is a dead letter.
-    pub(crate) fn handle_unreadable(&mut self, now: Now, key: PartKey) {
+    pub(crate) fn handle_unreadable(&mut self, now: Now, key: DeliveryKey) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {
             return;
         }
@@ -45,7 +50,7 @@ impl Outbox {
             part.attempts -= 1;
         }
         match self.count_unreadable(key.number) {
-            MOST_UNREADABLE.. => self.kill(key, Fate::Unreadable),
+            MOST_UNREADABLE.. => self.dead_letter(key, DeadLetterReason::Unreadable),
             times => self.pause(now, key, times - 1, false),
         }
     }
@@ -70,9 +75,9 @@ impl Outbox {
             // An answer to what was never sent.
             return true;
         }
-        if answer.outcome == Outcome::Processed {
+        if answer.outcome == DeliveryOutcome::Processed {
             // Of whichever attempt, also of one before it went to another node.
-            if !matches!(part.state, State::Dying(_) | State::Dead(_) | State::Settled) {
+            if !matches!(part.state, State::DeadLettering(_) | State::Dead(_) | State::Settled) {
                 self.settle(key);
             }
             return true;
@@ -87,14 +92,18 @@ impl Outbox {
         self.unreadable.remove(&key.number);
         self.stop(key);
         match answer.outcome {
-            Outcome::Processed => unreachable!("it was settled above"),
-            Outcome::Failed(text) => self.handle_failure(now, key, text),
-            Outcome::Rejected(text) => self.kill(key, Fate::Rejected { text }),
-            Outcome::Expired => self.kill(key, Fate::Expired { maybe_processed }),
-            Outcome::Refused if self.has_expired(now, key) => {
-                self.kill(key, Fate::Expired { maybe_processed });
+            DeliveryOutcome::Processed => unreachable!("it was settled above"),
+            DeliveryOutcome::Failed(text) => self.handle_failure(now, key, text),
+            DeliveryOutcome::Rejected(text) => {
+                self.dead_letter(key, DeadLetterReason::Rejected { text })
             }
-            Outcome::Refused => {
+            DeliveryOutcome::Expired => {
+                self.dead_letter(key, DeadLetterReason::Expired { maybe_processed })
+            }
+            DeliveryOutcome::Refused if self.has_expired(now, key) => {
+                self.dead_letter(key, DeadLetterReason::Expired { maybe_processed });
+            }
+            DeliveryOutcome::Refused => {
                 if matches!(self.targets[target as usize], Target::Service(_)) {
                     self.unbind(key);
                     let free = OutboxRecord::Bound(vec![(key.number, key.part, None)]);
@@ -102,12 +111,12 @@ impl Outbox {
                 }
                 self.pause(now, key, attempts.saturating_sub(1), true);
             }
-            Outcome::NoInbox => {
+            DeliveryOutcome::NoInbox => {
                 if let Some(peer) = self.peers.get_mut(&from) {
                     peer.inbox = None;
                 }
                 match self.has_expired(now, key) {
-                    true => self.kill(key, Fate::Expired { maybe_processed }),
+                    true => self.dead_letter(key, DeadLetterReason::Expired { maybe_processed }),
                     false => self.release(key),
                 }
             }
@@ -115,16 +124,16 @@ impl Outbox {
         true
     }
 
-    fn handle_failure(&mut self, now: Now, key: PartKey, text: String) {
+    fn handle_failure(&mut self, now: Now, key: DeliveryKey, text: String) {
         let expired = self.has_expired(now, key);
         let Some(part) = self.part_mut(key) else { return };
         part.redelivered = true;
         part.failures += 1;
         let failures = part.failures;
         if failures >= self.config.max_failures {
-            self.kill(key, Fate::Failed { failures, text });
+            self.dead_letter(key, DeadLetterReason::Failed { failures, text });
         } else if expired {
-            self.kill(key, Fate::Expired { maybe_processed: true });
+            self.dead_letter(key, DeadLetterReason::Expired { maybe_processed: true });
         } else {
             self.note(&OutboxRecord::Failed(key.number, key.part, failures), [key.number]);
             self.pause(now, key, failures - 1, false);

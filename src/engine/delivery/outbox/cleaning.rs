@@ -17,7 +17,7 @@ use super::segments::Segment;
 use super::{DISK_RETRY, Outbox, OutboxAction, Pending, State};
 use crate::engine::delivery::ranges::Ranges;
 use crate::engine::delivery::record::{IdsRecord, KeptRecord, OutboxRecord};
-use crate::engine::delivery::{Fate, Now};
+use crate::engine::delivery::{DeadLetterReason, Now};
 use crate::journal::{Level, Position, Room};
 
 /// While room is wanted, it is looked for so often.
@@ -292,9 +292,13 @@ impl Outbox {
     fn state_cost(&self, message: u64) -> u64 {
         let parts = self.entries.get(message).into_iter().flat_map(|entry| &entry.parts);
         let costs = parts.map(|part| match &part.state {
-            State::Dead(fate) | State::Dying(fate) => match &**fate {
-                Fate::Failed { text, .. } | Fate::Rejected { text } => STATE + text.len() as u64,
-                Fate::Expired { .. } | Fate::TooLarge | Fate::Unreadable => STATE,
+            State::Dead(reason) | State::DeadLettering(reason) => match &**reason {
+                DeadLetterReason::Failed { text, .. } | DeadLetterReason::Rejected { text } => {
+                    STATE + text.len() as u64
+                }
+                DeadLetterReason::Expired { .. }
+                | DeadLetterReason::TooLarge
+                | DeadLetterReason::Unreadable => STATE,
             },
             _ => STATE,
         });

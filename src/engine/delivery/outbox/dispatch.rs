@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Choose, Outbox, OutboxAction, Part, PartKey, Peer, Pending, Source, State};
+use super::{
+    Choose, DeliveryKey, OutboundDelivery, Outbox, OutboxAction, Peer, Pending, Source, State,
+};
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
-use crate::engine::delivery::{Fate, Now, Target, longest_pause};
+use crate::engine::delivery::{DeadLetterReason, Now, Target, longest_pause};
 use crate::identity::NodeId;
 use crate::wire::{Delivery, DeliveryId};
 
@@ -47,7 +49,7 @@ impl Outbox {
     }
 
     /// It may go, as soon as somebody takes it.
-    pub(super) fn release(&mut self, key: PartKey) {
+    pub(super) fn release(&mut self, key: DeliveryKey) {
         if self.is_behind(key) {
             return self.set_state(key, State::Blocked);
         }
@@ -80,7 +82,7 @@ impl Outbox {
     }
 
     /// It doesn't wait for somebody to be there any more; the queue finds out by itself.
-    fn end_waiting(&mut self, key: PartKey) {
+    fn end_waiting(&mut self, key: DeliveryKey) {
         let Some(part) = self.part_mut(key).filter(|part| part.state == State::Waiting) else {
             return;
         };
@@ -95,7 +97,7 @@ impl Outbox {
         self.peers.get(node).is_some_and(|peer| peer.up && peer.inbox.is_some())
     }
 
-    pub(super) fn make_ready(&mut self, key: PartKey) {
+    pub(super) fn make_ready(&mut self, key: DeliveryKey) {
         let Some(node) = self.node_of(key) else { return };
         self.set_state(key, State::Ready);
         self.peers.entry(node).or_default().ready.push_back(key);
@@ -103,7 +105,7 @@ impl Outbox {
     }
 
     /// Takes it out of what it is in: on its way, or in a pause.
-    pub(super) fn stop(&mut self, key: PartKey) {
+    pub(super) fn stop(&mut self, key: DeliveryKey) {
         let node = self.node_of(key);
         let Some(entry) = self.entries.get(key.number) else { return };
         let size = u64::from(entry.size);
@@ -133,12 +135,12 @@ impl Outbox {
     }
 
     /// Tries again after a while, doubling with each time before, and with full jitter.
-    pub(super) fn pause(&mut self, now: Now, key: PartKey, times_before: u32, refused: bool) {
+    pub(super) fn pause(&mut self, now: Now, key: DeliveryKey, times_before: u32, refused: bool) {
         let until = now.time + longest_pause(times_before).mul_f64(self.random.unit());
         self.pause_until(key, until, refused);
     }
 
-    pub(super) fn pause_until(&mut self, key: PartKey, until: Time, refused: bool) {
+    pub(super) fn pause_until(&mut self, key: DeliveryKey, until: Time, refused: bool) {
         self.set_state(key, State::Paused { until, refused });
         self.timers.insert((until, key));
         match self.node_of(key).and_then(|node| self.peers.get_mut(&node)) {
@@ -147,7 +149,7 @@ impl Outbox {
         };
     }
 
-    pub(super) fn has_expired(&self, now: Now, key: PartKey) -> bool {
+    pub(super) fn has_expired(&self, now: Now, key: DeliveryKey) -> bool {
         let rare = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref());
         rare.and_then(|rare| rare.expires_at).is_some_and(|at| at <= now.unix_ms)
     }
@@ -204,7 +206,7 @@ impl Outbox {
     }
 
     /// The next message for a node, if the node can take one.
-    fn next_for(&mut self, node: NodeId) -> Option<PartKey> {
+    fn next_for(&mut self, node: NodeId) -> Option<DeliveryKey> {
         let mut asleep = Vec::new();
         let found = loop {
             let peer = self.peers.get_mut(&node)?;
@@ -216,7 +218,7 @@ impl Outbox {
             }
             let Some(key) = peer.ready.pop_front() else { break None };
             // It may have gone to another node meanwhile, whose queue it is in too.
-            let ready = |part: &&Part| part.state == State::Ready;
+            let ready = |part: &&OutboundDelivery| part.state == State::Ready;
             let Some(part) = self.part(key).filter(ready) else { continue };
             if self.node_of(key) != Some(node) {
                 continue;
@@ -237,7 +239,7 @@ impl Outbox {
         found
     }
 
-    fn transmit(&mut self, node: NodeId, key: PartKey) {
+    fn transmit(&mut self, node: NodeId, key: DeliveryKey) {
         let Some(bound) = self.part(key).and_then(|part| part.bound) else { return };
         let stream = &self.streams[bound.stream as usize];
         let floor = stream.outstanding.first().unwrap_or(bound.seq);
@@ -278,9 +280,9 @@ impl Outbox {
             && at <= now.time
         {
             self.timers.pop_first();
-            if let Some(State::Dying(fate)) = self.part(key).map(|part| &part.state) {
-                let fate = Fate::clone(fate);
-                self.store_fate(key, fate);
+            if let Some(State::DeadLettering(reason)) = self.part(key).map(|part| &part.state) {
+                let reason = DeadLetterReason::clone(reason);
+                self.store_dead_letter(key, reason);
             }
             if matches!(self.part(key).map(|part| &part.state), Some(State::Paused { until, .. }) if *until == at)
             {
@@ -304,17 +306,19 @@ impl Outbox {
         missed.into_iter().for_each(|node| self.handle_absence(now, node));
     }
 
-    fn handle_wall(&mut self, now: Now, key: PartKey) {
+    fn handle_wall(&mut self, now: Now, key: DeliveryKey) {
         let Some(part) = self.part(key) else { return };
         let maybe_processed = part.redelivered;
         match part.state {
             // Its answer decides, or the end of the link.
             State::InFlight
             | State::Storing
-            | State::Dying(_)
+            | State::DeadLettering(_)
             | State::Dead(_)
             | State::Settled => {}
-            _ if self.has_expired(now, key) => self.kill(key, Fate::Expired { maybe_processed }),
+            _ if self.has_expired(now, key) => {
+                self.dead_letter(key, DeadLetterReason::Expired { maybe_processed })
+            }
             State::Scheduled => self.activate(now, key),
             _ => {}
         }

@@ -1,37 +1,39 @@
 //! How messages end: processed, as dead letters, or as if they had never been there.
 
-use super::{Outbox, OutboxAction, OutboxEvent, Part, PartKey, Pending, State};
-use crate::engine::delivery::Fate;
+use super::{DeliveryKey, OutboundDelivery, Outbox, OutboxAction, OutboxEvent, Pending, State};
+use crate::engine::delivery::DeadLetterReason;
 use crate::engine::delivery::record::OutboxRecord;
 
 impl Outbox {
     /// One destination has processed it.
-    pub(super) fn settle(&mut self, key: PartKey) {
+    pub(super) fn settle(&mut self, key: DeliveryKey) {
         self.end_part(key, State::Settled);
         self.settled.push((key.number, key.part));
     }
 
     /// Stores that it is a dead letter; it is one then.
-    pub(super) fn kill(&mut self, key: PartKey, fate: Fate) {
+    pub(super) fn dead_letter(&mut self, key: DeliveryKey, reason: DeadLetterReason) {
         self.stop(key);
-        self.set_state(key, State::Dying(Box::new(fate.clone())));
-        self.store_fate(key, fate);
+        self.set_state(key, State::DeadLettering(Box::new(reason.clone())));
+        self.store_dead_letter(key, reason);
     }
 
-    pub(super) fn store_fate(&mut self, key: PartKey, fate: Fate) {
-        let record = OutboxRecord::Dead(key.number, key.part, Some(fate));
+    pub(super) fn store_dead_letter(&mut self, key: DeliveryKey, reason: DeadLetterReason) {
+        let record = OutboxRecord::Dead(key.number, key.part, Some(reason));
         self.append(&record, Pending::Dead(key));
     }
 
-    pub(super) fn bury(&mut self, key: PartKey) {
-        let Some(State::Dying(fate)) = self.part(key).map(|part| &part.state) else { return };
-        let fate = Fate::clone(fate);
-        let event = OutboxEvent::DeadLetter { number: key.number, fate: fate.clone() };
+    pub(super) fn finish_dead_letter(&mut self, key: DeliveryKey) {
+        let Some(State::DeadLettering(reason)) = self.part(key).map(|part| &part.state) else {
+            return;
+        };
+        let reason = DeadLetterReason::clone(reason);
+        let event = OutboxEvent::DeadLetter { number: key.number, reason: reason.clone() };
         self.actions.push_back(OutboxAction::Report(event));
-        self.end_part(key, State::Dead(Box::new(fate)));
+        self.end_part(key, State::Dead(Box::new(reason)));
     }
 
-    pub(super) fn end_part(&mut self, key: PartKey, state: State) {
+    pub(super) fn end_part(&mut self, key: DeliveryKey, state: State) {
         self.stop(key);
         for bound in self.take_numbers(key) {
             match state {
@@ -52,17 +54,17 @@ impl Outbox {
         self.dead += u64::from(matches!(state, State::Dead(_)));
         self.set_state(key, state);
         let Some(entry) = self.entries.get(key.number) else { return };
-        let ended = |part: &Part| matches!(part.state, State::Settled | State::Dead(_));
+        let ended = |part: &OutboundDelivery| matches!(part.state, State::Settled | State::Dead(_));
         if !entry.parts.iter().all(ended) {
             return;
         }
         let dead = entry.parts.iter().find_map(|part| match &part.state {
-            State::Dead(fate) => Some(Fate::clone(fate)),
+            State::Dead(reason) => Some(DeadLetterReason::clone(reason)),
             _ => None,
         });
         match dead {
-            Some(fate) => {
-                self.actions.push_back(OutboxAction::Done(key.number, Err(fate)));
+            Some(reason) => {
+                self.actions.push_back(OutboxAction::Done(key.number, Err(reason)));
                 self.uncache(key.number);
             }
             None => {
@@ -85,7 +87,7 @@ impl Outbox {
     pub(super) fn discard(&mut self, number: u64) {
         let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
         for part in 0..parts {
-            let key = PartKey { number, part };
+            let key = DeliveryKey { number, part };
             self.take_numbers(key).for_each(|bound| self.release_number(bound));
             self.leave_lane(key);
             match self.part(key).map(|part| &part.state) {

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Choose, Entry, Outbox, Part, PartKey, Pending, Rare, State, Submitted};
+use super::{
+    Choose, DeliveryKey, Entry, OutboundDelivery, Outbox, Pending, Rare, State, Submitted,
+};
 use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
 use crate::engine::delivery::{Now, Target};
 use crate::message::MessageId;
-use crate::wire::{BASE_COST, Envelope, freeze};
+use crate::wire::{BASE_COST, Envelope, encode_stored};
 
 /// A message to be stored.
 #[derive(Debug, Clone)]
@@ -115,11 +117,11 @@ impl Outbox {
         let size = message.size();
         let NewMessage { envelope, targets, expires_at, not_before, once: _ } = message;
         let order: Option<Arc<str>> = envelope.header.ordering_key().map(Arc::from);
-        let frozen = freeze(&envelope, &self.config.me);
+        let encoded = encode_stored(&envelope, &self.config.me);
         let later = not_before.is_some_and(|at| at > now.unix_ms);
         let (mut parts, mut part_records) = (SmallVec::new(), SmallVec::new());
         for (part, target) in targets.into_iter().enumerate() {
-            let key = PartKey { number, part: part as u32 };
+            let key = DeliveryKey { number, part: part as u32 };
             let in_target = self.target_number(&target);
             // What is bound may have been sent, as far as the next life knows; and what is
             // behind its key would keep a number that its receiver waits for.
@@ -127,7 +129,7 @@ impl Outbox {
                 || self.waiting.contains_key(&in_target)
                 || order
                     .as_ref()
-                    .is_some_and(|order| self.lanes.contains_key(&(in_target, order.clone())));
+                    .is_some_and(|order| self.key_queues.contains_key(&(in_target, order.clone())));
             let node = match waits {
                 true => None,
                 false => self.taker(&target, order.as_deref(), choose),
@@ -143,10 +145,10 @@ impl Outbox {
                 former: Vec::new(),
             });
             if let Some(order) = &order {
-                self.lanes.entry((in_target, order.clone())).or_default().push_back(key);
+                self.key_queues.entry((in_target, order.clone())).or_default().push_back(key);
             }
             self.open += 1;
-            parts.push(Part {
+            parts.push(OutboundDelivery {
                 target: in_target,
                 bound,
                 state: State::Storing,
@@ -161,7 +163,7 @@ impl Outbox {
             expires_at,
             not_before,
             order: order.as_deref().map(str::to_owned),
-            frozen: Raw(frozen.into()),
+            encoded: Raw(encoded.into()),
         };
         let rare = Rare { expires_at, not_before, order };
         let rare = (rare != Rare::default()).then(|| Box::new(rare));

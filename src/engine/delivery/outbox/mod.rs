@@ -13,7 +13,7 @@ mod cleaning;
 mod dispatch;
 mod ends;
 mod intake;
-mod lanes;
+mod key_queues;
 mod moving;
 mod once;
 mod peers;
@@ -35,12 +35,12 @@ use smallvec::SmallVec;
 
 use super::numbered::Numbered;
 use super::record::OutboxRecord;
-use super::{Binding, Fate, Target};
+use super::{Binding, DeadLetterReason, Target};
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
-use crate::journal::{Haste, Level, Need, NotStored, Position, Room};
+use crate::journal::{Level, Need, NotStored, Persist, Position, Room};
 use crate::message::MessageId;
 use crate::wire::{Control, Delivery, Envelope, Stream};
 
@@ -73,7 +73,7 @@ pub(crate) type Choose<'a> =
 
 /// A message and one of its destinations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct PartKey {
+pub(crate) struct DeliveryKey {
     pub(crate) number: u64,
     pub(crate) part: u32,
 }
@@ -95,7 +95,7 @@ pub(crate) enum OutboxAction {
         entry: Vec<u8>,
         /// How many messages it stores.
         messages: u32,
-        haste: Haste,
+        persist: Persist,
         need: Need,
     },
     /// The same for one that begins a segment, so that others can go.
@@ -109,7 +109,7 @@ pub(crate) enum OutboxAction {
     Remove(Vec<u64>),
     Transmit {
         to: NodeId,
-        key: PartKey,
+        key: DeliveryKey,
         source: Source,
         delivery: Arc<Delivery>,
         /// In ms since 1970.
@@ -119,7 +119,7 @@ pub(crate) enum OutboxAction {
     /// The message is stored, or can't be.
     Stored(u64, Result<(), NotStored>),
     /// All destinations have processed it, or it is a dead letter for one.
-    Done(u64, Result<(), Fate>),
+    Done(u64, Result<(), DeadLetterReason>),
     Report(OutboxEvent),
 }
 
@@ -128,7 +128,7 @@ pub(crate) enum OutboxAction {
 pub(crate) enum OutboxEvent {
     DeadLetter {
         number: u64,
-        fate: Fate,
+        reason: DeadLetterReason,
     },
     /// A peer's inbox is not the one that it was: what it had processed it may process again.
     InboxLost(NodeId),
@@ -153,7 +153,7 @@ struct Entry {
     position: Option<Position>,
     cached: Option<Arc<Envelope>>,
     rare: Option<Box<Rare>>,
-    parts: SmallVec<[Part; 1]>,
+    parts: SmallVec<[OutboundDelivery; 1]>,
     size: u32,
 }
 
@@ -166,7 +166,7 @@ struct Rare {
 }
 
 #[derive(Debug)]
-struct Part {
+struct OutboundDelivery {
     target: u32,
     bound: Option<Bound>,
     state: State,
@@ -176,7 +176,7 @@ struct Part {
     redelivered: bool,
 }
 
-impl Part {
+impl OutboundDelivery {
     /// No handler can have had it.
     fn was_never_sent(&self) -> bool {
         self.attempts == 0 && !self.redelivered
@@ -210,8 +210,8 @@ enum State {
         refused: bool,
     },
     /// That it is a dead letter is being stored.
-    Dying(Box<Fate>),
-    Dead(Box<Fate>),
+    DeadLettering(Box<DeadLetterReason>),
+    Dead(Box<DeadLetterReason>),
     Settled,
 }
 
@@ -222,7 +222,7 @@ struct StreamState {
     stream: Stream,
     next: u64,
     /// What is not settled, and what it was bound to before it went elsewhere.
-    outstanding: Numbered<PartKey>,
+    outstanding: Numbered<DeliveryKey>,
 }
 
 #[derive(Debug, Default)]
@@ -236,8 +236,8 @@ struct Peer {
     told_inbox: Option<u64>,
     /// Its durable subscriptions that take messages now.
     active: Vec<ServiceName>,
-    ready: VecDeque<PartKey>,
-    paused: BTreeSet<PartKey>,
+    ready: VecDeque<DeliveryKey>,
+    paused: BTreeSet<DeliveryKey>,
     in_flight: u64,
     in_flight_bytes: u64,
     /// What is bound to it and not settled.
@@ -255,8 +255,8 @@ struct Peer {
 enum Pending {
     /// Their numbers, and the ids of those that are stored once.
     Messages(SmallVec<[u64; 2]>, Vec<(MessageId, u64)>),
-    Bound(Vec<PartKey>),
-    Dead(PartKey),
+    Bound(Vec<DeliveryKey>),
+    Dead(DeliveryKey),
     /// Something that is said of messages, and need not be synced.
     Noted(SmallVec<[u64; 1]>),
     /// A message that was in a segment that is to go.
@@ -300,14 +300,14 @@ pub(crate) struct Outbox {
     /// Peers to which something may be sent now.
     dirty: BTreeSet<NodeId>,
     /// What waits for somebody to take it, by target.
-    waiting: BTreeMap<u32, VecDeque<PartKey>>,
+    waiting: BTreeMap<u32, VecDeque<DeliveryKey>>,
     waiting_dirty: bool,
     /// What was refused and is bound to no node.
-    paused: BTreeSet<PartKey>,
+    paused: BTreeSet<DeliveryKey>,
     /// Those with one key, in order; only the first is on its way.
-    lanes: HashMap<(u32, Arc<str>), VecDeque<PartKey>>,
+    key_queues: HashMap<(u32, Arc<str>), VecDeque<DeliveryKey>>,
     /// Other nodes that a message was bound to, and may have processed it.
-    former: HashMap<PartKey, Vec<Bound>>,
+    former: HashMap<DeliveryKey, Vec<Bound>>,
     /// What was taken from its node without ever having been sent, which is to be stored.
     freed: Vec<(u64, u32)>,
     /// What is remembered of peers is being stored.
@@ -320,9 +320,9 @@ pub(crate) struct Outbox {
     peers_retry: Option<Time>,
     /// When the disk, which refused something that can wait, is tried again.
     disk_retry: Option<Time>,
-    timers: BTreeSet<(Time, PartKey)>,
+    timers: BTreeSet<(Time, DeliveryKey)>,
     /// By the clock on the wall.
-    wall: BTreeSet<(u64, PartKey)>,
+    wall: BTreeSet<(u64, DeliveryKey)>,
     subscriptions: BTreeMap<(NodeId, ServiceName), Pattern>,
     pending: Numbered<Pending>,
     next_token: u64,
@@ -378,7 +378,7 @@ impl Outbox {
             waiting: BTreeMap::new(),
             waiting_dirty: false,
             paused: BTreeSet::new(),
-            lanes: HashMap::default(),
+            key_queues: HashMap::default(),
             former: HashMap::default(),
             freed: Vec::new(),
             peers_pending: false,
@@ -429,15 +429,15 @@ impl Outbox {
 
     // Parts and what they are bound to.
 
-    fn part(&self, key: PartKey) -> Option<&Part> {
+    fn part(&self, key: DeliveryKey) -> Option<&OutboundDelivery> {
         self.entries.get(key.number)?.parts.get(key.part as usize)
     }
 
-    fn part_mut(&mut self, key: PartKey) -> Option<&mut Part> {
+    fn part_mut(&mut self, key: DeliveryKey) -> Option<&mut OutboundDelivery> {
         self.entries.get_mut(key.number)?.parts.get_mut(key.part as usize)
     }
 
-    fn set_state(&mut self, key: PartKey, state: State) {
+    fn set_state(&mut self, key: DeliveryKey, state: State) {
         if let Some(part) = self.part_mut(key) {
             part.state = state;
         }
@@ -475,7 +475,7 @@ impl Outbox {
 
     /// Gives a message the next number of its node; the one that it had, if it was there before:
     /// by that the node knows whether it has processed it.
-    fn bind(&mut self, key: PartKey, node: NodeId, target: &Target) -> Bound {
+    fn bind(&mut self, key: DeliveryKey, node: NodeId, target: &Target) -> Bound {
         self.peers.entry(node).or_default().bound += 1;
         if let Some(former) = self.take_former(key, node) {
             return former;
@@ -494,7 +494,7 @@ impl Outbox {
     }
 
     /// The number that a message had at a node before, which it has no longer.
-    fn take_former(&mut self, key: PartKey, node: NodeId) -> Option<Bound> {
+    fn take_former(&mut self, key: DeliveryKey, node: NodeId) -> Option<Bound> {
         let streams = &self.streams;
         let former = self.former.get_mut(&key)?;
         let at = former.iter().position(|it| streams[it.stream as usize].node == node)?;
@@ -503,14 +503,14 @@ impl Outbox {
 
     /// All numbers of a message, of its node and of others that it was bound to before; it has
     /// none any more.
-    fn take_numbers(&mut self, key: PartKey) -> impl Iterator<Item = Bound> + use<> {
+    fn take_numbers(&mut self, key: DeliveryKey) -> impl Iterator<Item = Bound> + use<> {
         let bound = self.part_mut(key).and_then(|part| part.bound.take());
         bound.into_iter().for_each(|bound| self.leave_node(bound));
         bound.into_iter().chain(self.former.remove(&key).into_iter().flatten())
     }
 
     /// Takes a message from its node: its number there is settled.
-    fn unbind(&mut self, key: PartKey) {
+    fn unbind(&mut self, key: DeliveryKey) {
         if let Some(bound) = self.part_mut(key).and_then(|part| part.bound.take()) {
             self.leave_node(bound);
             self.release_number(bound);
@@ -518,7 +518,7 @@ impl Outbox {
     }
 
     /// Takes a message from its node, which may have processed it and still say so.
-    fn leave(&mut self, key: PartKey) {
+    fn leave(&mut self, key: DeliveryKey) {
         let Some(part) = self.part_mut(key) else { return };
         if let Some(bound) = part.bound.take() {
             part.redelivered = true;
@@ -528,7 +528,7 @@ impl Outbox {
     }
 
     /// Takes one that was never sent from its node, which the next life is told.
-    fn free(&mut self, key: PartKey) {
+    fn free(&mut self, key: DeliveryKey) {
         if self.node_of(key).is_some() {
             self.unbind(key);
             self.freed.push((key.number, key.part));
@@ -553,7 +553,7 @@ impl Outbox {
         }
     }
 
-    fn node_of(&self, key: PartKey) -> Option<NodeId> {
+    fn node_of(&self, key: DeliveryKey) -> Option<NodeId> {
         let bound = self.part(key)?.bound?;
         Some(self.streams[bound.stream as usize].node)
     }

@@ -5,11 +5,13 @@ use smallvec::smallvec;
 
 use super::answers::MOST_UNREADABLE;
 use super::cleaning::Cleaning;
-use super::{Bound, DISK_RETRY, Outbox, OutboxAction, Part, PartKey, Pending, State};
+use super::{
+    Bound, DISK_RETRY, DeliveryKey, OutboundDelivery, Outbox, OutboxAction, Pending, State,
+};
 use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
-use crate::engine::delivery::{Fate, Now};
+use crate::engine::delivery::{DeadLetterReason, Now};
 use crate::journal::Position;
 
 /// So much is read and stored once more at a time, in bytes.
@@ -52,10 +54,10 @@ impl Outbox {
     }
 
     /// A message that was to be read is this; `None` if it can't be read.
-    pub(crate) fn handle_read(&mut self, now: Now, number: u64, frozen: Option<Bytes>) {
+    pub(crate) fn handle_read(&mut self, now: Now, number: u64, encoded: Option<Bytes>) {
         self.moving -= 1;
-        match frozen {
-            Some(frozen) => self.move_message(number, frozen),
+        match encoded {
+            Some(encoded) => self.move_message(number, encoded),
             None => self.give_up_unread(now, number),
         }
     }
@@ -64,7 +66,7 @@ impl Outbox {
     /// doesn't keep the segment.
     fn give_up_unread(&mut self, now: Now, number: u64) {
         let Some(entry) = self.entries.get(number) else { return };
-        let waits = |part: &Part| {
+        let waits = |part: &OutboundDelivery| {
             matches!(
                 part.state,
                 State::Scheduled
@@ -75,8 +77,8 @@ impl Outbox {
             )
         };
         let parts = (0u32..).zip(&entry.parts).filter(|(_, part)| waits(part));
-        let waiting: Vec<_> = parts.map(|(part, _)| PartKey { number, part }).collect();
-        let ended = |part: &Part| matches!(part.state, State::Dead(_) | State::Settled);
+        let waiting: Vec<_> = parts.map(|(part, _)| DeliveryKey { number, part }).collect();
+        let ended = |part: &OutboundDelivery| matches!(part.state, State::Dead(_) | State::Settled);
         let is_over = entry.parts.iter().all(ended);
         let is_lost = self.count_unreadable(number) >= MOST_UNREADABLE;
         if is_lost && is_over {
@@ -84,13 +86,13 @@ impl Outbox {
         }
         self.clean_retry = Some(now.time + DISK_RETRY);
         if is_lost {
-            waiting.into_iter().for_each(|key| self.kill(key, Fate::Unreadable));
+            waiting.into_iter().for_each(|key| self.dead_letter(key, DeadLetterReason::Unreadable));
         }
     }
 
     /// Stores a message once more, as it stands.
-    fn move_message(&mut self, number: u64, frozen: Bytes) {
-        let Some(record) = self.message_record(number, &frozen) else { return };
+    fn move_message(&mut self, number: u64, encoded: Bytes) {
+        let Some(record) = self.message_record(number, &encoded) else { return };
         let record = OutboxRecord::Messages(smallvec![record]).encode();
         self.moving += 1;
         self.append_encoded(record, Pending::Moved(number));
@@ -100,17 +102,19 @@ impl Outbox {
     pub(super) fn message_record<'a>(
         &self,
         number: u64,
-        frozen: &'a [u8],
+        encoded: &'a [u8],
     ) -> Option<MessageRecord<'a>> {
         let entry = self.entries.get(number)?;
         let record = |bound: &Bound| BindingRecord::from(&self.binding(*bound));
         let parts = (0u32..).zip(&entry.parts).map(|(at, part)| {
             let binding = part.bound.as_ref().map(record);
-            let former = self.former.get(&PartKey { number, part: at });
+            let former = self.former.get(&DeliveryKey { number, part: at });
             let former = former.into_iter().flatten().map(record).collect();
             let dead = match &part.state {
                 // What says so is in the journal before this, or will be.
-                State::Dead(fate) | State::Dying(fate) => Some(Fate::clone(fate)),
+                State::Dead(reason) | State::DeadLettering(reason) => {
+                    Some(DeadLetterReason::clone(reason))
+                }
                 _ => None,
             };
             let settled = part.state == State::Settled;
@@ -126,7 +130,7 @@ impl Outbox {
             expires_at: rare.and_then(|rare| rare.expires_at),
             not_before: rare.and_then(|rare| rare.not_before),
             order: self.order(number).map(|order| order.to_string()),
-            frozen: Raw(frozen.into()),
+            encoded: Raw(encoded.into()),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Fate, NewMessage, Outbox, Part, State};
+use super::{DeadLetterReason, NewMessage, OutboundDelivery, Outbox, State};
 use crate::engine::HashMap;
 use crate::message::MessageId;
 
@@ -23,7 +23,7 @@ pub(crate) enum Submitted {
     /// It was processed.
     Processed,
     /// It is a dead letter.
-    Dead(Fate),
+    Dead(DeadLetterReason),
 }
 
 /// The numbers that the messages with these ids were given, and the segments that say so.
@@ -142,13 +142,13 @@ impl Outbox {
     pub(super) fn submitted_before(&self, message: &NewMessage) -> Option<Submitted> {
         let number = self.once.number(message)?;
         let Some(entry) = self.entries.get(number) else { return Some(Submitted::Processed) };
-        let ended = |part: &Part| matches!(part.state, State::Settled | State::Dead(_));
+        let ended = |part: &OutboundDelivery| matches!(part.state, State::Settled | State::Dead(_));
         let dead = entry.parts.iter().find_map(|part| match &part.state {
-            State::Dead(fate) => Some(Fate::clone(fate)),
+            State::Dead(reason) => Some(DeadLetterReason::clone(reason)),
             _ => None,
         });
         Some(match dead {
-            Some(fate) if entry.parts.iter().all(ended) => Submitted::Dead(fate),
+            Some(reason) if entry.parts.iter().all(ended) => Submitted::Dead(reason),
             _ => Submitted::Pending { number, stored: entry.position.is_some() },
         })
     }

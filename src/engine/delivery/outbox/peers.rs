@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Outbox, OutboxAction, OutboxEvent, Part, PartKey, Peer, Pending, State};
+use super::{
+    DeliveryKey, OutboundDelivery, Outbox, OutboxAction, OutboxEvent, Peer, Pending, State,
+};
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::engine::delivery::record::{NodeBytes, OutboxRecord, PeerRecord};
-use crate::engine::delivery::{Fate, Now, Target};
+use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::wire::{Control, InboxInfo};
 
@@ -59,7 +61,7 @@ impl Outbox {
         let ready = std::mem::take(&mut peer.ready);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
         let keys = of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key));
-        let in_flight: Vec<PartKey> = keys
+        let in_flight: Vec<DeliveryKey> = keys
             .filter(|key| self.part(*key).is_some_and(|part| part.state == State::InFlight))
             .collect();
         for key in in_flight {
@@ -71,7 +73,7 @@ impl Outbox {
                 part.redelivered = true;
             }
             match self.has_expired(now, key) {
-                true => self.kill(key, Fate::Expired { maybe_processed: true }),
+                true => self.dead_letter(key, DeadLetterReason::Expired { maybe_processed: true }),
                 false => self.make_ready(key),
             }
         }
@@ -232,7 +234,7 @@ impl Outbox {
         }
         peer.reassigned_at = Some(now.time);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
-        let keys: Vec<PartKey> =
+        let keys: Vec<DeliveryKey> =
             of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key)).collect();
         for key in keys {
             let Some(part) = self.part(key) else { continue };
@@ -241,7 +243,7 @@ impl Outbox {
                 && self.node_of(key) == Some(node);
             if moves {
                 self.stop(key);
-                match self.part(key).is_some_and(Part::was_never_sent) {
+                match self.part(key).is_some_and(OutboundDelivery::was_never_sent) {
                     true => self.free(key),
                     false => self.reassign(key),
                 }
@@ -250,7 +252,7 @@ impl Outbox {
         }
     }
 
-    fn reassign(&mut self, key: PartKey) {
+    fn reassign(&mut self, key: DeliveryKey) {
         self.leave(key);
         self.note(&OutboxRecord::Left(vec![(key.number, key.part)]), [key.number]);
     }

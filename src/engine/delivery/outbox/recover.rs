@@ -6,11 +6,11 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::once::Group;
-use super::{Bound, Entry, Outbox, Part, PartKey, Rare, State};
+use super::{Bound, DeliveryKey, Entry, OutboundDelivery, Outbox, Rare, State};
 use crate::engine::delivery::record::{
     KeptRecord, MessageRecord, OutboxRecord, PartRecord, PeerRecord, Raw, StateRecord,
 };
-use crate::engine::delivery::{Binding, Fate, Now, RecordError, Target};
+use crate::engine::delivery::{Binding, DeadLetterReason, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::wire::BASE_COST;
@@ -27,7 +27,7 @@ pub(crate) struct Contents {
     pub(crate) not_before: Option<u64>,
     pub(crate) size: u32,
     pub(crate) position: Option<Position>,
-    pub(crate) dead: Option<Fate>,
+    pub(crate) dead: Option<DeadLetterReason>,
 }
 
 impl Outbox {
@@ -53,7 +53,7 @@ impl Outbox {
             OutboxRecord::Bound(bound) => {
                 self.segments.tell(here, bound.iter().map(|(number, ..)| *number));
                 for (number, part, binding) in bound {
-                    let key = PartKey { number, part };
+                    let key = DeliveryKey { number, part };
                     match binding {
                         // What took it from its node before may not have been written.
                         Some(binding) => self.rebind(key, &binding.binding()),
@@ -64,13 +64,13 @@ impl Outbox {
             OutboxRecord::Left(left) => {
                 self.segments.tell(here, left.iter().map(|(number, _)| *number));
                 for (number, part) in left {
-                    self.leave(PartKey { number, part });
+                    self.leave(DeliveryKey { number, part });
                 }
             }
             OutboxRecord::Freed(freed) => {
                 self.segments.tell(here, freed.iter().map(|(number, _)| *number));
                 for (number, part) in freed {
-                    let key = PartKey { number, part };
+                    let key = DeliveryKey { number, part };
                     self.unbind(key);
                     if let Some(part) = self.part_mut(key) {
                         part.redelivered = false;
@@ -80,25 +80,25 @@ impl Outbox {
             OutboxRecord::Settled(settled) => {
                 self.segments.tell(here, settled.iter().map(|(number, _)| *number));
                 for (number, part) in settled {
-                    self.recover_settled(PartKey { number, part });
+                    self.recover_settled(DeliveryKey { number, part });
                 }
             }
             OutboxRecord::Failed(number, part, failures) => {
                 self.segments.tell(here, [number].into_iter());
-                if let Some(part) = self.part_mut(PartKey { number, part }) {
+                if let Some(part) = self.part_mut(DeliveryKey { number, part }) {
                     (part.failures, part.redelivered) = (failures, true);
                 }
             }
-            OutboxRecord::Dead(number, part, Some(fate)) => {
+            OutboxRecord::Dead(number, part, Some(reason)) => {
                 self.segments.tell(here, [number].into_iter());
-                let key = PartKey { number, part };
+                let key = DeliveryKey { number, part };
                 if self.part(key).is_some_and(|part| part.state == State::Storing) {
-                    self.end_part(key, State::Dead(Box::new(fate)));
+                    self.end_part(key, State::Dead(Box::new(reason)));
                 }
             }
             OutboxRecord::Dead(number, part, None) => {
                 self.segments.tell(here, [number].into_iter());
-                self.revive_for_good(PartKey { number, part });
+                self.revive_for_good(DeliveryKey { number, part });
             }
             OutboxRecord::Peers(peers) => self.recover_peers(here, &peers)?,
             OutboxRecord::Kept(kept) => self.recover_kept(here, &kept)?,
@@ -164,7 +164,7 @@ impl Outbox {
             expires_at: rare.and_then(|rare| rare.expires_at).filter(|_| *expires),
             not_before: rare.and_then(|rare| rare.not_before),
             order: self.order(*number).map(|order| order.to_string()),
-            frozen: Raw(Default::default()),
+            encoded: Raw(Default::default()),
         };
         let size = entry.size;
         self.recover_as(position, size, &record)
@@ -183,7 +183,7 @@ impl Outbox {
     ) -> Result<(), RecordError> {
         self.next_number = self.next_number.max(record.number + 1);
         let destinations = BASE_COST as u32 * record.parts.len().max(1) as u32;
-        self.recover_as(position, destinations + record.frozen.0.len() as u32, record)
+        self.recover_as(position, destinations + record.encoded.0.len() as u32, record)
     }
 
     /// A message that lies there stands as the record says.
@@ -199,7 +199,7 @@ impl Outbox {
             self.discard(number);
         }
         let order: Option<Arc<str>> = record.order.as_deref().map(Arc::from);
-        let mut parts: SmallVec<[Part; 1]> = SmallVec::new();
+        let mut parts: SmallVec<[OutboundDelivery; 1]> = SmallVec::new();
         for part in &record.parts {
             let target = part.target.target()?;
             let target = self.target_number(&target);
@@ -207,7 +207,7 @@ impl Outbox {
             let (bound, failures, attempts) = (None, part.failures, 0);
             let redelivered = part.redelivered;
             self.open += 1;
-            parts.push(Part { target, bound, state, failures, attempts, redelivered });
+            parts.push(OutboundDelivery { target, bound, state, failures, attempts, redelivered });
         }
         let (expires_at, not_before) = (record.expires_at, record.not_before);
         let rare = Rare { expires_at, not_before, order };
@@ -217,7 +217,7 @@ impl Outbox {
         self.segments.enter(position.segment, number, size);
         self.entries.insert(number, entry);
         for (at, part) in (0u32..).zip(&record.parts) {
-            let key = PartKey { number, part: at };
+            let key = DeliveryKey { number, part: at };
             for former in &part.former {
                 self.rebind(key, &former.binding());
                 self.leave(key);
@@ -229,8 +229,8 @@ impl Outbox {
             self.enter_lane(key);
             match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
-                PartRecord { dead: Some(fate), .. } => {
-                    self.end_part(key, State::Dead(Box::new(fate.clone())));
+                PartRecord { dead: Some(reason), .. } => {
+                    self.end_part(key, State::Dead(Box::new(reason.clone())));
                 }
                 _ => {}
             }
@@ -239,7 +239,7 @@ impl Outbox {
     }
 
     /// Binds a message as an earlier life did, and takes it from the node that it was bound to.
-    fn rebind(&mut self, key: PartKey, binding: &Binding) {
+    fn rebind(&mut self, key: DeliveryKey, binding: &Binding) {
         self.leave(key);
         let stream = self.stream_number(binding.node, binding.stream.clone());
         let bound = Bound { stream, seq: binding.seq };
@@ -256,14 +256,14 @@ impl Outbox {
         former.into_iter().for_each(|given_up| self.release_number(given_up));
     }
 
-    pub(super) fn recover_settled(&mut self, key: PartKey) {
+    pub(super) fn recover_settled(&mut self, key: DeliveryKey) {
         self.revive(key);
         if self.part(key).is_some_and(|part| part.state != State::Settled) {
             self.end_part(key, State::Settled);
         }
     }
 
-    pub(super) fn revive(&mut self, key: PartKey) {
+    pub(super) fn revive(&mut self, key: DeliveryKey) {
         if let Some(part) = self.part_mut(key)
             && matches!(part.state, State::Dead(_))
         {
@@ -276,7 +276,7 @@ impl Outbox {
 
     /// The same for one that is to be sent again. Its message expires no more: that time may have
     /// come, and it would be dead at once.
-    pub(super) fn revive_for_good(&mut self, key: PartKey) {
+    pub(super) fn revive_for_good(&mut self, key: DeliveryKey) {
         self.revive(key);
         if let Some(rare) = self.entries.get_mut(key.number).and_then(|entry| entry.rare.as_mut()) {
             rare.expires_at = None;
@@ -306,9 +306,9 @@ impl Outbox {
         let parts = self.entries.iter().flat_map(|(number, entry)| {
             let parts = (0u32..).zip(&entry.parts);
             let stored = parts.filter(|(_, part)| part.state == State::Storing);
-            stored.map(move |(part, _)| PartKey { number, part })
+            stored.map(move |(part, _)| DeliveryKey { number, part })
         });
-        let keys: Vec<PartKey> = parts.collect();
+        let keys: Vec<DeliveryKey> = parts.collect();
         keys.into_iter().for_each(|key| self.activate(now, key));
         self.peers.values_mut().for_each(|peer| peer.down_since = now.time);
     }
@@ -329,29 +329,29 @@ impl Outbox {
                 size: entry.size,
                 position: entry.position,
                 dead: match &part.state {
-                    State::Dead(fate) => Some(Fate::clone(fate)),
+                    State::Dead(reason) => Some(DeadLetterReason::clone(reason)),
                     _ => None,
                 },
             })
         })
     }
 
-    /// The bytes of a message, from the journal's entry that it is in; `frozen` as it was stored.
-    pub(crate) fn frozen(entry: &[u8], number: u64) -> Result<Option<Bytes>, RecordError> {
-        let mut all = Self::all_frozen(entry)?.into_iter();
-        Ok(all.find(|(other, _)| *other == number).map(|(_, frozen)| frozen))
+    /// The bytes of a message, from the journal's entry that it is in; `encoded` as it was stored.
+    pub(crate) fn stored_message(entry: &[u8], number: u64) -> Result<Option<Bytes>, RecordError> {
+        let mut all = Self::stored_messages(entry)?.into_iter();
+        Ok(all.find(|(other, _)| *other == number).map(|(_, encoded)| encoded))
     }
 
     /// The same of all messages that are in an entry, by their numbers.
-    pub(crate) fn all_frozen(entry: &[u8]) -> Result<Vec<(u64, Bytes)>, RecordError> {
+    pub(crate) fn stored_messages(entry: &[u8]) -> Result<Vec<(u64, Bytes)>, RecordError> {
         let messages = match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) | OutboxRecord::Once(messages, _) => messages,
             _ => return Ok(Vec::new()),
         };
-        let frozen = |message: MessageRecord<'_>| {
-            (message.number, Bytes::from(message.frozen.0.into_owned()))
+        let encoded = |message: MessageRecord<'_>| {
+            (message.number, Bytes::from(message.encoded.0.into_owned()))
         };
-        Ok(messages.into_iter().map(frozen).collect())
+        Ok(messages.into_iter().map(encoded).collect())
     }
 
     /// An entry of so many messages, as a transaction stores them.
@@ -363,7 +363,7 @@ impl Outbox {
             expires_at: None,
             not_before: None,
             order: None,
-            frozen: Raw(number.to_string().into_bytes().into()),
+            encoded: Raw(number.to_string().into_bytes().into()),
         };
         let entry = OutboxRecord::Messages((1..=messages).map(message).collect()).encode();
         (Position { segment: 1, offset: 48, length: entry.len() as u32 }, entry)

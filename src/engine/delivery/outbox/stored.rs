@@ -1,10 +1,12 @@
 //! What goes to the journal, and what it says of it.
 
 use super::once::Group;
-use super::{Bound, DISK_RETRY, Outbox, OutboxAction, PartKey, Pending, State, Target, Written};
+use super::{
+    Bound, DISK_RETRY, DeliveryKey, Outbox, OutboxAction, Pending, State, Target, Written,
+};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
-use crate::journal::{Haste, Level, Need, NotStored, Position};
+use crate::journal::{Level, Need, NotStored, Persist, Position};
 use crate::message::MessageId;
 
 impl Outbox {
@@ -13,11 +15,11 @@ impl Outbox {
     }
 
     pub(super) fn append_encoded(&mut self, entry: Vec<u8>, pending: Pending) {
-        let haste = match pending {
+        let persist = match pending {
             // If it is lost, what it tells of comes once more, and is known there.
-            Pending::Settled(..) => Haste::Later,
-            Pending::Noted(_) => Haste::Written,
-            _ => Haste::Synced,
+            Pending::Settled(..) => Persist::Lazy,
+            Pending::Noted(_) => Persist::Flush,
+            _ => Persist::Sync,
         };
         let need = match pending {
             Pending::Messages(..) | Pending::Peers => Need::None,
@@ -31,7 +33,7 @@ impl Outbox {
             _ => 0,
         };
         let token = self.token_for(pending);
-        self.actions.push_back(OutboxAction::Append { token, entry, messages, haste, need });
+        self.actions.push_back(OutboxAction::Append { token, entry, messages, persist, need });
     }
 
     /// Appends an entry as the first of a segment.
@@ -137,7 +139,7 @@ impl Outbox {
             }
             (Some(Pending::Dead(key)), Ok(position)) => {
                 self.segments.tell(position.segment, [key.number].into_iter());
-                self.bury(key);
+                self.finish_dead_letter(key);
             }
             (Some(Pending::Dead(key)), Err(_)) => {
                 self.timers.insert((now.time + DISK_RETRY, key));
@@ -213,7 +215,7 @@ impl Outbox {
         entry.position = Some(position);
         self.segments.enter(position.segment, number, entry.size);
         for part in 0..entry.parts.len() as u32 {
-            let key = PartKey { number, part };
+            let key = DeliveryKey { number, part };
             if self.is_unwanted(key) {
                 self.settle(key);
                 continue;
@@ -223,7 +225,7 @@ impl Outbox {
     }
 
     /// Sets a stored message on its way, as far as it may go.
-    pub(super) fn activate(&mut self, now: Now, key: PartKey) {
+    pub(super) fn activate(&mut self, now: Now, key: DeliveryKey) {
         let Some(entry) = self.entries.get(key.number) else { return };
         let rare = entry.rare.as_deref();
         let (expires_at, not_before) =
@@ -240,7 +242,7 @@ impl Outbox {
     }
 
     /// Whether it is for a durable subscription that was given up meanwhile.
-    pub(super) fn is_unwanted(&self, key: PartKey) -> bool {
+    pub(super) fn is_unwanted(&self, key: DeliveryKey) -> bool {
         match self.part(key).map(|part| &self.targets[part.target as usize]) {
             Some(Target::Subscription(node, name)) => {
                 !self.subscriptions.contains_key(&(*node, name.clone()))

@@ -4,7 +4,7 @@ use super::{Decision, Event, NODES, Nature, Packet, Sent, World, id};
 use crate::engine::delivery::Verdict;
 use crate::engine::sim::disk::Crash;
 use crate::message::MessageId;
-use crate::wire::{Answer, Delivery, DeliveryId, Outcome};
+use crate::wire::{Answer, Delivery, DeliveryId, DeliveryOutcome};
 
 impl World {
     pub(super) fn handle_message(
@@ -25,13 +25,13 @@ impl World {
         match verdict {
             Verdict::Run if !serves => {
                 self.seen.add("refusals", 1);
-                life.inbox.handle_ended(id(from), &it.id, Outcome::Refused);
+                life.inbox.handle_ended(id(from), &it.id, DeliveryOutcome::Refused);
             }
             Verdict::Run => self.begin(from, node, it.id, message, it.redelivered),
             Verdict::RunLater => _ = life.waiting.insert((id(from), it.id), message),
             Verdict::Wait => {}
             Verdict::Answer(outcome) => {
-                if outcome == Outcome::Processed {
+                if outcome == DeliveryOutcome::Processed {
                     let place = (node, it.id.stream.subscription.is_some(), message);
                     assert!(self.begun.contains_key(&place), "{message} was never begun");
                     // Its answer may have been lost in a crash.
@@ -132,10 +132,10 @@ impl World {
         let place = (node, it.stream.subscription.is_some(), message);
         let times = self.begun[&place];
         let outcome = match self.sent[&message].nature {
-            Nature::Flaky(fails) if times <= fails => Outcome::Failed("flaky".into()),
-            Nature::Good | Nature::Flaky(_) => Outcome::Processed,
-            Nature::Poison => Outcome::Failed("poison".into()),
-            Nature::Rejected => Outcome::Rejected("no".into()),
+            Nature::Flaky(fails) if times <= fails => DeliveryOutcome::Failed("flaky".into()),
+            Nature::Good | Nature::Flaky(_) => DeliveryOutcome::Processed,
+            Nature::Poison => DeliveryOutcome::Failed("poison".into()),
+            Nature::Rejected => DeliveryOutcome::Rejected("no".into()),
             Nature::Killer => unreachable!("it killed its process"),
         };
         let Some(life) = &mut self.nodes[node].life else { return };

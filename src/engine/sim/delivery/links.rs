@@ -17,7 +17,7 @@ impl World {
             if let Some(life) = &mut self.nodes[a].life {
                 life.outbox.handle_link_up(id(b));
             }
-            self.tell_inbox(a, b);
+            self.announce_inbox(a, b);
             self.perform(a);
         }
     }

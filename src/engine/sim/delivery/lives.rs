@@ -77,7 +77,7 @@ impl World {
             looks: false,
         });
         self.submit_again(node);
-        self.tell_consumers(node);
+        self.announce_consumers(node);
         for other in 0..NODES {
             self.after(100, node, Event::Link { with: other });
         }
@@ -142,17 +142,17 @@ impl World {
         }
     }
 
-    fn tell_consumers(&mut self, node: usize) {
+    fn announce_consumers(&mut self, node: usize) {
         let subscriptions = self.consumed(node);
         let Some(life) = &mut self.nodes[node].life else { return };
         let own = InboxInfo { epoch: 0, subscriptions, ended: Vec::new() };
         life.outbox.handle_inbox(id(node), own);
         for other in (0..NODES).filter(|other| *other != node) {
-            self.tell_inbox(node, other);
+            self.announce_inbox(node, other);
         }
     }
 
-    pub(super) fn tell_inbox(&mut self, node: usize, to: usize) {
+    pub(super) fn announce_inbox(&mut self, node: usize, to: usize) {
         let subscriptions = self.consumed(node);
         let Some(life) = &self.nodes[node].life else { return };
         let info = InboxInfo { epoch: life.inbox.epoch(), subscriptions, ended: Vec::new() };
@@ -210,7 +210,7 @@ impl World {
 
     pub(super) fn serve(&mut self, node: usize, serves: bool) {
         self.nodes[node].serves = serves;
-        self.tell_consumers(node);
+        self.announce_consumers(node);
         for other in 0..NODES {
             if let Some(life) = &mut self.nodes[other].life {
                 life.outbox.handle_routes_changed();

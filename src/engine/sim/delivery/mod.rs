@@ -19,13 +19,13 @@ use super::Random;
 use super::disk::{Disk, SEGMENT, kind};
 use crate::engine::Time;
 use crate::engine::delivery::{
-    Fate, Inbox, InboxAction, NewMessage, Now, Outbox, OutboxAction, Source, Target,
+    DeadLetterReason, Inbox, InboxAction, NewMessage, Now, Outbox, OutboxAction, Source, Target,
 };
 use crate::identity::NodeId;
 use crate::journal::stepped::EntryKind;
 use crate::journal::{Need, Position};
 use crate::message::{IdSource, MessageId};
-use crate::wire::{Answer, Control, Delivery, DeliveryId, Outcome, thaw};
+use crate::wire::{Answer, Control, Delivery, DeliveryId, DeliveryOutcome, decode_stored};
 use seen::Seen;
 
 const NODES: usize = 3;
@@ -56,7 +56,7 @@ struct Sent {
     transaction: MessageId,
     /// To be submitted again by whoever doesn't know whether it is stored.
     once: Option<NewMessage>,
-    done: Option<Result<(), Fate>>,
+    done: Option<Result<(), DeadLetterReason>>,
     /// What said that it is settled was perhaps not written when its sender crashed.
     may_end_again: bool,
     /// Its outbox was put back to an older state, and knows nothing of it or too little.
@@ -140,9 +140,9 @@ impl Node {
     /// The id of a message that its outbox has stored.
     fn stored_id(&self, number: u64, position: Position) -> MessageId {
         let bytes = self.outbox_disk.at(position).expect("it is kept");
-        let frozen = Outbox::frozen(&bytes, number).unwrap().unwrap();
+        let encoded = Outbox::stored_message(&bytes, number).unwrap().unwrap();
         // The same whoever reads it.
-        thaw(&frozen, &id(0)).unwrap().header.id
+        decode_stored(&encoded, &id(0)).unwrap().header.id
     }
 }
 
@@ -408,8 +408,8 @@ impl World {
         let now = self.clock();
         let entry = &mut self.nodes[node];
         match action {
-            OutboxAction::Append { token, entry: bytes, haste, need, .. } => {
-                entry.outbox_disk.append(Some(token), bytes, kind(haste, need));
+            OutboxAction::Append { token, entry: bytes, persist, need, .. } => {
+                entry.outbox_disk.append(Some(token), bytes, kind(persist, need));
             }
             OutboxAction::AppendFirst { token, entry: bytes } => {
                 self.seen.add("segments begun to clean the newest", 1);
@@ -422,8 +422,8 @@ impl World {
             OutboxAction::Read(number, position) => {
                 self.seen.add("messages moved to another segment", 1);
                 let bytes = entry.outbox_disk.at(position).expect("it is kept");
-                let frozen = Outbox::frozen(&bytes, number).unwrap();
-                entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, frozen);
+                let encoded = Outbox::stored_message(&bytes, number).unwrap();
+                entry.life.as_mut().expect("it acts").outbox.handle_read(now, number, encoded);
             }
             OutboxAction::Transmit { to, source, delivery, .. } => {
                 let message = match source {
@@ -467,8 +467,8 @@ impl World {
         let entry = &mut self.nodes[node];
         let life = entry.life.as_mut().expect("it acts");
         match action {
-            InboxAction::Append { token, entry: bytes, haste, .. } => {
-                entry.inbox_disk.append(Some(token), bytes, kind(haste, Need::Urgent));
+            InboxAction::Append { token, entry: bytes, persist, .. } => {
+                entry.inbox_disk.append(Some(token), bytes, kind(persist, Need::Urgent));
             }
             InboxAction::AppendSnapshot { token, entry: bytes, .. } => {
                 // Each life begins with one.
@@ -480,7 +480,7 @@ impl World {
             InboxAction::RemoveBefore(segment) => entry.inbox_disk.remove_before(segment),
             InboxAction::Answer(to, answer) => {
                 let message = life.waiting.remove(&(to, answer.id.clone()));
-                if answer.outcome == Outcome::Processed {
+                if answer.outcome == DeliveryOutcome::Processed {
                     let message = message.expect("its handler ended");
                     let subscribed = answer.id.stream.subscription.is_some();
                     self.durable.insert((node, subscribed, message));
@@ -493,7 +493,7 @@ impl World {
                 life.inbox.handle_begun(from);
                 match entry.serves {
                     true => self.begin(node_of(&from), node, it, message, true),
-                    false => life.inbox.handle_ended(from, &it, Outcome::Refused),
+                    false => life.inbox.handle_ended(from, &it, DeliveryOutcome::Refused),
                 }
             }
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Decision, Nature, World};
-use crate::engine::delivery::{Contents, Outbox, OutboxConfig, PartKey};
+use crate::engine::delivery::{Contents, DeliveryKey, Outbox, OutboxConfig};
 use crate::engine::sim::disk::Crash;
 use crate::message::MessageId;
 
@@ -39,7 +39,7 @@ impl World {
         for letter in contents.iter().filter(|it| it.dead.is_some()) {
             let Contents { number, part, position, .. } = *letter;
             let message = entry.stored_id(number, position.expect("it is stored"));
-            let key = PartKey { number, part };
+            let key = DeliveryKey { number, part };
             let (decision, record) = match number % 3 {
                 0 => (Decision::Removed, outbox.purge(key)),
                 _ => (Decision::Replayed, outbox.replay(key)),

@@ -9,7 +9,7 @@ use smallvec::smallvec;
 
 use super::{Event, Life, Nature, Node, Sent, World};
 use crate::address::{Destination, ServiceName};
-use crate::engine::delivery::{Fate, NewMessage, Target};
+use crate::engine::delivery::{DeadLetterReason, NewMessage, Target};
 use crate::engine::sim::disk::SEGMENT;
 use crate::journal::Level;
 use crate::message::{Header, Kind, MessageId};
@@ -132,7 +132,7 @@ impl World {
         self.seen.when("outboxes full of what is not processed", is_full);
         if is_full {
             let sent = self.sent.get_mut(&message).expect("it was sent");
-            sent.done = Some(Err(Fate::TooLarge));
+            sent.done = Some(Err(DeadLetterReason::TooLarge));
             return;
         }
         self.probes[node] = None;

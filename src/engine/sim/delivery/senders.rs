@@ -8,7 +8,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::{KEYS, NODES, Nature, Sent, World, id, least_loaded};
 use crate::address::Destination;
-use crate::engine::delivery::{Fate, NewMessage, NewMessages, Submitted, Target};
+use crate::engine::delivery::{DeadLetterReason, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Header, Kind, MessageId};
 use crate::wire::Envelope;
 
@@ -91,7 +91,7 @@ impl World {
                     continue;
                 }
                 Submitted::Processed => Ok(()),
-                Submitted::Dead(fate) => Err(fate),
+                Submitted::Dead(reason) => Err(reason),
             };
             (sent.stored, sent.done, sent.may_end_again) = (true, Some(done), true);
         }
@@ -161,7 +161,12 @@ impl World {
         Some(new)
     }
 
-    pub(super) fn handle_done(&mut self, node: usize, number: u64, result: Result<(), Fate>) {
+    pub(super) fn handle_done(
+        &mut self,
+        node: usize,
+        number: u64,
+        result: Result<(), DeadLetterReason>,
+    ) {
         let message = self.nodes[node].life.as_ref().expect("it lives").numbers[&number];
         let sent = self.sent.get_mut(&message).expect("it was sent");
         if sent.forgotten {
@@ -181,23 +186,23 @@ impl World {
                 assert!(there >= sent.parts, "{message} is settled and was not processed");
                 self.seen.add("messages processed", 1);
             }
-            Err(Fate::Expired { maybe_processed }) => {
+            Err(DeadLetterReason::Expired { maybe_processed }) => {
                 self.seen.add("dead letters by expiry", 1);
                 self.seen.when("dead letters that may have been processed", *maybe_processed);
                 assert!(*maybe_processed || ran == 0 || sent.parts > 1, "{message} did run");
             }
-            Err(Fate::Rejected { .. }) => {
+            Err(DeadLetterReason::Rejected { .. }) => {
                 self.seen.add("rejections", 1);
                 // One that only dies with others is taken for a killer when that happens ten times.
                 let deaths = self.nodes.iter().map(|node| node.lives).max().unwrap_or_default();
                 let suspected = sent.nature == Nature::Killer || deaths >= 10;
                 assert!(sent.nature == Nature::Rejected || suspected);
             }
-            Err(Fate::Failed { .. }) => {
+            Err(DeadLetterReason::Failed { .. }) => {
                 self.seen.add("dead letters by failure", 1);
                 assert_eq!(sent.nature, Nature::Poison);
             }
-            Err(Fate::TooLarge | Fate::Unreadable) => panic!("nothing is"),
+            Err(DeadLetterReason::TooLarge | DeadLetterReason::Unreadable) => panic!("nothing is"),
         }
         sent.done = Some(result);
     }

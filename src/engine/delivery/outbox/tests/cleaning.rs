@@ -44,7 +44,7 @@ fn with_room_enough_nothing_is_written_again() {
     assert!(!bench.removed.contains(&1));
     let moved = |bench: &Bench| {
         let all = bench.journal.iter().filter(|(at, _)| at.segment > 1);
-        all.filter(|(_, entry)| Outbox::frozen(entry, 1).unwrap().is_some()).count()
+        all.filter(|(_, entry)| Outbox::stored_message(entry, 1).unwrap().is_some()).count()
     };
     assert_eq!(moved(&bench), 0);
     bench.room(SCARCE);
@@ -82,7 +82,7 @@ fn what_says_that_a_message_is_settled_is_said_again_while_its_bytes_are_there()
     bench.submit(Target::Node(BOB)).unwrap();
     let id = bench.sent.last().unwrap().1.id.clone();
     bench.segment += 1;
-    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     bench.process(9);
     for _ in 0..3 {
         bench.turn_over();
@@ -100,10 +100,10 @@ fn how_a_message_stands_is_said_again_when_what_said_it_goes() {
     bench.submit(Target::Node(BOB)).unwrap();
     let id = bench.sent.last().unwrap().1.id.clone();
     bench.segment += 1;
-    bench.answer(BOB, &id, 1, Outcome::Failed("no".into()));
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Failed("no".into()));
     bench.submit(Target::Node(BOB)).unwrap();
     let (_, rejected) = bench.sent.last().unwrap().clone();
-    bench.answer(BOB, &rejected.id, 1, Outcome::Rejected("never".into()));
+    bench.answer(BOB, &rejected.id, 1, DeliveryOutcome::Rejected("never".into()));
     bench.process(30);
     for _ in 0..3 {
         bench.turn_over();
@@ -128,14 +128,14 @@ fn a_copy_of_what_is_settled_meanwhile_does_not_come_back() {
     bench.kept = Some(1);
     bench.turn_over();
     bench.room(SCARCE);
-    let copy = |(_, entry): &&(_, Vec<u8>)| Outbox::frozen(entry, 10).unwrap().is_some();
+    let copy = |(_, entry): &&(_, Vec<u8>)| Outbox::stored_message(entry, 10).unwrap().is_some();
     let copies = |bench: &Bench| bench.journal.iter().filter(copy).count();
     let last = bench.segment;
     assert_eq!(copies(&bench), 2);
     // That it is settled is not stored before its last copy goes.
     bench.process(90);
     bench.forgetful = true;
-    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     bench.segment += 1;
     bench.wait(1);
     bench.sleep(DISK_RETRY);
@@ -158,7 +158,7 @@ fn ids_are_said_again_without_bodies_when_there_is_little_room() {
             bench.run();
         }
         for (_, sent) in std::mem::take(&mut bench.sent) {
-            bench.answer(BOB, &sent.id, sent.attempt, Outcome::Processed);
+            bench.answer(BOB, &sent.id, sent.attempt, DeliveryOutcome::Processed);
         }
         bench.turn_over();
         room.into_iter().for_each(|room| bench.room(room));
@@ -196,7 +196,7 @@ fn numbers_are_never_given_twice_to_what_is_remembered() {
     bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
     bench.run();
     let (_, sent) = bench.sent.last().unwrap().clone();
-    bench.answer(BOB, &sent.id, 1, Outcome::Processed);
+    bench.answer(BOB, &sent.id, 1, DeliveryOutcome::Processed);
     bench.turn_over();
     bench.room(FULL);
     let mut bench = bench.restart();

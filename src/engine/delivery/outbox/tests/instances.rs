@@ -24,9 +24,9 @@ fn a_message_stays_with_its_node_unless_reassigning_is_wanted() {
         assert!(delivery.redelivered);
         // Whoever says first that it is processed settles it.
         bench.meet(BOB);
-        assert!(bench.answer(BOB, &first, 1, Outcome::Processed));
+        assert!(bench.answer(BOB, &first, 1, DeliveryOutcome::Processed));
         assert_eq!(bench.done, [(1, Ok(()))]);
-        bench.answer(CAROL, &delivery.id, 1, Outcome::Processed);
+        bench.answer(CAROL, &delivery.id, 1, DeliveryOutcome::Processed);
         assert_eq!(bench.done.len(), 1);
     }
 }
@@ -75,7 +75,7 @@ fn what_is_behind_its_key_goes_to_others_with_what_it_is_behind() {
     bench.submit(service()).unwrap();
     let second = bench.submit(service()).unwrap();
     // An earlier version gave it to him when it was stored.
-    let key = PartKey { number: second, part: 0 };
+    let key = DeliveryKey { number: second, part: 0 };
     let bound = bench.outbox.reassign_to(key, Some(BOB)).unwrap();
     bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, bound));
     bench = bench.restart();
@@ -84,7 +84,7 @@ fn what_is_behind_its_key_goes_to_others_with_what_it_is_behind() {
     bench.sleep(2 * minute);
     let (to, first) = bench.sent.last().unwrap().clone();
     assert_eq!((to, bench.sent.len()), (CAROL, 1));
-    bench.answer(CAROL, &first.id, first.attempt, Outcome::Processed);
+    bench.answer(CAROL, &first.id, first.attempt, DeliveryOutcome::Processed);
     assert_eq!(bench.sent.last().unwrap().0, CAROL);
     assert_eq!(bench.sent.len(), 2);
 }
@@ -106,7 +106,7 @@ fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
             // What was stored first is in a segment that is removed.
             let old = bench.journal.len();
             bench.outbox.moving = 1;
-            bench.outbox.handle_read(bench.now(), number, Some(Bytes::from_static(b"frozen")));
+            bench.outbox.handle_read(bench.now(), number, Some(Bytes::from_static(b"encoded")));
             bench.run();
             bench.journal.drain(..old);
             bench = bench.restart();
@@ -120,7 +120,7 @@ fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
         let (to, again) = bench.sent.last().unwrap().clone();
         assert_eq!((to, &again.id), (BOB, &at_first.id));
         assert!(again.redelivered && again.floor <= again.id.seq);
-        bench.answer(BOB, &again.id, again.attempt, Outcome::Processed);
+        bench.answer(BOB, &again.id, again.attempt, DeliveryOutcome::Processed);
         assert_eq!((bench.done.as_slice(), bench.outbox.pending()), (&[(1, Ok(()))][..], 0));
     }
 }
@@ -133,7 +133,7 @@ fn a_number_that_was_given_up_is_not_taken_again_even_if_nothing_says_so() {
     bench.meet(BOB);
     bench.submit(Target::Service("work".parse().unwrap())).unwrap();
     let (_, refused) = bench.sent[0].clone();
-    bench.answer(BOB, &refused.id, 1, Outcome::Refused);
+    bench.answer(BOB, &refused.id, 1, DeliveryOutcome::Refused);
     bench.sleep(minute);
     let (to, second) = bench.sent.last().unwrap().clone();
     assert!(to == BOB && second.id != refused.id);
@@ -177,9 +177,9 @@ fn what_was_reassigned_is_not_sent_to_its_old_node_under_its_new_number() {
     let to_bob = &bench.sent[before..];
     assert!(to_bob.iter().all(|(to, _)| *to != BOB), "it is hers now: {to_bob:?}");
     let (_, first) = bench.sent[before - 1].clone();
-    bench.answer(CAROL, &first.id, first.attempt, Outcome::Processed);
+    bench.answer(CAROL, &first.id, first.attempt, DeliveryOutcome::Processed);
     let (to, second) = bench.sent.last().unwrap().clone();
     assert_eq!((to, second.redelivered), (CAROL, true));
-    bench.answer(CAROL, &second.id, second.attempt, Outcome::Processed);
+    bench.answer(CAROL, &second.id, second.attempt, DeliveryOutcome::Processed);
     assert_eq!((bench.done.len(), bench.outbox.pending()), (2, 0));
 }

@@ -14,7 +14,7 @@ use crate::address::Destination;
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
 use crate::message::{Header, IdSource, Kind};
-use crate::wire::{Answer, DeliveryId, InboxInfo, Outcome};
+use crate::wire::{Answer, DeliveryId, DeliveryOutcome, InboxInfo};
 
 const ME: NodeId = NodeId::from_bytes([1; 32]);
 const BOB: NodeId = NodeId::from_bytes([2; 32]);
@@ -29,7 +29,7 @@ struct Bench {
     key: Option<&'static str>,
     journal: Vec<(Position, Vec<u8>)>,
     sent: Vec<(NodeId, Delivery)>,
-    done: Vec<(u64, Result<(), Fate>)>,
+    done: Vec<(u64, Result<(), DeadLetterReason>)>,
     events: Vec<OutboxEvent>,
     /// The disk refuses everything.
     full: bool,
@@ -107,7 +107,7 @@ impl Bench {
                     self.refused += 1;
                     self.outbox.handle_appended(now, token, Err("the disk is full".into()));
                 }
-                OutboxAction::Append { haste: Haste::Later, .. } if self.forgetful => {}
+                OutboxAction::Append { persist: Persist::Lazy, .. } if self.forgetful => {}
                 OutboxAction::Append { token, entry, .. } => self.store(token, entry),
                 OutboxAction::AppendFirst { token, entry } => {
                     self.segment += 1;
@@ -120,9 +120,10 @@ impl Bench {
                     self.removed.extend(segments);
                 }
                 OutboxAction::Read(number, position) => {
-                    let frozen =
-                        self.frozen(position, number).filter(|_| self.unreadable != Some(number));
-                    self.outbox.handle_read(now, number, frozen);
+                    let encoded = self
+                        .stored_message(position, number)
+                        .filter(|_| self.unreadable != Some(number));
+                    self.outbox.handle_read(now, number, encoded);
                 }
                 OutboxAction::Transmit { key, .. } if self.damaged => {
                     self.reads += 1;
@@ -151,7 +152,7 @@ impl Bench {
         for _ in 0..messages {
             self.submit(Target::Node(BOB)).unwrap();
             let id = self.sent.last().unwrap().1.id.clone();
-            self.answer(BOB, &id, 1, Outcome::Processed);
+            self.answer(BOB, &id, 1, DeliveryOutcome::Processed);
         }
     }
 
@@ -163,9 +164,9 @@ impl Bench {
         self.outbox.handle_appended(self.now(), token, Ok(position));
     }
 
-    fn frozen(&self, position: Position, number: u64) -> Option<Bytes> {
+    fn stored_message(&self, position: Position, number: u64) -> Option<Bytes> {
         let (_, entry) = self.journal.iter().find(|(it, _)| *it == position)?;
-        Outbox::frozen(entry, number).unwrap()
+        Outbox::stored_message(entry, number).unwrap()
     }
 
     /// The next life, from what is in the journal.
@@ -216,7 +217,13 @@ impl Bench {
         self.run();
     }
 
-    fn answer(&mut self, from: NodeId, id: &DeliveryId, attempt: u32, outcome: Outcome) -> bool {
+    fn answer(
+        &mut self,
+        from: NodeId,
+        id: &DeliveryId,
+        attempt: u32,
+        outcome: DeliveryOutcome,
+    ) -> bool {
         let answer = Answer { id: id.clone(), attempt, outcome };
         let known = self.outbox.handle_answer(self.now(), from, answer);
         self.run();
@@ -239,17 +246,20 @@ fn an_answer_to_no_message_or_from_another_peer_changes_nothing() {
     let id = bench.sent[0].1.id.clone();
     let mut other = id.clone();
     other.seq += 1;
-    assert!(!bench.answer(BOB, &other, 1, Outcome::Processed));
+    assert!(!bench.answer(BOB, &other, 1, DeliveryOutcome::Processed));
     other = id.clone();
     other.stream.epoch += 1;
-    assert!(!bench.answer(BOB, &other, 1, Outcome::Processed));
-    assert!(!bench.answer(CAROL, &id, 1, Outcome::Processed));
+    assert!(!bench.answer(BOB, &other, 1, DeliveryOutcome::Processed));
+    assert!(!bench.answer(CAROL, &id, 1, DeliveryOutcome::Processed));
     // An attempt that never was can't fail.
-    bench.answer(BOB, &id, 2, Outcome::Rejected("no".into()));
+    bench.answer(BOB, &id, 2, DeliveryOutcome::Rejected("no".into()));
     assert!(bench.done.is_empty() && bench.outbox.pending() == 1);
-    assert!(bench.answer(BOB, &id, 9, Outcome::Processed), "an Ok settles whatever it names");
+    assert!(
+        bench.answer(BOB, &id, 9, DeliveryOutcome::Processed),
+        "an Ok settles whatever it names"
+    );
     assert_eq!(bench.done, [(1, Ok(()))]);
-    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     assert_eq!((bench.done.len(), bench.outbox.pending()), (1, 0));
 }
 
@@ -265,7 +275,7 @@ fn what_is_behind_its_key_takes_no_number_before_its_turn() {
     let numbers: Vec<_> = bench.sent.iter().map(|(_, sent)| sent.id.seq).collect();
     assert_eq!(numbers, [1, 2], "the one behind its key makes no gap");
     let id = bench.sent[0].1.id.clone();
-    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     let (_, second) = bench.sent.last().unwrap();
     assert_eq!((second.id.seq, second.redelivered), (3, false));
 }
@@ -279,7 +289,7 @@ fn a_full_outbox_refuses_and_takes_again_when_there_is_room() {
     }
     assert_eq!(bench.submit(Target::Node(BOB)).unwrap_err().messages, 3);
     let id = bench.sent[0].1.id.clone();
-    bench.answer(BOB, &id, 1, Outcome::Processed);
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     bench.submit(Target::Node(BOB)).unwrap();
 }
 
@@ -291,11 +301,11 @@ fn a_failing_message_is_retried_ever_more_rarely_and_becomes_a_dead_letter() {
     let id = bench.sent[0].1.id.clone();
     for attempt in 1..=10 {
         assert_eq!(bench.sent.len() as u32, attempt);
-        bench.answer(BOB, &id, attempt, Outcome::Failed("no".into()));
+        bench.answer(BOB, &id, attempt, DeliveryOutcome::Failed("no".into()));
         bench.sleep(Duration::from_secs(60));
     }
     assert_eq!(bench.sent.len(), 10);
-    assert!(matches!(bench.done[..], [(1, Err(Fate::Failed { failures: 10, .. }))]));
+    assert!(matches!(bench.done[..], [(1, Err(DeadLetterReason::Failed { failures: 10, .. }))]));
     assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
 }
 
@@ -313,7 +323,7 @@ fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
         bench.sleep(minute);
     }
     assert_eq!(bench.reads, MOST_UNREADABLE as usize, "and not for ever");
-    assert_eq!(bench.done, [(1, Err(Fate::Unreadable))]);
+    assert_eq!(bench.done, [(1, Err(DeadLetterReason::Unreadable))]);
     assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
     bench.damaged = false;
     bench.unreadable = Some(1);
@@ -322,7 +332,7 @@ fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
         bench.segment = segment;
         bench.submit(Target::Node(BOB)).unwrap();
         let id = bench.sent.last().unwrap().1.id.clone();
-        bench.answer(BOB, &id, 1, Outcome::Processed);
+        bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     }
     bench.sleep(minute);
     assert!(bench.removed.contains(&1), "the segment that it was in can go");
@@ -342,7 +352,7 @@ fn a_damaged_message_that_waits_does_not_keep_a_segment_either() {
         bench.segment = segment;
         bench.submit(Target::Node(BOB)).unwrap();
         let id = bench.sent.last().unwrap().1.id.clone();
-        bench.answer(BOB, &id, 1, Outcome::Processed);
+        bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     }
     for _ in 0..3 * MOST_UNREADABLE {
         bench.sleep(2 * DISK_RETRY);
@@ -362,11 +372,11 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
             bench.submit(Target::Node(BOB)).unwrap();
         }
         let id = bench.sent[0].1.id.clone();
-        bench.answer(BOB, &id, 1, Outcome::Rejected("no".into()));
+        bench.answer(BOB, &id, 1, DeliveryOutcome::Rejected("no".into()));
         assert_eq!(bench.sent.len(), if hold { 1 } else { 2 });
 
         // After a restart, and after that once more with the dead letter replayed.
-        let first = PartKey { number: 1, part: 0 };
+        let first = DeliveryKey { number: 1, part: 0 };
         for replayed in [false, true] {
             if replayed {
                 let entry = bench.outbox.replay(first).unwrap();
@@ -383,7 +393,7 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
         }
         // The replayed one is before the other again.
         let id = bench.sent[0].1.id.clone();
-        bench.answer(BOB, &id, 1, Outcome::Processed);
+        bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
         assert_eq!(bench.done, [(1, Ok(()))]);
         assert_eq!(bench.sent.len(), 2);
     }
@@ -401,7 +411,7 @@ fn what_is_replayed_expires_no_more_and_what_is_purged_leaves_the_rest_its_time(
         bench.run();
         bench.sleep(Duration::from_secs(2));
         assert_eq!(bench.outbox.dead_letters(), 1, "that to Bob; Carol's answer decides");
-        let to_bob = PartKey { number: 1, part: 0 };
+        let to_bob = DeliveryKey { number: 1, part: 0 };
         let entry = match replayed {
             true => bench.outbox.replay(to_bob),
             false => bench.outbox.purge(to_bob),
@@ -426,8 +436,8 @@ fn what_expires_on_its_way_to_a_node_without_an_inbox_is_a_dead_letter() {
     let (_, sent) = bench.sent[0].clone();
     bench.sleep(Duration::from_secs(2));
     assert_eq!(bench.done, [], "its answer decides");
-    bench.answer(BOB, &sent.id, 1, Outcome::NoInbox);
-    assert_eq!(bench.done, [(1, Err(Fate::Expired { maybe_processed: false }))]);
+    bench.answer(BOB, &sent.id, 1, DeliveryOutcome::NoInbox);
+    assert_eq!(bench.done, [(1, Err(DeadLetterReason::Expired { maybe_processed: false }))]);
 }
 
 #[test]
@@ -436,14 +446,14 @@ fn an_answer_to_what_is_still_being_stored_settles_nothing() {
     bench.meet(BOB);
     bench.submit(Target::Node(BOB)).unwrap();
     let (_, first) = bench.sent[0].clone();
-    bench.answer(BOB, &first.id, 1, Outcome::Processed);
+    bench.answer(BOB, &first.id, 1, DeliveryOutcome::Processed);
     bench.full = true;
     let mut next = first.id.clone();
     next.seq += 1;
     // As `submit` does, but for the journal's word.
     let message = bench.message(Target::Node(BOB));
     bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
-    let answer = Answer { id: next, attempt: 1, outcome: Outcome::Processed };
+    let answer = Answer { id: next, attempt: 1, outcome: DeliveryOutcome::Processed };
     bench.outbox.handle_answer(bench.now(), BOB, answer);
     assert_eq!((bench.outbox.pending(), bench.done.len()), (1, 1));
 }
@@ -455,7 +465,7 @@ fn a_disk_that_refuses_is_left_alone_for_a_while() {
     bench.submit(Target::Node(BOB)).unwrap();
     let (_, delivery) = bench.sent[0].clone();
     bench.full = true;
-    bench.answer(BOB, &delivery.id, 1, Outcome::Processed);
+    bench.answer(BOB, &delivery.id, 1, DeliveryOutcome::Processed);
     assert_eq!(bench.refused, 1, "tried once");
     bench.sleep(DISK_RETRY / 2);
     assert_eq!(bench.refused, 1);
@@ -496,7 +506,7 @@ fn what_is_stored_once_is_stored_once_also_after_a_restart() {
 
     bench.meet(BOB);
     for sent in std::mem::take(&mut bench.sent) {
-        assert!(bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed));
+        assert!(bench.answer(BOB, &sent.1.id, sent.1.attempt, DeliveryOutcome::Processed));
     }
     assert_eq!(bench.outbox.pending(), 0);
     assert_eq!(submit(&mut bench, id), Submitted::Processed);
@@ -519,7 +529,7 @@ fn an_id_is_remembered_for_so_many_full_segments_and_any_number_of_short_ones() 
             let position = Position { segment, offset: 0, length };
             bench.outbox.segments.reach(position);
             for sent in std::mem::take(&mut bench.sent) {
-                bench.answer(BOB, &sent.1.id, sent.1.attempt, Outcome::Processed);
+                bench.answer(BOB, &sent.1.id, sent.1.attempt, DeliveryOutcome::Processed);
             }
             let known = bench.outbox.submitted_before(&message).is_some();
             assert_eq!(known, remembered.contains(&segment), "{length} bytes, {segment}");

@@ -31,7 +31,7 @@ fn a_peer_that_comes_back_is_tried_at_once() {
     bench.meet(BOB);
     bench.submit(Target::Node(BOB)).unwrap();
     let id = bench.sent[0].1.id.clone();
-    bench.answer(BOB, &id, 1, Outcome::Failed("no".into()));
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Failed("no".into()));
     bench.lose(BOB);
     bench.meet(BOB);
     assert_eq!(bench.sent.len(), 2);

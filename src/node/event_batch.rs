@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::cell::Credit;
+use super::peer_link::Credit;
 use crate::address::{Destination, Topic};
 use crate::identity::NodeId;
 use crate::message::{Header, Kind, Message, MessageId};
@@ -38,7 +38,7 @@ impl Entry {
 
 /// Messages of one sender and topic, and the credit that they hold until the last is taken.
 #[derive(Clone)]
-pub(crate) struct Run {
+pub(crate) struct EventBatch {
     from: NodeId,
     topic: Topic,
     /// The bodies of the plain ones, one behind the other.
@@ -48,7 +48,7 @@ pub(crate) struct Run {
     pub(super) credit: Option<Arc<Credit>>,
 }
 
-impl Run {
+impl EventBatch {
     /// A run of one.
     pub(crate) fn single(topic: Topic, message: Message) -> Self {
         let (from, totals) = (message.from, Totals::one(message.cost()));
@@ -110,7 +110,7 @@ impl Run {
 }
 
 /// A run that grows.
-pub(crate) struct RunBuilder {
+pub(crate) struct EventBatchBuilder {
     from: NodeId,
     topic: Topic,
     bodies: Vec<u8>,
@@ -118,7 +118,7 @@ pub(crate) struct RunBuilder {
     totals: Totals,
 }
 
-impl RunBuilder {
+impl EventBatchBuilder {
     pub(crate) fn new(from: NodeId, topic: Topic) -> Self {
         let (bodies, entries) = (Vec::new(), Vec::new());
         Self { from, topic, bodies, entries, totals: Totals::default() }
@@ -149,13 +149,13 @@ impl RunBuilder {
     }
 
     /// What has gathered, if anything; an empty run of the same topic stays.
-    pub(crate) fn finish(&mut self) -> Option<Run> {
+    pub(crate) fn finish(&mut self) -> Option<EventBatch> {
         if self.entries.is_empty() {
             return None;
         }
         let bodies = std::mem::take(&mut self.bodies);
         let entries = std::mem::take(&mut self.entries);
-        Some(Run {
+        Some(EventBatch {
             from: self.from,
             topic: self.topic.clone(),
             bodies: bodies.into(),

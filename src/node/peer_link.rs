@@ -20,7 +20,7 @@ use crate::wire::{Control, Envelope, Lane, OutgoingEvent, Totals};
 ///
 /// Whoever changes the flow also hands what it yields to the transport, in the same call and
 /// under the flow's lock, which keeps the order. The lock is never held across an await.
-pub(crate) struct LinkCell {
+pub(crate) struct PeerLink {
     pub(crate) id: LinkId,
     pub(crate) peer: NodeId,
     /// What the peer may do.
@@ -47,7 +47,7 @@ pub(crate) struct LinkCell {
     waiting: AtomicU32,
 }
 
-impl LinkCell {
+impl PeerLink {
     pub(crate) fn new(
         id: LinkId,
         peer: NodeId,
@@ -220,7 +220,7 @@ impl LinkCell {
 /// The head of a batch, whose drop tells that the transport is done with it.
 struct Tracked {
     bytes: Vec<u8>,
-    cell: Arc<LinkCell>,
+    cell: Arc<PeerLink>,
 }
 
 impl AsRef<[u8]> for Tracked {
@@ -258,17 +258,17 @@ impl Drop for Waiting<'_> {
 
 /// What received messages hold of their link's credit. Dropping it gives the credit back.
 pub(crate) struct Credit {
-    cell: Arc<LinkCell>,
+    cell: Arc<PeerLink>,
     lane: Lane,
     held: Totals,
 }
 
 impl Credit {
-    pub(crate) fn new(cell: &Arc<LinkCell>, lane: Lane, held: Totals) -> Self {
+    pub(crate) fn new(cell: &Arc<PeerLink>, lane: Lane, held: Totals) -> Self {
         Self { cell: cell.clone(), lane, held }
     }
 
-    pub(crate) fn cell(&self) -> &Arc<LinkCell> {
+    pub(crate) fn cell(&self) -> &Arc<PeerLink> {
         &self.cell
     }
 

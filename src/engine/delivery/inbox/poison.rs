@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use super::{Inbox, InboxAction, Pending};
 use crate::engine::delivery::record::InboxRecord;
 use crate::identity::NodeId;
-use crate::journal::Haste;
+use crate::journal::Persist;
 use crate::wire::DeliveryId;
 
 impl Inbox {
@@ -19,7 +19,7 @@ impl Inbox {
             open.counted = true;
         }
         let record = InboxRecord::Begun(seen.number, seq, *begun);
-        self.append(&record, Pending::Begun(place, seq), Haste::Written);
+        self.append(&record, Pending::Begun(place, seq), Persist::Flush);
     }
 
     pub(super) fn next_suspect(&mut self) {

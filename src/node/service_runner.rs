@@ -9,10 +9,10 @@ use tokio::sync::Notify;
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::Instant;
 
-use super::cell::Credit;
 use super::counters::add;
 use super::handler::{Call, Cancelled, Handler, HandlerError};
 use super::lease::Lease;
+use super::peer_link::Credit;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::broker::Ticket;
@@ -20,7 +20,7 @@ use crate::engine::{Admission, Finished, LinkId, Service as Admissions};
 use crate::message::{Body, Message, MessageId};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, calling_out, lock};
-use crate::wire::{BASE_COST, Failure, Outcome as DeliveryOutcome, Payload};
+use crate::wire::{BASE_COST, DeliveryOutcome, Failure, Payload};
 
 /// Stands for the link of calls that this node makes to itself.
 pub(crate) const LOCAL: LinkId = LinkId(0);
@@ -56,7 +56,7 @@ impl Drop for LocalShare {
 }
 
 /// One service of this node.
-pub(crate) struct ServiceCell {
+pub(crate) struct ServiceRunner {
     pub(crate) name: ServiceName,
     pub(crate) concurrency: u32,
     handler: Arc<Handler>,
@@ -85,7 +85,7 @@ impl Held {
     }
 }
 
-impl ServiceCell {
+impl ServiceRunner {
     pub(crate) fn new(name: ServiceName, concurrency: u32, handler: Arc<Handler>) -> Self {
         let calls = Mutex::new(Rank::Calls, Admissions::new(concurrency as usize));
         Self { name, concurrency, handler, calls, ended: Notify::new() }

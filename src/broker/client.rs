@@ -10,7 +10,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::session::{ConnectError, Failed, Lost, Session};
-use super::{BrokerKind, BrokerUrl, Incoming, Me, Order, StoreFailure};
+use super::{BrokerKind, BrokerUrl, Command, Incoming, Me, StoreFailure};
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
@@ -22,7 +22,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// How soon the broker is asked again for what it refused.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// What an order counts for besides its message.
+/// What a command counts for besides its message.
 const ORDER_COST: u64 = 128;
 
 /// Whether the broker can be talked to.
@@ -41,7 +41,7 @@ pub(crate) enum State {
 
 /// What a node wants of the broker for as long as it lives, whatever becomes of a session.
 #[derive(Debug, Default)]
-pub(crate) struct Wishes {
+pub(crate) struct DesiredState {
     /// How many local subscriptions ask for each pattern.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
@@ -51,13 +51,13 @@ pub(crate) struct Wishes {
     served: BTreeSet<ServiceName>,
 }
 
-impl Wishes {
-    fn orders(&self) -> Vec<Order> {
-        let patterns = self.patterns.keys().cloned().map(Order::Subscribe);
-        let services = self.services.iter().map(|(name, n)| Order::Serve(name.clone(), *n));
+impl DesiredState {
+    fn commands(&self) -> Vec<Command> {
+        let patterns = self.patterns.keys().cloned().map(Command::Subscribe);
+        let services = self.services.iter().map(|(name, n)| Command::Serve(name.clone(), *n));
         let consumers = self.consumers.iter();
-        let consumers =
-            consumers.map(|(name, (pattern, n))| Order::Consume(name.clone(), pattern.clone(), *n));
+        let consumers = consumers
+            .map(|(name, (pattern, n))| Command::Consume(name.clone(), pattern.clone(), *n));
         patterns.chain(services).chain(consumers).collect()
     }
 }
@@ -69,20 +69,20 @@ pub(crate) enum Pace {
     Until(Instant),
 }
 
-pub(crate) struct Room {
+pub(crate) struct BrokerClient {
     url: BrokerUrl,
-    orders: mpsc::UnboundedSender<Queued>,
+    commands: mpsc::UnboundedSender<Queued>,
     queued: Arc<Queue>,
     session: ArcSwapOption<Session>,
-    wishes: Mutex<Wishes>,
+    desired: Mutex<DesiredState>,
     state: watch::Sender<State>,
     closing: Notify,
     closed: Notify,
 }
 
-/// An order, and its place in the queue.
+/// A command, and its place in the queue.
 struct Queued {
-    order: Order,
+    command: Command,
     _place: Place,
 }
 
@@ -104,7 +104,7 @@ impl Drop for Place {
     }
 }
 
-impl Order {
+impl Command {
     fn cost(&self) -> u64 {
         ORDER_COST
             + match self {
@@ -135,38 +135,39 @@ impl Order {
     }
 }
 
-/// What makes a room work; to be run as a task.
-pub(crate) struct Keeper {
-    room: Arc<Room>,
+/// What makes a client work; to be run as a task.
+pub(crate) struct ConnectionTask {
+    client: Arc<BrokerClient>,
     me: Me,
     incoming: Arc<dyn Incoming>,
-    orders: mpsc::UnboundedReceiver<Queued>,
+    commands: mpsc::UnboundedReceiver<Queued>,
     /// What the broker refused, and is asked for again.
-    refused: Vec<Order>,
+    refused: Vec<Command>,
 }
 
-impl Room {
+impl BrokerClient {
     /// `limit` is how many bytes of messages may wait for the broker.
     pub(crate) fn new(
         url: BrokerUrl,
         me: Me,
         limit: u64,
         incoming: Arc<dyn Incoming>,
-    ) -> (Arc<Self>, Keeper) {
-        let (sender, orders) = mpsc::unbounded_channel();
+    ) -> (Arc<Self>, ConnectionTask) {
+        let (sender, commands) = mpsc::unbounded_channel();
         let queued = Arc::new(Queue { bytes: AtomicU64::new(0), limit, freed: Notify::new() });
-        let room = Arc::new(Self {
+        let client = Arc::new(Self {
             url,
-            orders: sender,
+            commands: sender,
             queued,
             session: ArcSwapOption::empty(),
-            wishes: Mutex::new(Rank::Table, Wishes::default()),
+            desired: Mutex::new(Rank::Table, DesiredState::default()),
             state: watch::Sender::new(State::Down { error: "not connected yet".into() }),
             closing: Notify::new(),
             closed: Notify::new(),
         });
-        let keeper = Keeper { room: room.clone(), me, incoming, orders, refused: Vec::new() };
-        (room, keeper)
+        let task =
+            ConnectionTask { client: client.clone(), me, incoming, commands, refused: Vec::new() };
+        (client, task)
     }
 
     pub(crate) fn url(&self) -> &BrokerUrl {
@@ -198,36 +199,36 @@ impl Room {
     }
 
     /// Hands a message to the session, or lets it wait for it.
-    pub(crate) fn send(&self, order: Order) -> Result<(), DropReason> {
+    pub(crate) fn send(&self, command: Command) -> Result<(), DropReason> {
         let session = self.session.load();
         let Some(session) = &*session else { return Err(DropReason::LinkLost) };
         let waiting = self.queued_bytes();
         // What waits goes first.
-        let order = match waiting {
-            0 => match session.perform_now(order) {
+        let command = match waiting {
+            0 => match session.perform_now(command) {
                 None => return Ok(()),
-                Some(order) => order,
+                Some(command) => command,
             },
-            _ => order,
+            _ => command,
         };
-        let cost = order.cost();
+        let cost = command.cost();
         if waiting > 0 && waiting + cost > self.queued.limit {
             return Err(DropReason::SlowPeer);
         }
-        self.enqueue(order, cost);
+        self.enqueue(command, cost);
         Ok(())
     }
 
-    /// Waits for room as long as `pace` says, and then does as [`Room::send`] does.
-    pub(crate) async fn send_at(&self, order: Order, pace: Pace) -> Result<(), DropReason> {
-        let Pace::Until(deadline) = pace else { return self.send(order) };
-        let cost = order.cost();
+    /// Waits for room as long as `pace` says, and then does as [`BrokerClient::send`] does.
+    pub(crate) async fn send_at(&self, command: Command, pace: Pace) -> Result<(), DropReason> {
+        let Pace::Until(deadline) = pace else { return self.send(command) };
+        let cost = command.cost();
         loop {
             let mut freed = std::pin::pin!(self.queued.freed.notified());
             freed.as_mut().enable();
             let waiting = self.queued_bytes();
             if waiting == 0 || waiting + cost <= self.queued.limit {
-                return self.send(order);
+                return self.send(command);
             }
             if timeout_at(deadline, freed).await.is_err() {
                 return Err(DropReason::SlowPeer);
@@ -235,83 +236,83 @@ impl Room {
         }
     }
 
-    fn enqueue(&self, order: Order, cost: u64) {
+    fn enqueue(&self, command: Command, cost: u64) {
         self.queued.bytes.fetch_add(cost, Ordering::AcqRel);
         let place = Place { queue: self.queued.clone(), cost };
-        let _room_has_closed = self.orders.send(Queued { order, _place: place });
+        let _task_has_ended = self.commands.send(Queued { command, _place: place });
     }
 
     /// Asks for what is not a message; it is restored when the session is another one.
-    fn ask(&self, order: Order) {
+    fn ask(&self, command: Command) {
         if self.session.load().is_some() {
-            let cost = order.cost();
-            self.enqueue(order, cost);
+            let cost = command.cost();
+            self.enqueue(command, cost);
         }
     }
 
     pub(crate) fn subscribe(&self, pattern: &Pattern) {
-        let mut wishes = lock(&self.wishes);
-        let count = wishes.patterns.entry(pattern.clone()).or_default();
+        let mut desired = lock(&self.desired);
+        let count = desired.patterns.entry(pattern.clone()).or_default();
         *count += 1;
         if *count == 1 {
-            self.ask(Order::Subscribe(pattern.clone()));
+            self.ask(Command::Subscribe(pattern.clone()));
         }
     }
 
     pub(crate) fn unsubscribe(&self, pattern: &Pattern) {
-        let mut wishes = lock(&self.wishes);
-        let Some(count) = wishes.patterns.get_mut(pattern) else { return };
+        let mut desired = lock(&self.desired);
+        let Some(count) = desired.patterns.get_mut(pattern) else { return };
         *count -= 1;
         if *count == 0 {
-            wishes.patterns.remove(pattern);
-            wishes.subscribed.remove(pattern);
-            self.ask(Order::Unsubscribe(pattern.clone()));
+            desired.patterns.remove(pattern);
+            desired.subscribed.remove(pattern);
+            self.ask(Command::Unsubscribe(pattern.clone()));
         }
     }
 
     pub(crate) fn serve(&self, name: &ServiceName, concurrency: u32) {
-        lock(&self.wishes).services.insert(name.clone(), concurrency);
-        self.ask(Order::Serve(name.clone(), concurrency));
+        lock(&self.desired).services.insert(name.clone(), concurrency);
+        self.ask(Command::Serve(name.clone(), concurrency));
     }
 
     pub(crate) fn withdraw(&self, name: &ServiceName) {
-        let mut wishes = lock(&self.wishes);
-        wishes.served.remove(name);
-        if wishes.services.remove(name).is_some() {
-            self.ask(Order::Withdraw(name.clone()));
+        let mut desired = lock(&self.desired);
+        desired.served.remove(name);
+        if desired.services.remove(name).is_some() {
+            self.ask(Command::Withdraw(name.clone()));
         }
     }
 
     pub(crate) fn consume(&self, name: &ServiceName, pattern: &Pattern, concurrency: u32) {
-        lock(&self.wishes).consumers.insert(name.clone(), (pattern.clone(), concurrency));
-        self.ask(Order::Consume(name.clone(), pattern.clone(), concurrency));
+        lock(&self.desired).consumers.insert(name.clone(), (pattern.clone(), concurrency));
+        self.ask(Command::Consume(name.clone(), pattern.clone(), concurrency));
     }
 
     pub(crate) fn pause(&self, name: &ServiceName) {
-        if lock(&self.wishes).consumers.remove(name).is_some() {
-            self.ask(Order::Pause(name.clone()));
+        if lock(&self.desired).consumers.remove(name).is_some() {
+            self.ask(Command::Pause(name.clone()));
         }
     }
 
     pub(crate) fn forget(&self, name: &ServiceName) {
-        lock(&self.wishes).consumers.remove(name);
-        self.ask(Order::Forget(name.clone()));
+        lock(&self.desired).consumers.remove(name);
+        self.ask(Command::Forget(name.clone()));
     }
 
     /// Whether the broker knows that this node subscribes to a topic.
     pub(crate) fn has_subscribed(&self, topic: &Topic) -> bool {
-        lock(&self.wishes).subscribed.iter().any(|pattern| pattern.matches(topic))
+        lock(&self.desired).subscribed.iter().any(|pattern| pattern.matches(topic))
     }
 
     /// Whether the broker knows that this node serves a name.
     pub(crate) fn has_served(&self, name: &ServiceName) -> bool {
-        lock(&self.wishes).served.contains(name)
+        lock(&self.desired).served.contains(name)
     }
 
     /// Whether the broker knows of a durable subscription of this node to a topic.
     pub(crate) fn has_consumed(&self, topic: &Topic) -> bool {
-        let wishes = lock(&self.wishes);
-        self.is_up() && wishes.consumers.values().any(|(pattern, _)| pattern.matches(topic))
+        let desired = lock(&self.desired);
+        self.is_up() && desired.consumers.values().any(|(pattern, _)| pattern.matches(topic))
     }
 
     /// Sends what waits, says goodbye, closes; within that time.
@@ -337,26 +338,26 @@ impl Room {
     }
 
     /// The broker has done what was wished for, if it still is.
-    fn handle_done(&self, wish: Order) {
-        let mut wishes = lock(&self.wishes);
+    fn handle_done(&self, wish: Command) {
+        let mut desired = lock(&self.desired);
         match wish {
-            Order::Subscribe(pattern) if wishes.patterns.contains_key(&pattern) => {
-                wishes.subscribed.insert(pattern);
+            Command::Subscribe(pattern) if desired.patterns.contains_key(&pattern) => {
+                desired.subscribed.insert(pattern);
             }
-            Order::Serve(name, _) if wishes.services.contains_key(&name) => {
-                wishes.served.insert(name);
+            Command::Serve(name, _) if desired.services.contains_key(&name) => {
+                desired.served.insert(name);
             }
             _ => {}
         }
     }
 
     /// Whether what was wished for still is.
-    fn is_wished(&self, wish: &Order) -> bool {
-        let wishes = lock(&self.wishes);
+    fn is_wished(&self, wish: &Command) -> bool {
+        let desired = lock(&self.desired);
         match wish {
-            Order::Subscribe(pattern) => wishes.patterns.contains_key(pattern),
-            Order::Serve(name, _) => wishes.services.contains_key(name),
-            Order::Consume(name, ..) => wishes.consumers.contains_key(name),
+            Command::Subscribe(pattern) => desired.patterns.contains_key(pattern),
+            Command::Serve(name, _) => desired.services.contains_key(name),
+            Command::Consume(name, ..) => desired.consumers.contains_key(name),
             _ => false,
         }
     }
@@ -368,7 +369,7 @@ enum End {
     Asked,
 }
 
-impl Keeper {
+impl ConnectionTask {
     /// Connects for the first time.
     ///
     /// # Errors
@@ -385,27 +386,27 @@ impl Keeper {
     }
 
     async fn connect(&self) -> Result<Session, ConnectError> {
-        let connecting = Session::connect(&self.room.url, &self.me, &self.incoming);
+        let connecting = Session::connect(&self.client.url, &self.me, &self.incoming);
         let late = |_| Err(ConnectError::passing("no answer within 10 s"));
         timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(late)
     }
 
     /// It is tried again and again; who reads the log needn't hear of each time.
     fn tell_unreachable(&self, error: String) {
-        let room = &self.room;
-        match room.state() {
+        let client = &self.client;
+        match client.state() {
             State::Down { error: before } if before == error => {
-                tracing::debug!(broker = %room.url, error, "the broker can't be reached");
+                tracing::debug!(broker = %client.url, error, "the broker can't be reached");
             }
-            _ => tracing::warn!(broker = %room.url, error, "the broker can't be reached"),
+            _ => tracing::warn!(broker = %client.url, error, "the broker can't be reached"),
         }
-        room.set_state(&*self.incoming, State::Down { error });
+        client.set_state(&*self.incoming, State::Down { error });
     }
 
-    /// Keeps a session until the room is closed.
+    /// Keeps a session until the client is closed.
     pub(crate) async fn run(mut self, mut first: Option<Session>) {
         let mut retry = FIRST_RETRY;
-        let room = self.room.clone();
+        let client = self.client.clone();
         loop {
             let connected = match first.take() {
                 Some(session) => Ok(session),
@@ -417,8 +418,8 @@ impl Keeper {
                     match self.keep(session).await {
                         End::Asked => break,
                         End::Lost(Lost(error)) => {
-                            tracing::warn!(broker = %room.url, error, "the broker is lost");
-                            room.set_state(&*self.incoming, State::Down { error });
+                            tracing::warn!(broker = %client.url, error, "the broker is lost");
+                            client.set_state(&*self.incoming, State::Down { error });
                         }
                     }
                 }
@@ -428,41 +429,41 @@ impl Keeper {
             }
             tokio::select! {
                 () = sleep(retry) => {}
-                () = room.closing.notified() => break,
+                () = client.closing.notified() => break,
             }
             retry = (retry * 2).min(LONGEST_RETRY);
         }
-        room.session.store(None);
+        client.session.store(None);
         self.drop_waiting();
-        room.set_state(&*self.incoming, State::Closed);
-        room.closed.notify_waiters();
+        client.set_state(&*self.incoming, State::Closed);
+        client.closed.notify_waiters();
     }
 
-    /// Works with a session until it is lost, or the room is to be closed.
+    /// Works with a session until it is lost, or the client is to be closed.
     async fn keep(&mut self, session: Session) -> End {
-        let (room, session) = (self.room.clone(), Arc::new(session));
+        let (client, session) = (self.client.clone(), Arc::new(session));
         self.refused.clear();
         let restore = {
-            let mut wishes = lock(&room.wishes);
-            (wishes.subscribed, wishes.served) = Default::default();
+            let mut desired = lock(&client.desired);
+            (desired.subscribed, desired.served) = Default::default();
             // From here on changes are asked for.
-            room.session.store(Some(session.clone()));
-            wishes.orders()
+            client.session.store(Some(session.clone()));
+            desired.commands()
         };
-        for order in restore {
-            if let Err(lost) = self.perform(&session, order).await {
+        for command in restore {
+            if let Err(lost) = self.perform(&session, command).await {
                 return self.end(lost);
             }
         }
-        room.set_state(&*self.incoming, State::Up { title: session.title() });
+        client.set_state(&*self.incoming, State::Up { title: session.title() });
         let mut batch = Vec::new();
         let mut lost = std::pin::pin!(session.lost());
         loop {
             tokio::select! {
                 biased;
                 lost = &mut lost => return self.end(lost),
-                () = room.closing.notified() => break,
-                _ = self.orders.recv_many(&mut batch, 64) => {}
+                () = client.closing.notified() => break,
+                _ = self.commands.recv_many(&mut batch, 64) => {}
                 () = sleep(ASK_AGAIN), if !self.refused.is_empty() => {
                     if let Err(lost) = self.ask_again(&session).await {
                         return self.end(lost);
@@ -470,15 +471,15 @@ impl Keeper {
                 }
             }
             let mut waiting = batch.drain(..);
-            while let Some(Queued { order, _place }) = waiting.next() {
-                if let Err(lost) = self.perform(&session, order).await {
+            while let Some(Queued { command, _place }) = waiting.next() {
+                if let Err(lost) = self.perform(&session, command).await {
                     self.drop_orders(waiting);
                     return self.end(lost);
                 }
             }
         }
-        while let Ok(Queued { order, _place }) = self.orders.try_recv() {
-            if let Err(lost) = self.perform(&session, order).await {
+        while let Ok(Queued { command, _place }) = self.commands.try_recv() {
+            if let Err(lost) = self.perform(&session, command).await {
                 return self.end(lost);
             }
         }
@@ -486,13 +487,13 @@ impl Keeper {
         End::Asked
     }
 
-    async fn perform(&mut self, session: &Session, order: Order) -> Result<(), Lost> {
-        let wish = order.wish();
-        match (session.perform(order).await, wish) {
-            (Ok(()), wish) => wish.into_iter().for_each(|wish| self.room.handle_done(wish)),
+    async fn perform(&mut self, session: &Session, command: Command) -> Result<(), Lost> {
+        let wish = command.wish();
+        match (session.perform(command).await, wish) {
+            (Ok(()), wish) => wish.into_iter().for_each(|wish| self.client.handle_done(wish)),
             (Err(Failed::Lost(lost)), _) => return Err(lost),
             (Err(Failed::Refused(error)), wish) => {
-                tracing::error!(broker = %self.room.url, error, "the broker refused");
+                tracing::error!(broker = %self.client.url, error, "the broker refused");
                 self.refused.extend(wish);
             }
         }
@@ -502,7 +503,7 @@ impl Keeper {
     /// Asks again for what was refused: a queue of a broker that has just started, say.
     async fn ask_again(&mut self, session: &Session) -> Result<(), Lost> {
         for wish in std::mem::take(&mut self.refused) {
-            if self.room.is_wished(&wish) {
+            if self.client.is_wished(&wish) {
                 self.perform(session, wish).await?;
             }
         }
@@ -510,23 +511,23 @@ impl Keeper {
     }
 
     fn end(&mut self, lost: Lost) -> End {
-        self.room.session.store(None);
+        self.client.session.store(None);
         self.drop_waiting();
         End::Lost(lost)
     }
 
     /// What waits for a session that is gone would come too late.
     fn drop_waiting(&mut self) {
-        let waiting: Vec<Queued> = std::iter::from_fn(|| self.orders.try_recv().ok()).collect();
+        let waiting: Vec<Queued> = std::iter::from_fn(|| self.commands.try_recv().ok()).collect();
         self.drop_orders(waiting);
     }
 
     fn drop_orders(&self, waiting: impl IntoIterator<Item = Queued>) {
         let mut dropped = 0;
-        for Queued { order, .. } in waiting {
-            match order {
-                Order::Store(message) => _ = message.stored.send(Err(StoreFailure::Lost)),
-                order => dropped += u64::from(order.is_message()),
+        for Queued { command, .. } in waiting {
+            match command {
+                Command::Store(message) => _ = message.stored.send(Err(StoreFailure::Lost)),
+                command => dropped += u64::from(command.is_message()),
             }
         }
         if dropped > 0 {
