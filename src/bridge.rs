@@ -9,12 +9,14 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::address::{AddressError, Pattern, Recipient, ServiceName};
-use crate::broker::{BrokerKind, Unsupported};
+use crate::carrier::{Capability, OutboxError, Unsupported};
+use crate::core::{Call, HandlerError};
+use crate::engine::Overflow;
 use crate::identity::NodeId;
 use crate::message::{Body, Message, MessageId};
 use crate::node::{
-    Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Request,
-    RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
+    Consumer, Draft, Guaranteed, Node, Publish, Request, RequestError, Send, SendError, ServeError,
+    Service, SubscribeError, Subscription, To,
 };
 use crate::sync::{Mutex, lock};
 
@@ -359,7 +361,7 @@ impl Crossing {
         while let Some(message) = events.recv().await {
             let Some(topic) = message.topic().cloned() else { continue };
             let Some(draft) = self.admit(&message) else { continue };
-            let event = Publish { shared: self.to.shared(), to: Ok(To::Topic(topic)), draft };
+            let event = Publish::new(self.to.inner(), Ok(To::Topic(topic)), draft);
             match event.within(PATIENCE).await {
                 Ok(report) if report.dropped.is_empty() => self.count_passed(),
                 Ok(_) | Err(_) => _ = self.counts.dropped.fetch_add(1, Ordering::Relaxed),
@@ -387,21 +389,17 @@ impl Crossing {
 
     /// Whether the other side keeps guaranteed messages.
     fn can_keep(&self) -> Result<(), BridgeError> {
-        match self.to.shared().broker() {
-            Some(broker) => broker.can_keep().map_err(BridgeError::from),
-            None if self.to.shared().store.is_none() => Err(ServeError::NoStore.into()),
-            None => Ok(()),
-        }
+        Ok(self.to.inner().carrier.check_store().map_err(ServeError::from)?)
     }
 
     /// Has the other side keep a message.
     async fn keep(&self, message: &Message, draft: Draft) -> Result<(), HandlerError> {
         let destination = message.header.destination.clone();
-        let kept = Guaranteed::new(self.to.shared(), Ok(destination), draft);
+        let kept = Guaranteed::new(self.to.inner(), Ok(destination), draft);
         // The draft has the message's id.
-        let kept = match self.to.shared().broker().map(|broker| broker.client.kind()) {
-            Some(BrokerKind::RabbitMq) => kept,
-            _ => kept.once(message.header.id),
+        let kept = match self.to.inner().carrier.require(Capability::Once) {
+            Ok(()) => kept.once(message.header.id),
+            Err(_) => kept,
         };
         match kept.await {
             Ok(_receipt) => {
@@ -432,13 +430,13 @@ impl Crossing {
         let Some(draft) = self.admit(&call.message) else {
             return Err(HandlerError::reject("bridge", "the call has crossed this bridge before"));
         };
-        let (shared, recipient) = (self.to.shared(), Recipient::Service(name));
+        let (node, recipient) = (self.to.inner(), Ok(Recipient::Service(name)));
         if call.message.delivery.is_some() {
             self.keep(&call.message, draft).await?;
             return Ok(Body::default());
         }
         if !call.wants_reply() {
-            let sent = Send { shared, recipient: Ok(recipient), draft }.await;
+            let sent = Send::new(node, recipient, draft).await;
             return match sent {
                 Ok(_) => {
                     self.count_passed();
@@ -450,8 +448,10 @@ impl Crossing {
                 Err(error) => Err(HandlerError::new("bridge", error.to_string())),
             };
         }
-        let deadline = call.time_left().unwrap_or(shared.config.request_deadline);
-        let request = Request { shared, recipient: Ok(recipient), draft, deadline };
+        let mut request = Request::new(node, recipient, draft);
+        if let Some(left) = call.time_left() {
+            request = request.deadline(left);
+        }
         let reply = tokio::select! {
             reply = request => reply,
             // Dropped, a request is taken back.

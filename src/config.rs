@@ -7,12 +7,11 @@ use std::time::Duration;
 use crate::address::MeshName;
 use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
-use crate::node::{Node, StartError};
 use crate::peer::Address;
 use crate::trust::{MeshKey, Rules, Trust};
 use crate::tunnel::MAX_PROOFS;
 
-/// How a node starts. [`Node::builder`] makes one; [`Config::start`] uses it.
+/// How a node starts. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`] uses it.
 ///
 /// The defaults make a node that talks to the nodes of the same user on this host. A LAN takes
 /// one setting: [`Config::mesh_key`].
@@ -299,17 +298,9 @@ impl Config {
         self
     }
 
-    /// Starts the node.
-    ///
-    /// # Errors
-    /// [`StartError`] names the setting that has to change.
-    pub async fn start(self) -> Result<Node, StartError> {
-        Node::start(self).await
-    }
-
     /// What no node could work with.
-    pub(crate) fn check(&self) -> Result<(), StartError> {
-        let problem = |text: String| Err(StartError::Config(text));
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let problem = |text: String| Err(text);
         if self.window < 512 * 1024 {
             return problem(format!("window is {} bytes; at least 524288 are needed", self.window));
         }
@@ -344,7 +335,7 @@ impl Config {
         Ok(())
     }
 
-    fn check_broker(&self) -> Result<(), StartError> {
+    fn check_broker(&self) -> Result<(), String> {
         let needless = match &self.broker {
             None => return Ok(()),
             Some(_) if self.outbox.is_some() => "the broker keeps guaranteed messages: no outbox",
@@ -358,11 +349,11 @@ impl Config {
             }
             Some(_) => return Ok(()),
         };
-        Err(StartError::Config(format!("in broker mode {needless}")))
+        Err(format!("in broker mode {needless}"))
     }
 
-    fn check_trust(&self) -> Result<(), StartError> {
-        let problem = |text: String| Err(StartError::Config(text));
+    fn check_trust(&self) -> Result<(), String> {
+        let problem = |text: String| Err(text);
         if let Trust::MeshKey(keys) = &self.trust
             && !(1..=MAX_PROOFS).contains(&keys.len())
         {

@@ -80,11 +80,13 @@ mod bridge;
     not(all(feature = "nats", feature = "rabbitmq")),
     allow(dead_code, reason = "the embedded broker has no use for what the real ones can do")
 )]
-mod broker;
+mod carrier;
 mod clock;
 mod config;
+mod core;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub mod database;
+mod delivery_id;
 mod discovery;
 mod engine;
 #[cfg(fuzzing)]
@@ -118,25 +120,26 @@ pub use address::{
     Recipient, ServiceName, Topic,
 };
 pub use bridge::{Bridge, BridgeBuilder, BridgeError, Crossed};
-pub use broker::{
+pub use carrier::broker::{
     BrokerKind, BrokerReport, BrokerUrl, BrokerUrlError, EmbeddedBroker, EmbeddedBrokerError,
-    Unsupported,
 };
+pub use carrier::mesh::store::{DamagedPart, StoreError, StoreProblem, StoreReport};
+pub use carrier::{Capability, DeliveryError, OutboxError, Receipt, Unsupported};
 pub use config::Config;
+pub use core::{Call, DownCause, Event, Events, HandlerError, NotStored};
+pub use engine::Overflow;
 pub use engine::delivery::{DeadLetterReason, Target};
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
 pub use message::{
-    Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
-    MessageIdError,
+    Body, BodyError, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message,
+    MessageId, MessageIdError,
 };
 pub use node::{
-    BodyError, Call, Consume, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events,
-    Guaranteed, HandlerError, Node, NotStored, OutboxError, Overflow, Publish, PublishError,
-    Publisher, Receipt, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
-    ShutdownReport, StartError, StoreError, StoreProblem, StoreReport, Storing, SubscribeError,
-    Subscription, Transaction, WaitError,
+    Consume, Consumer, Guaranteed, Node, Publish, PublishError, Publisher, Request, RequestError,
+    Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError, Storing,
+    SubscribeError, Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};

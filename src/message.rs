@@ -12,8 +12,8 @@ use serde::{Serialize, Serializer};
 
 use crate::address::{Destination, Topic};
 use crate::clock::coarse_unix_ms;
+use crate::delivery_id::Delivery;
 use crate::identity::NodeId;
-use crate::wire::{BASE_COST, Delivery};
 
 /// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
 ///
@@ -228,10 +228,6 @@ impl Header {
             && self.extra.is_none()
     }
 
-    pub(crate) fn extra_mut(&mut self) -> &mut Extra {
-        self.extra.get_or_insert_default()
-    }
-
     /// What the user put into the header, in bytes as flow control counts them.
     pub(crate) fn extra_len(&self) -> usize {
         self.extra.as_ref().map_or(0, |extra| extra.counted_len())
@@ -291,14 +287,6 @@ impl Message {
         self.delivery.as_ref().map_or(1, |delivery| delivery.attempt)
     }
 
-    /// What is left to know of it when its handler has it: not its body, nor what few have.
-    pub(crate) fn heading(&self) -> Self {
-        let (header, from) = (&self.header, self.from);
-        let heading = Header::new(header.id, header.kind, header.destination.clone());
-        let (wants_reply, delivery) = (self.wants_reply, self.delivery.clone());
-        Self { from, header: heading, body: Bytes::new(), wants_reply, delivery }
-    }
-
     /// What it counts for in queues and flow control, in bytes.
     pub(crate) fn cost(&self) -> u64 {
         BASE_COST + self.body.len() as u64 + self.header.extra_len() as u64
@@ -325,6 +313,9 @@ impl Message {
         rmp_serde::from_slice(&self.body).map_err(DecodeError)
     }
 }
+
+/// What the fixed part of a message counts for in flow control.
+pub(crate) const BASE_COST: u64 = 128;
 
 /// What a user header counts for besides its name and value, since an empty one takes memory too.
 const HEADER_COST: usize = 32;
@@ -374,6 +365,27 @@ impl Body {
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
+}
+
+/// A message that is too large to send.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// The body is over [`Config::max_body`](crate::Config::max_body).
+    #[error("the body is {len} bytes long; at most {max} are allowed")]
+    Body {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The user headers, the key, the content type and the trace take over 64 KiB.
+    #[error("the header is {len} bytes long; at most {max} are allowed")]
+    Header {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
 }
 
 /// The value can't be written as MessagePack.

@@ -6,13 +6,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use crate::address::{Pattern, ServiceName};
+use crate::carrier::mesh::store::{self, DamagedPart, StoreError, StoreProblem};
 use crate::engine::delivery::{
     Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, Target,
 };
 use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
-use crate::node::{DamagedPart, StoreError, StoreProblem, store};
 use crate::wire::{Envelope, decode_stored};
 
 /// A message in an outbox, for one of its destinations.

@@ -28,9 +28,10 @@ pub mod sqlite;
 use std::time::Duration;
 
 use crate::address::{AddressError, Destination, ServiceName, Topic};
+use crate::carrier::OutboxError;
 use crate::identity::{NodeId, random_u64};
 use crate::message::{Body, IdSource, MessageId};
-use crate::node::{Guaranteed, Node, OutboxError};
+use crate::node::{Guaranteed, Node};
 
 /// How many messages a relay takes at once.
 const BATCH: i64 = 256;

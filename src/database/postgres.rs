@@ -17,8 +17,9 @@ use std::time::Duration;
 use tokio_postgres::{Client, GenericClient};
 
 use super::{BATCH, NewMessage, RelayError, Row, hand_over};
+use crate::carrier::OutboxError;
 use crate::message::MessageId;
-use crate::node::{Node, OutboxError};
+use crate::node::Node;
 
 /// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they are there.
 ///

@@ -127,7 +127,7 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
                         continue;
                     }
                     Err(error) if error.is_full() => {}
-                    Err(RelayError::Outbox(crate::node::OutboxError::ShutDown)) => return Ok(()),
+                    Err(RelayError::Outbox(crate::carrier::OutboxError::ShutDown)) => return Ok(()),
                     Err(error) => return Err(error),
                 }
             }

@@ -57,7 +57,7 @@ pub(crate) enum Violation {
 
 /// What was on its way when a link ended.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Lost {
+pub(crate) struct LinkLoss {
     /// Never handed to the transport: these are dropped.
     pub(crate) unsent: u64,
     /// Calls among them, whose callers can be told that nothing was executed.
@@ -482,8 +482,8 @@ impl Flow {
     }
 
     /// The link ended. What comes after is refused.
-    pub(crate) fn close(&mut self) -> Lost {
-        let mut lost = Lost::default();
+    pub(crate) fn close(&mut self) -> LinkLoss {
+        let mut lost = LinkLoss::default();
         if std::mem::replace(&mut self.closed, true) {
             return lost;
         }

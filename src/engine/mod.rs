@@ -1,40 +1,47 @@
 //! The engine: every decision of a node, with no I/O and no clock.
 //!
 //! It is told what happened and what time it is (`handle_*`) and hands back what to do
-//! (`poll_*`). The async shell in `node/` performs that over real links, the simulator in `sim/`
-//! over simulated ones.
+//! (`poll_*`). The shell (`core/` and `carrier/mesh/`) carries that out over real links, the
+//! simulator in `sim/` over simulated ones.
 //!
 //! ```text
 //!            rarely touched                   touched for every message
-//!  ┌──────────────────────────────┐   ┌─────────────────────────────────────┐
-//!  │ Mesh: who is there, who      │──▶│ Routing: an immutable snapshot      │
-//!  │ wants and serves what,       │   │ Flow: one a link: queues, credit    │
-//!  │ whom to dial                 │   │ Requests: who waits for a reply     │
-//!  └──────────────────────────────┘   │ Service, Queue: who is handed what  │
-//!                                     └─────────────────────────────────────┘
+//!  ┌──────────────────────────────┐   ┌──────────────────────────────────────────┐
+//!  │ Mesh: peers, their patterns  │──▶│ Routing: an immutable snapshot           │
+//!  │ and services, dials          │   │ Flow: one a link: queues, credit         │
+//!  ├──────────────────────────────┤   │ SubscriptionQueue: one a subscription    │
+//!  │ Outbox, Inbox: guaranteed    │   │ Front: calls, requests, and who may what │
+//!  │ messages                     │   │ choose(): one among several instances    │
+//!  └──────────────────────────────┘   └──────────────────────────────────────────┘
 //! ```
 
-mod affinity;
+mod choice;
 pub(crate) mod delivery;
 mod dialer;
 mod flow;
+mod front;
 mod mesh;
 mod queue;
 mod random;
-mod requests;
 mod routing;
-mod service;
 #[cfg(test)]
 mod sim;
+mod subscription;
 
-pub(crate) use affinity::{Affinity, preferred};
+pub(crate) use choice::{Affinity, Candidate, choose};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
+pub(crate) use front::{
+    Effect, Ended, Front, FrontLimits, Host, Incoming, OutOfTurn, ReceivedControl, ReceivedMessage,
+    Reply, RequestOutcome, Run, ServiceNumber, Settlement, incoming, may_publish,
+};
 pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent, Origin};
 pub(crate) use queue::Queue;
-pub(crate) use requests::Requests;
-pub(crate) use routing::{Instance, Matches, PatternTrie, RouteChange, Routing, least_loaded};
-pub(crate) use service::{Admission, Finished, Service};
+pub(crate) use routing::{Instance, PatternTrie, RouteChange, Routing};
+pub use subscription::Overflow;
+pub(crate) use subscription::{
+    Delivered, EventBatch, EventBatchBuilder, EventSink, Lost, SubscriptionQueue, deliver,
+};
 
 use std::ops::Add;
 use std::time::Duration;
@@ -73,3 +80,13 @@ impl Add<Duration> for Time {
 /// A connection between two nodes, from its first byte to its end; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct LinkId(pub(crate) u64);
+
+/// The path between this node and the other end of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Path {
+    /// Within this node.
+    Local,
+    Link(LinkId),
+    /// By way of the broker.
+    Broker,
+}

@@ -267,23 +267,6 @@ impl<L: Clone> Routing<L> {
     }
 }
 
-/// The least loaded of several competing consumers: the fewest unfinished calls for the
-/// concurrency that it announced. Ties go round with `turn`.
-pub(crate) fn least_loaded<T>(
-    candidates: &[T],
-    turn: usize,
-    load: impl Fn(&T) -> (u64, u32),
-) -> Option<&T> {
-    let len = candidates.len();
-    (0..len)
-        .map(|offset| &candidates[(turn + offset) % len])
-        // a/b < c/d as a·d < c·b; `min_by` keeps the first of equals, which is `turn`'s.
-        .min_by(|a, b| {
-            let ((a, a_of), (b, b_of)) = (load(a), load(b));
-            (a * u64::from(b_of)).cmp(&(b * u64::from(a_of)))
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,17 +315,5 @@ mod tests {
             }
             prop_assert!(trie.is_empty(), "nothing is left behind");
         }
-    }
-
-    #[test]
-    fn the_least_loaded_instance_is_chosen_and_ties_go_round() {
-        let loads = [(4, 4), (1, 2), (3, 4)];
-        assert_eq!(least_loaded(&loads, 0, |load| *load), Some(&(1, 2)));
-        let even = [(0, 1), (0, 1), (0, 8)];
-        for turn in 0..3 {
-            let chosen = least_loaded(&even, turn, |load| *load).unwrap();
-            assert!(std::ptr::eq(chosen, &even[turn]));
-        }
-        assert_eq!(least_loaded(&[] as &[(u64, u32)], 7, |load| *load), None);
     }
 }

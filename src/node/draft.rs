@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::shared::Shared;
 use crate::address::Destination;
+use crate::config::Config;
 use crate::identity::NodeId;
-use crate::message::{Body, Extra, Header, IdSource, Kind, Message, MessageId};
+use crate::message::{Body, BodyError, Extra, Header, IdSource, Kind, Message, MessageId};
 use crate::wire::MAX_HEADER;
 
 /// What any message may carry besides its body. Most carry nothing, and those that are published
@@ -80,8 +80,8 @@ impl Draft {
         self.kind.is_none() && self.rare.is_none()
     }
 
-    pub(super) fn check(&self, shared: &Shared) -> Result<(), BodyError> {
-        let (len, max) = (self.body.len(), shared.config.max_body);
+    pub(super) fn check(&self, config: &Config) -> Result<(), BodyError> {
+        let (len, max) = (self.body.len(), config.max_body);
         if len > max {
             return Err(BodyError::Body { len, max });
         }
@@ -107,27 +107,6 @@ impl Draft {
         }
         header
     }
-}
-
-/// A message that is too large to send.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BodyError {
-    /// The body is over [`Config::max_body`](crate::Config::max_body).
-    #[error("the body is {len} bytes long; at most {max} are allowed")]
-    Body {
-        /// Its length.
-        len: usize,
-        /// The limit.
-        max: usize,
-    },
-    /// The user headers, the key, the content type and the trace take over 64 KiB.
-    #[error("the header is {len} bytes long; at most {max} are allowed")]
-    Header {
-        /// Its length.
-        len: usize,
-        /// The limit.
-        max: usize,
-    },
 }
 
 /// Gives a builder the setters that every message has.

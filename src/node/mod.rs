@@ -1,45 +1,21 @@
-//! The async shell: handles for users, and the tasks that perform what the engine decides.
+//! The handles of a node: the calls of its user.
 
-pub(crate) mod broker;
-mod choose;
+mod calls;
 mod consumer;
-mod counters;
-mod delivery;
 mod draft;
-mod driver;
-mod event_batch;
-mod events;
 mod guaranteed;
-mod handler;
-mod last_read;
-mod lease;
-mod log;
-mod loopback;
-mod peer_link;
-mod progress;
 mod publish;
 mod publisher;
-mod reader;
-mod receive;
-mod reply;
 mod request;
 mod send;
 mod service;
-mod service_runner;
-mod shared;
 mod shutdown;
 mod start;
-pub(crate) mod store;
 mod subscription;
-mod transport;
 
 pub use consumer::{Consume, Consumer};
-pub use delivery::DeliveryError;
-pub use draft::BodyError;
 pub(crate) use draft::Draft;
-pub use events::{DownCause, Event, Events};
-pub use guaranteed::{Guaranteed, NotStored, OutboxError, Receipt, Storing, Transaction};
-pub use handler::{Call, HandlerError};
+pub use guaranteed::{Guaranteed, Storing, Transaction};
 pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
@@ -48,30 +24,24 @@ pub use send::{Send, SendError, Sent};
 pub use service::{Serve, ServeError, Service};
 pub use shutdown::ShutdownReport;
 pub use start::StartError;
-pub use store::{DamagedPart, StoreError, StoreProblem, StoreReport};
-pub use subscription::{Overflow, Subscription};
+pub use subscription::Subscription;
 
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::time::timeout;
-
 use crate::address::{AddressError, IntoRecipient, Pattern, ServiceName, Topic};
-use crate::broker::Unsupported;
+use crate::carrier::mesh::durable::Durable;
+use crate::carrier::mesh::store::StoreReport;
+use crate::carrier::{Capability, Carrier, Condition, NotMet, Unsupported, Wish, WishEnd};
 use crate::config::Config;
+use crate::core::{Call, Core, Events, HandlerError, Subscriber, boxed};
+use crate::engine::Overflow;
 use crate::identity::NodeId;
 use crate::message::{Body, Message};
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
-use crate::sync::lock;
-use broker::{Ask, Brokered};
-use shared::Shared;
-
-/// What brokers lack, in words.
-const ORDERED_SERVICES: &str = "order by key among the instances of a service";
 
 /// How long [`Node::shutdown`] gives what is on its way.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -92,36 +62,56 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// ```
 #[derive(Clone)]
 pub struct Node {
-    inner: Arc<Inner>,
+    life: Arc<Life>,
 }
 
-/// Ends the node's tasks with the last handle.
-struct Inner {
-    shared: Arc<Shared>,
+/// The parts of a node that its handles share.
+pub(crate) struct Inner {
+    pub(crate) core: Arc<Core>,
+    pub(crate) carrier: Box<dyn Carrier>,
+    /// The outbox and inbox of a node on a mesh.
+    durable: Option<Arc<Durable>>,
     listening: Vec<SocketAddr>,
 }
 
-impl Drop for Inner {
+impl Inner {
+    fn subscribe(self: &Arc<Self>, pattern: &Pattern, overflow: Overflow) -> Subscription {
+        let core = &self.core;
+        let limit = core.config.subscription_queue;
+        let subscriber = core.subscriptions.add(pattern, overflow, limit);
+        core.routes.notify();
+        self.carrier.wish(Wish::Subscribe(pattern.clone()));
+        if core.is_stopping() {
+            subscriber.close();
+        }
+        Subscription::new(self, subscriber)
+    }
+
+    fn unsubscribe(&self, subscriber: &Subscriber) {
+        let wish = Wish::Subscribe(subscriber.pattern().clone());
+        self.carrier.end_wish(wish, WishEnd::Forget);
+        self.core.subscriptions.remove(subscriber);
+        self.core.routes.notify();
+    }
+
+    /// Ends the requests and subscriptions of the user.
+    fn end_calls(&self) {
+        self.core.with_front(|front, _| front.handle_shut_down());
+        self.core.subscriptions.close_all();
+    }
+}
+
+/// Ends a node with its last handle.
+struct Life(Arc<Inner>);
+
+impl Drop for Life {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::Release);
-        lock(&self.shared.tasks).abort_all();
-        if let Some(broker) = self.shared.broker() {
-            broker.client.abandon();
-        }
-        self.shared.cells().iter().for_each(|cell| cell.close());
-        self.shared.fail_all_requests();
-        self.shared.inboxes.load().all().into_iter().for_each(|inbox| inbox.close());
-        for handlers in self.shared.handling() {
-            handlers.abort(&self.shared);
-        }
-        let shared = self.shared.clone();
-        self.shared.runtime.spawn(async move {
-            if let Some(transport) = shared.transport.get() {
-                transport.close().await;
-            }
-            shared.close_store().await;
-            shared.log.write();
-        });
+        let Self(node) = self;
+        node.core.stop();
+        node.core.abort_tasks();
+        node.end_calls();
+        node.core.with_front(|front, _| _ = front.abort_all());
+        node.carrier.abandon();
     }
 }
 
@@ -131,29 +121,33 @@ impl Node {
         Config::default()
     }
 
-    pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.inner.shared
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.life.0
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        &self.inner().core
     }
 
     /// Whether it shuts down, or has.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn is_stopping(&self) -> bool {
-        self.shared().is_stopping()
+        self.core().is_stopping()
     }
 
     /// This node's id.
     pub fn id(&self) -> NodeId {
-        self.shared().id
+        self.core().id
     }
 
     /// This node's human name.
     pub fn name(&self) -> &str {
-        &self.shared().name
+        &self.core().name
     }
 
     /// The TCP addresses that it listens on, with their ports.
     pub fn listening(&self) -> &[SocketAddr] {
-        &self.inner.listening
+        &self.inner().listening
     }
 
     /// Publishes an event to every node with a matching subscription, this one included.
@@ -167,8 +161,8 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let to = topic.try_into().map(publish::To::Topic).map_err(Into::into);
-        Publish { shared: self.shared(), to, draft: Draft::new(body.into()) }
+        let to = topic.try_into().map(To::Topic).map_err(Into::into);
+        Publish::new(self.inner(), to, Draft::new(body.into()))
     }
 
     /// A publisher for a topic that many messages are published on: it keeps who subscribes.
@@ -192,7 +186,7 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(Into::into)?;
-        Ok(Publisher::new(self.shared(), topic))
+        Ok(Publisher::new(self.inner(), topic))
     }
 
     /// Sends a one-way message to a service, or to one node by its id.
@@ -200,15 +194,12 @@ impl Node {
     /// Awaiting it queues the message for the least loaded of the nodes that serve the name. A
     /// handler's error is counted here as a drop.
     pub fn send(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Send<'_> {
-        let recipient = recipient.into_recipient();
-        Send { shared: self.shared(), recipient, draft: Draft::new(body.into()) }
+        Send::new(self.inner(), recipient.into_recipient(), Draft::new(body.into()))
     }
 
     /// Sends a request and waits for its reply.
     pub fn request(&self, recipient: impl IntoRecipient, body: impl Into<Body>) -> Request<'_> {
-        let (recipient, draft) = (recipient.into_recipient(), Draft::new(body.into()));
-        let deadline = self.shared().config.request_deadline;
-        Request { shared: self.shared(), recipient, draft, deadline }
+        Request::new(self.inner(), recipient.into_recipient(), Draft::new(body.into()))
     }
 
     /// Answers a message that carries a return address, whenever it suits: the answer is sent
@@ -254,15 +245,15 @@ impl Node {
         P::Error: Into<AddressError>,
     {
         let pattern = pattern.try_into().map_err(Into::into)?;
-        if let (Some(broker), Overflow::HoldBack) = (self.shared().broker(), overflow) {
-            return Err(broker.lacks("way to be held back by one subscription").into());
+        if overflow == Overflow::HoldBack {
+            self.inner().carrier.require(Capability::HoldBack)?;
         }
-        Ok(self.shared().subscribe(&pattern, overflow))
+        Ok(self.inner().subscribe(&pattern, overflow))
     }
 
     /// Begins a transaction: guaranteed messages that are stored together or not at all.
     pub fn transaction(&self) -> Transaction<'_> {
-        Transaction { shared: self.shared(), messages: Vec::new() }
+        Transaction { node: self.inner(), messages: Vec::new() }
     }
 
     /// Takes guaranteed events on a pattern's topics: a durable subscription, named for good. Its
@@ -291,13 +282,9 @@ impl Node {
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
         B: Into<Body>,
     {
-        Consume {
-            shared: self.shared().clone(),
-            name: name.try_into().map_err(Into::into),
-            pattern: pattern.try_into().map_err(Into::into),
-            handler: handler::boxed(handler),
-            concurrency: service::DEFAULT_CONCURRENCY,
-        }
+        let (name, pattern) = (name.try_into(), pattern.try_into());
+        let (name, pattern) = (name.map_err(Into::into), pattern.map_err(Into::into));
+        Consume::new(self.inner(), name, pattern, boxed(handler))
     }
 
     /// Has this node's outbox forget a durable subscription of a node that is gone for good, with
@@ -307,20 +294,19 @@ impl Node {
     /// If that node still has it, it is remembered again, for what is published from then on,
     /// when the two next link.
     pub fn forget_subscription(&self, node: &NodeId, name: &ServiceName) -> Option<u64> {
-        self.shared().with_outbox(|outbox, _| outbox.handle_unsubscribed(*node, name)).flatten()
+        let durable = self.inner().durable.as_ref()?;
+        durable.with_outbox(|outbox, _| outbox.handle_unsubscribed(*node, name))
     }
 
     /// What was found in the store when the node started; `None` if it has none.
     pub fn store_report(&self) -> Option<&StoreReport> {
-        self.shared().store.as_ref().map(|store| &store.report)
+        self.inner().durable.as_ref().map(|durable| durable.report())
     }
 
     /// How many guaranteed messages of ours are not processed yet, once for each destination,
     /// and how many are dead letters.
     pub fn outbox_size(&self) -> (u64, u64) {
-        let Some(store) = &self.shared().store else { return (0, 0) };
-        let outbox = lock(&store.outbox);
-        (outbox.pending(), outbox.dead_letters())
+        self.inner().durable.as_ref().map_or((0, 0), |durable| durable.outbox_size())
     }
 
     /// Serves a name with a handler: what it returns is the reply, and its error reaches the
@@ -347,12 +333,7 @@ impl Node {
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
         B: Into<Body>,
     {
-        Serve {
-            shared: self.shared().clone(),
-            name: name.try_into().map_err(Into::into),
-            handler: handler::boxed(handler),
-            concurrency: service::DEFAULT_CONCURRENCY,
-        }
+        Serve::new(self.inner(), name.try_into().map_err(Into::into), boxed(handler))
     }
 
     /// Takes messages that are addressed to this node itself, by its id.
@@ -362,63 +343,36 @@ impl Node {
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
         B: Into<Body>,
     {
-        Serve {
-            shared: self.shared().clone(),
-            name: Ok(ServiceName::node_inbox()),
-            handler: handler::boxed(handler),
-            concurrency: service::DEFAULT_CONCURRENCY,
-        }
+        Serve::new(self.inner(), Ok(ServiceName::node_inbox()), boxed(handler))
     }
 
     /// The peers with a live link.
     ///
     /// In broker mode that is the broker, with the id [`NodeId::BROKER`].
     pub fn peers(&self) -> Vec<PeerInfo> {
-        let shared = self.shared();
-        if let Some(broker) = shared.broker() {
-            return broker.peers();
-        }
-        let mut peers = shared.with_mesh(|mesh, _| mesh.peers());
-        let routing = shared.routing.load();
-        for peer in &mut peers {
-            if let Some(cell) = routing.link(&peer.id) {
-                let silence = cell.now().since(cell.peek(|flow| flow.last_heard()));
-                peer.suspect_for = (silence >= shared.timing.suspect).then_some(silence);
-            }
-        }
-        peers
+        self.inner().carrier.peers()
     }
 
     /// The addresses that are known, but behind which nobody could be reached.
     pub fn unreachable(&self) -> Vec<Unreachable> {
-        match self.shared().broker() {
-            Some(broker) => broker.unreachable(),
-            None => self.shared().with_mesh(|mesh, _| mesh.unreachable()),
-        }
+        self.inner().carrier.unreachable()
     }
 
     /// What happens: peers that come and go, messages that are dropped. The first call returns
     /// all since the node's start, so that no early peer is missed; later calls what happens
     /// from then on.
     pub fn events(&self) -> Events {
-        let first = lock(&self.shared().first_events).take();
-        Events::new(first.unwrap_or_else(|| self.shared().events.subscribe()))
+        self.core().reporter.events()
     }
 
     /// All that was sent, received and dropped so far.
     pub fn counters(&self) -> Counters {
-        self.shared().counters.snapshot()
+        self.core().reporter.counters.snapshot()
     }
 
-    /// What waits here for a peer to take it, in bytes; nothing for one that is not linked.
+    /// The bytes that wait here for a peer to take them; none for one that is not linked.
     pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
-        if let (Some(broker), &NodeId::BROKER) = (self.shared().broker(), peer) {
-            return broker.client.queued_bytes();
-        }
-        match self.shared().routing.load().link(peer) {
-            Some(cell) => cell.peek(|flow| flow.queued_bytes()),
-            None => 0,
-        }
+        self.inner().carrier.queued_bytes(peer)
     }
 
     /// Waits until at least `count` nodes subscribe to a topic, this one included.
@@ -436,14 +390,7 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        if let Some(broker) = self.shared().broker() {
-            return self.ask(broker, Ask::Subscribers(topic.to_string()), count, within).await;
-        }
-        let enough = || {
-            let here = !self.shared().inboxes.load().matching(&topic).is_empty();
-            self.shared().routing.load().subscribers(&topic).len() + usize::from(here) >= count
-        };
-        self.wait_until(enough, within).await
+        self.wait(Condition::Subscribers(topic, count), within).await
     }
 
     /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic.
@@ -461,14 +408,7 @@ impl Node {
         T::Error: Into<AddressError>,
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        if let Some(broker) = self.shared().broker() {
-            return self.ask(broker, Ask::Consumers(topic.to_string()), count, within).await;
-        }
-        let known = || match &self.shared().store {
-            Some(store) => lock(&store.outbox).subscribers(&topic).len(),
-            None => 0,
-        };
-        self.wait_until(|| known() >= count, within).await
+        self.wait(Condition::Consumers(topic, count), within).await
     }
 
     /// Waits until a node offers a service, this one included.
@@ -499,53 +439,23 @@ impl Node {
         N::Error: Into<AddressError>,
     {
         let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        if let Some(broker) = self.shared().broker() {
-            return self.ask(broker, Ask::Instances(name.to_string()), count, within).await;
-        }
-        let enough = || {
-            let there = self.shared().routing.load().instances(&name).count();
-            there + usize::from(self.shared().service(&name).is_some()) >= count
-        };
-        self.wait_until(enough, within).await
+        self.wait(Condition::Instances(name, count), within).await
     }
 
-    /// Waits until at least `count` peers are up.
+    /// Waits until at least `count` peers are up. Over a broker, that is the only one.
     ///
     /// # Errors
-    /// [`WaitError::TimedOut`] if the time runs out.
-    ///
-    /// In broker mode the broker is the only one.
+    /// [`WaitError::TimedOut`] if the time runs out, [`WaitError::Unsupported`] if a broker is
+    /// asked for more than itself.
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
-        if let Some(broker) = self.shared().broker() {
-            return match count {
-                0 | 1 => self.wait_until(|| count == 0 || broker.client.is_up(), within).await,
-                _ => Err(broker.lacks("word of how many nodes it serves").into()),
-            };
-        }
-        self.wait_until(|| self.shared().routing.load().peers() >= count, within).await
+        self.wait(Condition::Peers(count), within).await
     }
 
-    async fn ask(
-        &self,
-        broker: &Brokered,
-        ask: Ask,
-        count: usize,
-        within: Duration,
-    ) -> Result<(), WaitError> {
-        match self.shared().ask_by_broker(broker, &ask, count, within).await {
-            true => Ok(()),
-            false => Err(WaitError::TimedOut(within)),
-        }
-    }
-
-    async fn wait_until(
-        &self,
-        holds: impl Fn() -> bool,
-        within: Duration,
-    ) -> Result<(), WaitError> {
-        let mut changes = self.shared().routes_changed.subscribe();
-        let wait = async { while !holds() && changes.changed().await.is_ok() {} };
-        timeout(within, wait).await.map_err(|_| WaitError::TimedOut(within))
+    async fn wait(&self, condition: Condition, within: Duration) -> Result<(), WaitError> {
+        self.inner().carrier.wait(condition, within).await.map_err(|reason| match reason {
+            NotMet::TimedOut => WaitError::TimedOut(within),
+            NotMet::Unsupported(lack) => WaitError::Unsupported(lack),
+        })
     }
 
     /// Shuts down: withdraws the services and lets their handlers end, waits until the peers
@@ -557,7 +467,7 @@ impl Node {
 
     /// [`Node::shutdown`] with another limit.
     pub async fn shutdown_within(&self, within: Duration) -> ShutdownReport {
-        shutdown::run(self.shared(), within).await
+        shutdown::run(self.inner(), within).await
     }
 }
 

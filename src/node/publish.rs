@@ -5,23 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
-use super::counters::add;
-use super::draft::{BodyError, Draft, message_setters};
-use super::event_batch::EventBatch;
+use super::Inner;
+use super::draft::{Draft, message_setters};
 use super::guaranteed::Guaranteed;
-use super::peer_link::PeerLink;
 use super::publisher::Route;
-use super::shared::Shared;
 use crate::address::{AddressError, Destination, Topic};
-use crate::broker::Pace;
+use crate::core::{Publication, Way, add};
 use crate::engine::Backlog;
 use crate::identity::NodeId;
-use crate::message::{Header, Kind, Message, MessageId};
+use crate::message::{BodyError, Header, Kind, MessageId};
 use crate::report::{DropReason, PublishReport};
-use crate::wire::{Envelope, OutgoingEvent, Payload};
+use crate::wire::OutgoingEvent;
 
 /// A message that can't be published.
 #[derive(Debug, thiserror::Error)]
@@ -41,9 +37,9 @@ pub enum PublishError {
 /// A publish that happens when it is awaited, or by [`Publish::now`].
 #[must_use = "a message is published when this is awaited, or by now()"]
 pub struct Publish<'a> {
-    pub(crate) shared: &'a Arc<Shared>,
-    pub(crate) to: Result<To<'a>, AddressError>,
-    pub(crate) draft: Draft,
+    node: &'a Arc<Inner>,
+    to: Result<To<'a>, AddressError>,
+    draft: Draft,
 }
 
 /// Whom a message is published to.
@@ -63,6 +59,14 @@ impl To<'_> {
 }
 
 impl<'a> Publish<'a> {
+    pub(crate) fn new(
+        node: &'a Arc<Inner>,
+        to: Result<To<'a>, AddressError>,
+        draft: Draft,
+    ) -> Self {
+        Self { node, to, draft }
+    }
+
     message_setters!();
 
     /// How long the message is worth handling.
@@ -82,7 +86,7 @@ impl<'a> Publish<'a> {
     /// those alone, and not to other subscriptions.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.to.map(|to| Destination::Topic(to.topic().clone()));
-        Guaranteed::new(self.shared, destination, self.draft)
+        Guaranteed::new(self.node, destination, self.draft)
     }
 
     /// Publishes at once: it never waits for anybody.
@@ -90,23 +94,13 @@ impl<'a> Publish<'a> {
     /// # Errors
     /// [`PublishError`]; a node that gets nothing is no error, but in the report.
     pub fn now(self) -> Result<PublishReport, PublishError> {
-        let (shared, to, message) = self.into_parts()?;
-        if let Some(broker) = shared.broker() {
-            let sent = shared.publish_by_broker(
-                broker,
-                to.topic(),
-                message.envelope(to.topic()),
-                Pace::Now,
-            );
-            // It waits only where it was asked to.
-            let sent = sent.now_or_never().unwrap_or(Err(DropReason::SlowPeer));
-            return Ok(shared.end_publish_by_broker(sent));
-        }
-        let event = message.outgoing(to.topic(), &shared.id);
-        let Spread { mut report, full, .. } = shared.send_event(&to, &event);
-        report.dropped.extend(full.into_iter().map(|cell| (cell.peer, DropReason::SlowPeer)));
-        shared.end_publish(&to, message, &mut report);
-        Ok(report)
+        let (node, to, message) = self.into_parts()?;
+        let event = message.publication(to.topic(), &node.core.id);
+        let mut spread = Spread::to_subscribers(node, &to, &event);
+        let full = std::mem::take(&mut spread.full);
+        let full = full.iter().map(|way| (way.node(), DropReason::SlowPeer));
+        spread.report.dropped.extend(full);
+        Ok(spread.finish(node, &event))
     }
 
     /// Publishes, and waits for the peers whose queues are full, up to a deadline. The others
@@ -122,57 +116,46 @@ impl<'a> Publish<'a> {
     /// Once polled, the message is on its way to all peers that had room; dropping the future
     /// leaves out the others and this node's own subscriptions, uncounted.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
-        let (shared, to, message) = self.into_parts()?;
-        if let Some(broker) = shared.broker() {
-            let (envelope, pace) =
-                (message.envelope(to.topic()), Pace::Until(Instant::now() + deadline));
-            let sent = shared.publish_by_broker(broker, to.topic(), envelope, pace).await;
-            return Ok(shared.end_publish_by_broker(sent));
-        }
-        let event = message.outgoing(to.topic(), &shared.id);
-        let mut spread = shared.send_event(&to, &event);
+        let (node, to, message) = self.into_parts()?;
+        let event = message.publication(to.topic(), &node.core.id);
+        let mut spread = Spread::to_subscribers(node, &to, &event);
         if spread.backlog == Backlog::Grew || !spread.full.is_empty() {
-            // Few messages wait, so those that don't needn't have room for it.
+            // Few messages wait, so the others needn't have room for it.
             Box::pin(spread.settle(&event, deadline)).await;
         }
-        shared.end_publish(&to, message, &mut spread.report);
-        Ok(spread.report)
+        Ok(spread.finish(node, &event))
     }
 
-    fn into_parts(mut self) -> Result<(&'a Arc<Shared>, To<'a>, Ready), PublishError> {
-        let to = self.to?;
-        self.draft.check(self.shared)?;
-        if self.shared.is_stopping() {
+    fn into_parts(mut self) -> Result<(&'a Arc<Inner>, To<'a>, Ready), PublishError> {
+        let (to, core) = (self.to?, &self.node.core);
+        self.draft.check(&core.config)?;
+        if core.is_stopping() {
             return Err(PublishError::ShutDown);
         }
-        let id = self.draft.id(&self.shared.ids);
+        let id = self.draft.id(&core.ids);
         let header = (!self.draft.is_plain())
             .then(|| self.draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())));
         let message = Ready { id, header: header.map(Box::new), body: self.draft.body.bytes };
-        Ok((self.shared, to, message))
+        Ok((self.node, to, message))
     }
 }
 
 /// A message with its id.
 struct Ready {
     id: MessageId,
-    /// `None` where it would say no more than the id and the topic.
+    /// `None` where it would hold no more than the id and the topic.
     header: Option<Box<Header>>,
     body: Bytes,
 }
 
 impl Ready {
-    fn envelope(self, topic: &Topic) -> Envelope {
-        let plain = || Header::new(self.id, Kind::Event, Destination::Topic(topic.clone()));
-        let header = self.header.map_or_else(plain, |header| *header);
-        Envelope { header, payload: Payload::Event(self.body) }
-    }
-
-    fn outgoing<'a>(&'a self, topic: &'a Topic, me: &NodeId) -> OutgoingEvent<'a> {
-        match &self.header {
-            Some(header) => OutgoingEvent::new(header, topic, &self.body, me),
-            None => OutgoingEvent::plain(self.id, topic, &self.body),
-        }
+    fn publication<'a>(&'a self, topic: &'a Topic, me: &NodeId) -> Publication<'a> {
+        let (id, header, body) = (self.id, self.header.as_deref(), &self.body);
+        let encoded = match header {
+            Some(header) => OutgoingEvent::new(header, topic, body, me),
+            None => OutgoingEvent::plain(id, topic, body),
+        };
+        Publication { topic, id, header, body, encoded }
     }
 }
 
@@ -185,93 +168,75 @@ impl PublishReport {
     }
 }
 
-/// How far an event got at the first attempt.
+/// The progress of an event after the first attempt.
 #[derive(Default)]
 struct Spread {
     report: PublishReport,
-    /// Peers whose queues are full.
-    full: Vec<Arc<PeerLink>>,
+    /// The ways whose queues are full.
+    full: Vec<Arc<dyn Way>>,
     backlog: Backlog,
+    /// This node's own subscriptions get it apart.
+    here: bool,
 }
 
 impl Spread {
-    /// Sends an event over one link, or leaves it to wait.
-    fn send(&mut self, cell: &Arc<PeerLink>, event: &OutgoingEvent<'_>) {
-        match cell.send_event(event) {
-            Err(DropReason::SlowPeer) => self.full.push(cell.clone()),
+    /// Queues an event on the ways to all subscribers.
+    fn to_subscribers(node: &Inner, to: &To<'_>, event: &Publication<'_>) -> Self {
+        let mut spread = Self::default();
+        spread.here = match to {
+            To::Known(route) => {
+                route.ways.iter().for_each(|way| spread.send(way, event));
+                route.here
+            }
+            To::Topic(topic) => {
+                node.carrier.subscribers(topic, &mut |way| spread.send(way, event))
+                    && node.core.subscriptions.load().has_match(topic)
+            }
+        };
+        spread
+    }
+
+    /// Queues an event on one way, or leaves it to wait.
+    fn send(&mut self, way: &Arc<dyn Way>, event: &Publication<'_>) {
+        match way.send_event(event) {
+            Err(DropReason::SlowPeer) => self.full.push(way.clone()),
             sent => {
                 if sent == Ok(Backlog::Grew) {
                     self.backlog = Backlog::Grew;
                 }
-                self.report.add(cell.peer, sent);
+                self.report.add(way.node(), sent);
             }
         }
     }
 
-    /// Lets the tasks that write go on, and waits for the peers that had no room.
-    async fn settle(&mut self, event: &OutgoingEvent<'_>, deadline: Duration) {
+    /// Lets the tasks that write go on, and waits for the ways that had no room.
+    async fn settle(&mut self, event: &Publication<'_>, deadline: Duration) {
         let deadline = Instant::now() + deadline;
         if self.backlog == Backlog::Grew {
             tokio::task::yield_now().await;
         }
-        for cell in std::mem::take(&mut self.full) {
-            let sent = timeout_at(deadline, cell.send_event_waiting(event)).await;
-            self.report.add(cell.peer, sent.unwrap_or(Err(DropReason::SlowPeer)));
+        for way in std::mem::take(&mut self.full) {
+            let sent = way.send_event_within(event, deadline).await;
+            self.report.add(way.node(), sent);
         }
     }
-}
 
-impl Shared {
-    /// Queues an event for every peer that subscribes.
-    fn send_event(&self, to: &To<'_>, event: &OutgoingEvent<'_>) -> Spread {
-        let mut spread = Spread::default();
-        match to {
-            To::Known(route) => route.links.iter().for_each(|cell| spread.send(cell, event)),
-            To::Topic(topic) => {
-                let routing = self.routing.load();
-                let subscribers = routing.subscribers(topic);
-                subscribers.iter().for_each(|(_, cell)| spread.send(cell, event));
+    /// Counts the event, and delivers it to this node's own subscriptions.
+    fn finish(self, node: &Inner, event: &Publication<'_>) -> PublishReport {
+        let (core, mut report) = (&node.core, self.report);
+        add(&core.reporter.counters.published, 1);
+        add(&core.reporter.counters.queued, report.queued as u64);
+        for (peer, reason) in &report.dropped {
+            core.reporter.count_drop(*peer, *reason, 1);
+        }
+        if self.here {
+            // Each subscription's loss is counted as it happens.
+            match core.publish_here(event) {
+                true => report.queued += 1,
+                false => report.dropped.push((core.id, DropReason::SlowSubscriber)),
             }
         }
-        spread
-    }
-
-    /// Counts an event, and gives it to this node's own subscriptions.
-    fn end_publish(&self, to: &To<'_>, message: Ready, report: &mut PublishReport) {
-        add(&self.counters.published, 1);
-        add(&self.counters.queued, report.queued as u64);
-        for (peer, reason) in &report.dropped {
-            self.count_drop(*peer, *reason, 1);
-        }
-        let here = match to {
-            To::Known(route) => route.here,
-            To::Topic(topic) => self.inboxes.load().has_match(topic),
-        };
-        if here {
-            self.publish_here(to.topic().clone(), message, report);
-        }
-    }
-
-    fn end_publish_by_broker(&self, sent: Result<(), DropReason>) -> PublishReport {
-        let mut report = PublishReport::default();
-        report.add(NodeId::BROKER, sent);
-        add(&self.counters.published, 1);
-        add(&self.counters.queued, report.queued as u64);
-        for (_, reason) in &report.dropped {
-            self.count_drop(NodeId::BROKER, *reason, 1);
-        }
         report
-    }
-
-    fn publish_here(&self, topic: Topic, message: Ready, report: &mut PublishReport) {
-        let Ready { id, header, body } = message;
-        let plain = || Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
-        let header = header.map_or_else(plain, |header| *header);
-        let run = EventBatch::single(topic, Message::new(self.id, header, body));
-        match self.deliver(run, None, None) {
-            0 => report.queued += 1,
-            _ => report.dropped.push((self.id, DropReason::SlowSubscriber)),
-        }
     }
 }
 

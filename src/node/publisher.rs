@@ -1,14 +1,12 @@
 //! A publisher: a topic, and who hears it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use super::Publish;
 use super::draft::Draft;
-use super::peer_link::PeerLink;
 use super::publish::To;
-use super::shared::Shared;
+use super::{Inner, Publish};
 use crate::address::Topic;
+use crate::core::Way;
 use crate::message::Body;
 
 /// Publishes on one topic. It knows who subscribes, and looks again only when that changes, so a
@@ -17,24 +15,24 @@ use crate::message::Body;
 /// Cloning is cheap; each task has its own.
 #[derive(Clone)]
 pub struct Publisher {
-    shared: Arc<Shared>,
+    node: Arc<Inner>,
     route: Route,
 }
 
-/// Who hears a topic, as of a version of the routes.
+/// The ways to the subscribers of a topic, as of a version of the routes.
 #[derive(Clone)]
 pub(crate) struct Route {
     pub(crate) topic: Topic,
-    pub(crate) links: Vec<Arc<PeerLink>>,
-    /// Whether this node's own subscriptions do.
+    pub(crate) ways: Vec<Arc<dyn Way>>,
+    /// This node's own subscriptions are reached by none of them.
     pub(crate) here: bool,
     version: u64,
 }
 
 impl Publisher {
-    pub(crate) fn new(shared: &Arc<Shared>, topic: Topic) -> Self {
-        let route = Route::find(shared, topic);
-        Self { shared: shared.clone(), route }
+    pub(crate) fn new(node: &Arc<Inner>, topic: Topic) -> Self {
+        let route = Route::find(node, topic);
+        Self { node: node.clone(), route }
     }
 
     /// The topic.
@@ -44,21 +42,20 @@ impl Publisher {
 
     /// Publishes an event on the topic, as [`Node::publish`](crate::Node::publish) does.
     pub fn publish(&mut self, body: impl Into<Body>) -> Publish<'_> {
-        if self.route.version != self.shared.routes_version.load(Ordering::Acquire) {
-            self.route = Route::find(&self.shared, self.route.topic.clone());
+        if self.route.version != self.node.core.routes.version() {
+            self.route = Route::find(&self.node, self.route.topic.clone());
         }
-        let (shared, draft) = (&self.shared, Draft::new(body.into()));
-        Publish { shared, to: Ok(To::Known(&self.route)), draft }
+        Publish::new(&self.node, Ok(To::Known(&self.route)), Draft::new(body.into()))
     }
 }
 
 impl Route {
-    fn find(shared: &Shared, topic: Topic) -> Self {
-        // What changes while this looks is seen the next time.
-        let version = shared.routes_version.load(Ordering::Acquire);
-        let routing = shared.routing.load();
-        let links = routing.subscribers(&topic).iter().map(|(_, cell)| (*cell).clone()).collect();
-        let here = shared.inboxes.load().has_match(&topic);
-        Self { topic, links, here, version }
+    fn find(node: &Inner, topic: Topic) -> Self {
+        // A change during the search is seen the next time.
+        let version = node.core.routes.version();
+        let mut ways = Vec::new();
+        let mut here = node.carrier.subscribers(&topic, &mut |way| ways.push(way.clone()));
+        here = here && node.core.subscriptions.load().has_match(&topic);
+        Self { topic, ways, here, version }
     }
 }

@@ -8,13 +8,13 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::counters::add;
-use super::draft::{BodyError, Draft, message_setters};
-use super::handler::HandlerError;
-use super::shared::{RequestOutcome, Shared};
+use super::Inner;
+use super::draft::{Draft, message_setters};
 use crate::address::{AddressError, Recipient};
-use crate::broker::Unsupported;
-use crate::message::{Kind, Message, MessageId};
+use crate::carrier::Unsupported;
+use crate::core::{Core, HandlerError, add};
+use crate::engine::RequestOutcome;
+use crate::message::{BodyError, Kind, Message, MessageId};
 use crate::report::DropReason;
 
 /// A request that got no reply.
@@ -58,13 +58,21 @@ pub enum RequestError {
 /// the queue, or by telling its handler that it is cancelled.
 #[must_use = "a request is sent when this is awaited"]
 pub struct Request<'a> {
-    pub(crate) shared: &'a Arc<Shared>,
-    pub(crate) recipient: Result<Recipient, AddressError>,
-    pub(crate) draft: Draft,
-    pub(crate) deadline: Duration,
+    node: &'a Arc<Inner>,
+    recipient: Result<Recipient, AddressError>,
+    draft: Draft,
+    deadline: Duration,
 }
 
 impl<'a> Request<'a> {
+    pub(crate) fn new(
+        node: &'a Arc<Inner>,
+        recipient: Result<Recipient, AddressError>,
+        draft: Draft,
+    ) -> Self {
+        Self { node, recipient, draft, deadline: node.core.config.request_deadline }
+    }
+
     message_setters!();
 
     /// How long to wait for the reply: 10 s by default
@@ -77,30 +85,26 @@ impl<'a> Request<'a> {
 
     async fn run(mut self) -> Result<Message, RequestError> {
         let recipient = self.recipient?;
-        self.draft.check(self.shared)?;
-        let shared = self.shared;
-        if shared.is_stopping() {
+        let (node, core) = (self.node, &self.node.core);
+        self.draft.check(&core.config)?;
+        if core.is_stopping() {
             return Err(RequestError::ShutDown);
         }
-        if let (Some(broker), Some(_)) = (shared.broker(), self.draft.ordering_key()) {
-            return Err(broker.lacks(super::ORDERED_SERVICES).into());
-        }
-        let begun = shared.now();
-        let found = shared.find(&recipient, self.draft.ordering_key());
-        let to = timeout(self.deadline, found).await.ok().flatten();
-        let to = to.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
-        let id = shared.ids.next_now();
+        node.check_key(self.draft.ordering_key())?;
+        let begun = core.now();
+        let found = node.find(&recipient, self.draft.ordering_key());
+        let way = timeout(self.deadline, found).await.ok().flatten();
+        let way = way.ok_or_else(|| RequestError::NoService(recipient.clone()))?;
+        let id = core.ids.next_now();
         let mut header = self.draft.header(id, Kind::Command, recipient.clone().into());
-        header.reply_to = Some(shared.id);
-        header.time_to_live = Some(self.deadline.saturating_sub(shared.now().since(begun)));
+        header.reply_to = Some(core.id);
+        header.time_to_live = Some(self.deadline.saturating_sub(core.now().since(begun)));
         let (waiter, outcome) = oneshot::channel();
-        let link = to.link();
-        shared.open_request(id, begun + self.deadline, link, waiter);
-        let mut pending = Pending { shared, id, ended: false };
-        add(&shared.counters.requests, 1);
-        if let Err(reason) = shared.hand_over(&to, header, self.draft.body, true) {
-            pending.ended = shared.end_request(id).is_some();
-            shared.count_drop(to.node(shared), reason, 1);
+        core.open_request(id, begun + self.deadline, &way, waiter);
+        let mut pending = Pending { core, id, ended: false };
+        add(&core.reporter.counters.requests, 1);
+        if let Err(reason) = node.hand_over(&way, header, self.draft.body, true) {
+            pending.ended = core.with_front(|front, _| front.close_request(id));
             return Err(match reason {
                 DropReason::LinkLost => RequestError::PeerLost { maybe_executed: false },
                 reason => RequestError::Dropped(reason),
@@ -136,17 +140,15 @@ impl<'a> IntoFuture for Request<'a> {
 
 /// Takes a request back when its future is dropped.
 struct Pending<'a> {
-    shared: &'a Arc<Shared>,
+    core: &'a Arc<Core>,
     id: MessageId,
     ended: bool,
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if !self.ended
-            && let Some((_, link)) = self.shared.end_request(self.id)
-        {
-            self.shared.cancel_call(self.id, link);
+        if !self.ended {
+            self.core.with_front(|front, _| front.handle_abandoned(self.id));
         }
     }
 }

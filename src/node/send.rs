@@ -5,13 +5,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::draft::{BodyError, Draft, message_setters};
+use super::Inner;
+use super::draft::{Draft, message_setters};
 use super::guaranteed::Guaranteed;
-use super::shared::Shared;
 use crate::address::{AddressError, Recipient};
-use crate::broker::Unsupported;
+use crate::carrier::Unsupported;
 use crate::identity::NodeId;
-use crate::message::{Kind, MessageId};
+use crate::message::{BodyError, Kind, MessageId};
 use crate::report::DropReason;
 
 /// A one-way message that can't be sent.
@@ -51,12 +51,20 @@ pub struct Sent {
 /// A one-way message that is sent when this is awaited.
 #[must_use = "a message is sent when this is awaited"]
 pub struct Send<'a> {
-    pub(crate) shared: &'a Arc<Shared>,
-    pub(crate) recipient: Result<Recipient, AddressError>,
-    pub(crate) draft: Draft,
+    node: &'a Arc<Inner>,
+    recipient: Result<Recipient, AddressError>,
+    draft: Draft,
 }
 
 impl<'a> Send<'a> {
+    pub(crate) fn new(
+        node: &'a Arc<Inner>,
+        recipient: Result<Recipient, AddressError>,
+        draft: Draft,
+    ) -> Self {
+        Self { node, recipient, draft }
+    }
+
     message_setters!();
 
     /// How long the message is worth handling: what is older when its turn comes is dropped by
@@ -83,28 +91,23 @@ impl<'a> Send<'a> {
     /// nobody offers now is fine; the message waits for it.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.recipient.map(Into::into);
-        Guaranteed::new(self.shared, destination, self.draft)
+        Guaranteed::new(self.node, destination, self.draft)
     }
 
     async fn run(mut self) -> Result<Sent, SendError> {
         let recipient = self.recipient?;
-        self.draft.check(self.shared)?;
-        if self.shared.is_stopping() {
+        let (node, core) = (self.node, &self.node.core);
+        self.draft.check(&core.config)?;
+        if core.is_stopping() {
             return Err(SendError::ShutDown);
         }
-        if let (Some(broker), Some(_)) = (self.shared.broker(), self.draft.ordering_key()) {
-            return Err(broker.lacks(super::ORDERED_SERVICES).into());
-        }
-        let to = self.shared.find(&recipient, self.draft.ordering_key()).await;
-        let to = to.ok_or_else(|| SendError::NoService(recipient.clone()))?;
-        let id = self.draft.id(&self.shared.ids);
+        node.check_key(self.draft.ordering_key())?;
+        let way = node.find(&recipient, self.draft.ordering_key()).await;
+        let way = way.ok_or_else(|| SendError::NoService(recipient.clone()))?;
+        let id = self.draft.id(&core.ids);
         let header = self.draft.header(id, Kind::Command, recipient.into());
-        let node = to.node(self.shared);
-        self.shared.hand_over(&to, header, self.draft.body, false).map_err(|reason| {
-            self.shared.count_drop(node, reason, 1);
-            SendError::Dropped(reason)
-        })?;
-        Ok(Sent { id, to: node })
+        node.hand_over(&way, header, self.draft.body, false).map_err(SendError::Dropped)?;
+        Ok(Sent { id, to: way.node() })
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::handler::Handler;
-use super::service_runner::ServiceRunner;
-use super::shared::Shared;
+use super::Inner;
 use crate::address::{AddressError, ServiceName};
-use crate::broker::Unsupported;
+use crate::carrier::{CannotKeep, Unsupported, Wish, WishEnd};
+use crate::core::{Handler, ServiceRunner};
+use crate::engine::ServiceNumber;
 
 /// How many calls a service runs at once, unless it says so itself.
 pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
@@ -36,16 +36,34 @@ pub enum ServeError {
     ShutDown,
 }
 
+impl From<CannotKeep> for ServeError {
+    fn from(lack: CannotKeep) -> Self {
+        match lack {
+            CannotKeep::NoStore => Self::NoStore,
+            CannotKeep::NoIdentity => Self::NoIdentity,
+            CannotKeep::Unsupported(lack) => Self::Unsupported(lack),
+        }
+    }
+}
+
 /// A service that is about to be offered. [`Serve::start`] does it.
 #[must_use = "a service is offered when it is started"]
 pub struct Serve {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) name: Result<ServiceName, AddressError>,
-    pub(crate) handler: Arc<Handler>,
-    pub(crate) concurrency: u32,
+    node: Arc<Inner>,
+    name: Result<ServiceName, AddressError>,
+    handler: Arc<Handler>,
+    concurrency: u32,
 }
 
 impl Serve {
+    pub(super) fn new(
+        node: &Arc<Inner>,
+        name: Result<ServiceName, AddressError>,
+        handler: Arc<Handler>,
+    ) -> Self {
+        Self { node: node.clone(), name, handler, concurrency: DEFAULT_CONCURRENCY }
+    }
+
     /// How many calls run at once: 64 by default, 1 at the least. Others wait, as far as the
     /// credit of their senders goes.
     pub fn concurrency(mut self, calls: u32) -> Self {
@@ -58,50 +76,61 @@ impl Serve {
     /// # Errors
     /// [`ServeError`] if the name can't be parsed or is served here already.
     pub fn start(self) -> Result<Service, ServeError> {
-        let name = self.name?;
-        if self.shared.is_stopping() {
+        let (node, name) = (self.node, self.name?);
+        if node.core.is_stopping() {
             return Err(ServeError::ShutDown);
         }
-        let cell = Arc::new(ServiceRunner::new(name.clone(), self.concurrency, self.handler));
-        if !self.shared.add_service(&cell) {
-            return Err(ServeError::AlreadyServed(name));
-        }
-        Ok(Service { cell, shared: self.shared })
+        let runner = Arc::new(ServiceRunner::new(name.clone(), self.handler));
+        let served =
+            node.core.with_front(|front, _| front.serve(&name, self.concurrency, runner.clone()));
+        let Some(number) = served else { return Err(ServeError::AlreadyServed(name)) };
+        node.carrier.wish(Wish::Serve(name, self.concurrency));
+        node.core.routes.notify();
+        Ok(Service { runner, number, concurrency: self.concurrency, node })
     }
 }
 
 /// A service that this node offers. Dropping it withdraws the service; what runs is finished.
 #[must_use = "dropping a service withdraws it"]
 pub struct Service {
-    cell: Arc<ServiceRunner>,
-    shared: Arc<Shared>,
+    runner: Arc<ServiceRunner>,
+    number: ServiceNumber,
+    concurrency: u32,
+    node: Arc<Inner>,
 }
 
 impl Service {
     /// The name under which it is offered.
     pub fn name(&self) -> &ServiceName {
-        &self.cell.name
+        &self.runner.name
     }
 
-    /// How many calls run now.
+    /// The number of calls that run now.
     pub fn running(&self) -> usize {
-        self.cell.running()
+        self.node.core.look(|front| front.running(self.number))
     }
 
     /// Withdraws the service and waits until the calls that it has taken are done: for a
-    /// rolling deploy. Calls that arrive meanwhile are turned down with `no_service`.
+    /// rolling deploy. Calls that arrive meanwhile are refused with `no_service`.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the service withdrawn.
     pub async fn drain(self) {
-        self.shared.withdraw(&self.cell.name);
-        self.cell.drain().await;
+        self.withdraw();
+        self.runner.wait_until_idle(&self.node.core, self.number).await;
+    }
+
+    fn withdraw(&self) {
+        if self.node.core.with_front(|front, _| front.withdraw(self.number)) {
+            let wish = Wish::Serve(self.runner.name.clone(), self.concurrency);
+            self.node.carrier.end_wish(wish, WishEnd::Forget);
+            self.node.core.routes.notify();
+        }
     }
 }
 
 impl Drop for Service {
     fn drop(&mut self) {
-        self.shared.withdraw(&self.cell.name);
-        self.shared.remove_service(&self.cell.name);
+        self.withdraw();
     }
 }

@@ -133,7 +133,7 @@ impl Rules {
     }
 
     /// What they grant to a node; `trusted` is its entry among the trusted keys.
-    pub(super) fn grants(&self, id: &NodeId, trusted: Option<&Trusted>) -> Grants {
+    pub(crate) fn grants(&self, id: &NodeId, trusted: Option<&Trusted>) -> Grants {
         let is_meant = |rule: &&Rule| match &rule.who {
             Who::Anybody => true,
             Who::Node(node) => node == id,

@@ -21,8 +21,7 @@ pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_AN
 pub(crate) use delivery::{Answer, Delivery, DeliveryId, DeliveryOutcome, InboxInfo, Stream};
 pub(crate) use parcel::{Parcel, Unpacked};
 pub(crate) use record::{
-    BASE_COST, Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, decode_stored,
-    encode_stored,
+    Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, decode_stored, encode_stored,
 };
 
 /// The version of the protocol that this crate speaks.

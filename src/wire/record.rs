@@ -9,12 +9,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rmp::Marker;
 
-use super::delivery::Delivery;
 use super::pack::{ArrayWriter, NIL, Next, Reader, push_str, push_uint};
 use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
 use crate::address::{Destination, ServiceName, Topic};
+use crate::delivery_id::Delivery;
 use crate::identity::NodeId;
-use crate::message::{Extra, Header, Kind, MessageId};
+use crate::message::{BASE_COST, Extra, Header, Kind, MessageId};
 
 /// One of the four flows on a link that have credit of their own. One credit for all would
 /// deadlock: a subscriber that awaits a request in its event loop would block its own reply
@@ -36,6 +36,12 @@ pub(crate) const LANES: usize = 4;
 pub(crate) struct Failure {
     pub(crate) code: String,
     pub(crate) text: String,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.code, self.text)
+    }
 }
 
 /// A message between two nodes; its lane follows from the payload.
@@ -88,9 +94,6 @@ impl Payload {
         }
     }
 }
-
-/// What the fixed part of a message counts for in flow control.
-pub(crate) const BASE_COST: u64 = 128;
 
 impl Envelope {
     /// A message that nobody replies to: an event if it goes to a topic, else a call.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::node::Life;
+use crate::engine::RequestOutcome;
 use crate::message::MessageId;
 use crate::report::DropReason;
 
@@ -14,6 +15,8 @@ struct Account {
     /// Of these: dropped here or there, and counted.
     dropped: u64,
     in_doubt: u64,
+    /// Replies that reached the caller.
+    replies: u64,
     crashed: bool,
 }
 
@@ -26,6 +29,8 @@ pub(super) struct Ledger {
     /// The last message by sender, topic and subscriber.
     last: HashMap<(Life, String, Life), MessageId>,
     open_requests: HashSet<MessageId>,
+    /// Requests whose callers were told that they failed, by their sender.
+    failed: HashMap<Life, HashSet<MessageId>>,
     pub(super) seen: Seen,
 }
 
@@ -49,6 +54,14 @@ pub(super) struct Seen {
     pub(super) duplicate_links: u64,
     pub(super) replaced_links: u64,
     pub(super) silent_deaths: u64,
+    /// Messages that a rule refused.
+    pub(super) denied: u64,
+    /// Links that ended since a rule changed.
+    pub(super) distrusted_links: u64,
+    /// Running calls whose caller gave up or was lost.
+    pub(super) interrupted: u64,
+    /// Received messages that were queued when their link was lost.
+    pub(super) lost_with_link: u64,
 }
 
 impl Seen {
@@ -71,6 +84,10 @@ impl Seen {
             duplicate_links,
             replaced_links,
             silent_deaths,
+            denied,
+            distrusted_links,
+            interrupted,
+            lost_with_link,
         } = other;
         self.delivered += delivered;
         self.replies += replies;
@@ -89,6 +106,10 @@ impl Seen {
         self.duplicate_links += duplicate_links;
         self.replaced_links += replaced_links;
         self.silent_deaths += silent_deaths;
+        self.denied += denied;
+        self.distrusted_links += distrusted_links;
+        self.interrupted += interrupted;
+        self.lost_with_link += lost_with_link;
     }
 }
 
@@ -102,8 +123,11 @@ impl Ledger {
     }
 
     pub(super) fn dropped(&mut self, sender: Life, reason: DropReason, count: u64) {
-        self.account(sender).dropped += count;
         self.seen.dropped += count;
+        // It reached its handler.
+        if reason != DropReason::HandlerFailed {
+            self.account(sender).dropped += count;
+        }
         match reason {
             DropReason::SlowPeer => self.seen.slow_peer += count,
             DropReason::SlowSubscriber => self.seen.slow_subscriber += count,
@@ -138,25 +162,40 @@ impl Ledger {
         assert!(last.is_none_or(|last| last < id), "{id} on {topic} came after its successor");
     }
 
+    /// A reply of `sender` reached the caller.
+    pub(super) fn replied(&mut self, sender: Life) {
+        self.account(sender).replies += 1;
+        self.seen.replies += 1;
+    }
+
     pub(super) fn request_opened(&mut self, id: MessageId) {
         self.open_requests.insert(id);
     }
 
-    pub(super) fn request_ended(&mut self, id: MessageId) {
+    pub(super) fn request_ended(&mut self, caller: Life, id: MessageId, outcome: &RequestOutcome) {
         assert!(self.open_requests.remove(&id), "request {id} ended twice");
+        if !matches!(outcome, RequestOutcome::Reply(_)) {
+            self.failed.entry(caller).or_default().insert(id);
+        }
     }
 
     pub(super) fn check_the_end(&self) {
         assert!(self.open_requests.is_empty(), "requests hang: {:?}", self.open_requests);
         for (life, account) in self.accounts.iter().filter(|(_, account)| !account.crashed) {
             let reached = self.reached.get(life).map_or(0, HashSet::len) as u64;
-            let known = reached + account.dropped;
+            let known = reached + account.replies + account.dropped;
             assert!(
                 known <= account.queued,
                 "{life:?}: more reached or dropped ({known}) than queued: {account:?}"
             );
+            // A request that never reached anybody, and whose caller knows that it failed.
+            let is_known = |id: &&MessageId| {
+                let reached = self.reached.get(life);
+                !reached.is_some_and(|it| it.iter().any(|(other, _)| other == *id))
+            };
+            let failed = self.failed.get(life).into_iter().flatten().filter(is_known).count();
             assert!(
-                account.queued <= known + account.in_doubt,
+                account.queued <= known + account.in_doubt + failed as u64,
                 "{life:?}: silent loss; {reached} reached of {account:?}"
             );
         }

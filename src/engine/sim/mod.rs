@@ -12,6 +12,7 @@ mod disk;
 mod full_disk;
 mod ledger;
 mod node;
+mod rules;
 mod tests;
 mod world;
 

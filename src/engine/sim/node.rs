@@ -1,25 +1,32 @@
-//! One simulated node: the engine's pieces, and users who publish, serve and ask.
+//! One simulated node: the engine as production drives it, and users who publish, serve and ask.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::Random;
 use super::ledger::Ledger;
+use super::rules::Rule;
 use crate::address::{Destination, Pattern, ServiceName, Topic};
+use crate::engine::front::CallKey;
 use crate::engine::{
-    Action, Admission, Connection, DownReason, Finished, Flow, LinkId, Liveness, Mesh, MeshConfig,
-    MeshEvent, Queue, Requests, Routing, Service, Sighting, TargetKey, Time, Timing, least_loaded,
-    preferred,
+    Action, Candidate, Connection, Delivered, DownReason, Effect, Ended, EventBatch, EventSink,
+    Flow, Front, FrontLimits, Host, Incoming, LinkId, Liveness, Lost, Mesh, MeshConfig, MeshEvent,
+    Overflow, Path, ReceivedControl, ReceivedMessage, Reply, RequestOutcome, Routing, Run,
+    ServiceNumber, Sighting, SubscriptionQueue, TargetKey, Time, Timing, choose, deliver, incoming,
+    may_publish,
 };
 use crate::identity::{Incarnation, NodeId};
-use crate::message::{Extra, Header, IdSource, Kind, MessageId};
+use crate::message::{Extra, Header, IdSource, Kind, Message, MessageId};
 use crate::peer::{Address, Source};
 use crate::report::DropReason;
+use crate::trust::Grants;
 use crate::wire::{
-    Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, OutgoingEvent, Payload, Record,
-    Totals, decode,
+    Bye, Control, EncodedBatch, Envelope, Failure, Lane, Limits, OutgoingEvent, Payload, Totals,
+    decode,
 };
 
 /// A node and which of its incarnations.
@@ -31,7 +38,7 @@ pub(super) struct Life {
 
 /// What a node asks of its world.
 #[derive(Debug)]
-pub(super) enum Effect {
+pub(super) enum Request {
     Dial {
         target: TargetKey,
         address: usize,
@@ -52,8 +59,6 @@ pub(super) enum Effect {
     },
 }
 
-pub(super) type CallKey = (LinkId, MessageId);
-
 const TIMING: Timing = Timing {
     heartbeat: Duration::from_secs(1),
     suspect: Duration::from_secs(3),
@@ -66,39 +71,117 @@ const SEND_QUEUE: u64 = 2048;
 const SUBSCRIPTION_QUEUE: u64 = 3000;
 const PATTERNS: [&str; 4] = ["a.>", "*.x", "a.x", ">"];
 const TOPICS: [&str; 4] = ["a.x", "a.y", "b.x", "b.y"];
-const SERVICES: [&str; 2] = ["work", "mill"];
+pub(super) const SERVICES: [&str; 2] = ["work", "mill"];
+const OVERFLOWS: [Overflow; 4] =
+    [Overflow::DropNewest, Overflow::DropOldest, Overflow::KeepLatest, Overflow::HoldBack];
 
-/// What a handler or a subscriber does when its request ends.
+/// The user who waits for a request.
 #[derive(Debug, Clone, Copy)]
-enum Waiter {
+pub(super) enum Waiter {
     Nobody,
     Handler(CallKey),
     Subscriber,
 }
 
-struct Call {
+/// Credit that was given back, by link.
+type Returned = Rc<RefCell<Vec<(LinkId, Lane, Totals)>>>;
+
+/// The credit of a received message. Dropping it gives it back.
+pub(super) struct SimHold {
     link: LinkId,
-    envelope: Envelope,
-    cost: u64,
+    lane: Lane,
+    held: Totals,
+    returned: Returned,
+}
+
+impl Drop for SimHold {
+    fn drop(&mut self) {
+        self.returned.borrow_mut().push((self.link, self.lane, self.held));
+    }
+}
+
+pub(super) struct SimHost;
+
+impl Host for SimHost {
+    type Hold = SimHold;
+    /// The request, its receiver, and the user.
+    type Waiter = (MessageId, Life, Waiter);
+    type Way = LinkId;
+    type Service = ServiceName;
+    type Handle = ();
+}
+
+/// One end of a link.
+struct Link {
+    peer: NodeId,
+    /// The peer's life, for the ledger.
+    life: Life,
+    flow: Flow,
+    grants: Grants,
+    /// The rule behind the grants, by which the test judges them.
+    rule: Rule,
+    open: bool,
+}
+
+/// The one subscription of a node.
+struct Subscription {
+    pattern: Pattern,
+    overflow: Overflow,
+    queue: RefCell<SubscriptionQueue<SimHold>>,
+}
+
+impl EventSink<SimHold> for &Subscription {
+    fn overflow(&self) -> Overflow {
+        self.overflow
+    }
+
+    fn push(&self, batch: EventBatch<SimHold>) -> Vec<Lost<SimHold>> {
+        self.queue.borrow_mut().push(batch)
+    }
+}
+
+/// An instance of a service, and its load.
+struct Instance {
+    node: NodeId,
+    link: LinkId,
+    load: (u64, u32),
+}
+
+impl Candidate for Instance {
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn load(&self) -> (u64, u32) {
+        self.load
+    }
+}
+
+/// A call whose handler runs.
+struct Running {
+    number: ServiceNumber,
+    order: Option<String>,
 }
 
 pub(super) struct SimNode {
     pub(super) life: Life,
     id: NodeId,
     mesh: Mesh,
-    pub(super) flows: BTreeMap<LinkId, Flow>,
-    peers: HashMap<LinkId, NodeId>,
+    front: Front<SimHost>,
+    links: BTreeMap<LinkId, Link>,
     routing: Routing,
-    requests: Requests<Waiter>,
-    services: HashMap<ServiceName, Service<CallKey, Call, ()>>,
-    running: HashMap<CallKey, (ServiceName, Envelope)>,
-    patterns: Vec<Pattern>,
-    events: Queue<(LinkId, Envelope)>,
+    running: BTreeMap<CallKey, Running>,
+    subscription: Subscription,
+    /// The batch that the subscriber takes events from.
+    taking: Option<EventBatch<SimHold>>,
     subscriber_busy: bool,
+    /// What its peers may do here.
+    rules: HashMap<NodeId, Rule>,
+    returned: Returned,
     ids: IdSource,
     turn: usize,
     random: Random,
-    pub(super) effects: VecDeque<Effect>,
+    pub(super) requests: VecDeque<Request>,
 }
 
 pub(super) fn node_id(node: usize) -> NodeId {
@@ -107,14 +190,14 @@ pub(super) fn node_id(node: usize) -> NodeId {
     NodeId::from_bytes(bytes)
 }
 
-fn life_of(envelope: &Envelope, peer: NodeId) -> Life {
+fn life_of(id: MessageId, peer: NodeId) -> Life {
     // Ids are drawn from a stem that is the life's number, and the id's own high bits hold it.
-    let stem = u128::from_be_bytes(envelope.header.id.to_bytes()) >> 32 & 0x3fff_ffff;
+    let stem = u128::from_be_bytes(id.to_bytes()) >> 32 & 0x3fff_ffff;
     Life { node: usize::from(peer.as_bytes()[0]), number: stem as u64 }
 }
 
 impl SimNode {
-    pub(super) fn new(now: Time, life: Life, nodes: usize, random: Random) -> Self {
+    pub(super) fn new(now: Time, life: Life, nodes: usize, mut random: Random) -> Self {
         let id = node_id(life.node);
         let config = MeshConfig {
             id,
@@ -133,44 +216,58 @@ impl SimNode {
         }
         let pattern: Pattern = PATTERNS[life.node % PATTERNS.len()].parse().unwrap();
         mesh.subscribe(&pattern);
-        let mut services = HashMap::new();
+        let overflow = OVERFLOWS[random.below(4) as usize];
+        let queue = SubscriptionQueue::new(overflow, SUBSCRIPTION_QUEUE);
+        let limits = FrontLimits { max_body: MAX_BODY as usize, local: 0, broker: 0 };
+        let mut front = Front::new(id, limits);
         if life.node % 3 != 2 {
             let name: ServiceName = SERVICES[life.node % 2].parse().unwrap();
             mesh.serve(&name, 2);
-            services.insert(name, Service::new(2));
+            front.serve(&name, 2, name.clone());
         }
         Self {
             life,
             id,
             mesh,
-            flows: BTreeMap::new(),
-            peers: HashMap::new(),
+            front,
+            links: BTreeMap::new(),
             routing: Routing::default(),
-            requests: Requests::default(),
-            services,
-            running: HashMap::new(),
-            patterns: vec![pattern],
-            events: Queue::new(SUBSCRIPTION_QUEUE),
+            running: BTreeMap::new(),
+            subscription: Subscription { pattern, overflow, queue: RefCell::new(queue) },
+            taking: None,
             subscriber_busy: false,
+            rules: HashMap::new(),
+            returned: Returned::default(),
             ids: IdSource::new(life.number),
             turn: 0,
             random,
-            effects: VecDeque::new(),
+            requests: VecDeque::new(),
         }
+    }
+
+    fn next_id(&self, now: Time) -> MessageId {
+        self.ids.next(now.since_start().as_millis() as u64)
     }
 
     // What users do.
 
     pub(super) fn publish(&mut self, now: Time, ledger: &mut Ledger) {
         let topic: Topic = TOPICS[self.random.below(4) as usize].parse().unwrap();
-        let id = self.ids.next(now.since_start().as_millis() as u64);
+        let id = self.next_id(now);
         let body = Bytes::from(vec![0; self.random.below(300) as usize]);
         let header = Header::new(id, Kind::Event, Destination::Topic(topic.clone()));
-        let envelope = Envelope { header, payload: Payload::Event(body) };
+        let me = self.id;
+        let event = OutgoingEvent::new(&header, &topic, &body, &me);
         let links: Vec<LinkId> =
             self.routing.subscribers(&topic).iter().map(|(_, link)| **link).collect();
         for link in links {
-            self.enqueue(now, link, envelope.clone(), ledger);
+            let Some(end) = self.links.get_mut(&link) else { continue };
+            match end.flow.enqueue_event(&event) {
+                Ok(_) => ledger.queued(self.life),
+                // The publisher is told at once; it was never queued.
+                Err(_) => ledger.seen.slow_peer += 1,
+            }
+            self.transmit(now, link);
         }
     }
 
@@ -180,7 +277,7 @@ impl SimNode {
         self.call_service(now, service, waiting.then_some(Waiter::Nobody), ledger);
     }
 
-    /// Sends a call to the least loaded instance; whether there was one with room.
+    /// Sends a call to an instance. Returns false if there was none with room.
     fn call_service(
         &mut self,
         now: Time,
@@ -190,42 +287,43 @@ impl SimNode {
     ) -> bool {
         let name: ServiceName = service.parse().unwrap();
         self.turn += 1;
-        let flows = &self.flows;
-        let instances: Vec<_> = self.routing.instances(&name).collect();
-        let key = self.random.once_in(3).then(|| format!("key {}", self.random.below(3)));
-        let by_load = || {
-            least_loaded(&instances, self.turn, |instance| {
-                let load = flows.get(&instance.link).map_or(u64::MAX / 64, Flow::unfinished_calls);
-                (load, instance.concurrency)
+        let links = &self.links;
+        let instances: Vec<_> = self
+            .routing
+            .instances(&name)
+            .map(|instance| {
+                let flow = links.get(&instance.link).map(|link| &link.flow);
+                let load = flow.map_or(u64::from(u32::MAX), Flow::unfinished_calls);
+                let load = (load, instance.concurrency);
+                Instance { node: instance.peer, link: instance.link, load }
             })
-        };
-        let chosen = match &key {
-            Some(key) => preferred(&instances, key, |instance| instance.peer),
-            None => by_load(),
-        };
-        let Some(link) = chosen.map(|instance| instance.link) else {
+            .collect();
+        let key = self.random.once_in(3).then(|| format!("key {}", self.random.below(3)));
+        let Some(link) = choose(&instances, key.as_deref(), self.turn).map(|it| it.link) else {
             return false;
         };
-        let id = self.ids.next(now.since_start().as_millis() as u64);
+        let id = self.next_id(now);
         let mut header = Header::new(id, Kind::Command, Destination::Service(name));
         header.extra =
             key.map(|key| Box::new(Extra { ordering_key: Some(key), ..Extra::default() }));
         let deadline = now + Duration::from_millis(self.random.between(20, 3000));
-        if waiter.is_some() {
-            header.reply_to = Some(self.id);
-            header.time_to_live = Some(deadline.since(now));
-        }
         let body = Bytes::from_static(b"do it");
+        let Some(to) = self.links.get(&link).map(|end| end.life) else { return false };
         let payload = match waiter {
-            Some(_) => Payload::Request(body),
+            Some(waiter) => {
+                header.reply_to = Some(self.id);
+                header.time_to_live = Some(deadline.since(now));
+                self.front.open_request(id, deadline, Path::Link(link), link, (id, to, waiter));
+                Payload::Request(body)
+            }
             None => Payload::Call(body),
         };
         if !self.enqueue(now, link, Envelope { header, payload }, ledger) {
+            self.front.close_request(id);
             return false;
         }
-        if let Some(waiter) = waiter {
+        if waiter.is_some() {
             ledger.request_opened(id);
-            self.requests.insert(id, deadline, Some(link), waiter);
         }
         true
     }
@@ -237,25 +335,25 @@ impl SimNode {
         envelope: Envelope,
         ledger: &mut Ledger,
     ) -> bool {
-        let Some(flow) = self.flows.get_mut(&link) else {
+        let Some(end) = self.links.get_mut(&link) else {
             return false;
         };
-        let queued = match &envelope.payload {
-            Payload::Event(body) => {
-                let Destination::Topic(topic) = &envelope.header.destination else { panic!() };
-                let event = OutgoingEvent::new(&envelope.header, topic, body, &self.id);
-                flow.enqueue_event(&event).map(drop)
-            }
-            _ => flow.enqueue(envelope),
-        };
-        if queued.is_err() {
-            // Told to the sender at once; never queued.
+        if end.flow.enqueue(envelope).is_err() {
+            // The sender is told at once; it was never queued.
             ledger.seen.slow_peer += 1;
             return false;
         }
         ledger.queued(self.life);
         self.transmit(now, link);
         true
+    }
+
+    /// Changes what a peer may do here. As in production, it loses its link and comes back with
+    /// its new rights.
+    pub(super) fn change_rule(&mut self, now: Time, peer: NodeId, rule: Rule, ledger: &mut Ledger) {
+        self.rules.insert(peer, rule);
+        self.mesh.handle_trust_changed(now, |id| *id != peer);
+        self.perform(now, ledger);
     }
 
     // What the world tells.
@@ -265,15 +363,17 @@ impl SimNode {
         now: Time,
         link: LinkId,
         target: Option<TargetKey>,
-        peer: NodeId,
+        life: Life,
     ) {
-        self.flows.insert(link, Flow::new(now, self.id, &LIMITS, SEND_QUEUE));
-        self.peers.insert(link, peer);
-        self.mesh.handle_connected(
-            now,
-            link,
-            Connection { claimed: Some(peer), target, ..Connection::default() },
-        );
+        let peer = node_id(life.node);
+        let rule = self.rules.get(&peer).copied().unwrap_or_default();
+        let grants = rule.grants();
+        let flow = Flow::new(now, self.id, &LIMITS, SEND_QUEUE);
+        let end = Link { peer, life, flow, grants: grants.clone(), rule, open: false };
+        self.links.insert(link, end);
+        let claimed = Some(peer);
+        let connection = Connection { grants, claimed, target, ..Connection::default() };
+        self.mesh.handle_connected(now, link, connection);
     }
 
     pub(super) fn handle_dial_failed(&mut self, now: Time, target: &TargetKey) {
@@ -286,8 +386,8 @@ impl SimNode {
     }
 
     pub(super) fn handle_released(&mut self, now: Time, link: LinkId) {
-        if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_released(1);
+        if let Some(end) = self.links.get_mut(&link) {
+            end.flow.handle_released(1);
         }
         self.transmit(now, link);
     }
@@ -299,115 +399,115 @@ impl SimNode {
         frames: Vec<Bytes>,
         ledger: &mut Ledger,
     ) {
-        let Some(peer) = self.peers.get(&link).copied() else {
+        let Some(end) = self.links.get_mut(&link) else {
             return;
         };
-        let me = self.id;
+        let (me, peer) = (self.id, end.peer);
         let mut batch = decode(frames, &me, &peer, MAX_BODY as usize).expect("peers are honest");
-        let Some(flow) = self.flows.get_mut(&link) else {
-            return;
-        };
-        flow.handle_preamble(now, &batch.preamble).expect("peers are honest");
+        end.flow.handle_preamble(now, &batch.preamble).expect("peers are honest");
         while let Some(record) = batch.next_record().expect("peers are honest") {
             // A record may end the link; what follows it is ignored.
-            if !self.flows.contains_key(&link) {
+            let Some(end) = self.links.get(&link) else {
                 return;
+            };
+            match incoming(record, peer, end.open, &end.grants).expect("peers are honest") {
+                Incoming::Event(message) => self.handle_event(link, message, ledger),
+                Incoming::Message { received, lane, cost } => {
+                    self.handle_message(now, link, received, lane, Totals::one(cost));
+                }
+                Incoming::Control(control) => self.handle_control(now, link, control, ledger),
+                Incoming::Unknown => panic!("an unknown record"),
             }
-            match record {
-                Record::Control(control) => self.handle_control(now, link, control, ledger),
-                Record::Message(envelope) => self.handle_message(now, link, envelope, ledger),
-                Record::Unknown(kind) => panic!("unknown record {kind}"),
-            }
+            self.perform(now, ledger);
         }
         self.perform(now, ledger);
     }
 
-    fn handle_control(&mut self, now: Time, link: LinkId, control: Control, ledger: &mut Ledger) {
+    fn handle_control(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        control: ReceivedControl,
+        ledger: &mut Ledger,
+    ) {
         match control {
-            Control::Dropped(counts) => {
-                let flow = self.flows.get_mut(&link).unwrap();
+            ReceivedControl::DropReport(counts) => {
+                let flow = &mut self.links.get_mut(&link).unwrap().flow;
                 for (reason, count) in flow.handle_drop_report(&counts).expect("peers are honest") {
                     ledger.dropped(self.life, reason, count);
                 }
             }
-            Control::Cancel(id) => {
-                let key = (link, id);
-                let cancelled =
-                    self.services.values_mut().find_map(|service| service.handle_cancel(key));
-                if let Some(call) = cancelled {
-                    ledger.seen.cancelled += 1;
-                    self.drop_received(link, Lane::Calls, call.cost, DropReason::Cancelled);
-                }
+            ReceivedControl::Cancel(id) => self.front.handle_cancel(Path::Link(link), id),
+            ReceivedControl::Mesh(control) => self.mesh.handle_control(now, link, control),
+            ReceivedControl::Answers(_) | ReceivedControl::Epochs(_) => {
+                panic!("this world has no outboxes")
             }
-            control => {
-                self.mesh.handle_control(now, link, control);
-                self.perform(now, ledger);
+            ReceivedControl::Inbox(..) => panic!("this world has no inboxes"),
+        }
+    }
+
+    fn handle_message(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        received: ReceivedMessage,
+        lane: Lane,
+        held: Totals,
+    ) {
+        let flow = &mut self.links.get_mut(&link).unwrap().flow;
+        flow.handle_received(lane, held).expect("peers are honest");
+        let hold = SimHold { link, lane, held, returned: self.returned.clone() };
+        let path = Path::Link(link);
+        match received {
+            ReceivedMessage::Call(message) => self.front.handle_call(now, path, message, hold),
+            ReceivedMessage::RefusedCall(message) => {
+                self.front.handle_refused(path, message, hold, DropReason::NotAllowed);
+            }
+            ReceivedMessage::Outcome(id, outcome) => {
+                self.front.handle_outcome(path, id, outcome, hold);
+            }
+            ReceivedMessage::Delivery(_) | ReceivedMessage::RefusedDelivery(_) => {
+                panic!("this world has no outboxes")
             }
         }
     }
 
-    fn handle_message(&mut self, now: Time, link: LinkId, envelope: Envelope, ledger: &mut Ledger) {
-        let (lane, cost) = (envelope.lane(), envelope.cost());
-        let flow = self.flows.get_mut(&link).unwrap();
-        flow.handle_received(lane, Totals::one(cost)).expect("peers are honest");
-        let sender = life_of(&envelope, self.peers[&link]);
-        match &envelope.payload {
-            Payload::Event(_) => {
-                let Destination::Topic(topic) = &envelope.header.destination else { panic!() };
-                if !self.patterns.iter().any(|pattern| pattern.matches(topic)) {
-                    return self.drop_received(link, lane, cost, DropReason::NoSubscriber);
-                }
-                let was_empty = self.events.len() == 0;
-                if self.events.push((link, envelope), cost).is_err() {
-                    return self.drop_received(link, lane, cost, DropReason::SlowSubscriber);
-                }
-                if was_empty && !self.subscriber_busy {
-                    self.take_later();
-                }
+    fn handle_event(&mut self, link: LinkId, message: Message, ledger: &mut Ledger) {
+        let end = self.links.get_mut(&link).unwrap();
+        let new = Totals::one(message.cost());
+        end.flow.handle_received(Lane::Events, new).expect("peers are honest");
+        let Destination::Topic(topic) = message.header.destination.clone() else { panic!() };
+        let hold = |held| {
+            Some(SimHold { link, lane: Lane::Events, held, returned: self.returned.clone() })
+        };
+        if !may_publish(&end.grants, topic.as_str()) {
+            ledger.seen.denied += 1;
+            end.flow.handle_dropped(DropReason::NotAllowed, 1);
+            drop(hold(new));
+            return;
+        }
+        let sink = self.subscription.pattern.matches(&topic).then_some(&self.subscription);
+        let mut dropped = Vec::new();
+        let batch = EventBatch::single(topic, message);
+        deliver(batch, sink.as_slice(), &hold, &mut |outcome| match outcome {
+            Delivered::NoSubscriber(hold, count) => {
+                dropped.extend(hold.map(|it| (it.link, DropReason::NoSubscriber, count)));
             }
-            Payload::Call(_) | Payload::Request(_) => {
-                let Destination::Service(name) = envelope.header.destination.clone() else {
-                    panic!()
-                };
-                let key = (link, envelope.header.id);
-                let expires = envelope.header.time_to_live.map(|ttl| now + ttl);
-                let call = Call { link, envelope, cost };
-                let admission = match self.services.get_mut(&name) {
-                    Some(service) => {
-                        let order = call.envelope.header.ordering_key().map(str::to_owned);
-                        service.handle_call(key, order.as_deref(), expires, call)
-                    }
-                    None => Admission::Refused(call),
-                };
-                match admission {
-                    Admission::Start(call) => self.start(name, key, call.envelope, ledger),
-                    Admission::Waits => {}
-                    Admission::Refused(call) => {
-                        self.drop_received(link, lane, call.cost, DropReason::NoService);
-                    }
-                }
-            }
-            Payload::Guaranteed(..) => unreachable!("the outbox has a simulation of its own"),
-            Payload::Reply(_) | Payload::Failed(_) => {
-                let id = envelope.header.correlation_id.expect("a reply names its request");
-                match self.requests.remove(id) {
-                    Some((waiter, _)) => {
-                        ledger.reached(sender, self.life, envelope.header.id);
-                        ledger.seen.replies += 1;
-                        self.flows.get_mut(&link).unwrap().handle_consumed(lane, Totals::one(cost));
-                        self.request_ended(now, id, waiter, ledger);
-                    }
-                    None => self.drop_received(link, lane, cost, DropReason::Late),
-                }
+            Delivered::Pushed(_, lost) => dropped.extend(
+                lost.into_iter()
+                    .filter_map(|it| Some((it.hold.as_ref()?.link, it.reason, it.count))),
+            ),
+        });
+        for (link, reason, count) in dropped {
+            if let Some(end) = self.links.get_mut(&link) {
+                end.flow.handle_dropped(reason, count);
+            } else {
+                // Its sender counts it as in doubt.
+                ledger.seen.lost_with_link += count;
             }
         }
-        self.transmit(now, link);
-    }
-
-    fn drop_received(&mut self, link: LinkId, lane: Lane, cost: u64, reason: DropReason) {
-        if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_dropped(reason, 1);
-            flow.handle_consumed(lane, Totals::one(cost));
+        if !self.subscriber_busy {
+            self.take_later();
         }
     }
 
@@ -416,47 +516,60 @@ impl SimNode {
     fn take_later(&mut self) {
         self.subscriber_busy = true;
         let after = Duration::from_micros(self.random.below(4000));
-        self.effects.push_back(Effect::Take { after });
+        self.requests.push_back(Request::Take { after });
+    }
+
+    fn take(&mut self) -> Option<Message> {
+        loop {
+            if let Some(message) = self.taking.as_mut().and_then(EventBatch::take) {
+                return Some(message);
+            }
+            self.taking = Some(self.subscription.queue.borrow_mut().pop()?);
+        }
     }
 
     /// The subscriber takes an event, and now and then asks a question before the next.
     pub(super) fn take_event(&mut self, now: Time, ledger: &mut Ledger) {
         self.subscriber_busy = false;
-        let Some((link, event)) = self.events.pop() else {
-            return;
+        let Some(event) = self.take() else {
+            self.taking = None;
+            return self.perform(now, ledger);
         };
-        let sender = life_of(&event, event_sender(&event, &self.peers, link));
+        let sender = life_of(event.header.id, event.from);
         ledger.reached(sender, self.life, event.header.id);
         if let Destination::Topic(topic) = &event.header.destination {
             ledger.reached_in_order(sender, self.life, topic.as_str(), event.header.id);
         }
-        if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_consumed(Lane::Events, Totals::one(event.cost()));
-        }
-        self.transmit(now, link);
+        self.perform(now, ledger);
         if self.random.once_in(8)
             && self.call_service(now, "work", Some(Waiter::Subscriber), ledger)
         {
             self.subscriber_busy = true;
-        } else if self.events.len() > 0 {
+        } else {
             self.take_later();
         }
     }
 
-    fn start(&mut self, name: ServiceName, key: CallKey, call: Envelope, ledger: &mut Ledger) {
-        let peer = self.peers.get(&key.0).copied().unwrap_or(self.id);
-        let sender = life_of(&call, peer);
-        ledger.reached(sender, self.life, call.header.id);
-        if let Some(order) = call.header.ordering_key() {
+    fn start(&mut self, run: Run<SimHost>, ledger: &mut Ledger) {
+        let Run { number, key, message, .. } = run;
+        let sender = life_of(message.header.id, message.from);
+        ledger.reached(sender, self.life, message.header.id);
+        if let Path::Link(link) = key.path
+            && let Some(end) = self.links.get(&link)
+        {
+            assert!(end.rule.lets_send(&message.header.destination), "it was not allowed");
+        }
+        let order = message.header.ordering_key().map(str::to_owned);
+        if let Some(order) = &order {
             let mut running = self.running.values();
-            let beside = running.any(|(_, other)| other.header.ordering_key() == Some(order));
+            let beside = running.any(|other| other.order.as_ref() == Some(order));
             assert!(!beside, "two calls of one key run at once");
-            ledger.reached_in_order(sender, self.life, order, call.header.id);
+            ledger.reached_in_order(sender, self.life, order, message.header.id);
             ledger.seen.ordered_calls += 1;
         }
-        self.running.insert(key, (name, call));
+        self.running.insert(key, Running { number, order });
         let after = Duration::from_micros(self.random.below(20_000));
-        self.effects.push_back(Effect::Handle { key, after });
+        self.requests.push_back(Request::Handle { key, after });
     }
 
     /// A handler reached its end, or the point where it asks another service first.
@@ -466,173 +579,212 @@ impl SimNode {
         if !(asks && self.call_service(now, service, Some(Waiter::Handler(key)), ledger)) {
             self.finish(now, key, ledger);
         }
+        self.perform(now, ledger);
     }
 
     fn finish(&mut self, now: Time, key: CallKey, ledger: &mut Ledger) {
-        let Some((name, call)) = self.running.remove(&key) else {
+        let Some(Running { number, .. }) = self.running.remove(&key) else {
             return;
         };
-        let link = key.0;
-        if let Some(flow) = self.flows.get_mut(&link) {
-            flow.handle_consumed(Lane::Calls, Totals::one(call.cost()));
-        }
-        if call.header.reply_to.is_some() && self.flows.contains_key(&link) {
-            let id = self.ids.next(now.since_start().as_millis() as u64);
-            let mut header = Header::new(id, Kind::Document, Destination::Node(self.peers[&link]));
-            header.correlation_id = Some(call.header.id);
-            let failure = Failure { code: "no".into(), text: "not today".into() };
-            let payload = match self.random.once_in(5) {
-                true => Payload::Failed(failure),
-                false => Payload::Reply(Bytes::from_static(b"done")),
-            };
-            self.enqueue(now, link, Envelope { header, payload }, ledger);
-        }
-        self.transmit(now, link);
-        let service = self.services.get_mut(&name).expect("services stay");
-        let Finished { next, expired, .. } = service.handle_finished(now, key);
-        for call in expired {
-            self.drop_received(call.link, Lane::Calls, call.cost, DropReason::Expired);
-            self.transmit(now, call.link);
-        }
-        if let Some(next) = next {
-            self.start(name, (next.link, next.envelope.header.id), next.envelope, ledger);
+        let ended = match self.random.once_in(5) {
+            true => {
+                let failure = Failure { code: "no".into(), text: "not today".into() };
+                Ended::Failed { failure, rejects: false }
+            }
+            false => Ended::Replied { body: Bytes::from_static(b"done"), extra: None },
+        };
+        if let Some(next) = self.front.handle_ended(now, number, key, ended) {
+            self.start(next, ledger);
         }
     }
 
-    fn request_ended(&mut self, now: Time, id: MessageId, waiter: Waiter, ledger: &mut Ledger) {
-        ledger.request_ended(id);
+    fn handle_completed(
+        &mut self,
+        now: Time,
+        to: Life,
+        waiter: Waiter,
+        outcome: &RequestOutcome,
+        ledger: &mut Ledger,
+    ) {
+        match outcome {
+            RequestOutcome::Reply(_) | RequestOutcome::Failed(_) => ledger.replied(to),
+            RequestOutcome::DeadlineExceeded => ledger.seen.late_requests += 1,
+            RequestOutcome::PeerLost { .. } => ledger.seen.failed_requests += 1,
+            RequestOutcome::Unrouted | RequestOutcome::ShutDown => panic!("{outcome:?}"),
+        }
         match waiter {
             Waiter::Nobody => {}
             Waiter::Handler(key) => self.finish(now, key, ledger),
             Waiter::Subscriber => {
                 self.subscriber_busy = false;
-                if self.events.len() > 0 {
-                    self.take_later();
-                }
+                self.take_later();
             }
         }
     }
 
-    // Time and actions.
+    // Time, actions and effects.
 
     pub(super) fn handle_timeout(&mut self, now: Time, ledger: &mut Ledger) {
         self.mesh.handle_timeout(now);
-        for (id, waiter, link) in self.requests.handle_timeout(now) {
-            ledger.seen.late_requests += 1;
-            if let Some(flow) = link.and_then(|link| self.flows.get_mut(&link)) {
-                if flow.take_back(id) {
-                    ledger.dropped(self.life, DropReason::Cancelled, 1);
-                } else {
-                    flow.enqueue_control(Control::Cancel(id));
-                }
-            }
-            self.request_ended(now, id, waiter, ledger);
-        }
+        self.front.handle_timeout(now);
         let mut silent = Vec::new();
-        for (link, flow) in &mut self.flows {
-            if flow.handle_timeout(now, &TIMING) == Liveness::Dead {
+        for (link, end) in &mut self.links {
+            if end.flow.handle_timeout(now, &TIMING) == Liveness::Dead {
                 silent.push(*link);
             }
         }
         for link in silent {
             ledger.seen.silent_deaths += 1;
             self.mesh.handle_closed(now, link, DownReason::Silent);
-            self.effects.push_back(Effect::Close(link));
-            self.lose(now, link, ledger);
         }
         self.perform(now, ledger);
-        let links: Vec<LinkId> = self.flows.keys().copied().collect();
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
         links.into_iter().for_each(|link| self.transmit(now, link));
     }
 
     pub(super) fn poll_timeout(&self, now: Time) -> Option<Time> {
-        let flows = self.flows.values().map(|flow| flow.poll_timeout(now, &TIMING));
-        flows.chain(self.mesh.poll_timeout()).chain(self.requests.poll_timeout()).min()
+        let flows = self.links.values().map(|link| link.flow.poll_timeout(now, &TIMING));
+        flows.chain(self.mesh.poll_timeout()).chain(self.front.poll_timeout()).min()
     }
 
+    /// Carries out what the engine has decided, until nothing is left.
     pub(super) fn perform(&mut self, now: Time, ledger: &mut Ledger) {
-        while let Some(action) = self.mesh.poll_action() {
-            match action {
-                Action::Dial { target, addresses } => {
-                    let Address::Memory(address) = addresses[0] else { panic!() };
-                    self.effects.push_back(Effect::Dial { target, address: address as usize });
+        loop {
+            if let Some(action) = self.mesh.poll_action() {
+                self.perform_action(now, action, ledger);
+            } else if let Some(effect) = self.front.poll_effect() {
+                self.perform_effect(now, effect, ledger);
+            } else {
+                let returned = std::mem::take(&mut *self.returned.borrow_mut());
+                if returned.is_empty() {
+                    return;
                 }
-                Action::Send(link, control) => {
-                    if let Some(flow) = self.flows.get_mut(&link) {
-                        flow.enqueue_control(control);
+                for (link, lane, held) in returned {
+                    if let Some(end) = self.links.get_mut(&link) {
+                        end.flow.handle_consumed(lane, held);
                     }
                     self.transmit(now, link);
-                }
-                Action::Open { link, limits } => {
-                    if let Some(flow) = self.flows.get_mut(&link) {
-                        flow.handle_limits(&limits);
-                    }
-                }
-                Action::Close { link, reason } => {
-                    match reason {
-                        DownReason::Bye(Bye::Duplicate) => ledger.seen.duplicate_links += 1,
-                        DownReason::Replaced => ledger.seen.replaced_links += 1,
-                        _ => {}
-                    }
-                    self.transmit(now, link);
-                    self.effects.push_back(Effect::Close(link));
-                    self.lose(now, link, ledger);
-                }
-                Action::Report(MeshEvent::IdentityConflict { .. }) => panic!("ids are unique here"),
-                Action::Admit(_) | Action::Report(_) => {}
-                Action::Route { link, peer, change } => {
-                    self.routing.apply(peer, link, &link, change);
                 }
             }
         }
     }
 
-    fn lose(&mut self, now: Time, link: LinkId, ledger: &mut Ledger) {
-        let Some(mut flow) = self.flows.remove(&link) else {
-            return;
-        };
-        let lost = flow.close();
-        ledger.dropped(self.life, DropReason::LinkLost, lost.unsent);
-        ledger.in_doubt(self.life, lost.in_doubt);
-        for service in self.services.values_mut() {
-            service.take_waiting(|key| key.0 == link);
+    fn perform_effect(&mut self, now: Time, effect: Effect<SimHost>, ledger: &mut Ledger) {
+        match effect {
+            Effect::Run(run) => self.start(run, ledger),
+            Effect::Interrupt(()) => ledger.seen.interrupted += 1,
+            Effect::Abort(()) => panic!("nobody shuts down"),
+            Effect::CallEnded(_) | Effect::Discard(_) => {}
+            Effect::Complete((id, to, waiter), outcome) => {
+                ledger.request_ended(self.life, id, &outcome);
+                self.handle_completed(now, to, waiter, &outcome, ledger);
+            }
+            Effect::TakeBack(link, id) => {
+                if let Some(end) = self.links.get_mut(&link) {
+                    if end.flow.take_back(id) {
+                        ledger.dropped(self.life, DropReason::Cancelled, 1);
+                    } else {
+                        end.flow.enqueue_control(Control::Cancel(id));
+                    }
+                }
+                self.transmit(now, link);
+            }
+            Effect::Reply(hold, reply) => self.reply(now, hold, reply, ledger),
+            Effect::Release(hold) => drop(hold),
+            Effect::Drop(hold, reason) => {
+                match reason {
+                    DropReason::Cancelled => ledger.seen.cancelled += 1,
+                    DropReason::NotAllowed => ledger.seen.denied += 1,
+                    _ => {}
+                }
+                if let Some(end) = self.links.get_mut(&hold.link) {
+                    end.flow.handle_dropped(reason, 1);
+                }
+            }
+            Effect::Forget(_) => ledger.seen.lost_with_link += 1,
+            Effect::Settle(..) => panic!("this world has no outboxes"),
+            Effect::OwnDropped { reason, count, .. } => ledger.dropped(self.life, reason, count),
+            Effect::OwnInDoubt(count) => ledger.in_doubt(self.life, count),
         }
-        for (id, waiter) in self.requests.handle_link_lost(link) {
-            ledger.seen.failed_requests += 1;
-            self.request_ended(now, id, waiter, ledger);
+    }
+
+    fn reply(&mut self, now: Time, hold: SimHold, reply: Reply, ledger: &mut Ledger) {
+        let Reply { to, call, payload, extra } = reply;
+        if let Payload::Failed(failure) = &payload
+            && failure.code == DropReason::NotAllowed.as_str()
+        {
+            ledger.seen.denied += 1;
+        }
+        let mut header = Header::new(self.next_id(now), Kind::Document, Destination::Node(to));
+        header.correlation_id = Some(call);
+        header.extra = extra;
+        let link = hold.link;
+        drop(hold);
+        self.enqueue(now, link, Envelope { header, payload }, ledger);
+    }
+
+    fn perform_action(&mut self, now: Time, action: Action, ledger: &mut Ledger) {
+        match action {
+            Action::Dial { target, addresses } => {
+                let Address::Memory(address) = addresses[0] else { panic!() };
+                self.requests.push_back(Request::Dial { target, address: address as usize });
+            }
+            Action::Send(link, control) => {
+                if let Some(end) = self.links.get_mut(&link) {
+                    end.flow.enqueue_control(control);
+                }
+                self.transmit(now, link);
+            }
+            Action::Open { link, limits } => {
+                if let Some(end) = self.links.get_mut(&link) {
+                    end.flow.handle_limits(&limits);
+                    end.open = true;
+                }
+            }
+            Action::Close { link, reason } => {
+                match reason {
+                    DownReason::Bye(Bye::Duplicate) => ledger.seen.duplicate_links += 1,
+                    DownReason::Replaced => ledger.seen.replaced_links += 1,
+                    DownReason::Distrusted => ledger.seen.distrusted_links += 1,
+                    _ => {}
+                }
+                self.transmit(now, link);
+                self.requests.push_back(Request::Close(link));
+                if let Some(mut end) = self.links.remove(&link) {
+                    let loss = end.flow.close();
+                    self.front.handle_link_lost(link, end.peer, &loss);
+                }
+            }
+            Action::Report(MeshEvent::IdentityConflict { .. }) => panic!("ids are unique here"),
+            Action::Admit(_) | Action::Report(_) => {}
+            Action::Route { link, peer, change } => {
+                self.routing.apply(peer, link, &link, change);
+            }
         }
     }
 
     fn transmit(&mut self, now: Time, link: LinkId) {
-        let Some(flow) = self.flows.get_mut(&link) else {
+        let Some(end) = self.links.get_mut(&link) else {
             return;
         };
-        while let Some(batch) = flow.poll_transmit(now) {
-            self.effects.push_back(Effect::Transmit { link, batch });
+        while let Some(batch) = end.flow.poll_transmit(now) {
+            self.requests.push_back(Request::Transmit { link, batch });
         }
     }
 
-    pub(super) fn open_requests(&mut self) -> Vec<MessageId> {
-        let forever = Time::after_start(Duration::MAX);
-        self.requests.handle_timeout(forever).into_iter().map(|(id, _, _)| id).collect()
+    pub(super) fn open_requests(&self) -> Vec<MessageId> {
+        self.front.open_requests()
     }
 
-    /// Whether nothing is on its way from or in this node.
+    /// Returns true if nothing is on its way from or in this node.
     pub(super) fn is_quiet(&self) -> bool {
-        self.flows.values().all(Flow::is_settled)
-            && self.requests.len() == 0
+        self.links.values().all(|link| link.flow.is_settled())
+            && self.front.is_quiet()
             && self.running.is_empty()
-            && self.events.len() == 0
-            && self.services.values().all(Service::is_idle)
+            && !self.subscriber_busy
     }
 
     pub(super) fn peer_count(&self) -> usize {
         self.routing.peers()
     }
-}
-
-fn event_sender(event: &Envelope, peers: &HashMap<LinkId, NodeId>, link: LinkId) -> NodeId {
-    // A link's peer is remembered after the link's end, for the events that it left behind.
-    debug_assert!(matches!(event.payload, Payload::Event(_)));
-    peers[&link]
 }

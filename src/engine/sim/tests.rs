@@ -64,6 +64,10 @@ fn a_thousand_faulty_runs_lose_nothing_silently_and_hang_nowhere() {
         ("restarts", seen.restarts),
         ("duplicate links", seen.duplicate_links),
         ("links replaced by a new incarnation's", seen.replaced_links),
+        ("messages that a rule refused", seen.denied),
+        ("links that ended since a rule changed", seen.distrusted_links),
+        ("running calls that were interrupted", seen.interrupted),
+        ("queued calls that were lost with their link", seen.lost_with_link),
     ];
     for (what, count) in fired {
         assert!(count > 0, "no {what} in the whole run");

@@ -8,7 +8,9 @@ use bytes::Bytes;
 
 use super::Random;
 use super::ledger::Ledger;
-use super::node::{CallKey, Effect, Life, SimNode, node_id};
+use super::node::{Life, Request, SimNode, node_id};
+use super::rules::Rule;
+use crate::engine::front::CallKey;
 use crate::engine::{HashMap, LinkId, TargetKey, Time};
 
 #[derive(Debug)]
@@ -161,11 +163,11 @@ impl World {
         };
         act(&mut node, self.now, &mut self.ledger);
         node.perform(self.now, &mut self.ledger);
-        let effects = std::mem::take(&mut node.effects);
+        let requests = std::mem::take(&mut node.requests);
         let wake = node.poll_timeout(self.now);
         self.nodes[life.node] = Some(node);
-        for effect in effects {
-            self.perform(life, effect);
+        for request in requests {
+            self.perform(life, request);
         }
         if let Some(at) = wake
             && self.woken_at.get(&life).is_none_or(|known| *known > at || *known < self.now)
@@ -175,13 +177,13 @@ impl World {
         }
     }
 
-    fn perform(&mut self, life: Life, effect: Effect) {
-        match effect {
-            Effect::Dial { target, address } => {
+    fn perform(&mut self, life: Life, request: Request) {
+        match request {
+            Request::Dial { target, address } => {
                 let after = self.random.between(100, 3_000);
                 self.after(after, Event::Dialled { life, target, address });
             }
-            Effect::Transmit { link, batch } => {
+            Request::Transmit { link, batch } => {
                 let encoded = self.random.below(300);
                 self.after(encoded, Event::Released { life, link });
                 let frames = batch.into_frames(Bytes::from);
@@ -197,11 +199,11 @@ impl World {
                     self.at(at, Event::Arrive { link: LinkId(link.0 ^ 1), frames });
                 }
             }
-            Effect::Close(link) => self.close(link),
-            Effect::Handle { key, after } => {
+            Request::Close(link) => self.close(link),
+            Request::Handle { key, after } => {
                 self.after(after.as_micros() as u64, Event::Handler { life, key });
             }
-            Effect::Take { after } => self.after(after.as_micros() as u64, Event::Take { life }),
+            Request::Take { after } => self.after(after.as_micros() as u64, Event::Take { life }),
         }
     }
 
@@ -270,8 +272,8 @@ impl World {
         self.connections.insert(number, connection);
         let (near, far) = (LinkId(number << 1), LinkId(number << 1 | 1));
         let target = Some(target.clone());
-        self.act(other, |node, now, _| node.handle_connected(now, far, None, node_id(life.node)));
-        self.act(life, |node, now, _| node.handle_connected(now, near, target, node_id(address)));
+        self.act(other, |node, now, _| node.handle_connected(now, far, None, life));
+        self.act(life, |node, now, _| node.handle_connected(now, near, target, other));
     }
 
     fn user(&mut self, node: usize) {
@@ -301,11 +303,12 @@ impl World {
         self.after(pause, Event::Fault);
         let mut open: Vec<u64> = self.connections.keys().copied().collect();
         open.sort_unstable();
-        match self.random.below(4) {
+        match self.random.below(5) {
             0 => {
                 let node = self.random.below(self.nodes.len() as u64) as usize;
                 self.crash(node);
             }
+            2 => self.change_rule(),
             1 if !open.is_empty() => {
                 let number = open[self.random.below(open.len() as u64) as usize];
                 self.connections.get_mut(&number).expect("it is open").silent = true;
@@ -317,6 +320,18 @@ impl World {
                 self.cut(number);
             }
             _ => {}
+        }
+    }
+
+    /// A node changes what another may do there.
+    fn change_rule(&mut self) {
+        let nodes = self.nodes.len() as u64;
+        let (node, peer) = (self.random.below(nodes) as usize, self.random.below(nodes) as usize);
+        let rule = Rule::any(&mut self.random);
+        if let Some(life) = self.nodes[node].as_ref().map(|node| node.life) {
+            self.act(life, |node, now, ledger| {
+                node.change_rule(now, node_id(peer), rule, ledger);
+            });
         }
     }
 
@@ -332,7 +347,7 @@ impl World {
     }
 
     fn crash(&mut self, node: usize) {
-        let Some(mut gone) = self.nodes[node].take() else {
+        let Some(gone) = self.nodes[node].take() else {
             return;
         };
         self.ledger.seen.crashes += 1;

@@ -11,8 +11,9 @@ use crate::engine::delivery::record::{
     BindingRecord, MessageRecord, OutboxRecord, PartRecord, Raw,
 };
 use crate::engine::delivery::{Now, Target};
+use crate::message::BASE_COST;
 use crate::message::MessageId;
-use crate::wire::{BASE_COST, Envelope, encode_stored};
+use crate::wire::{Envelope, encode_stored};
 
 /// A message to be stored.
 #[derive(Debug, Clone)]

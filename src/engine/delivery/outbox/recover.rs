@@ -13,7 +13,7 @@ use crate::engine::delivery::record::{
 use crate::engine::delivery::{Binding, DeadLetterReason, Now, RecordError, Target};
 use crate::identity::NodeId;
 use crate::journal::Position;
-use crate::wire::BASE_COST;
+use crate::message::BASE_COST;
 
 /// A message of an outbox, for those who look into it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -136,7 +136,8 @@ impl World {
         let mut header = Header::new(message, Kind::Command, destination);
         let key = self.random.once_in(3).then(|| KEYS[self.random.below(2) as usize]);
         let lane = key.filter(|_| targets.len() == 1).map(|key| (targets[0].clone(), key));
-        header.extra_mut().ordering_key = lane.as_ref().map(|(_, key)| (*key).to_owned());
+        header.extra.get_or_insert_default().ordering_key =
+            lane.as_ref().map(|(_, key)| (*key).to_owned());
         let soon = now.unix_ms + self.random.below(400);
         let expires_at = self.random.once_in(8).then_some(soon);
         let not_before = self.random.once_in(8).then_some(soon / 2 + now.unix_ms / 2);

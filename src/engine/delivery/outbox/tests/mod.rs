@@ -184,7 +184,7 @@ impl Bench {
     fn message(&self, target: Target) -> NewMessage {
         let id = IdSource::new(1).next(1);
         let mut header = Header::new(id, Kind::Command, Destination::Node(BOB));
-        header.extra_mut().ordering_key = self.key.map(str::to_owned);
+        header.extra.get_or_insert_default().ordering_key = self.key.map(str::to_owned);
         let envelope = Arc::new(Envelope::one_way(header, Bytes::from_static(b"a body")));
         let (targets, expires_at, not_before) = (smallvec![target], None, None);
         NewMessage { envelope, targets, expires_at, not_before, once: false }

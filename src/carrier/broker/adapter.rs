@@ -1,0 +1,138 @@
+//! The adapters: one for each kind of broker, with what it lacks as data.
+//!
+//! To add a broker: its kind in `kind.rs`, a file with a [`Session`], and a line in [`ADAPTERS`].
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+
+use super::kind::BrokerKind;
+use super::session::{ConnectError, Session};
+use super::url::BrokerUrl;
+use super::{Incoming, Me};
+use crate::carrier::capability::{Capability, Unsupported};
+
+/// Connects to a broker.
+pub(super) type Connect = for<'a> fn(
+    &'a BrokerUrl,
+    &'a Me,
+    &'a Arc<dyn Incoming>,
+) -> BoxFuture<'a, Result<Box<dyn Session>, ConnectError>>;
+
+/// A kind of broker, as this build can talk to it.
+pub(crate) struct Adapter {
+    pub(super) kind: BrokerKind,
+    /// The schemes of its URLs, each with its usual port.
+    pub(super) schemes: &'static [(&'static str, u16)],
+    /// The Cargo feature that builds it in.
+    pub(super) feature: &'static str,
+    pub(super) lacks: &'static [Capability],
+    /// `None` if it is not built in.
+    pub(super) connect: Option<Connect>,
+}
+
+/// All kinds of brokers.
+pub(super) static ADAPTERS: &[Adapter] = &[
+    Adapter {
+        kind: BrokerKind::Embedded,
+        schemes: &[("peerbus", 4333)],
+        feature: "default",
+        lacks: &[
+            Capability::Guaranteed,
+            Capability::DurableSubscriptions,
+            Capability::Transactions,
+            Capability::NotBefore,
+            Capability::Once,
+            Capability::ProcessedReceipts,
+            Capability::OrderedServices,
+            Capability::HoldBack,
+            Capability::PeerCount,
+        ],
+        connect: Some(super::embedded::connect),
+    },
+    Adapter {
+        kind: BrokerKind::Nats,
+        schemes: &[("nats", 4222), ("tls", 4222)],
+        feature: "nats",
+        lacks: &[
+            Capability::Transactions,
+            Capability::ProcessedReceipts,
+            Capability::OrderedServices,
+            Capability::HoldBack,
+            Capability::PeerCount,
+        ],
+        #[cfg(feature = "nats")]
+        connect: Some(super::nats::connect),
+        #[cfg(not(feature = "nats"))]
+        connect: None,
+    },
+    Adapter {
+        kind: BrokerKind::RabbitMq,
+        schemes: &[("amqp", 5672), ("amqps", 5671)],
+        feature: "rabbitmq",
+        lacks: &[
+            Capability::Transactions,
+            Capability::NotBefore,
+            Capability::Once,
+            Capability::ProcessedReceipts,
+            Capability::OrderedServices,
+            Capability::HoldBack,
+            Capability::PeerCount,
+        ],
+        #[cfg(feature = "rabbitmq")]
+        connect: Some(super::rabbitmq::connect),
+        #[cfg(not(feature = "rabbitmq"))]
+        connect: None,
+    },
+];
+
+impl Adapter {
+    pub(super) fn of(kind: BrokerKind) -> &'static Self {
+        let found = ADAPTERS.iter().find(|adapter| adapter.kind == kind);
+        found.expect("each kind has an adapter, by the test below")
+    }
+
+    /// The usual port of one of its schemes.
+    pub(super) fn port(&self, scheme: &str) -> Option<u16> {
+        self.schemes.iter().find(|(own, _)| *own == scheme).map(|(_, port)| *port)
+    }
+
+    /// # Errors
+    /// [`Unsupported`] if this kind of broker lacks the ability.
+    pub(super) fn require(&self, capability: Capability) -> Result<(), Unsupported> {
+        match self.lacks.contains(&capability) {
+            true => Err(Unsupported { broker: self.kind, capability }),
+            false => Ok(()),
+        }
+    }
+}
+
+impl BrokerKind {
+    /// Returns true if this build can talk to it.
+    pub fn is_built_in(self) -> bool {
+        Adapter::of(self).connect.is_some()
+    }
+
+    /// Returns true if brokers of this kind have an ability.
+    pub fn has(self, capability: Capability) -> bool {
+        !Adapter::of(self).lacks.contains(&capability)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_has_one_adapter_and_each_scheme_one_kind() {
+        for kind in [BrokerKind::Embedded, BrokerKind::Nats, BrokerKind::RabbitMq] {
+            assert_eq!(ADAPTERS.iter().filter(|adapter| adapter.kind == kind).count(), 1);
+        }
+        let schemes = ADAPTERS.iter().flat_map(|adapter| adapter.schemes);
+        let mut schemes: Vec<_> = schemes.map(|(scheme, _)| scheme).collect();
+        let all = schemes.len();
+        schemes.sort_unstable();
+        schemes.dedup();
+        assert_eq!(schemes.len(), all);
+    }
+}

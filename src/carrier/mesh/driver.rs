@@ -1,0 +1,59 @@
+//! The task that watches the clock for the mesh, its links and the outbox.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::MeshCarrier;
+use crate::engine::{DownReason, Liveness, Time};
+
+/// The longest sleep of the driver.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// Timeouts needn't be met to the microsecond; this keeps links from waking it one by one.
+const SHORTEST_SLEEP: Duration = Duration::from_millis(1);
+
+/// Handles timeouts when they are due.
+pub(super) async fn run(carrier: Arc<MeshCarrier>) {
+    let core = &carrier.core;
+    let mut retry_at = Time::default();
+    loop {
+        let next = || {
+            let now = core.now();
+            let next = next_timeout(&carrier, now).unwrap_or(now + LONGEST_SLEEP);
+            Some(next.min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP))
+        };
+        carrier.alarm.sleep_until_next(core, next).await;
+        check_links(&carrier);
+        if let Some(durable) = &carrier.durable {
+            durable.handle_outbox_timeout(core.now());
+            if retry_at <= core.now() {
+                durable.handle_inbox_timeout();
+                retry_at = core.now() + LONGEST_SLEEP;
+            }
+        }
+        carrier.with_mesh(|mesh, now| mesh.handle_timeout(now));
+    }
+}
+
+fn next_timeout(carrier: &MeshCarrier, now: Time) -> Option<Time> {
+    let links = carrier.links.all();
+    let timing = &carrier.links.timing;
+    let flows = links.iter().map(|link| link.peek(|flow| flow.poll_timeout(now, timing)));
+    let outbox = carrier.durable.as_ref().and_then(|durable| durable.outbox_timeout(now));
+    flows.chain(carrier.links.mesh_timeout()).chain(outbox).min()
+}
+
+/// Sends heartbeats, and ends the links that have been silent for too long.
+fn check_links(carrier: &Arc<MeshCarrier>) {
+    for link in carrier.links.all() {
+        let (heard, now) = (link.last_heard(), carrier.core.now());
+        let liveness = link.with_flow(|flow| {
+            if let Some(heard) = heard {
+                flow.handle_alive(heard);
+            }
+            flow.handle_timeout(now, &carrier.links.timing)
+        });
+        if liveness == Liveness::Dead {
+            carrier.with_mesh(|mesh, now| mesh.handle_closed(now, link.id, DownReason::Silent));
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The receiving side: the inbox, and the durable subscriptions of this node.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::Durable;
+use crate::address::ServiceName;
+use crate::carrier::WishEnd;
+use crate::carrier::mesh::peer_link::PeerLink;
+use crate::core::{Hold, Settle, Ticket, add};
+use crate::engine::Settlement;
+use crate::engine::delivery::{Inbox, InboxAction, Verdict};
+use crate::identity::NodeId;
+use crate::journal::{Ended, Need};
+use crate::message::Message;
+use crate::report::DropReason;
+use crate::sync::lock;
+use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo};
+
+impl Durable {
+    /// Passes an input to the inbox, then carries out its actions.
+    pub(super) fn with_inbox<R>(self: &Arc<Self>, input: impl FnOnce(&mut Inbox) -> R) -> R {
+        let store = &self.store;
+        let mut inbox = lock(&store.inbox);
+        let result = input(&mut inbox);
+        let (mut answers, mut begin) = (BTreeMap::<NodeId, Vec<Answer>>::new(), Vec::new());
+        while let Some(action) = inbox.poll_action() {
+            match action {
+                InboxAction::Append { token, entry, messages, persist } => {
+                    // What is processed here lets others free room.
+                    store.with_journals(|it| {
+                        it.inbox.append_for_sink(token, &entry, messages, persist, Need::Urgent);
+                    });
+                }
+                InboxAction::AppendSnapshot { token, entry, messages } => {
+                    store.with_journals(|it| {
+                        it.inbox.append_first_for_sink(token, &entry, messages);
+                    });
+                }
+                InboxAction::Note(entry) => store.with_journals(|it| it.inbox.note(&entry)),
+                InboxAction::RemoveBefore(segment) => {
+                    store.with_journals(|it| it.inbox.remove_before(segment));
+                }
+                InboxAction::Answer(to, answer) => answers.entry(to).or_default().push(answer),
+                InboxAction::Begin(from, id) => begin.push((from, id)),
+            }
+        }
+        drop(inbox);
+        for (to, answers) in answers {
+            self.send_answers(to, answers);
+        }
+        let mut nodes: Vec<NodeId> = Vec::new();
+        for key in begin {
+            let parked = lock(&store.parked).remove(&key);
+            if let Some((message, hold)) = parked {
+                self.run(message, hold);
+            }
+            if nodes.last() != Some(&key.0) {
+                nodes.push(key.0);
+            }
+        }
+        for node in nodes {
+            self.handle_begun(node);
+        }
+        result
+    }
+
+    /// A function of its own, so that [`Self::with_inbox`] is not generic over its own closure.
+    fn handle_begun(self: &Arc<Self>, node: NodeId) {
+        self.with_inbox(|inbox| inbox.handle_begun(node));
+    }
+
+    fn run(&self, message: Message, hold: Hold) {
+        let path = hold.path();
+        self.core.with_front(|front, now| front.handle_call(now, path, message, hold));
+    }
+
+    pub(super) fn handle_inbox_stored(self: &Arc<Self>, stored: Ended<'_>) {
+        self.with_inbox(|inbox| {
+            for (token, result) in stored {
+                inbox.handle_appended(token, result);
+            }
+        });
+    }
+
+    pub(in crate::carrier::mesh) fn handle_epochs(
+        self: &Arc<Self>,
+        over: &PeerLink,
+        epochs: &[u64],
+    ) {
+        self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
+        // An earlier announcement may have come before the peer knew that the link is up.
+        if over.is_first_epochs() {
+            self.announce_inbox(&over.peer);
+        }
+    }
+
+    /// A guaranteed message arrived.
+    pub(in crate::carrier::mesh) fn handle_delivery(
+        self: &Arc<Self>,
+        mut message: Message,
+        hold: Hold,
+    ) {
+        message.unpin();
+        let from = message.from;
+        let Some(mut delivery) = message.delivery.take() else { return };
+        let (id, attempt) = (delivery.id.clone(), delivery.attempt);
+        let hold = hold.with_ticket(Some(Ticket::Kept(self.clone())));
+        let mut held = Some((message, hold));
+        let verdict = self.with_inbox(|inbox| {
+            let verdict = inbox.handle_delivery(from, Arc::make_mut(&mut delivery));
+            if let Some((message, _)) = &mut held {
+                message.delivery = Some(delivery);
+            }
+            if let Some(held) = held.take_if(|_| matches!(verdict, Verdict::RunLater)) {
+                lock(&self.store.parked).insert((from, id.clone()), held);
+            }
+            verdict
+        });
+        let outcome = match verdict {
+            Verdict::Run => {
+                if let Some((message, hold)) = held {
+                    self.run(message, hold);
+                }
+                return;
+            }
+            Verdict::RunLater | Verdict::Wait => return,
+            Verdict::Answer(outcome) => outcome,
+        };
+        drop(held);
+        let counters = &self.core.reporter.counters;
+        add(&counters.duplicates, u64::from(outcome == DeliveryOutcome::Processed));
+        if outcome == DeliveryOutcome::Refused {
+            counters.dropped_for_others(DropReason::InboxFull, 1);
+        }
+        self.send_answers(from, vec![Answer { id, attempt, outcome }]);
+    }
+
+    /// Returns true if all that was processed here is stored and answered.
+    pub(in crate::carrier::mesh) fn inbox_is_idle(&self) -> bool {
+        lock(&self.store.inbox).is_idle()
+    }
+
+    /// Retries what the disk refused.
+    pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>) {
+        if lock(&self.store.inbox).has_unstored() {
+            self.with_inbox(Inbox::handle_timeout);
+        }
+    }
+
+    // Durable subscriptions.
+
+    pub(in crate::carrier::mesh) fn handle_consumer_began(self: &Arc<Self>, name: &ServiceName) {
+        lock(&self.store.ended).remove(name);
+        self.announce_consumers();
+    }
+
+    pub(in crate::carrier::mesh) fn handle_consumer_ended(
+        self: &Arc<Self>,
+        name: &ServiceName,
+        end: WishEnd,
+    ) {
+        if end == WishEnd::Forget {
+            lock(&self.store.ended).insert(name.clone());
+        }
+        self.announce_consumers();
+    }
+
+    pub(super) fn announce_inbox(&self, peer: &NodeId) {
+        let ended = lock(&self.store.ended);
+        self.links.send_control(peer, Control::Inbox(Box::new(self.inbox_info(&ended))));
+    }
+
+    fn inbox_info(&self, ended: &BTreeSet<ServiceName>) -> InboxInfo {
+        let (epoch, ended) = (lock(&self.store.inbox).epoch(), ended.iter().cloned().collect());
+        let subscriptions = self.core.look(|front| {
+            front.consumed().map(|(name, pattern)| (name.clone(), pattern.clone())).collect()
+        });
+        InboxInfo { epoch, subscriptions, ended }
+    }
+
+    /// Announces the durable subscriptions of this node, itself included.
+    fn announce_consumers(self: &Arc<Self>) {
+        // Not by two at once: the last announcement has to be the truth.
+        let ended = lock(&self.store.ended);
+        let info = self.inbox_info(&ended);
+        let own = InboxInfo { epoch: 0, ..info.clone() };
+        self.with_outbox(|outbox, _| outbox.handle_inbox(self.core.id, own));
+        self.core.routes.notify();
+        for link in self.links.all().iter().filter(|link| link.is_open()) {
+            link.send_control(Control::Inbox(Box::new(info.clone())));
+        }
+    }
+}
+
+impl Settle for Durable {
+    fn settle(self: Arc<Self>, Settlement { from, delivery, outcome, .. }: Settlement) {
+        self.with_inbox(|inbox| match outcome {
+            Some(outcome) => inbox.handle_ended(from, &delivery.id, outcome),
+            None => inbox.handle_unqueued(from, &delivery.id),
+        });
+    }
+}

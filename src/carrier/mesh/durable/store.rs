@@ -1,0 +1,335 @@
+//! A node's store: its outbox and inbox, each with a journal, and who waits for what is in them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
+
+use smallvec::SmallVec;
+
+use super::Durable;
+use super::loopback::Loopback;
+use super::reader::Reader;
+use crate::address::ServiceName;
+use crate::core::{Hold, ProgressSender};
+use crate::engine::delivery::{Inbox, Now, Numbered, Outbox, OutboxConfig, RecordError};
+use crate::identity::{NodeId, random_u64};
+use crate::journal::{
+    Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink, Watch,
+};
+use crate::message::Message;
+use crate::private;
+use crate::sync::{Mutex, Rank, lock};
+use crate::wire::DeliveryId;
+
+/// The folder of a store holds these.
+pub(crate) const OUTBOX: &str = "outbox";
+pub(crate) const INBOX: &str = "inbox";
+pub(crate) const IDENTITY: &str = "identity";
+
+/// A folder that can't be a node's store.
+#[derive(Debug, thiserror::Error)]
+#[error("the store {path} can't be used", path = path.display())]
+pub struct StoreError {
+    /// The folder.
+    pub path: PathBuf,
+    /// Why not.
+    #[source]
+    pub problem: StoreProblem,
+}
+
+/// Why a folder can't be a node's store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreProblem {
+    /// It isn't there.
+    #[error("there is no outbox in it")]
+    Missing,
+    /// Another process has it open.
+    #[error("another process uses it")]
+    InUse,
+    /// It is somebody else's.
+    #[error("it holds other files ({0}): name an empty or a new folder")]
+    Foreign(String),
+    /// It was written by a newer version of this software.
+    #[error("a newer version wrote it ({0})")]
+    Newer(String),
+    /// What the system said.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+impl From<JournalError> for StoreProblem {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::Directory(DirectoryError::InUse) => Self::InUse,
+            JournalError::Directory(DirectoryError::Foreign(file)) => Self::Foreign(file),
+            JournalError::Directory(DirectoryError::Io(error)) | JournalError::Io(error) => {
+                Self::Io(error)
+            }
+            JournalError::Version(version) => Self::Newer(format!("format {version}")),
+            JournalError::Damaged => Self::Io(io::Error::other("an entry is damaged")),
+        }
+    }
+}
+
+/// A part of a store's file that can't be read, though it was stored, or a file that is missing.
+/// What is there is left as it is.
+///
+/// A journal's `manifest` lists its other files. Without it nobody knows whether any are missing,
+/// or were cut short; a new one is begun when the store is opened, and this is told once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedPart {
+    /// The file, in the store's folder.
+    pub file: PathBuf,
+    /// Its first byte that can't be read.
+    pub from: u64,
+    /// The one behind the last.
+    pub to: u64,
+    /// The file is not there.
+    pub missing: bool,
+}
+
+impl DamagedPart {
+    /// What of one of a store's journals is damaged.
+    pub(crate) fn all(journal: &str, recovery: &Recovery) -> Vec<Self> {
+        let part = |it: &Damage| {
+            let file = Path::new(journal).join(it.file.name());
+            Self { file, from: it.from, to: it.to, missing: it.missing }
+        };
+        recovery.damaged.iter().map(part).collect()
+    }
+}
+
+impl fmt::Display for DamagedPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, from, to, missing } = self;
+        match missing {
+            true => write!(f, "{}, which is missing", file.display()),
+            false => write!(f, "{}, bytes {from} to {to}", file.display()),
+        }
+    }
+}
+
+/// What reading a store back found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreReport {
+    /// Messages that wait to be processed, once for each destination.
+    pub pending: u64,
+    /// Dead letters.
+    pub dead_letters: u64,
+    /// What can't be read, and is lost. After a power cut that may be a part of the last write, of
+    /// which nobody was told that it was stored.
+    pub damaged: Vec<DamagedPart>,
+    /// How many messages of the outbox that may have cost, at the most: so many were stored in what
+    /// can't be read. Those among them that were processed already, or stored once more elsewhere,
+    /// are counted too. `None` if nobody knows: the manifest is damaged itself, the damaged part was
+    /// written in the last seconds before a power cut, or by a version that didn't count.
+    pub lost: Option<u64>,
+    /// How many messages may be processed here once more, since what said that they were is in what
+    /// can't be read of the inbox. `None` as for `lost`.
+    pub forgotten: Option<u64>,
+    /// Bytes of last writes that a crash tore. Nobody was told that they were stored.
+    pub torn: u64,
+}
+
+/// Those who wait for what becomes of a message.
+type Waiters = SmallVec<[ProgressSender; 1]>;
+
+/// A message, and its hold.
+pub(super) type Parked = (Message, Hold);
+
+pub(crate) struct Store {
+    pub(super) outbox: Mutex<Outbox>,
+    pub(super) inbox: Mutex<Inbox>,
+    /// `None` when the node has shut down.
+    journals: RwLock<Option<Journals>>,
+    pub(super) reader: Reader,
+    /// Held while an entry is read.
+    reads: RwLock<()>,
+    pub(super) waiters: Mutex<Numbered<Waiters>>,
+    /// Durable subscriptions that this node has given up. Held while peers are told.
+    pub(super) ended: Mutex<BTreeSet<ServiceName>>,
+    /// Redelivered messages, until it is written that their handlers begin.
+    pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
+    pub(super) loopback: Mutex<Loopback>,
+    node: Arc<OnceLock<Weak<Durable>>>,
+    pub(super) report: StoreReport,
+}
+
+/// The outbox goes last: it is locked, and who wants to look at the inbox opens it first.
+pub(super) struct Journals {
+    pub(super) inbox: Journal,
+    pub(super) outbox: Journal,
+}
+
+impl Store {
+    /// Opens a store, or makes a new one. This reads files, and takes its time.
+    pub(crate) fn open(
+        path: &Path,
+        options: &Options,
+        config: OutboxConfig,
+        now: Now,
+    ) -> Result<Self, StoreError> {
+        let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+        // Opening writes: neither is opened if the other can't be.
+        for journal in [OUTBOX, INBOX] {
+            Journal::check(&path.join(journal)).map_err(|error| failed(error.into()))?;
+        }
+        let node = Arc::new(OnceLock::new());
+        let folder = path.join(OUTBOX);
+        let cleaned = options.cleaned(&folder);
+        let segment_size = cleaned.segment_size;
+        let mut outbox = Outbox::new(OutboxConfig { segment_size, ..config });
+        let mut unreadable = None;
+        let take = |entry: crate::journal::Entry<'_>| {
+            keep_first(&mut unreadable, outbox.recover(entry.position, entry.payload));
+        };
+        let sink = sink(&node, Durable::handle_outbox_stored);
+        let (outbox_journal, recovery) =
+            Journal::open_watched(&folder, &cleaned, sink, watch(&node), take)
+                .map_err(|error| failed(error.into()))?;
+        let segments = outbox_journal.segments().map_err(|error| failed(error.into()))?;
+        let mut inbox = Inbox::new(random_u64());
+        let take = |entry: crate::journal::Entry<'_>| {
+            keep_first(&mut unreadable, inbox.recover(entry.payload));
+        };
+        let sink = self::sink(&node, Durable::handle_inbox_stored);
+        let (inbox_journal, inbox_recovery) =
+            Journal::open_with(&path.join(INBOX), options, sink, take)
+                .map_err(|error| failed(error.into()))?;
+        if let Some(error) = unreadable {
+            return Err(failed(StoreProblem::Newer(error.to_string())));
+        }
+        outbox.handle_segments(&segments);
+        outbox.handle_room(now, outbox_journal.room());
+        outbox.handle_recovered(now);
+        inbox.handle_recovered();
+        let mut damaged = DamagedPart::all(OUTBOX, &recovery);
+        damaged.extend(DamagedPart::all(INBOX, &inbox_recovery));
+        let report = StoreReport {
+            pending: outbox.pending(),
+            dead_letters: outbox.dead_letters(),
+            damaged,
+            lost: recovery.lost,
+            forgotten: inbox_recovery.lost,
+            torn: recovery.torn + inbox_recovery.torn,
+        };
+        if report.torn > 0 {
+            tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is left out");
+        }
+        for part in &report.damaged {
+            tracing::error!(path = %path.display(), %part, "a part of the store can't be read: what it held is lost");
+        }
+        if !report.damaged.is_empty() {
+            let (lost, forgotten) = (at_the_most(report.lost), at_the_most(report.forgotten));
+            tracing::error!(path = %path.display(), lost, forgotten, "so many messages at the most are lost, or may be processed once more");
+        }
+        Ok(Self {
+            outbox: Mutex::new(Rank::Outbox, outbox),
+            inbox: Mutex::new(Rank::Inbox, inbox),
+            journals: RwLock::new(Some(Journals { outbox: outbox_journal, inbox: inbox_journal })),
+            reader: Reader::default(),
+            reads: RwLock::default(),
+            waiters: Mutex::new(Rank::Table, Numbered::default()),
+            ended: Mutex::new(Rank::EndedConsumers, BTreeSet::new()),
+            parked: Mutex::new(Rank::Table, HashMap::new()),
+            loopback: Mutex::new(Rank::Table, Loopback::default()),
+            node,
+            report,
+        })
+    }
+
+    /// Says whose store it is; what is stored from now on is told to that node.
+    pub(super) fn belongs_to(&self, node: &Arc<Durable>) {
+        let _first = self.node.set(Arc::downgrade(node));
+    }
+
+    pub(super) fn with_journals(&self, act: impl FnOnce(&Journals)) {
+        let journals = self.journals.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(journals) = &*journals {
+            act(journals);
+        }
+    }
+
+    /// An entry of the outbox's journal; `None` if it can't be read.
+    pub(super) fn entry(&self, position: Position) -> Option<Vec<u8>> {
+        let _open = self.reads.read().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = None;
+        self.with_journals(|it| reader = Some(it.outbox.reader()));
+        reader?.read(position).ok()
+    }
+
+    /// Writes what is to be written and closes the files.
+    pub(super) fn close(&self) {
+        // No lock is held while a read comes to its end.
+        let _no_reads = self.reads.write().unwrap_or_else(PoisonError::into_inner);
+        // Not while outbox or inbox is between two actions: what a user was told of the first
+        // one, the second may have to store.
+        let deciding = (lock(&self.outbox), lock(&self.inbox));
+        let mut journals = self.journals.write().unwrap_or_else(PoisonError::into_inner);
+        let taken = journals.take();
+        // Its sinks may want to append.
+        drop((journals, deciding));
+        drop(taken);
+        *lock(&self.waiters) = Numbered::default();
+    }
+}
+
+/// A number of messages, for people.
+fn at_the_most(messages: Option<u64>) -> String {
+    messages.map_or("unknown".into(), |messages| messages.to_string())
+}
+
+fn keep_first(kept: &mut Option<RecordError>, result: Result<(), RecordError>) {
+    if let Err(error) = result {
+        kept.get_or_insert(error);
+    }
+}
+
+/// Tells a node of what its journals have stored.
+fn sink(node: &Arc<OnceLock<Weak<Durable>>>, tell: fn(&Arc<Durable>, Ended<'_>)) -> Sink {
+    let node = node.clone();
+    Box::new(move |stored| {
+        if let Some(durable) = node.get().and_then(Weak::upgrade) {
+            let _runtime = durable.core.runtime.enter();
+            tell(&durable, stored);
+        }
+    })
+}
+
+/// Tells a node of the disk of its outbox's journal.
+fn watch(node: &Arc<OnceLock<Weak<Durable>>>) -> Watch {
+    let node = node.clone();
+    Box::new(move |news| {
+        if let Some(durable) = node.get().and_then(Weak::upgrade) {
+            let _runtime = durable.core.runtime.enter();
+            durable.handle_outbox_disk(news);
+        }
+    })
+}
+
+/// Refuses a folder that is somebody else's.
+pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
+    let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return private::create_folder(path).map_err(|error| failed(error.into()));
+        }
+        Err(error) => return Err(failed(error.into())),
+    };
+    let names = entries.map(|entry| Ok(entry?.file_name()));
+    let names: Vec<_> = names.collect::<io::Result<_>>().map_err(|error| failed(error.into()))?;
+    let ours = names.iter().any(|name| name == OUTBOX || name == IDENTITY);
+    match names.first() {
+        Some(other) if !ours => {
+            Err(failed(StoreProblem::Foreign(other.to_string_lossy().into_owned())))
+        }
+        _ => Ok(()),
+    }
+}

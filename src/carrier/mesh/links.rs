@@ -1,0 +1,243 @@
+//! The links of a node: membership, the table of links, and the routing snapshot.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use arc_swap::{ArcSwap, Guard};
+use smallvec::SmallVec;
+
+use super::peer_link::PeerLink;
+use crate::address::{Recipient, ServiceName};
+use crate::core::{Core, Reporter, Way};
+use crate::engine::{
+    Action, Affinity, Candidate, Instance, LinkId, Mesh, RouteChange, Routing, Time, Timing, choose,
+};
+use crate::identity::NodeId;
+use crate::sync::{Mutex, Rank, lock};
+use crate::wire::{Control, Limits};
+
+/// A link in the routing snapshot, as it is used and as a [`Way`].
+#[derive(Clone)]
+pub(super) struct Route {
+    pub(super) link: Arc<PeerLink>,
+    pub(super) way: Arc<dyn Way>,
+}
+
+impl Route {
+    fn new(link: Arc<PeerLink>) -> Self {
+        Self { way: link.clone(), link }
+    }
+}
+
+/// The peers' patterns and services, by the links that reach them.
+pub(super) type LiveRouting = Routing<Route>;
+
+/// The next routing snapshot, if it differs from the current one.
+#[derive(Default)]
+pub(super) struct NextRouting(Option<LiveRouting>);
+
+pub(super) struct Links {
+    pub(super) timing: Timing,
+    pub(super) limits: Limits,
+    mesh: Mutex<Mesh>,
+    table: Mutex<HashMap<LinkId, Arc<PeerLink>>>,
+    numbers: AtomicU64,
+    routing: ArcSwap<LiveRouting>,
+    /// The instances that took the messages of recent ordering keys.
+    affinity: Mutex<Affinity>,
+    turn: AtomicUsize,
+}
+
+/// An instance of a service, and its load.
+struct Weighed {
+    node: NodeId,
+    load: (u64, u32),
+}
+
+impl Candidate for Weighed {
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn load(&self) -> (u64, u32) {
+        self.load
+    }
+}
+
+/// An instance that could take a call, whose load is looked at only if it matters.
+enum Instances<'a> {
+    Here { node: NodeId, load: (u64, u32) },
+    There(&'a Instance<Route>),
+}
+
+impl Candidate for Instances<'_> {
+    fn node(&self) -> NodeId {
+        match self {
+            Self::Here { node, .. } => *node,
+            Self::There(instance) => instance.peer,
+        }
+    }
+
+    fn load(&self) -> (u64, u32) {
+        match self {
+            Self::Here { load, .. } => *load,
+            Self::There(instance) => (instance.link.link.unfinished_calls(), instance.concurrency),
+        }
+    }
+}
+
+impl Links {
+    pub(super) fn new(mesh: Mesh, timing: Timing, limits: Limits) -> Self {
+        Self {
+            timing,
+            limits,
+            mesh: Mutex::new(Rank::Mesh, mesh),
+            table: Mutex::new(Rank::Table, HashMap::new()),
+            numbers: AtomicU64::new(1),
+            routing: ArcSwap::default(),
+            affinity: Mutex::new(Rank::Table, Affinity::default()),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    // The table.
+
+    pub(super) fn add(&self, make: impl FnOnce(LinkId) -> Arc<PeerLink>) -> Arc<PeerLink> {
+        let id = LinkId(self.numbers.fetch_add(1, Ordering::Relaxed));
+        let link = make(id);
+        lock(&self.table).insert(id, link.clone());
+        link
+    }
+
+    pub(super) fn get(&self, link: LinkId) -> Option<Arc<PeerLink>> {
+        lock(&self.table).get(&link).cloned()
+    }
+
+    pub(super) fn remove(&self, link: LinkId) -> Option<Arc<PeerLink>> {
+        lock(&self.table).remove(&link)
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<PeerLink>> {
+        lock(&self.table).values().cloned().collect()
+    }
+
+    // Routing.
+
+    pub(super) fn routing(&self) -> Guard<Arc<LiveRouting>> {
+        self.routing.load()
+    }
+
+    /// Passes an input to the mesh, then carries out its actions before any other input, so that
+    /// records leave in the order in which they were decided on. Returns when the mesh has to
+    /// look at the clock as well.
+    pub(super) fn with_mesh<R>(
+        &self,
+        core: &Core,
+        input: impl FnOnce(&mut Mesh, Time) -> R,
+        mut perform: impl FnMut(Action, &mut NextRouting),
+    ) -> (R, Option<Time>) {
+        let mut mesh = lock(&self.mesh);
+        let result = input(&mut mesh, core.now());
+        let mut next = NextRouting::default();
+        while let Some(action) = mesh.poll_action() {
+            perform(action, &mut next);
+        }
+        self.publish(core, &mut next);
+        (result, mesh.poll_timeout())
+    }
+
+    /// Takes a change into the next snapshot.
+    pub(super) fn apply(
+        &self,
+        next: &mut NextRouting,
+        link: LinkId,
+        peer: NodeId,
+        change: RouteChange,
+    ) {
+        if let Some(route) = self.get(link).map(Route::new) {
+            let next = next.0.get_or_insert_with(|| Routing::clone(&self.routing.load()));
+            next.apply(peer, link, &route, change);
+        }
+    }
+
+    /// Replaces the snapshot, if there were changes.
+    pub(super) fn publish(&self, core: &Core, next: &mut NextRouting) {
+        if let Some(next) = next.0.take() {
+            self.routing.store(Arc::new(next));
+            core.routes.notify();
+        }
+    }
+
+    pub(super) fn mesh_timeout(&self) -> Option<Time> {
+        lock(&self.mesh).poll_timeout()
+    }
+
+    /// Queues a control record for a peer, if it is linked.
+    pub(super) fn send_control(&self, peer: &NodeId, control: Control) {
+        if let Some(route) = self.routing.load().link(peer) {
+            route.link.send_control(control);
+        }
+    }
+
+    // The choice among instances.
+
+    /// The instance that takes a call, this node among them.
+    pub(super) fn choose(
+        &self,
+        core: &Core,
+        recipient: &Recipient,
+        key: Option<&str>,
+    ) -> Option<Arc<dyn Way>> {
+        let routing = self.routing.load();
+        match recipient {
+            Recipient::Node(node) => {
+                let inbox = ServiceName::node_inbox();
+                if *node == core.id {
+                    return core.look(|front| front.load(&inbox)).map(|_| core.local().clone());
+                }
+                Some(routing.instance(&inbox, node)?.link.way.clone())
+            }
+            Recipient::Service(name) => {
+                let here = core.look(|front| front.load(name));
+                let here = here.map(|load| Instances::Here { node: core.id, load });
+                let there = routing.instances(name).map(Instances::There);
+                let all: SmallVec<[_; 4]> = there.chain(here).collect();
+                let chosen = choose(&all, key, self.turn.fetch_add(1, Ordering::Relaxed))?;
+                if let Some(key) = key {
+                    self.note_taker(&core.reporter, name, key, chosen.node());
+                }
+                Some(match chosen {
+                    Instances::Here { .. } => core.local().clone(),
+                    Instances::There(instance) => instance.link.way.clone(),
+                })
+            }
+        }
+    }
+
+    /// The instance that takes a guaranteed message, by the outbox's own loads; `load` gives none
+    /// for an instance that may not take it.
+    pub(super) fn choose_by(
+        &self,
+        core: &Core,
+        name: &ServiceName,
+        key: Option<&str>,
+        load: &dyn Fn(&NodeId) -> Option<u64>,
+    ) -> Option<NodeId> {
+        let routing = self.routing.load();
+        let there = routing.instances(name).map(|it| (it.peer, it.concurrency));
+        let here = core.look(|front| front.load(name)).map(|(_, n)| (core.id, n));
+        let weigh = |(node, concurrency)| Some(Weighed { node, load: (load(&node)?, concurrency) });
+        let all: SmallVec<[_; 4]> = there.chain(here).filter_map(weigh).collect();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        choose(&all, key, turn).map(Weighed::node)
+    }
+
+    /// Counts and reports a key whose messages go to another instance than before.
+    fn note_taker(&self, reporter: &Reporter, service: &ServiceName, key: &str, taker: NodeId) {
+        let moved_from = lock(&self.affinity).note(service, key, taker);
+        if let Some(from) = moved_from {
+            reporter.count_moved_key(service, from, taker);
+        }
+    }
+}

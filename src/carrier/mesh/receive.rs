@@ -1,0 +1,284 @@
+//! The records that links bring: batches are taken apart, and each record goes to its handler.
+
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+
+use super::peer_link::PeerLink;
+use super::{MeshCarrier, durable};
+use crate::address::Destination;
+use crate::core::{Hold, Way, add};
+use crate::engine::{
+    Connection, DownReason, EventBatchBuilder, Flow, Incoming, OutOfTurn, Path, ReceivedControl,
+    ReceivedMessage, Violation, incoming, may_publish,
+};
+use crate::identity::NodeId;
+use crate::link::{Acceptor, Link, Receiver};
+use crate::message::{Kind, Message, MessageId};
+use crate::report::DropReason;
+use crate::wire::{
+    Control, Decoded, INLINE_BODY, Lane, PROTOCOL_VERSION, Totals, WireError, decode,
+};
+
+/// Adds each new connection to the mesh. The transports hold it and the mesh holds the
+/// transports, so it does not keep the mesh alive.
+pub(super) struct NodeAcceptor(pub(super) Weak<MeshCarrier>);
+
+impl Acceptor for NodeAcceptor {
+    fn handle_connected(&self, link: Arc<dyn Link>, connection: Connection) -> Arc<dyn Receiver> {
+        let Some(carrier) = self.0.upgrade() else {
+            link.close();
+            return Arc::new(NobodyHome);
+        };
+        let core = &carrier.core;
+        // Every transport knows which node the connection claims to be.
+        let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
+        let limits = &carrier.links.limits;
+        let flow = Flow::new(core.now(), core.id, limits, core.config.send_queue);
+        let grants = carrier.grants(&connection);
+        let connection = Connection { grants: grants.clone(), ..connection };
+        let link = carrier.links.add(|id| {
+            let reporter = core.reporter.clone();
+            PeerLink::new(id, peer, grants, flow, link, reporter, core.started())
+        });
+        core.spawn(link.clone().keep_sending());
+        carrier.with_mesh(|mesh, now| mesh.handle_connected(now, link.id, connection));
+        Arc::new(LinkReceiver { carrier, way: link.clone(), link })
+    }
+}
+
+/// Stands in for a node that is gone.
+struct NobodyHome;
+
+impl Receiver for NobodyHome {
+    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_closed(&self) {}
+}
+
+struct LinkReceiver {
+    carrier: Arc<MeshCarrier>,
+    link: Arc<PeerLink>,
+    way: Arc<dyn Way>,
+}
+
+/// A fault in a batch that ends its link.
+enum Fault {
+    Wire(WireError),
+    Flow(Violation),
+    OutOfTurn,
+}
+
+impl From<WireError> for Fault {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
+    }
+}
+
+impl From<Violation> for Fault {
+    fn from(violation: Violation) -> Self {
+        Self::Flow(violation)
+    }
+}
+
+impl From<OutOfTurn> for Fault {
+    fn from(_: OutOfTurn) -> Self {
+        Self::OutOfTurn
+    }
+}
+
+impl Receiver for LinkReceiver {
+    fn handle_batch(&self, frames: Vec<Bytes>) {
+        let Err(fault) = self.take_apart(frames) else {
+            return;
+        };
+        let (carrier, link) = (&self.carrier, self.link.id);
+        let text = match fault {
+            Fault::Wire(WireError::Version(version)) if version > PROTOCOL_VERSION => {
+                return carrier
+                    .with_mesh(|mesh, now| mesh.handle_newer_version(now, link, version));
+            }
+            Fault::Wire(error) => error.to_string(),
+            Fault::Flow(violation) => violation.to_string(),
+            Fault::OutOfTurn => "a message before the link was accepted".into(),
+        };
+        carrier.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
+    }
+
+    fn handle_closed(&self) {
+        let link = self.link.id;
+        self.carrier.with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
+    }
+}
+
+impl LinkReceiver {
+    fn take_apart(&self, frames: Vec<Bytes>) -> Result<(), Fault> {
+        let (core, link) = (&self.carrier.core, &self.link);
+        if link.has_ended() {
+            return Ok(());
+        }
+        let mut batch = decode(frames, &core.id, &link.peer, core.config.max_body)?;
+        let now = core.now();
+        link.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
+        let mut events = Events { receiver: self, batch: None };
+        let taken = self.take_records(&mut batch, &mut events);
+        // Events before a fault are delivered all the same.
+        events.deliver()?;
+        taken
+    }
+
+    fn take_records(&self, batch: &mut Decoded<'_>, events: &mut Events<'_>) -> Result<(), Fault> {
+        let link = &self.link;
+        while !link.has_ended() {
+            while let Some((id, body)) = batch.next_successor() {
+                events.add_successor(id, body)?;
+            }
+            let Some(record) = batch.next_record()? else { break };
+            match incoming(record, link.peer, link.is_open(), &link.grants)? {
+                Incoming::Event(message) => events.add(message)?,
+                Incoming::Message { received, lane, cost } => {
+                    events.deliver()?;
+                    self.handle_message(received, lane, Totals::one(cost))?;
+                }
+                Incoming::Control(control) => {
+                    events.deliver()?;
+                    self.handle_control(control)?;
+                }
+                Incoming::Unknown => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_message(
+        &self,
+        received: ReceivedMessage,
+        lane: Lane,
+        new: Totals,
+    ) -> Result<(), Fault> {
+        let (core, link) = (&self.carrier.core, &self.link);
+        link.with_flow(|flow| flow.handle_received(lane, new))?;
+        add(&core.reporter.counters.received, 1);
+        let (path, hold) = (Path::Link(link.id), Hold::new(self.way.clone(), lane, new));
+        match received {
+            ReceivedMessage::Call(mut message) => {
+                message.unpin();
+                core.with_front(|front, now| front.handle_call(now, path, message, hold));
+            }
+            ReceivedMessage::RefusedCall(message) => {
+                let reason = DropReason::NotAllowed;
+                core.with_front(|front, _| front.handle_refused(path, message, hold, reason));
+            }
+            ReceivedMessage::Outcome(id, outcome) => {
+                core.with_front(|front, _| front.handle_outcome(path, id, outcome, hold));
+            }
+            ReceivedMessage::Delivery(message) => match &self.carrier.durable {
+                Some(durable) => durable.handle_delivery(message, hold),
+                None => {
+                    let answer = durable::no_inbox(&message);
+                    drop(hold);
+                    link.send_control(Control::Answers(answer.into_iter().collect()));
+                }
+            },
+            ReceivedMessage::RefusedDelivery(answer) => {
+                core.reporter.counters.dropped_for_others(DropReason::NotAllowed, 1);
+                drop(hold);
+                link.send_control(Control::Answers(vec![answer]));
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_control(&self, control: ReceivedControl) -> Result<(), Fault> {
+        let (carrier, link, durable) = (&self.carrier, &self.link, &self.carrier.durable);
+        match (control, durable) {
+            (ReceivedControl::DropReport(counts), _) => {
+                let news = link.with_flow(|flow| flow.handle_drop_report(&counts))?;
+                for (reason, count) in news {
+                    carrier.core.reporter.count_drop(link.peer, reason, count);
+                }
+            }
+            (ReceivedControl::Cancel(id), _) => {
+                let path = Path::Link(link.id);
+                carrier.core.with_front(|front, _| front.handle_cancel(path, id));
+            }
+            (ReceivedControl::Answers(answers), Some(durable)) => {
+                durable.handle_answers(link.peer, answers);
+            }
+            (ReceivedControl::Epochs(epochs), Some(durable)) => {
+                durable.handle_epochs(link, &epochs);
+            }
+            (ReceivedControl::Inbox(info, denial), durable) => {
+                denial.into_iter().for_each(|denial| link.send_control(denial));
+                if let Some(durable) = durable {
+                    durable.handle_inbox(link.peer, *info);
+                }
+                carrier.core.routes.notify();
+            }
+            (ReceivedControl::Mesh(control), _) => {
+                carrier.with_mesh(|mesh, now| mesh.handle_control(now, link.id, control));
+            }
+            // Without a store they are about messages that this node can't know.
+            (ReceivedControl::Answers(_) | ReceivedControl::Epochs(_), None) => {}
+        }
+        Ok(())
+    }
+}
+
+/// The events of a batch of records, on their way into batches by topic.
+struct Events<'a> {
+    receiver: &'a LinkReceiver,
+    batch: Option<EventBatchBuilder>,
+}
+
+impl Events<'_> {
+    /// Adds a plain event on the topic of the last.
+    fn add_successor(&mut self, id: MessageId, body: &[u8]) -> Result<(), Fault> {
+        if self.batch.as_ref().is_some_and(|batch| batch.is_full(body.len())) {
+            self.deliver()?;
+        }
+        let batch = self.batch.as_mut().ok_or(WireError::Inheritance)?;
+        batch.add_plain(id, body);
+        Ok(())
+    }
+
+    fn add(&mut self, message: Message) -> Result<(), Fault> {
+        let Destination::Topic(topic) = &message.header.destination else {
+            return Err(WireError::Unexpected("an event without a topic").into());
+        };
+        let same = |batch: &EventBatchBuilder| {
+            batch.topic() == topic && !batch.is_full(message.body.len())
+        };
+        if !self.batch.as_ref().is_some_and(same) {
+            self.deliver()?;
+            self.batch = Some(EventBatchBuilder::new(message.from, topic.clone()));
+        }
+        if let Some(batch) = &mut self.batch {
+            match message.header.is_plain(Kind::Event) && message.body.len() <= INLINE_BODY {
+                true => batch.add_plain(message.header.id, &message.body),
+                false => batch.add(message),
+            }
+        }
+        Ok(())
+    }
+
+    /// Delivers the events gathered so far.
+    fn deliver(&mut self) -> Result<(), Fault> {
+        let Some(batch) = self.batch.as_mut().and_then(EventBatchBuilder::finish) else {
+            return Ok(());
+        };
+        let LinkReceiver { carrier, link, way } = self.receiver;
+        let (core, new) = (&carrier.core, batch.totals());
+        link.with_flow(|flow| flow.handle_received(Lane::Events, new))?;
+        add(&core.reporter.counters.received, new.messages);
+        let path = Path::Link(link.id);
+        let hold = |held| Some(Hold::new(way.clone(), Lane::Events, held));
+        match may_publish(&link.grants, batch.topic().as_str()) {
+            true => _ = core.deliver(batch, path, None, &hold),
+            false => {
+                let reason = DropReason::NotAllowed;
+                core.drop_received(path, hold(new).as_ref(), reason, new.messages);
+            }
+        }
+        Ok(())
+    }
+}

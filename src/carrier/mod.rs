@@ -1,0 +1,20 @@
+//! The carriers of a node's messages: the mesh of its own links, or a broker.
+//!
+//! ```text
+//!   node/ ── a dozen verbs ──▶ dyn Carrier ─┬─ mesh/     links, discovery, outbox and inbox
+//!                                           └─ broker/   one connection, one adapter a broker
+//! ```
+//!
+//! A carrier brings what it receives to the node's [`Core`](crate::core::Core), and says as data
+//! what it lacks ([`Capability`]). Nothing outside of this folder asks which carrier it has.
+
+pub(crate) mod broker;
+mod capability;
+mod guaranteed;
+pub(crate) mod mesh;
+mod seam;
+
+pub use capability::{Capability, Unsupported};
+pub use guaranteed::{DeliveryError, OutboxError, Receipt};
+pub(crate) use guaranteed::{NewGuaranteed, Submission};
+pub(crate) use seam::{CannotKeep, Carrier, Choice, Condition, NotMet, Wish, WishEnd};

@@ -1,0 +1,319 @@
+//! The core of a node: what it is and does whatever carries its messages.
+//!
+//! ```text
+//!   node/        handles of users ───────────────┐
+//!                                                ▼
+//!   carrier/     mesh, broker ── records ──▶   Core   ── effects ──▶ Way (a link, a broker, itself)
+//!                                            Front │ Subscriptions │ Reporter
+//! ```
+//!
+//! The core decides nothing: [`Front`] does, and the core carries out its effects. It knows no
+//! carrier, only the [`Way`] by which each message came or goes.
+
+mod alarm;
+mod counters;
+mod events;
+mod handler;
+mod lease;
+mod local;
+mod log;
+mod progress;
+mod reporter;
+mod routes;
+mod runner;
+mod subscriptions;
+mod way;
+
+pub(crate) use alarm::Alarm;
+pub(crate) use counters::add;
+pub use events::{DownCause, Event, Events};
+pub use handler::{Call, HandlerError};
+pub(crate) use handler::{Handler, boxed};
+pub(crate) use log::Line;
+pub use progress::NotStored;
+pub(crate) use progress::{Progress, ProgressSender};
+pub(crate) use reporter::Reporter;
+pub(crate) use routes::RouteWatch;
+pub(crate) use runner::ServiceRunner;
+pub(crate) use subscriptions::{Subscriber, Subscriptions};
+pub(crate) use way::{Hold, Publication, Settle, Ticket, Way};
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use smallvec::SmallVec;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::address::{Destination, Pattern};
+use crate::config::Config;
+use crate::engine::{
+    Delivered, Effect, EventBatch, Front, FrontLimits, Host, Path, Reply, RequestOutcome, Time,
+    deliver,
+};
+use crate::identity::{NodeId, random_u64};
+use crate::message::{Header, IdSource, Kind, Message, MessageId};
+use crate::report::DropReason;
+use crate::sync::{Mutex, Rank, lock};
+use crate::wire::{Envelope, Totals};
+use local::LocalWay;
+use runner::CallHandle;
+
+/// The types by which a node carries out the effects of its front.
+pub(crate) struct Shell;
+
+impl Host for Shell {
+    type Hold = Hold;
+    type Waiter = oneshot::Sender<RequestOutcome>;
+    type Way = Arc<dyn Way>;
+    type Service = Arc<ServiceRunner>;
+    type Handle = Arc<CallHandle>;
+}
+
+pub(crate) struct Core {
+    pub(crate) id: NodeId,
+    pub(crate) name: String,
+    pub(crate) config: Config,
+    pub(crate) ids: IdSource,
+    pub(crate) runtime: Handle,
+    pub(crate) reporter: Arc<Reporter>,
+    pub(crate) subscriptions: Subscriptions,
+    pub(crate) routes: RouteWatch,
+    started: Instant,
+    front: Mutex<Front<Shell>>,
+    /// Wakes for the next deadline of a request.
+    deadlines: Alarm,
+    local: Arc<dyn Way>,
+    tasks: Mutex<JoinSet<()>>,
+    stopping: AtomicBool,
+}
+
+impl Core {
+    pub(crate) fn new(id: NodeId, name: String, config: Config, started: Instant) -> Arc<Self> {
+        let limits = FrontLimits {
+            max_body: config.max_body,
+            local: config.send_queue,
+            broker: config.window,
+        };
+        Arc::new_cyclic(|core: &Weak<Self>| Self {
+            id,
+            name,
+            config,
+            ids: IdSource::new(random_u64() >> 22),
+            runtime: Handle::current(),
+            reporter: Arc::default(),
+            subscriptions: Subscriptions::default(),
+            routes: RouteWatch::default(),
+            started,
+            front: Mutex::new(Rank::Calls, Front::new(id, limits)),
+            deadlines: Alarm::default(),
+            local: Arc::new(LocalWay::new(id, core.clone())),
+            tasks: Mutex::new(Rank::Leaf, JoinSet::new()),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    // Time and tasks.
+
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time::after_start(self.started.elapsed())
+    }
+
+    /// A time of the engine by the runtime's clock; `None` if no clock counts that far.
+    pub(crate) fn instant(&self, at: Time) -> Option<Instant> {
+        self.started.checked_add(at.since_start())
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Takes no more calls from the user.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Spawns a task that ends with the node.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, &self.runtime);
+    }
+
+    /// Spawns the tasks that the core needs itself.
+    pub(crate) fn spawn_own(self: &Arc<Self>) {
+        let core = self.clone();
+        self.spawn(async move { core.keep_deadlines().await });
+        let reporter = self.reporter.clone();
+        self.spawn(async move { reporter.keep_reporting().await });
+        let reporter = self.reporter.clone();
+        self.spawn(async move { reporter.keep_writing().await });
+    }
+
+    pub(crate) fn abort_tasks(&self) {
+        lock(&self.tasks).abort_all();
+    }
+
+    /// Ends all tasks, and waits until they have ended.
+    pub(crate) async fn end_tasks(&self) {
+        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
+        tasks.shutdown().await;
+    }
+
+    /// Ends requests whose deadline passes, until it is dropped.
+    async fn keep_deadlines(self: Arc<Self>) {
+        loop {
+            let next = || lock(&self.front).poll_timeout();
+            self.deadlines.sleep_until_next(&self, next).await;
+            self.with_front(|front, now| front.handle_timeout(now));
+        }
+    }
+
+    // The front.
+
+    /// Passes an input to the front, then carries out its effects.
+    pub(crate) fn with_front<R>(
+        self: &Arc<Self>,
+        input: impl FnOnce(&mut Front<Shell>, Time) -> R,
+    ) -> R {
+        let mut effects = SmallVec::<[Effect<Shell>; 2]>::new();
+        let mut front = lock(&self.front);
+        let result = input(&mut front, self.now());
+        while let Some(effect) = front.poll_effect() {
+            effects.push(effect);
+        }
+        drop(front);
+        effects.into_iter().for_each(|effect| self.perform(effect));
+        result
+    }
+
+    /// Looks at the front.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&Front<Shell>) -> R) -> R {
+        look(&lock(&self.front))
+    }
+
+    fn perform(self: &Arc<Self>, effect: Effect<Shell>) {
+        match effect {
+            Effect::Run(run) => runner::start(self, run),
+            Effect::Interrupt(call) => call.cancel(),
+            Effect::Abort(call) => call.abort(),
+            Effect::CallEnded(service) => service.notify_ended(),
+            Effect::Complete(waiter, outcome) => {
+                let _caller_left = waiter.send(outcome);
+            }
+            Effect::TakeBack(way, id) => way.take_back(id),
+            Effect::Reply(hold, reply) => self.reply(hold, reply),
+            Effect::Release(hold) => drop(hold),
+            Effect::Discard(message) => drop(message),
+            Effect::Drop(hold, reason) => self.drop_received(hold.path(), Some(&hold), reason, 1),
+            Effect::Forget(reason) => self.reporter.counters.dropped_for_others(reason, 1),
+            Effect::Settle(hold, settlement, dropped) => {
+                if let Some(reason) = dropped {
+                    self.drop_received(hold.path(), Some(&hold), reason, 1);
+                }
+                hold.settle(settlement);
+            }
+            Effect::OwnDropped { to, reason, count } => {
+                self.reporter.count_drop(to, reason, count);
+            }
+            Effect::OwnInDoubt(count) => add(&self.reporter.counters.in_doubt, count),
+        }
+    }
+
+    fn reply(&self, hold: Hold, Reply { to, call, payload, extra }: Reply) {
+        let mut header = Header::new(self.ids.next_now(), Kind::Document, Destination::Node(to));
+        header.correlation_id = Some(call);
+        header.extra = extra;
+        let (path, node) = (hold.path(), hold.way().node());
+        match hold.answer(Envelope { header, payload }) {
+            Ok(()) if path == Path::Local => {}
+            Ok(()) => add(&self.reporter.counters.queued, 1),
+            Err(reason) => self.reporter.count_drop(node, reason, 1),
+        }
+    }
+
+    /// Counts received messages that are dropped, and reports them to their sender.
+    pub(crate) fn drop_received(
+        &self,
+        path: Path,
+        hold: Option<&Hold>,
+        reason: DropReason,
+        count: u64,
+    ) {
+        match path {
+            Path::Local => self.reporter.count_drop(self.id, reason, count),
+            Path::Link(_) | Path::Broker => {
+                self.reporter.counters.dropped_for_others(reason, count);
+                if let Some(hold) = hold {
+                    hold.way().report_drop(reason, count);
+                }
+            }
+        }
+    }
+
+    // Calls and requests of this node.
+
+    /// The way from this node to itself.
+    pub(crate) fn local(&self) -> &Arc<dyn Way> {
+        &self.local
+    }
+
+    /// Opens a request and makes sure that its deadline is kept.
+    pub(crate) fn open_request(
+        self: &Arc<Self>,
+        id: MessageId,
+        deadline: Time,
+        way: &Arc<dyn Way>,
+        waiter: oneshot::Sender<RequestOutcome>,
+    ) {
+        let path = way.path();
+        self.with_front(|front, _| front.open_request(id, deadline, path, way.clone(), waiter));
+        self.deadlines.wake_by(deadline);
+    }
+
+    // Events.
+
+    /// Delivers an event of this node to its own subscriptions. Returns false if one lost it.
+    pub(crate) fn publish_here(&self, event: &Publication<'_>) -> bool {
+        let Envelope { header, mut payload } = event.envelope();
+        let message = Message::new(self.id, header, payload.take_body());
+        let batch = EventBatch::single(event.topic.clone(), message);
+        self.deliver(batch, Path::Local, None, &|_| None) == 0
+    }
+
+    /// Delivers events that came by `path` to the matching subscriptions, or to those with one
+    /// pattern. `hold` makes the hold of messages with that cost. Returns the number of messages
+    /// that a subscription lost.
+    pub(crate) fn deliver(
+        &self,
+        batch: EventBatch<Hold>,
+        path: Path,
+        only: Option<&Pattern>,
+        hold: &dyn Fn(Totals) -> Option<Hold>,
+    ) -> u64 {
+        let snapshot = self.subscriptions.load();
+        let mut matching = snapshot.matching(batch.topic());
+        if let Some(only) = only {
+            matching.retain(|subscriber| subscriber.pattern() == only);
+        }
+        deliver(batch, &matching, hold, &mut |outcome| match outcome {
+            Delivered::NoSubscriber(hold, count) => {
+                self.drop_received(path, hold, DropReason::NoSubscriber, count);
+            }
+            Delivered::Pushed(came, lost) => {
+                let mut gone = 0;
+                for it in lost {
+                    self.drop_received(path, it.hold.as_deref(), it.reason, it.count);
+                    gone += it.count;
+                }
+                self.reporter.counters.delivered(came, gone);
+            }
+        })
+    }
+}

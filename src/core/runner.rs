@@ -1,0 +1,192 @@
+//! Runs the calls of a service, and reports their ends to the front.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use futures_util::FutureExt;
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, yield_now};
+
+use super::handler::{Call, Handler, HandlerError};
+use super::lease::Lease;
+use super::{Core, Shell, add};
+use crate::address::ServiceName;
+use crate::engine::{Ended, Run, ServiceNumber};
+use crate::message::{Body, MessageId};
+use crate::sync::{Mutex, calling_out, lock};
+use crate::wire::Failure;
+
+/// After so many calls of one task other tasks have their turn; handlers may wait for nothing.
+const MOST_IN_A_ROW: u32 = 4;
+
+/// One service or durable subscription of this node.
+pub(crate) struct ServiceRunner {
+    pub(crate) name: ServiceName,
+    handler: Arc<Handler>,
+    /// Wakes whoever waits until no call is left.
+    ended: Notify,
+}
+
+impl ServiceRunner {
+    pub(crate) fn new(name: ServiceName, handler: Arc<Handler>) -> Self {
+        Self { name, handler, ended: Notify::new() }
+    }
+
+    pub(super) fn notify_ended(&self) {
+        self.ended.notify_waiters();
+    }
+
+    /// Waits until no call is queued or running. The service has to be withdrawn first.
+    pub(crate) async fn wait_until_idle(&self, core: &Core, number: ServiceNumber) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if core.look(|front| front.is_idle(number)) {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// Interrupts one call.
+#[derive(Debug, Default)]
+pub(crate) struct CallHandle {
+    cancelled: AtomicBool,
+    cancellation: Notify,
+    /// The call whose task runs this one, if it is another.
+    began_by: OnceLock<Arc<CallHandle>>,
+    task: Mutex<Task>,
+}
+
+/// The task that a call began.
+#[derive(Debug, Default)]
+enum Task {
+    #[default]
+    NotSpawned,
+    Spawned(AbortHandle),
+    Aborted,
+}
+
+impl CallHandle {
+    /// The caller gave up or is gone.
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.cancellation.notify_waiters();
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Waits until the caller gives up or is gone.
+    pub(super) async fn cancelled(&self) {
+        let cancellation = self.cancellation.notified();
+        if !self.is_cancelled() {
+            cancellation.await;
+        }
+    }
+
+    /// Ends the call's task, at once or as soon as it is spawned.
+    pub(super) fn abort(&self) {
+        let began_by = self.began_by.get().map_or(self, |other| other);
+        let before = std::mem::replace(&mut *lock(&began_by.task), Task::Aborted);
+        if let Task::Spawned(task) = before {
+            task.abort();
+        }
+    }
+
+    fn handle_spawned(&self, task: AbortHandle) {
+        let mut slot = lock(&self.task);
+        match *slot {
+            Task::Aborted => task.abort(),
+            Task::NotSpawned | Task::Spawned(_) => *slot = Task::Spawned(task),
+        }
+    }
+}
+
+/// Runs a call, and after it those that waited for its place.
+pub(super) fn start(core: &Arc<Core>, run: Run<Shell>) {
+    let first = run.handle.clone();
+    let (node, began_by) = (core.clone(), first.clone());
+    let task = core.runtime.spawn(async move {
+        let (mut next, mut in_a_row) = (Some(run), 0);
+        while let Some(run) = next {
+            if !Arc::ptr_eq(&run.handle, &began_by) {
+                let _first = run.handle.began_by.set(began_by.clone());
+            }
+            next = run_one(&node, run).await;
+            in_a_row += 1;
+            if in_a_row == MOST_IN_A_ROW {
+                in_a_row = 0;
+                yield_now().await;
+            }
+        }
+    });
+    first.handle_spawned(task.abort_handle());
+}
+
+/// Runs a call; returns the one to run in its place.
+async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
+    let Run { service, number, key, message, deadline, handle } = run;
+    let guaranteed = message.delivery.is_some();
+    let (wants_reply, attempt) = (message.wants_reply, message.attempt());
+    let lease = guaranteed.then(|| Arc::new(Lease::new(core.config.lease)));
+    let deadline = deadline.and_then(|at| core.instant(at));
+    let call = Call { message, handle, deadline, lease: lease.clone() };
+    let result = hold_panic(&service, key.id, call, lease).await;
+    add(&core.reporter.counters.handled, 1);
+    let ended = match result {
+        Ok(body) => Ended::Replied { body: body.bytes, extra: reply_extra(body.content_type) },
+        Err(error) => {
+            if guaranteed {
+                tracing::warn!(service = %service.name, message_id = %key.id, attempt, %error, "a handler failed");
+            } else if !wants_reply {
+                tracing::warn!(service = %service.name, message_id = %key.id, %error, "a handler failed");
+            }
+            let HandlerError { code, text, rejects } = error;
+            Ended::Failed { failure: Failure { code, text }, rejects }
+        }
+    };
+    core.with_front(|front, now| front.handle_ended(now, number, key, ended))
+}
+
+fn reply_extra(content_type: Option<&str>) -> Option<Box<crate::message::Extra>> {
+    let content_type = Some(content_type?.to_owned());
+    Some(Box::new(crate::message::Extra { content_type, ..Default::default() }))
+}
+
+/// Runs a handler within its lease. Its panic is its caller's error, and nobody else's.
+async fn hold_panic(
+    service: &ServiceRunner,
+    id: MessageId,
+    call: Call,
+    lease: Option<Arc<Lease>>,
+) -> Result<Body, HandlerError> {
+    calling_out();
+    let begun = catch_unwind(AssertUnwindSafe(|| (service.handler)(call)));
+    let run = begun.map(|run| AssertUnwindSafe(run).catch_unwind());
+    let ended = match (run, lease) {
+        (Ok(mut run), Some(lease)) => match lease.hold(&mut run).await {
+            Some(ended) => ended,
+            None => catch_unwind(AssertUnwindSafe(|| drop(run)))
+                .map(|()| Err(HandlerError::new("lease", "its lease ran out"))),
+        },
+        (Ok(run), None) => run.await,
+        (Err(panic), _) => Err(panic),
+    };
+    ended.unwrap_or_else(|panic| {
+        let text = panic_text(panic.as_ref());
+        tracing::warn!(service = %service.name, message_id = %id, text, "a handler panicked");
+        Err(HandlerError::new("panic", "the handler panicked"))
+    })
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (_, Some(text)) => text,
+        _ => "no message",
+    }
+}

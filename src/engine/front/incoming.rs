@@ -1,0 +1,158 @@
+//! Permission: the use that is made of a record, by what the peer may do.
+
+use crate::address::Destination;
+use crate::engine::RequestOutcome;
+use crate::identity::NodeId;
+use crate::message::{Message, MessageId};
+use crate::trust::{Action, Grants};
+use crate::wire::{Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, Payload, Record};
+
+pub(super) const NOT_ALLOWED: &str = "the node's rules don't allow it";
+
+/// A record from a peer, sorted by the one who handles it.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    /// An event. Its topic has yet to be checked: [`may_publish`], once for each batch.
+    Event(Message),
+    /// Another message, and the credit that it holds.
+    Message {
+        received: ReceivedMessage,
+        lane: Lane,
+        cost: u64,
+    },
+    Control(ReceivedControl),
+    /// A record of a later version.
+    Unknown,
+}
+
+/// A message that is no event.
+#[derive(Debug)]
+pub(crate) enum ReceivedMessage {
+    /// A call or a request, for the front.
+    Call(Message),
+    /// The same, which the peer may not send.
+    RefusedCall(Message),
+    /// A guaranteed message, for the inbox.
+    Delivery(Message),
+    /// The same, which the peer may not send, and the answer to it.
+    RefusedDelivery(Answer),
+    /// The outcome of a request of this node.
+    Outcome(Option<MessageId>, RequestOutcome),
+}
+
+#[derive(Debug)]
+pub(crate) enum ReceivedControl {
+    /// The peer dropped messages of this node, counted by reason since the link began.
+    DropReport(Vec<(String, u64)>),
+    /// The peer gave up a call.
+    Cancel(MessageId),
+    /// Answers to guaranteed messages, for the outbox.
+    Answers(Vec<Answer>),
+    /// The epochs of the peer's outbox, for the inbox.
+    Epochs(Vec<u64>),
+    /// The peer's durable subscriptions, for the outbox; and the denial of those that are not
+    /// allowed.
+    Inbox(Box<InboxInfo>, Option<Control>),
+    /// A record about the link or its peer, for the mesh.
+    Mesh(Control),
+}
+
+/// A record that may not come before its link is accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OutOfTurn;
+
+/// Sorts a record that came from `peer`, which may do what `grants` says. `is_open` says whether
+/// the link is accepted.
+///
+/// # Errors
+/// [`OutOfTurn`] ends the link.
+pub(crate) fn incoming(
+    record: Record,
+    peer: NodeId,
+    is_open: bool,
+    grants: &Grants,
+) -> Result<Incoming, OutOfTurn> {
+    match record {
+        Record::Control(control) => {
+            incoming_control(control, is_open, grants).map(Incoming::Control)
+        }
+        Record::Message(envelope) if is_open => Ok(incoming_message(envelope, peer, grants)),
+        Record::Message(_) => Err(OutOfTurn),
+        Record::Unknown(_) => Ok(Incoming::Unknown),
+    }
+}
+
+fn incoming_control(
+    control: Control,
+    is_open: bool,
+    grants: &Grants,
+) -> Result<ReceivedControl, OutOfTurn> {
+    Ok(match control {
+        Control::Dropped(_) | Control::Answers(_) | Control::Epochs(_) | Control::Inbox(_)
+            if !is_open =>
+        {
+            return Err(OutOfTurn);
+        }
+        Control::Dropped(counts) => ReceivedControl::DropReport(counts),
+        Control::Answers(answers) => ReceivedControl::Answers(answers),
+        Control::Epochs(epochs) => ReceivedControl::Epochs(epochs),
+        Control::Inbox(mut info) => {
+            let denied = info
+                .subscriptions
+                .extract_if(.., |(_, pattern)| !grants.permit_all(Action::Subscribe, pattern));
+            let denied: Vec<_> =
+                denied.map(|(_, pattern)| (Action::Subscribe, pattern.to_string())).collect();
+            let denial = (!denied.is_empty()).then(|| Control::denied(denied));
+            ReceivedControl::Inbox(info, denial)
+        }
+        Control::Cancel(id) => ReceivedControl::Cancel(id),
+        control => ReceivedControl::Mesh(control),
+    })
+}
+
+fn incoming_message(envelope: Envelope, peer: NodeId, grants: &Grants) -> Incoming {
+    let (lane, cost) = (envelope.lane(), envelope.cost());
+    let Envelope { header, payload } = envelope;
+    let may_send = permits(grants, &header.destination);
+    let call = |message| match may_send {
+        true => ReceivedMessage::Call(message),
+        false => ReceivedMessage::RefusedCall(message),
+    };
+    let received = match payload {
+        Payload::Event(body) => return Incoming::Event(Message::new(peer, header, body)),
+        Payload::Call(body) => call(Message::new(peer, header, body)),
+        Payload::Request(body) => call(Message::request(peer, header, body)),
+        Payload::Guaranteed(body, delivery) if may_send => {
+            let mut message = Message::new(peer, header, body);
+            message.delivery = Some(delivery);
+            ReceivedMessage::Delivery(message)
+        }
+        Payload::Guaranteed(_, delivery) => ReceivedMessage::RefusedDelivery(Answer {
+            id: delivery.id.clone(),
+            attempt: delivery.attempt,
+            outcome: DeliveryOutcome::Rejected(NOT_ALLOWED.into()),
+        }),
+        Payload::Reply(body) => {
+            let id = header.correlation_id;
+            ReceivedMessage::Outcome(id, RequestOutcome::Reply(Message::new(peer, header, body)))
+        }
+        Payload::Failed(failure) => {
+            ReceivedMessage::Outcome(header.correlation_id, RequestOutcome::Failed(failure))
+        }
+    };
+    Incoming::Message { received, lane, cost }
+}
+
+/// Returns true if a peer may publish on a topic.
+pub(crate) fn may_publish(grants: &Grants, topic: &str) -> bool {
+    grants.permit(Action::Publish, topic)
+}
+
+/// Returns true if a peer may send to a destination.
+fn permits(grants: &Grants, destination: &Destination) -> bool {
+    match destination {
+        Destination::Topic(topic) => may_publish(grants, topic.as_str()),
+        Destination::Service(name) => grants.permit(Action::Send, name.as_str()),
+        Destination::Node(_) => grants.permit_node(),
+    }
+}

@@ -1,0 +1,294 @@
+//! A service: how many calls run at once, which wait.
+//!
+//! Calls with the same ordering key run one after the other, in the order in which they came;
+//! the others run beside them.
+
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use crate::engine::{HashMap, Time};
+
+/// What becomes of a call that arrives.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Admission<C> {
+    /// Run it now.
+    Start(C),
+    /// It waits; a later [`Service::handle_finished`] hands it out.
+    Waits,
+    /// The service takes no more.
+    Refused(C),
+}
+
+/// What follows from the end of a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Finished<K, C, R> {
+    /// The part of it that was kept.
+    pub(crate) kept: Option<R>,
+    /// The call to run in its place.
+    pub(crate) next: Option<(K, C)>,
+    /// The calls that expired in the queue.
+    pub(crate) expired: Vec<(K, C)>,
+}
+
+/// The calls of one service on one node. `K` names a call, `C` is what it takes to run it, and
+/// `R` is what its owner keeps of it while it runs.
+///
+/// What waits is bounded by the credit of the links that it came over.
+#[derive(Debug)]
+pub(crate) struct Service<K, C, R> {
+    concurrency: usize,
+    /// All that run and wait, by name.
+    calls: HashMap<K, State<R>>,
+    running: usize,
+    /// What runs as soon as there is room.
+    waiting: VecDeque<Waiting<K, C>>,
+    /// For each ordering key of a call that runs or is in `waiting`: the calls behind that one.
+    behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
+}
+
+#[derive(Debug)]
+enum State<R> {
+    Waits,
+    Runs { order: Option<Arc<str>>, kept: Option<R> },
+}
+
+impl<R> State<R> {
+    fn running(order: Option<Arc<str>>) -> Self {
+        Self::Runs { order, kept: None }
+    }
+
+    fn kept(&self) -> Option<&R> {
+        match self {
+            Self::Waits => None,
+            Self::Runs { kept, .. } => kept.as_ref(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiting<K, C> {
+    key: K,
+    order: Option<Arc<str>>,
+    expires: Option<Time>,
+    call: C,
+}
+
+impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
+    pub(crate) fn new(concurrency: usize) -> Self {
+        Self {
+            concurrency: concurrency.max(1),
+            calls: HashMap::default(),
+            running: 0,
+            waiting: VecDeque::new(),
+            behind: HashMap::default(),
+        }
+    }
+
+    /// A call arrived; `order` is its ordering key.
+    pub(crate) fn handle_call(
+        &mut self,
+        key: K,
+        order: Option<&str>,
+        expires: Option<Time>,
+        call: C,
+    ) -> Admission<C> {
+        // A name that is in use already would hide the one behind it.
+        let Entry::Vacant(entry) = self.calls.entry(key) else {
+            return Admission::Refused(call);
+        };
+        let order: Option<Arc<str>> = order.map(Arc::from);
+        let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
+        if before.is_none() && self.running < self.concurrency {
+            self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+            entry.insert(State::running(order));
+            self.running += 1;
+            return Admission::Start(call);
+        }
+        entry.insert(State::Waits);
+        let waiting = Waiting { key, order: order.clone(), expires, call };
+        match before {
+            Some(behind) => behind.push_back(waiting),
+            None => {
+                self.behind.extend(order.map(|order| (order, VecDeque::new())));
+                self.waiting.push_back(waiting);
+            }
+        }
+        Admission::Waits
+    }
+
+    /// Keeps something of a call for as long as it runs.
+    pub(crate) fn keep(&mut self, key: K, what: R) {
+        if let Some(State::Runs { kept, .. }) = self.calls.get_mut(&key) {
+            *kept = Some(what);
+        }
+    }
+
+    /// What is kept of a call.
+    pub(crate) fn kept(&self, key: K) -> Option<&R> {
+        self.calls.get(&key)?.kept()
+    }
+
+    /// What is kept of all calls.
+    pub(crate) fn all_kept(&self) -> impl Iterator<Item = (&K, &R)> {
+        self.calls.iter().filter_map(|(key, state)| Some((key, state.kept()?)))
+    }
+
+    /// A running call ended.
+    pub(crate) fn handle_finished(&mut self, now: Time, key: K) -> Finished<K, C, R> {
+        let mut finished = Finished { kept: None, next: None, expired: Vec::new() };
+        if let Some(State::Runs { order, kept }) = self.calls.remove(&key) {
+            self.running -= 1;
+            self.release(order);
+            finished.kept = kept;
+        }
+        while self.running < self.concurrency
+            && let Some(next) = self.waiting.pop_front()
+        {
+            if next.expires.is_some_and(|expires| expires <= now) {
+                self.calls.remove(&next.key);
+                self.release(next.order);
+                finished.expired.push((next.key, next.call));
+                continue;
+            }
+            self.calls.insert(next.key, State::running(next.order));
+            self.running += 1;
+            finished.next = Some((next.key, next.call));
+            break;
+        }
+        finished
+    }
+
+    /// The caller gave up. Returns the call if it was still waiting; one that runs is not ours
+    /// to stop.
+    pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
+        let waits = matches!(self.calls.get(&key), Some(State::Waits));
+        let (_, call) = waits.then(|| self.take_waiting(|waiting| *waiting == key).pop())??;
+        Some(call)
+    }
+
+    /// Takes out the waiting calls that are wanted.
+    pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<(K, C)> {
+        let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
+        let mut taken = Vec::new();
+        for behind in self.behind.values_mut() {
+            taken.extend(extract(behind, wanted));
+        }
+        for waiting in extract(&mut self.waiting, wanted) {
+            self.release(waiting.order.clone());
+            taken.push(waiting);
+        }
+        taken.iter().for_each(|waiting| _ = self.calls.remove(&waiting.key));
+        taken.into_iter().map(|waiting| (waiting.key, waiting.call)).collect()
+    }
+
+    /// Whether nothing runs or waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.running
+    }
+
+    /// What runs and waits.
+    pub(crate) fn unfinished(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// A call with that ordering key is out of the way: the one behind it is next.
+    fn release(&mut self, order: Option<Arc<str>>) {
+        let Some(order) = order else { return };
+        match self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
+            Some(next) => self.waiting.push_back(next),
+            None => _ = self.behind.remove(&order),
+        }
+    }
+}
+
+/// Takes out of a queue what is wanted; most often that is nothing.
+fn extract<T>(queue: &mut VecDeque<T>, wanted: impl Fn(&T) -> bool) -> VecDeque<T> {
+    if !queue.iter().any(&wanted) {
+        return VecDeque::new();
+    }
+    let (taken, kept) = std::mem::take(queue).into_iter().partition(wanted);
+    *queue = kept;
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// What runs next, and what expired.
+    fn finish(
+        service: &mut Service<u32, char, ()>,
+        now: Time,
+        key: u32,
+    ) -> (Option<char>, Vec<char>) {
+        let Finished { next, expired, .. } = service.handle_finished(now, key);
+        (next.map(|it| it.1), expired.into_iter().map(|it| it.1).collect())
+    }
+
+    fn at(ms: u64) -> Time {
+        Time::after_start(Duration::from_millis(ms))
+    }
+
+    #[test]
+    fn no_more_calls_run_than_the_limit_and_the_rest_wait_in_order() {
+        let mut service = Service::new(2);
+        assert_eq!(service.handle_call(1, None, None, 'a'), Admission::Start('a'));
+        assert_eq!(service.handle_call(2, None, None, 'b'), Admission::Start('b'));
+        assert_eq!(service.handle_call(3, None, Some(at(5)), 'c'), Admission::Waits);
+        assert_eq!(service.handle_call(4, None, None, 'd'), Admission::Waits);
+        assert_eq!(service.handle_call(5, None, None, 'e'), Admission::Waits);
+        assert_eq!(service.handle_cancel(4), Some('d'));
+        assert_eq!(service.handle_cancel(1), None, "it runs already");
+        assert_eq!(finish(&mut service, at(5), 1), (Some('e'), vec!['c']));
+        assert_eq!(service.handle_call(5, None, None, 'f'), Admission::Refused('f'), "it runs");
+        assert!(!service.is_idle());
+        finish(&mut service, at(6), 2);
+        finish(&mut service, at(6), 5);
+        assert!(service.is_idle());
+    }
+
+    #[test]
+    fn calls_of_one_ordering_key_run_one_after_the_other_and_hold_up_no_others() {
+        let mut service = Service::new(2);
+        let call = |service: &mut Service<_, _, ()>, key, order, name| {
+            service.handle_call(key, order, None, name)
+        };
+        assert_eq!(call(&mut service, 1, Some("x"), 'a'), Admission::Start('a'));
+        assert_eq!(call(&mut service, 2, Some("x"), 'b'), Admission::Waits);
+        assert_eq!(call(&mut service, 3, Some("x"), 'c'), Admission::Waits);
+        assert_eq!(call(&mut service, 4, Some("y"), 'd'), Admission::Start('d'));
+        assert_eq!(call(&mut service, 5, None, 'e'), Admission::Waits);
+        assert_eq!(service.unfinished(), 5);
+        // The one without a key came to the head of the queue first.
+        assert_eq!(finish(&mut service, at(1), 1), (Some('e'), vec![]));
+        assert_eq!(finish(&mut service, at(1), 5), (Some('b'), vec![]));
+        assert_eq!(call(&mut service, 6, Some("x"), 'f'), Admission::Waits);
+        assert_eq!(service.handle_cancel(3), Some('c'), "it waited behind another");
+        assert_eq!(finish(&mut service, at(1), 4), (None, vec![]), "b runs, f is behind it");
+        assert_eq!(finish(&mut service, at(1), 2), (Some('f'), vec![]));
+        assert_eq!(finish(&mut service, at(1), 6), (None, vec![]));
+        assert!(service.is_idle() && service.behind.is_empty());
+        assert_eq!(call(&mut service, 7, Some("x"), 'g'), Admission::Start('g'));
+    }
+
+    #[test]
+    fn what_is_behind_a_call_that_leaves_the_queue_comes_up() {
+        let mut service = Service::new(1);
+        service.handle_call(1, None, None, 'a');
+        service.handle_call(2, Some("x"), Some(at(5)), 'b');
+        service.handle_call(3, Some("x"), None, 'c');
+        service.handle_call(4, Some("x"), None, 'd');
+        service.handle_call(5, Some("y"), None, 'e');
+        assert_eq!(service.take_waiting(|key| *key == 3 || *key == 5), [(3, 'c'), (5, 'e')]);
+        assert_eq!(finish(&mut service, at(6), 1), (Some('d'), vec!['b']), "b expired");
+        assert_eq!(finish(&mut service, at(6), 4), (None, vec![]));
+        assert!(service.is_idle() && service.behind.is_empty());
+    }
+}

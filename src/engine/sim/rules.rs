@@ -1,0 +1,46 @@
+//! The rules of a simulated node about one peer, and an oracle that judges by them.
+
+use super::Random;
+use crate::address::Destination;
+use crate::identity::NodeId;
+use crate::trust::{Grants, Rules};
+
+/// What a peer may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Rule {
+    #[default]
+    All,
+    Nothing,
+    /// Events of topics that begin with `a`, and no calls.
+    PublishA,
+    /// Calls to `work`, and no events.
+    SendWork,
+}
+
+impl Rule {
+    pub(super) fn any(random: &mut Random) -> Self {
+        [Self::All, Self::Nothing, Self::PublishA, Self::SendWork][random.below(4) as usize]
+    }
+
+    pub(super) fn grants(self) -> Grants {
+        let text = match self {
+            Self::All => return Grants::Everything,
+            Self::Nothing => "",
+            Self::PublishA => "* publish a.>\n* subscribe >\n* serve *",
+            Self::SendWork => "* send work\n* subscribe >\n* serve *",
+        };
+        let rules: Rules = text.parse().unwrap();
+        rules.grants(&NodeId::from_bytes([0; 32]), None)
+    }
+
+    /// Judges a message without the engine's code.
+    pub(super) fn lets_send(self, to: &Destination) -> bool {
+        match (self, to) {
+            (Self::All, _) => true,
+            (Self::Nothing, _) => false,
+            (Self::PublishA, Destination::Topic(topic)) => topic.as_str().starts_with("a."),
+            (Self::SendWork, Destination::Service(name)) => name.as_str() == "work",
+            (Self::PublishA | Self::SendWork, _) => false,
+        }
+    }
+}
