@@ -226,7 +226,7 @@ impl Bridge {
     ///
     /// **Guaranteed messages** are stored on the other side before they count as processed on
     /// this one. A bridge that is killed in between gets them again; an outbox and NATS store each
-    /// only once ([`Guaranteed::once`](crate::Guaranteed::once)), while RabbitMQ can't, and its
+    /// only once ([`Guaranteed::once`](crate::builder::Guaranteed::once)), while RabbitMQ can't, and its
     /// consumers then see one id twice.
     pub fn between(inner: &Node, outer: &Node) -> BridgeBuilder {
         BridgeBuilder {

@@ -60,7 +60,8 @@
 //! `Queued` is what an awaited send promises: the message is accepted here and on its way. A
 //! reply to a [`request`](Node::request) tells that a handler ran.
 //!
-//! **Guaranteed messages** ([`Send::guaranteed`], [`Publish::guaranteed`], [`Config::outbox`])
+//! **Guaranteed messages** ([`builder::Send::guaranteed`], [`builder::Publish::guaranteed`],
+//! [`Config::outbox`])
 //! promise more, and cost more: awaiting one tells that it is `Stored`, synced to this node's
 //! disk, and [`Receipt::processed`] that the far handler returned Ok. They are delivered at least
 //! once, in order for each key, and duplicates are suppressed while the stores of both sides
@@ -105,6 +106,14 @@ mod trust;
 mod tunnel;
 mod wire;
 
+/// The calls of a [`Node`] before they are made: each has setters, and is then awaited or started.
+///
+/// They are rarely named. They stand here, so that `use peerbus::*` leaves [`std::marker::Send`]
+/// and the rest of the prelude alone.
+pub mod builder {
+    pub use crate::node::{Consume, Guaranteed, Publish, Request, Send, Serve, Storing};
+}
+
 #[doc = include_str!("wire/protocol.md")]
 pub mod protocol {}
 
@@ -132,11 +141,10 @@ pub use message::{
     MessageIdError,
 };
 pub use node::{
-    BodyError, Call, Consume, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events,
-    Guaranteed, HandlerError, Node, NotStored, OutboxError, Overflow, Publish, PublishError,
-    Publisher, Receipt, Request, RequestError, Send, SendError, Sent, Serve, ServeError, Service,
-    ShutdownReport, StartError, StoreError, StoreProblem, StoreReport, Storing, SubscribeError,
-    Subscription, Transaction, WaitError,
+    BodyError, Call, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events, HandlerError,
+    Node, NotStored, OutboxError, Overflow, PublishError, Publisher, Receipt, RequestError,
+    SendError, Sent, ServeError, Service, ShutdownReport, StartError, StoreError, StoreProblem,
+    StoreReport, SubscribeError, Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
