@@ -178,7 +178,10 @@ async fn a_message_to_a_node_goes_there_and_can_be_answered_later(world: World) 
     let later = move |call: Call| {
         let bob = replier.clone();
         async move {
-            bob.answer(&call.message, "later").expect("it has a return address").await?;
+            bob.answer(&call.message, "later")
+                .expect("it has a return address")
+                .await
+                .map_err(HandlerError::from_error)?;
             Ok(())
         }
     };

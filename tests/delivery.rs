@@ -148,6 +148,7 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
             ("flaky", 1 | 2) => Err(HandlerError::new("busy", "try again")),
             ("bad", _) => Err(HandlerError::reject("bad", "never")),
             ("panics", 1) => panic!("as the test wants it"),
+            ("unreadable", _) => call.message.decode::<String>().map(drop).map_err(Into::into),
             _ => Ok(()),
         };
         std::future::ready(result)
@@ -168,10 +169,17 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
         panic!("it was rejected");
     };
     assert_eq!(text, "bad: never");
-    assert_eq!(alice.outbox_size(), (0, 1));
+    let receipt = alice.send("work", "unreadable").guaranteed().await.unwrap();
+    let Err(DeliveryError::DeadLetter(DeadLetterReason::Rejected { text })) =
+        soon(receipt.processed()).await
+    else {
+        panic!("it will never be readable");
+    };
+    assert!(text.starts_with("decode: the body can't be decoded: "), "{text}");
+    assert_eq!(alice.outbox_size(), (0, 2));
     alice.shutdown().await;
     let alice = place.node("alice").await;
-    assert_eq!(alice.store_report().unwrap().dead_letters, 1);
+    assert_eq!(alice.store_report().unwrap().dead_letters, 2);
 }
 
 #[tokio::test]

@@ -1,7 +1,9 @@
 //! What a service's user writes: handlers, what they are given and how they decline.
 
+use std::error::Error;
 use std::fmt;
 use std::future::Future;
+use std::iter::successors;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,11 +13,49 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::lease::Lease;
-use crate::message::{Body, Message};
+use crate::message::{Body, DecodeError, EncodeError, Message};
 
 /// Why a handler declined a call. Its code and text reach the caller.
 ///
-/// Any error turns into one, with the code `error`, so that `?` works in handlers.
+/// `?` takes an error of your own, if that says which code it has. Any other one crosses by
+/// [`HandlerError::from_error`]:
+///
+/// ```
+/// use peerbus::{Call, HandlerError};
+///
+/// enum OrderError {
+///     SoldOut,
+///     Closed,
+/// }
+///
+/// impl From<OrderError> for HandlerError {
+///     fn from(error: OrderError) -> Self {
+///         match error {
+///             OrderError::SoldOut => Self::new("sold_out", "no apples are left"),
+///             OrderError::Closed => Self::reject("closed", "the shop is closed for good"),
+///         }
+///     }
+/// }
+///
+/// fn take(count: u32) -> Result<u32, OrderError> {
+///     # let (open, left) = (true, 17_u32);
+///     match open {
+///         true => left.checked_sub(count).ok_or(OrderError::SoldOut),
+///         false => Err(OrderError::Closed),
+///     }
+/// }
+///
+/// async fn order(call: Call) -> Result<String, HandlerError> {
+///     let count = call.message.text().parse().map_err(HandlerError::from_error)?;
+///     let left = take(count)?;
+///     Ok(left.to_string())
+/// }
+/// ```
+///
+/// These codes come from this crate: `error`, `decode` and `encode` by the conversions below;
+/// `panic` if the handler panicked; `lease` if it took longer than
+/// [`Config::lease`](crate::Config::lease); `too_large` if its reply is over a limit; and, if no
+/// handler ran, a [`DropReason`](crate::DropReason) such as `no_service`, `not_allowed` or `expired`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandlerError {
     /// A short name that a program can match, such as `not_found`.
@@ -37,6 +77,28 @@ impl HandlerError {
     pub fn reject(code: impl Into<String>, text: impl Into<String>) -> Self {
         Self { rejects: true, ..Self::new(code, text) }
     }
+
+    /// Any error, with the code `error`. The text is the error's own and those of its sources:
+    /// `a: b: c`. A guaranteed message is tried again.
+    ///
+    /// A boxed error, or one of `anyhow`, is passed by reference:
+    /// `.map_err(|error| HandlerError::from_error(&*error))`.
+    pub fn from_error(error: impl Error) -> Self {
+        Self::new("error", with_sources(&error))
+    }
+}
+
+/// An error and its sources in one line. Some say their source themselves; nothing is said twice.
+fn with_sources(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    for source in successors(error.source(), |source| (**source).source()) {
+        let source = source.to_string();
+        if !text.ends_with(&source) {
+            text.push_str(": ");
+            text.push_str(&source);
+        }
+    }
+    text
 }
 
 impl fmt::Display for HandlerError {
@@ -45,9 +107,20 @@ impl fmt::Display for HandlerError {
     }
 }
 
-impl<E: std::error::Error> From<E> for HandlerError {
-    fn from(error: E) -> Self {
-        Self::new("error", error.to_string())
+impl Error for HandlerError {}
+
+/// The code is `decode`, and the text says why. A guaranteed message is rejected for good: its body
+/// will be no different the next time.
+impl From<DecodeError> for HandlerError {
+    fn from(error: DecodeError) -> Self {
+        Self::reject("decode", with_sources(&error))
+    }
+}
+
+/// The code is `encode`, and the text says why. A guaranteed message is tried again.
+impl From<EncodeError> for HandlerError {
+    fn from(error: EncodeError) -> Self {
+        Self::new("encode", with_sources(&error))
     }
 }
 
@@ -127,4 +200,31 @@ where
         let running = handler(call);
         Box::pin(async move { running.await.map(Into::into) })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        source: Option<Box<Layer>>,
+    }
+
+    fn layer(text: &'static str, source: Option<Layer>) -> Layer {
+        Layer { text, source: source.map(Box::new) }
+    }
+
+    #[test]
+    fn an_error_is_told_with_all_its_sources_and_nothing_twice() {
+        let error = layer("a", Some(layer("b", Some(layer("c", None)))));
+        let told = HandlerError::from_error(&error);
+        assert_eq!((told.code.as_str(), told.text.as_str()), ("error", "a: b: c"));
+        let error = layer("a: b", Some(layer("b", None)));
+        assert_eq!(HandlerError::from_error(&error).text, "a: b");
+        let boxed: Box<dyn Error + Send + Sync> = Box::new(error);
+        assert_eq!(HandlerError::from_error(&*boxed).text, "a: b");
+    }
 }
