@@ -11,10 +11,10 @@ use tokio::task::JoinSet;
 use crate::address::{AddressError, Pattern, Recipient, ServiceName};
 use crate::broker::{BrokerKind, Unsupported};
 use crate::identity::NodeId;
-use crate::message::{Body, Message, MessageId};
+use crate::message::{Message, MessageId};
 use crate::node::{
-    Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Request,
-    RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
+    Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Reply,
+    Request, RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
 };
 use crate::sync::{Mutex, lock};
 
@@ -428,21 +428,21 @@ impl Crossing {
     }
 
     /// Hands a call on to who serves that name there, and brings back the reply.
-    async fn call(&self, call: Call, name: ServiceName) -> Result<Body, HandlerError> {
+    async fn call(&self, call: Call, name: ServiceName) -> Result<Reply, HandlerError> {
         let Some(draft) = self.admit(&call.message) else {
             return Err(HandlerError::reject("bridge", "the call has crossed this bridge before"));
         };
         let (shared, recipient) = (self.to.shared(), Recipient::Service(name));
         if call.message.delivery.is_some() {
             self.keep(&call.message, draft).await?;
-            return Ok(Body::default());
+            return Ok(Reply::default());
         }
         if !call.wants_reply() {
             let sent = Send { shared, recipient: Ok(recipient), draft }.await;
             return match sent {
                 Ok(_) => {
                     self.count_passed();
-                    Ok(Body::default())
+                    Ok(Reply::default())
                 }
                 Err(error @ SendError::NoService(_)) => {
                     Err(HandlerError::new("no_service", error.to_string()))
@@ -460,7 +460,7 @@ impl Crossing {
         match reply {
             Ok(message) => {
                 self.count_passed();
-                Ok(message.body.into())
+                Ok(Reply::copy_of(message))
             }
             Err(RequestError::Handler(declined)) => Err(declined),
             Err(error @ RequestError::NoService(_)) => {

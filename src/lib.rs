@@ -142,7 +142,7 @@ pub use message::{
 };
 pub use node::{
     BodyError, Call, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events, HandlerError,
-    Node, NotStored, OutboxError, Overflow, PublishError, Publisher, Receipt, RequestError,
+    Node, NotStored, OutboxError, Overflow, PublishError, Publisher, Receipt, Reply, RequestError,
     SendError, Sent, ServeError, Service, ShutdownReport, StartError, StoreError, StoreProblem,
     StoreReport, SubscribeError, Subscription, Transaction, WaitError,
 };

@@ -228,6 +228,7 @@ impl Header {
             && self.extra.is_none()
     }
 
+    #[cfg(test)]
     pub(crate) fn extra_mut(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
     }

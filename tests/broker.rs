@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::{Host, SOON, echo, soon, wait_for};
 use peerbus::{
     Body, BrokerKind, Call, DeliveryError, DropReason, EmbeddedBroker, Event, HandlerError, NodeId,
-    OutboxError, Overflow, RequestError, SendError, ServeError, SubscribeError,
+    OutboxError, Overflow, Reply, RequestError, SendError, ServeError, SubscribeError,
 };
 use tokio::sync::mpsc;
 use world::{Carrier, World, collect};
@@ -85,6 +85,31 @@ async fn a_request_gets_its_reply_or_the_handlers_error(world: World) {
             Err(RequestError::Handler(error)) => assert_eq!(error.code, wanted),
             other => panic!("{other:?}"),
         }
+    }
+}
+
+async fn a_reply_carries_headers_and_a_content_type(world: World) {
+    let (alice, bob) = (world.node("alice").await, world.node("bob").await);
+    let menu = |call: Call| async move {
+        let reply = Reply::new("[17]").content_type("application/json").header("version", "3");
+        Ok(match call.message.text().as_ref() {
+            "too much" => reply.header("long", "x".repeat(64 * 1024)),
+            "plain" => Body::encode(&17)?.into(),
+            _ => reply,
+        })
+    };
+    let _service = bob.serve("menu", menu).start().unwrap();
+    alice.wait_for_service("menu", SOON).await.unwrap();
+    let reply = alice.request("menu", "fine").await.unwrap();
+    assert_eq!(reply.text(), "[17]");
+    assert_eq!(reply.header.content_type(), Some("application/json"));
+    assert_eq!(reply.header.user_header("version"), Some("3"));
+    let plain = alice.request("menu", "plain").await.unwrap();
+    assert_eq!(plain.decode::<u32>().unwrap(), 17);
+    assert_eq!(plain.header.content_type(), Some(peerbus::MESSAGEPACK));
+    match alice.request("menu", "too much").await {
+        Err(RequestError::Handler(error)) => assert_eq!(error.code, "too_large"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -473,6 +498,7 @@ macro_rules! suite {
             subscribers_get_what_they_ask_for
             a_subscription_that_ended_gets_nothing_more
             a_request_gets_its_reply_or_the_handlers_error
+            a_reply_carries_headers_and_a_content_type
             bodies_of_all_sizes_arrive
             a_request_ends_by_its_deadline_and_its_handler_hears_of_it
             nobody_serves_is_told_at_once

@@ -81,15 +81,8 @@ impl Draft {
     }
 
     pub(super) fn check(&self, shared: &Shared) -> Result<(), BodyError> {
-        let (len, max) = (self.body.len(), shared.config.max_body);
-        if len > max {
-            return Err(BodyError::Body { len, max });
-        }
-        let extra = self.rare.as_ref().and_then(|rare| rare.extra.as_ref());
-        match extra.map_or(0, |extra| extra.counted_len()) {
-            len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
-            _ => Ok(()),
-        }
+        let extra = self.rare.as_ref().and_then(|rare| rare.extra.as_deref());
+        check_size(self.body.len(), extra, shared.config.max_body)
     }
 
     pub(super) fn header(
@@ -106,6 +99,21 @@ impl Draft {
             header.extra = rare.extra;
         }
         header
+    }
+}
+
+/// Whether a message can be sent with so long a body, and that in its header.
+pub(super) fn check_size(
+    len: usize,
+    extra: Option<&Extra>,
+    max_body: usize,
+) -> Result<(), BodyError> {
+    if len > max_body {
+        return Err(BodyError::Body { len, max: max_body });
+    }
+    match extra.map_or(0, Extra::counted_len) {
+        len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
+        _ => Ok(()),
     }
 }
 

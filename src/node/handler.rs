@@ -1,4 +1,4 @@
-//! What a service's user writes: handlers, what they are given and how they decline.
+//! What a service's user writes: handlers, what they are given, reply, and how they decline.
 
 use std::error::Error;
 use std::fmt;
@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::lease::Lease;
-use crate::message::{Body, DecodeError, EncodeError, Message};
+use crate::message::{Body, DecodeError, EncodeError, Extra, Message};
 
 /// Why a handler declined a call. Its code and text reach the caller.
 ///
@@ -124,6 +125,68 @@ impl From<EncodeError> for HandlerError {
     }
 }
 
+/// A handler's reply: a body, and what is to be said of it. A handler that has nothing to say of its
+/// body returns just that, as anything that a [`Body`] is made from.
+///
+/// Headers and content type have 64 KiB together. Only the reply to a request goes anywhere; of a
+/// one-way or guaranteed message it is dropped.
+///
+/// ```
+/// use peerbus::{Call, HandlerError, Reply};
+///
+/// async fn menu(_: Call) -> Result<Reply, HandlerError> {
+///     Ok(Reply::new("[\"apples\"]").content_type("application/json").header("version", "3"))
+/// }
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reply {
+    pub(super) body: Body,
+    pub(super) extra: Option<Box<Extra>>,
+}
+
+impl Reply {
+    /// A reply with nothing but a body, whose content type is that of the body: none, or the one
+    /// that [`Body::encode`] names.
+    pub fn new(body: impl Into<Body>) -> Self {
+        Self { body: body.into(), extra: None }
+    }
+
+    /// A reply that was received, to be passed on.
+    pub(crate) fn copy_of(message: Message) -> Self {
+        Self { body: message.body.into(), extra: message.header.extra }
+    }
+
+    /// Names the body's media type, in place of the one that it has.
+    pub fn content_type(mut self, media_type: impl Into<String>) -> Self {
+        self.extra().content_type = Some(media_type.into());
+        self
+    }
+
+    /// Adds a user header.
+    pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.extra().headers.push((name.into(), value.into()));
+        self
+    }
+
+    fn extra(&mut self) -> &mut Extra {
+        self.extra.get_or_insert_default()
+    }
+
+    /// What is sent of it.
+    pub(super) fn into_parts(mut self) -> (Bytes, Option<Box<Extra>>) {
+        if let Some(media_type) = self.body.content_type {
+            self.extra().content_type.get_or_insert_with(|| media_type.to_owned());
+        }
+        (self.body.bytes, self.extra)
+    }
+}
+
+impl<B: Into<Body>> From<B> for Reply {
+    fn from(body: B) -> Self {
+        Self::new(body)
+    }
+}
+
 /// A call as its handler sees it: the message, and what is known of its caller's patience.
 #[derive(Debug)]
 pub struct Call {
@@ -186,7 +249,7 @@ impl Call {
     }
 }
 
-type HandlerFuture = Pin<Box<dyn Future<Output = Result<Body, HandlerError>> + Send>>;
+type HandlerFuture = Pin<Box<dyn Future<Output = Result<Reply, HandlerError>> + Send>>;
 pub(crate) type Handler = dyn Fn(Call) -> HandlerFuture + Send + Sync;
 
 /// Wraps a user's handler.
@@ -194,7 +257,7 @@ pub(crate) fn boxed<F, R, B>(handler: F) -> Arc<Handler>
 where
     F: Fn(Call) -> R + Send + Sync + 'static,
     R: Future<Output = Result<B, HandlerError>> + Send + 'static,
-    B: Into<Body>,
+    B: Into<Reply>,
 {
     Arc::new(move |call| {
         let running = handler(call);

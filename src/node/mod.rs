@@ -39,7 +39,7 @@ pub use draft::BodyError;
 pub(crate) use draft::Draft;
 pub use events::{DownCause, Event, Events};
 pub use guaranteed::{Guaranteed, NotStored, OutboxError, Receipt, Storing, Transaction};
-pub use handler::{Call, HandlerError};
+pub use handler::{Call, HandlerError, Reply};
 pub(crate) use publish::To;
 pub use publish::{Publish, PublishError};
 pub use publisher::Publisher;
@@ -289,7 +289,7 @@ impl Node {
         P::Error: Into<AddressError>,
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         Consume {
             shared: self.shared().clone(),
@@ -323,8 +323,8 @@ impl Node {
         (outbox.pending(), outbox.dead_letters())
     }
 
-    /// Serves a name with a handler: what it returns is the reply, and its error reaches the
-    /// caller with code and text. Nodes that serve the same name share its calls (competing
+    /// Serves a name with a handler: what it returns is the reply, a body or a [`Reply`], and its
+    /// error reaches the caller with code and text. Nodes that serve the same name share its calls (competing
     /// consumers).
     ///
     /// ```
@@ -345,7 +345,7 @@ impl Node {
         N::Error: Into<AddressError>,
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         Serve {
             shared: self.shared().clone(),
@@ -360,7 +360,7 @@ impl Node {
     where
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         Serve {
             shared: self.shared().clone(),

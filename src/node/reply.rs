@@ -3,29 +3,31 @@
 use std::sync::Arc;
 
 use super::counters::add;
+use super::draft::check_size;
+use super::handler::Reply;
 use super::peer_link::Credit;
 use super::shared::{RequestOutcome, Shared};
 use crate::address::Destination;
-use crate::message::{Body, Header, Kind, Message};
+use crate::message::{Extra, Header, Kind, Message};
 use crate::report::DropReason;
 use crate::wire::{Envelope, Failure, Payload};
 
 impl Shared {
-    pub(super) fn reply_with_body(
+    pub(super) fn reply_with(
         self: &Arc<Self>,
         call: &Message,
         credit: Option<Credit>,
-        body: Body,
+        reply: Reply,
     ) {
         if !call.wants_reply {
             return;
         }
-        if body.len() > self.config.max_body {
-            let text = format!("the reply is {} bytes long, over the limit", body.len());
-            let failure = Failure { code: "too_large".into(), text };
+        let (body, extra) = reply.into_parts();
+        if let Err(error) = check_size(body.len(), extra.as_deref(), self.config.max_body) {
+            let failure = Failure { code: "too_large".into(), text: error.to_string() };
             return self.reply(call, credit, Payload::Failed(failure));
         }
-        self.send_reply(call, credit, Payload::Reply(body.bytes), body.content_type);
+        self.send_reply(call, credit, Payload::Reply(body), extra);
     }
 
     pub(crate) fn reply(
@@ -43,16 +45,14 @@ impl Shared {
         call: &Message,
         credit: Option<Credit>,
         payload: Payload,
-        content_type: Option<&str>,
+        extra: Option<Box<Extra>>,
     ) {
         // Where it came from, whatever it says: a reply elsewhere could pass for an answer to
         // somebody else's request.
         let id = self.ids.next_now();
         let mut header = Header::new(id, Kind::Document, Destination::Node(call.from));
         header.correlation_id = Some(call.header.id);
-        if let Some(content_type) = content_type {
-            header.extra_mut().content_type = Some(content_type.to_owned());
-        }
+        header.extra = extra;
         let envelope = Envelope { header, payload };
         let Some(credit) = credit else {
             return match self.broker() {

@@ -10,14 +10,14 @@ use tokio::task::{AbortHandle, yield_now};
 use tokio::time::Instant;
 
 use super::counters::add;
-use super::handler::{Call, Cancelled, Handler, HandlerError};
+use super::handler::{Call, Cancelled, Handler, HandlerError, Reply};
 use super::lease::Lease;
 use super::peer_link::Credit;
 use super::shared::Shared;
 use crate::address::ServiceName;
 use crate::broker::Ticket;
 use crate::engine::{Admission, Finished, LinkId, Service as Admissions};
-use crate::message::{Body, Message, MessageId};
+use crate::message::{Message, MessageId};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, calling_out, lock};
 use crate::wire::{BASE_COST, DeliveryOutcome, Failure, Payload};
@@ -179,7 +179,7 @@ impl ServiceRunner {
         key: Key,
         message: &Message,
         credit: Option<Credit>,
-        result: Result<Body, HandlerError>,
+        result: Result<Reply, HandlerError>,
     ) -> Option<(Key, Box<Held>)> {
         add(&shared.counters.handled, 1);
         match result {
@@ -197,7 +197,7 @@ impl ServiceRunner {
                 drop(credit);
                 shared.end_delivery(message, outcome);
             }
-            Ok(body) => shared.reply_with_body(message, credit, body),
+            Ok(reply) => shared.reply_with(message, credit, reply),
             Err(HandlerError { code, text, .. }) if message.wants_reply => {
                 shared.reply(message, credit, Payload::Failed(Failure { code, text }));
             }
