@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::{
-    Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, Target,
+    Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, RetryPolicy, Target,
 };
 use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
@@ -149,7 +149,7 @@ impl ClosedOutbox {
             max_bytes: u64::MAX,
             max_messages: u64::MAX,
             window_bytes: 0,
-            max_failures: u32::MAX,
+            retry: RetryPolicy::default(),
             hold_keys: true,
             segment_size: u64::MAX,
             reassign_after: None,

@@ -183,6 +183,46 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
 }
 
 #[tokio::test]
+async fn a_sender_says_how_often_a_message_is_tried_and_how_soon() {
+    let place = Place::new();
+    let (soon_again, hour) = (Duration::from_millis(1), Duration::from_secs(3600));
+    let hasty = place.config("hasty").max_attempts(3).backoff(soon_again, soon_again);
+    let patient = place.config("patient").max_attempts(2).backoff(hour, hour);
+    let (hasty, patient) = (hasty.start().await.unwrap(), patient.start().await.unwrap());
+    let bob = place.node("bob").await;
+    let (told, mut seen_by_handler) = unbounded_channel();
+    let handler = move |call: Call| {
+        let _test_ended = told.send(seen(&call));
+        std::future::ready(Err::<(), _>(HandlerError::new("busy", "never again")))
+    };
+    let _service = bob.serve("work", handler).concurrency(1).start().unwrap();
+    let waits = patient.send("work", "waits").guaranteed().await.unwrap();
+    assert_eq!(next(&mut seen_by_handler).await, fresh("waits"));
+    let receipt = hasty.send("work", "fails").guaranteed().await.unwrap();
+    for attempt in 1..=3 {
+        assert_eq!(next(&mut seen_by_handler).await, ("fails".into(), attempt, attempt > 1));
+    }
+    let text = "busy: never again".to_owned();
+    let failed = DeadLetterReason::Failed { failures: 3, text };
+    match soon(receipt.processed()).await {
+        Err(DeliveryError::DeadLetter(reason)) => assert_eq!(reason, failed),
+        other => panic!("{other:?}"),
+    }
+    drop(waits);
+    assert_eq!(patient.outbox_size(), (1, 0), "it waits for its second attempt");
+
+    let (zero, second) = (Duration::ZERO, Duration::from_secs(1));
+    for (config, wanted) in [
+        (place.config("x").max_attempts(0), "max_attempts is 0"),
+        (place.config("x").backoff(zero, second), "at least 1 ms is needed"),
+        (place.config("x").backoff(2 * second, second), "begins with 2s, above its longest, 1s"),
+    ] {
+        let error = config.start().await.err().unwrap().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn messages_of_one_key_keep_their_order_though_one_fails() {
     let place = Place::new();
     let (alice, bob) = (place.node("alice").await, place.node("bob").await);

@@ -30,7 +30,7 @@ pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use url::{BrokerKind, BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
-use crate::engine::delivery::{MAX_FAILURES, longest_pause};
+use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
@@ -56,6 +56,8 @@ pub(crate) struct Me {
     pub(crate) ca: Option<PathBuf>,
     /// How long the handler of a guaranteed message may take.
     pub(crate) lease: Duration,
+    /// How often one is tried that is handled here.
+    pub(crate) retry: RetryPolicy,
 }
 
 /// What a node asks of its session.
@@ -171,15 +173,15 @@ pub(crate) enum End {
 
 impl BrokerAck {
     /// What follows from the outcome of an attempt; `None` is one that nobody tells.
-    pub(crate) fn end(outcome: Option<Self>, attempt: u32) -> End {
+    pub(crate) fn end(outcome: Option<Self>, attempt: u32, retry: &RetryPolicy) -> End {
         match outcome {
             Some(Self::Processed) => End::Forget,
-            Some(Self::Failed(reason)) if attempt >= MAX_FAILURES => End::DeadLetter(reason),
+            Some(Self::Failed(reason)) if attempt >= retry.max_attempts => End::DeadLetter(reason),
             Some(Self::Rejected(reason)) => End::DeadLetter(reason),
             Some(Self::Expired) => End::DeadLetter("it expired".into()),
             Some(Self::Later(wait)) => End::Again(wait),
             Some(Self::Failed(_) | Self::Refused) | None => {
-                End::Again(longest_pause(attempt.saturating_sub(1)))
+                End::Again(retry.pause(attempt.saturating_sub(1)))
             }
         }
     }
@@ -191,10 +193,13 @@ mod tests {
 
     #[test]
     fn what_fails_is_left_alone_ever_longer_and_buried_in_the_end() {
-        let failed = |attempt| BrokerAck::end(Some(BrokerAck::Failed("no".into())), attempt);
-        assert_eq!(failed(1), End::Again(Duration::from_millis(200)));
-        assert_eq!(failed(2), End::Again(Duration::from_millis(400)));
-        assert_eq!(failed(MAX_FAILURES), End::DeadLetter("no".into()));
-        assert_eq!(BrokerAck::end(None, u32::MAX), End::Again(Duration::from_secs(60)));
+        let (first, longest) = (Duration::from_millis(100), Duration::from_secs(1));
+        let retry = RetryPolicy { max_attempts: 3, first, longest };
+        let failed =
+            |attempt| BrokerAck::end(Some(BrokerAck::Failed("no".into())), attempt, &retry);
+        assert_eq!(failed(1), End::Again(first));
+        assert_eq!(failed(2), End::Again(2 * first));
+        assert_eq!(failed(3), End::DeadLetter("no".into()));
+        assert_eq!(BrokerAck::end(None, u32::MAX, &retry), End::Again(longest));
     }
 }

@@ -43,7 +43,7 @@ use super::{
     BrokerAck, BrokerUrl, Command, End, Guaranteed, Incoming, Kept, Me, StoreFailure, Via,
 };
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
-use crate::engine::delivery::longest_pause;
+use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
@@ -400,7 +400,7 @@ impl Session {
             consumer.stream().max_messages_per_batch(batch).messages().await.map_err(refused)?;
         let incoming = self.incoming.clone();
         let Some(streams) = self.jetstream.clone() else { return Ok(()) };
-        let (names, lease) = (self.names.clone(), self.me.lease);
+        let (names, lease, retry) = (self.names.clone(), self.me.lease, self.me.retry);
         let client = self.client.clone();
         self.spawn(task, async move {
             while let Some(Ok(message)) = messages.next().await {
@@ -417,7 +417,7 @@ impl Session {
                     incoming.handle_kept(via, parcel(&message), kept);
                 }
                 let (context, names) = (streams.context.clone(), names.clone());
-                tokio::spawn(settle(message, attempt, ended, lease, context, names));
+                tokio::spawn(settle(message, attempt, ended, lease, retry, context, names));
             }
         });
         Ok(())
@@ -577,6 +577,7 @@ async fn settle(
     attempt: u32,
     mut ended: oneshot::Receiver<BrokerAck>,
     lease: Duration,
+    retry: RetryPolicy,
     context: jetstream::Context,
     names: Names,
 ) {
@@ -589,14 +590,14 @@ async fn settle(
             }
         }
     };
-    let kind = match BrokerAck::end(outcome.ok(), attempt) {
+    let kind = match BrokerAck::end(outcome.ok(), attempt, &retry) {
         End::Forget => AckKind::Ack,
         End::Again(wait) => AckKind::Nak(Some(wait)),
         End::DeadLetter(reason) => match dead_letter(&message, &reason, &context, &names).await {
             Ok(()) => AckKind::Term,
             Err(error) => {
                 tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
-                AckKind::Nak(Some(longest_pause(attempt.saturating_sub(1))))
+                AckKind::Nak(Some(retry.pause(attempt.saturating_sub(1))))
             }
         },
     };

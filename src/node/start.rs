@@ -19,7 +19,7 @@ use crate::broker::{BrokerClient, BrokerUrl, BrokerUrlError, Me};
 use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::discovery::{self, Discovered, Sink, local};
-use crate::engine::delivery::{MAX_FAILURES, Now, OutboxConfig};
+use crate::engine::delivery::{Now, OutboxConfig};
 use crate::engine::{Mesh, MeshConfig, Sighting, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
@@ -167,7 +167,7 @@ async fn open_store(
         max_bytes: config.outbox_bytes,
         max_messages: config.outbox_messages,
         window_bytes: config.window.min(config.send_queue) / 2,
-        max_failures: MAX_FAILURES,
+        retry: config.retry,
         hold_keys: config.hold_keys,
         segment_size: Options::default().segment_size,
         reassign_after: config.reassign_after,
@@ -192,6 +192,7 @@ async fn start_broker(shared: &Arc<Shared>, url: &str) -> Result<(), StartError>
         mesh: config.mesh.clone(),
         ca: config.broker_ca.clone(),
         lease: config.lease,
+        retry: config.retry,
     };
     let gate = Arc::new(BrokerGate(Arc::downgrade(shared)));
     let (client, task) = BrokerClient::new(url.clone(), me, config.send_queue, gate);
