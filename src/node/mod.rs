@@ -574,7 +574,7 @@ pub enum SubscribeError {
 }
 
 /// What was waited for did not come.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
     /// The topic or name can't be parsed.

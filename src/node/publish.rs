@@ -24,7 +24,7 @@ use crate::report::{DropReason, PublishReport};
 use crate::wire::{Envelope, OutgoingEvent, Payload};
 
 /// A message that can't be published.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
     /// The topic can't be parsed.

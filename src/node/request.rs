@@ -18,7 +18,7 @@ use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 
 /// A request that got no reply.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
     /// The service's name can't be parsed.

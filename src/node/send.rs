@@ -15,7 +15,7 @@ use crate::message::{Kind, MessageId};
 use crate::report::DropReason;
 
 /// A one-way message that can't be sent.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
     /// The service's name can't be parsed.

@@ -12,7 +12,7 @@ use crate::broker::Unsupported;
 pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
 
 /// A service name that can't be offered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The name can't be parsed.
