@@ -71,6 +71,7 @@ impl Serialize for NodeId {
 /// The text is not a node id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not a node id: it takes 52 characters of base32 (a-z, 2-7)")]
+#[non_exhaustive]
 pub struct NodeIdError;
 
 impl FromStr for NodeId {

@@ -89,6 +89,7 @@ impl fmt::Debug for MessageId {
 /// The text is no message id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not a message id: it is a UUID")]
+#[non_exhaustive]
 pub struct MessageIdError;
 
 impl FromStr for MessageId {
@@ -135,6 +136,7 @@ impl IdSource {
 /// What a message is to its receiver (Hohpe and Woolf, *Enterprise Integration Patterns*).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Kind {
     /// Something happened. What `publish` sends, unless it is told otherwise.
     Event,

@@ -39,6 +39,7 @@ use crate::wire::Parcel;
 /// Something that this API promises and a broker has no means for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{broker} has no {what}")]
+#[non_exhaustive]
 pub struct Unsupported {
     /// Which broker.
     pub broker: BrokerKind,

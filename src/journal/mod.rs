@@ -54,6 +54,7 @@ use writer::Writer;
 /// That a message is settled is written with what is written next, or a second later, and is not
 /// synced for itself: after a crash the message may be sent once more, and its receiver knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Durability {
     /// When it is on the disk: it survives a crash of the process and of the machine.
     #[default]

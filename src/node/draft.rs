@@ -119,6 +119,7 @@ pub(super) fn check_size(
 
 /// A message that is too large to send.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BodyError {
     /// The body is over [`Config::max_body`](crate::Config::max_body).
     #[error("the body is {len} bytes long; at most {max} are allowed")]
