@@ -325,7 +325,12 @@ impl Message {
     /// # Errors
     /// [`DecodeError`] if the body is something else.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
-        rmp_serde::from_slice(&self.body).map_err(DecodeError)
+        let mut rest = &self.body[..];
+        let value = rmp_serde::from_read(&mut rest).map_err(|error| DecodeError(error.into()))?;
+        match rest.len() {
+            0 => Ok(value),
+            more => Err(DecodeError(Undecodable::Longer { more })),
+        }
     }
 }
 
@@ -384,10 +389,20 @@ impl Body {
 #[error("the body can't be encoded")]
 pub struct EncodeError(#[source] rmp_serde::encode::Error);
 
-/// The body is not the MessagePack of the wanted type.
+/// The body is not the MessagePack of the wanted type. Its [source](std::error::Error::source) says
+/// why.
 #[derive(Debug, thiserror::Error)]
 #[error("the body can't be decoded")]
-pub struct DecodeError(#[source] rmp_serde::decode::Error);
+pub struct DecodeError(#[source] Undecodable);
+
+#[derive(Debug, thiserror::Error)]
+enum Undecodable {
+    #[error(transparent)]
+    MessagePack(#[from] rmp_serde::decode::Error),
+    /// Nearly any text begins with the MessagePack of a small number.
+    #[error("{more} bytes follow after its end")]
+    Longer { more: usize },
+}
 
 macro_rules! body_from {
     ($($type:ty => |$value:ident| $bytes:expr;)*) => {$(
@@ -428,6 +443,19 @@ mod tests {
         assert_eq!(uuid.get_version_num(), 7);
         assert_eq!(uuid.get_variant(), uuid::Variant::RFC4122);
         assert_eq!(id.sent_at(), UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
+    }
+
+    #[test]
+    fn a_text_is_no_number_though_it_begins_like_one() {
+        let decode = |body: Body| {
+            let destination = Destination::Node(NodeId::BROKER);
+            let header = Header::new(MessageId(1), Kind::Command, destination);
+            Message::new(NodeId::BROKER, header, body.bytes).decode::<u32>()
+        };
+        assert_eq!(decode(Body::encode(&17_u32).unwrap()).unwrap(), 17);
+        let why = |body| std::error::Error::source(&decode(body).unwrap_err()).unwrap().to_string();
+        assert_eq!(why("17".into()), "1 bytes follow after its end");
+        assert!(!why(Body::empty()).is_empty());
     }
 
     #[test]
