@@ -137,8 +137,7 @@ pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
 pub use message::{
-    Body, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message, MessageId,
-    MessageIdError,
+    Body, DecodeError, EncodeError, Header, Kind, MESSAGEPACK, Message, MessageId, MessageIdError,
 };
 pub use node::{
     BodyError, Call, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events, HandlerError,

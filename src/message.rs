@@ -164,21 +164,20 @@ pub struct Header {
     /// so that clocks needn't agree.
     pub time_to_live: Option<Duration>,
     /// What few messages have; `None` where this one has none of it.
-    pub extra: Option<Box<Extra>>,
+    pub(crate) extra: Option<Box<Extra>>,
 }
 
 /// The parts of a header that few messages need.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Extra {
+pub(crate) struct Extra {
     /// Messages with the same key belong in one order.
-    pub ordering_key: Option<String>,
+    pub(crate) ordering_key: Option<String>,
     /// The body's media type, such as `application/json`.
-    pub content_type: Option<String>,
+    pub(crate) content_type: Option<String>,
     /// The trace that it is part of: a W3C `traceparent`.
-    pub traceparent: Option<String>,
+    pub(crate) traceparent: Option<String>,
     /// Whatever the users of the mesh agree on.
-    pub headers: Vec<(String, String)>,
+    pub(crate) headers: Vec<(String, String)>,
 }
 
 impl Header {
@@ -202,8 +201,13 @@ impl Header {
 
     /// The user header of that name; the first, if there are several.
     pub fn user_header(&self, name: &str) -> Option<&str> {
-        let extra = self.extra.as_ref()?;
-        extra.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.user_headers().find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    /// All user headers with their values, in the order in which their sender added them.
+    pub fn user_headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        let headers = self.extra.iter().flat_map(|extra| &extra.headers);
+        headers.map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The body's media type, if its sender named one.
