@@ -141,9 +141,9 @@ pub use message::{
 };
 pub use node::{
     BodyError, Call, Consumer, DamagedPart, DeliveryError, DownCause, Event, Events, HandlerError,
-    Node, NotStored, OutboxError, Overflow, PublishError, Publisher, Receipt, Reply, RequestError,
-    SendError, Sent, ServeError, Service, ShutdownReport, StartError, StoreError, StoreProblem,
-    StoreReport, SubscribeError, Subscription, Transaction, WaitError,
+    Node, NotStored, OutboxError, OutboxSize, Overflow, PublishError, Publisher, Receipt, Reply,
+    RequestError, SendError, Sent, ServeError, Service, ShutdownReport, StartError, StoreError,
+    StoreProblem, StoreReport, SubscribeError, Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};

@@ -69,10 +69,10 @@ async fn send(dir: &Path, more: bool) {
     let mut stored = log(dir, "stored");
     for round in 0.. {
         if !more {
-            if node.outbox_size().0 == 0 {
+            if node.outbox_size().pending == 0 {
                 return;
             }
-        } else if node.outbox_size().0 < BACKLOG {
+        } else if node.outbox_size().pending < BACKLOG {
             let bodies: Vec<String> =
                 (0..64).map(|n| format!("{}-{}", env(LIFE), round * 64 + n)).collect();
             let sent = bodies.iter().map(|body| {

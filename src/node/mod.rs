@@ -315,12 +315,11 @@ impl Node {
         self.shared().store.as_ref().map(|store| &store.report)
     }
 
-    /// How many guaranteed messages of ours are not processed yet, once for each destination,
-    /// and how many are dead letters.
-    pub fn outbox_size(&self) -> (u64, u64) {
-        let Some(store) = &self.shared().store else { return (0, 0) };
+    /// How much this node's outbox keeps; nothing if it has none.
+    pub fn outbox_size(&self) -> OutboxSize {
+        let Some(store) = &self.shared().store else { return OutboxSize::default() };
         let outbox = lock(&store.outbox);
-        (outbox.pending(), outbox.dead_letters())
+        OutboxSize { pending: outbox.pending(), dead_letters: outbox.dead_letters() }
     }
 
     /// Serves a name with a handler: what it returns is the reply, a body or a [`Reply`], and its
@@ -559,6 +558,16 @@ impl Node {
     pub async fn shutdown_within(&self, within: Duration) -> ShutdownReport {
         shutdown::run(self.shared(), within).await
     }
+}
+
+/// What an outbox keeps. A message counts once for each of its destinations.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OutboxSize {
+    /// Messages that are not processed yet.
+    pub pending: u64,
+    /// Those that won't be sent again by themselves.
+    pub dead_letters: u64,
 }
 
 /// A subscription that can't be had.

@@ -280,7 +280,7 @@ pub(crate) async fn settle(
         }
     }
     // What earlier runs have left.
-    while node.outbox_size().0 > 0 && tokio::time::Instant::now() < deadline {
+    while node.outbox_size().pending > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let kept = node.shutdown_within(DRAIN).await.pending + at_broker;
