@@ -16,6 +16,7 @@ use crate::node::{
     Call, Consumer, Draft, Guaranteed, HandlerError, Node, OutboxError, Overflow, Publish, Reply,
     Request, RequestError, Send, SendError, ServeError, Service, SubscribeError, Subscription, To,
 };
+use crate::opaque::opaque;
 use crate::sync::{Mutex, lock};
 
 /// How long an event waits for room on the other side before it is dropped, and counted.
@@ -53,6 +54,8 @@ pub struct BridgeBuilder {
     services: Vec<(Way, Result<ServiceName, AddressError>)>,
     guaranteed: bool,
 }
+
+opaque!(BridgeBuilder, |it| inner: it.inner, outer: it.outer);
 
 /// Which way something crosses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -188,6 +191,8 @@ pub struct Bridge {
     export: Arc<Crossing>,
     import: Arc<Crossing>,
 }
+
+opaque!(Bridge, |_it|);
 
 impl Bridge {
     /// The user header with the ids of the bridges that a message came by, the first one first: of

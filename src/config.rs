@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::MeshName;
+use crate::broker::BrokerUrl;
 use crate::engine::delivery::RetryPolicy;
 use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::node::{Node, StartError};
+use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::trust::{MeshKey, Rules, Trust};
 use crate::tunnel::MAX_PROOFS;
@@ -61,6 +63,17 @@ pub struct Config {
     pub(crate) reassign_after: Option<Duration>,
     pub(crate) gone_after: Duration,
 }
+
+// The keys in `trust` and the broker's address don't show their secrets.
+opaque!(Config, |it|
+    name: it.name,
+    mesh: it.mesh,
+    trust: it.trust,
+    listen: it.listen,
+    peers: it.peers,
+    outbox: it.outbox,
+    broker: it.broker_url()
+);
 
 impl Default for Config {
     fn default() -> Self {
@@ -369,6 +382,11 @@ impl Config {
             return problem(format!("{addr} can't be advertised; a TCP address can"));
         }
         Ok(())
+    }
+
+    /// The broker's address, which doesn't show its password.
+    fn broker_url(&self) -> Option<BrokerUrl> {
+        self.broker.as_deref()?.parse().ok()
     }
 
     fn check_retry(&self) -> Result<(), StartError> {

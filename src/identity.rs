@@ -11,6 +11,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
+use crate::opaque::opaque;
 use crate::private::{self, LoosePermissions};
 
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
@@ -100,6 +101,8 @@ pub struct Identity {
     /// The private key, PKCS#8 DER.
     pkcs8: Vec<u8>,
 }
+
+opaque!(Identity, |it| id: it.id);
 
 /// An identity file that can't be used.
 #[derive(Debug, thiserror::Error)]

@@ -97,6 +97,7 @@ pub mod journal;
 mod link;
 mod message;
 mod node;
+mod opaque;
 mod outbox;
 mod peer;
 mod private;

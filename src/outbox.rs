@@ -13,6 +13,7 @@ use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
 use crate::node::{DamagedPart, StoreError, StoreProblem, store};
+use crate::opaque::opaque;
 use crate::wire::{Envelope, decode_stored};
 
 /// A message in an outbox, for one of its destinations.
@@ -93,6 +94,8 @@ pub struct ClosedOutbox {
     torn: u64,
     identity: Option<IdentityError>,
 }
+
+opaque!(ClosedOutbox, |it| path: it.path);
 
 enum Access {
     Write(Journal),

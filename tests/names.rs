@@ -21,6 +21,14 @@ fn a_glob_import_leaves_the_prelude_alone() {
     assert!(matches!((some, parsed), (Some(_), Ok(_))));
 }
 
+#[test]
+fn a_configuration_is_shown_without_its_secrets() {
+    let (key, broker) = (MeshKey::generate(), "nats://me:hunter2@example:4222");
+    let shown = format!("{:?}", Node::builder().name("shop").mesh_key(key.clone()).broker(broker));
+    assert!(shown.contains("shop"), "{shown}");
+    assert!(!shown.contains("hunter2") && !shown.contains(&key.reveal()), "{shown}");
+}
+
 /// A function of the user's own that sets what all its sends have in common.
 fn urgent(send: builder::Send<'_>) -> builder::Send<'_> {
     send.header("priority", "urgent")

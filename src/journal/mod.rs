@@ -44,6 +44,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::identity::random_u64;
+use crate::opaque::opaque;
 use queue::{Append, Queue, Removal};
 use recovery::recover;
 use storage::{Directory, Storage};
@@ -106,6 +107,8 @@ pub struct Entry<'a> {
     pub position: Position,
     pub payload: &'a [u8],
 }
+
+opaque!(Entry<'_>, |it| position: it.position);
 
 /// A file of a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -262,6 +265,8 @@ pub struct Journal {
     first: u64,
     writer: Option<JoinHandle<()>>,
 }
+
+opaque!(Journal, |_it|);
 
 impl Journal {
     /// Opens the journal of a directory, or begins one; what is in it is handed to `take`, in

@@ -8,6 +8,7 @@ use super::service_runner::ServiceRunner;
 use super::shared::Shared;
 use crate::address::{AddressError, Pattern, ServiceName};
 use crate::broker::BrokerKind;
+use crate::opaque::opaque;
 use crate::sync::lock;
 
 /// A durable subscription that is about to begin. [`Consume::start`] does it.
@@ -19,6 +20,8 @@ pub struct Consume {
     pub(super) handler: Arc<Handler>,
     pub(super) concurrency: u32,
 }
+
+opaque!(Consume, |it| name: it.name, pattern: it.pattern);
 
 impl Consume {
     /// How many handlers run at once: 64 by default, 1 at the least. 1 keeps the order in which
@@ -62,6 +65,8 @@ pub struct Consumer {
     pattern: Pattern,
     shared: Arc<Shared>,
 }
+
+opaque!(Consumer, |it| name: it.name(), pattern: it.pattern());
 
 impl Consumer {
     /// Its name.

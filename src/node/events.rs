@@ -15,6 +15,7 @@ use crate::address::ServiceName;
 use crate::engine::delivery::DeadLetterReason;
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
+use crate::opaque::opaque;
 use crate::peer::{Address, PeerInfo};
 use crate::report::DropReason;
 use crate::trust::Action;
@@ -223,11 +224,7 @@ impl Stream for Events {
     }
 }
 
-impl fmt::Debug for Events {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Events").field("missed", &self.missed).finish_non_exhaustive()
-    }
-}
+opaque!(Events, |it| missed: it.missed);
 
 #[cfg(test)]
 mod tests {

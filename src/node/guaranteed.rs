@@ -19,6 +19,7 @@ use crate::broker::{BrokerKind, Unsupported};
 use crate::clock::unix_ms;
 use crate::engine::delivery::{Full, NewMessage, NewMessages, Submitted, Target};
 use crate::message::{Kind, MessageId};
+use crate::opaque::opaque;
 use crate::sync::lock;
 use crate::wire::Envelope;
 
@@ -87,6 +88,8 @@ pub struct Guaranteed<'a> {
     not_before: Option<SystemTime>,
     once: bool,
 }
+
+opaque!(Guaranteed<'_>, |it| destination: it.destination);
 
 impl<'a> Guaranteed<'a> {
     pub(crate) fn new(
@@ -206,6 +209,8 @@ impl<'a> IntoFuture for Guaranteed<'a> {
 #[must_use = "a message is stored when this is awaited"]
 pub struct Storing<'a>(Step<'a>);
 
+opaque!(Storing<'_>, |_it|);
+
 /// It is no async block, since such a one would be ten times as large, and on the heap.
 enum Step<'a> {
     New(Guaranteed<'a>),
@@ -315,6 +320,8 @@ pub struct Transaction<'a> {
     pub(super) shared: &'a Arc<Shared>,
     pub(super) messages: Vec<Guaranteed<'a>>,
 }
+
+opaque!(Transaction<'_>, |it| messages: it.messages);
 
 impl<'a> Transaction<'a> {
     /// Adds a message.

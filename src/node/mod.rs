@@ -64,6 +64,7 @@ use crate::broker::Unsupported;
 use crate::config::Config;
 use crate::identity::NodeId;
 use crate::message::{Body, Message};
+use crate::opaque::opaque;
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
 use crate::sync::lock;
@@ -94,6 +95,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub struct Node {
     inner: Arc<Inner>,
 }
+
+opaque!(Node, |node| id: node.id(), name: node.name());
 
 /// Ends the node's tasks with the last handle.
 struct Inner {

@@ -20,6 +20,7 @@ use crate::broker::Pace;
 use crate::engine::Backlog;
 use crate::identity::NodeId;
 use crate::message::{Header, Kind, Message, MessageId};
+use crate::opaque::opaque;
 use crate::report::{DropReason, PublishReport};
 use crate::wire::{Envelope, OutgoingEvent, Payload};
 
@@ -45,6 +46,8 @@ pub struct Publish<'a> {
     pub(crate) to: Result<To<'a>, AddressError>,
     pub(crate) draft: Draft,
 }
+
+opaque!(Publish<'_>, |it| topic: it.to.as_ref().map(To::topic));
 
 /// Whom a message is published to.
 pub(crate) enum To<'a> {

@@ -10,6 +10,7 @@ use super::publish::To;
 use super::shared::Shared;
 use crate::address::Topic;
 use crate::message::Body;
+use crate::opaque::opaque;
 
 /// Publishes on one topic. It knows who subscribes, and looks again only when that changes, so a
 /// message costs less than with [`Node::publish`](crate::Node::publish), which looks each time.
@@ -20,6 +21,8 @@ pub struct Publisher {
     shared: Arc<Shared>,
     route: Route,
 }
+
+opaque!(Publisher, |it| topic: it.topic());
 
 /// Who hears a topic, as of a version of the routes.
 #[derive(Clone)]

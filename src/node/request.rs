@@ -15,6 +15,7 @@ use super::shared::{RequestOutcome, Shared};
 use crate::address::{AddressError, Recipient};
 use crate::broker::Unsupported;
 use crate::message::{Kind, Message, MessageId};
+use crate::opaque::opaque;
 use crate::report::DropReason;
 
 /// A request that got no reply.
@@ -63,6 +64,8 @@ pub struct Request<'a> {
     pub(crate) draft: Draft,
     pub(crate) deadline: Duration,
 }
+
+opaque!(Request<'_>, |it| recipient: it.recipient, deadline: it.deadline);
 
 impl<'a> Request<'a> {
     message_setters!();

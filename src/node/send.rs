@@ -12,6 +12,7 @@ use crate::address::{AddressError, Recipient};
 use crate::broker::Unsupported;
 use crate::identity::NodeId;
 use crate::message::{Kind, MessageId};
+use crate::opaque::opaque;
 use crate::report::DropReason;
 
 /// A one-way message that can't be sent.
@@ -55,6 +56,8 @@ pub struct Send<'a> {
     pub(crate) recipient: Result<Recipient, AddressError>,
     pub(crate) draft: Draft,
 }
+
+opaque!(Send<'_>, |it| recipient: it.recipient);
 
 impl<'a> Send<'a> {
     message_setters!();

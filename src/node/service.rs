@@ -7,6 +7,7 @@ use super::service_runner::ServiceRunner;
 use super::shared::Shared;
 use crate::address::{AddressError, ServiceName};
 use crate::broker::Unsupported;
+use crate::opaque::opaque;
 
 /// How many calls a service runs at once, unless it says so itself.
 pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
@@ -45,6 +46,8 @@ pub struct Serve {
     pub(crate) concurrency: u32,
 }
 
+opaque!(Serve, |it| name: it.name, concurrency: it.concurrency);
+
 impl Serve {
     /// How many calls run at once: 64 by default, 1 at the least. Others wait, as far as the
     /// credit of their senders goes.
@@ -76,6 +79,8 @@ pub struct Service {
     cell: Arc<ServiceRunner>,
     shared: Arc<Shared>,
 }
+
+opaque!(Service, |it| name: it.name());
 
 impl Service {
     /// The name under which it is offered.

@@ -13,6 +13,7 @@ use super::shared::Shared;
 use crate::address::{Pattern, Topic};
 use crate::engine::{Matches, PatternTrie};
 use crate::message::Message;
+use crate::opaque::opaque;
 use crate::report::DropReason;
 use crate::sync::{Guard, Mutex, Rank, lock};
 
@@ -254,6 +255,8 @@ pub struct Subscription {
     number: u64,
     shared: Arc<Shared>,
 }
+
+opaque!(Subscription, |it| pattern: it.pattern());
 
 impl Subscription {
     pub(crate) fn new(shared: &Arc<Shared>, number: u64, inbox: Arc<Inbox>) -> Self {
