@@ -325,6 +325,34 @@ async fn what_fails_is_tried_again_and_what_is_rejected_is_not(world: World) {
     assert_eq!(seen, [again(1), again(2), again(3), ("hopeless".to_owned(), 1, false)]);
 }
 
+async fn what_always_fails_is_tried_as_often_as_was_set(world: World) {
+    // More often than by default. The sender says so in the mesh, over NATS who handles it, and
+    // with RabbitMQ both.
+    const ATTEMPTS: u32 = 12;
+    let moment = Duration::from_millis(1);
+    let node = async |name: &str| {
+        let config = world.durable_config(name).max_attempts(ATTEMPTS).backoff(moment, moment);
+        config.start().await.unwrap()
+    };
+    let (sender, taker) = (node("sender").await, node("taker").await);
+    let (told, mut tries) = mpsc::unbounded_channel();
+    let handler = move |call: Call| {
+        let text = call.message.text().into_owned();
+        told.send((text.clone(), call.message.attempt())).unwrap();
+        std::future::ready(match text.as_str() {
+            "fails" => Err(HandlerError::new("busy", "not now")),
+            _ => Ok(()),
+        })
+    };
+    let _service = taker.serve("billing", handler).start().unwrap();
+    sender.send("billing", "fails").guaranteed().await.unwrap();
+    for attempt in 1..=ATTEMPTS {
+        assert_eq!(soon(tries.recv()).await.unwrap(), ("fails".to_owned(), attempt));
+    }
+    sender.send("billing", "next").guaranteed().await.unwrap();
+    assert_eq!(soon(tries.recv()).await.unwrap(), ("next".to_owned(), 1));
+}
+
 async fn a_durable_subscription_gets_what_was_published_while_it_was_away(world: World) {
     let publisher = world.durable("publisher").await;
     let subscriber = world.durable("subscriber").await;
@@ -515,6 +543,7 @@ macro_rules! suite {
         suite!(best_effort: $module, $world, [
             a_guaranteed_message_waits_for_its_service
             what_fails_is_tried_again_and_what_is_rejected_is_not
+            what_always_fails_is_tried_as_often_as_was_set
             a_durable_subscription_gets_what_was_published_while_it_was_away
             what_has_expired_is_not_delivered
             $($more)*
