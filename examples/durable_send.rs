@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let _service = billing.serve("billing", charge).concurrency(1).start()?;
     receipt.processed().await?;
-    println!("both are processed; {} messages are left", node.outbox_size().0);
+    println!("both are processed; {} messages are left", node.outbox_size().pending);
     node.shutdown().await;
     billing.shutdown().await;
     std::fs::remove_dir_all(dir)?;

@@ -7,6 +7,9 @@ use peerbus::database::{DEFAULT_POLL, NewMessage, sqlite};
 use peerbus::{Call, HandlerError, MeshName, Node};
 use rusqlite::Connection;
 
+/// Any error that another thread may have.
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh: MeshName = "example-sqlite".parse()?;
@@ -37,7 +40,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let charge = move |call: Call| {
         let (accounts, told) = (accounts.clone(), told.clone());
         async move {
-            let total = charge(&accounts, &call)?;
+            let total = charge(&accounts, &call);
+            let total = total.map_err(|error| HandlerError::from_error(&*error))?;
             // The message is processed in the database, and the handler fails all the same, as
             // if it had been killed just then: so it is delivered again.
             if call.message.attempt() == 1 {
@@ -59,7 +63,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Charges what the message says, unless that has been done; all that was charged.
-fn charge(accounts: &Mutex<Connection>, call: &Call) -> Result<i64, HandlerError> {
+fn charge(accounts: &Mutex<Connection>, call: &Call) -> Result<i64, Failed> {
     let mut accounts = accounts.lock().expect("no handler panics while it holds it");
     let transaction = accounts.transaction()?;
     if !sqlite::inbox_seen(&transaction, "billing", call.message.header.id)? {

@@ -4,13 +4,23 @@ use std::time::Duration;
 
 use peerbus::{Call, HandlerError, MeshName, Node, RequestError};
 
-async fn square_root(call: Call) -> Result<String, HandlerError> {
-    // Any error turns into one that the caller sees, so `?` works.
-    let number: f64 = call.message.text().parse()?;
-    if number < 0.0 {
-        return Err(HandlerError::new("negative", format!("{number} has no real square root")));
+/// An error of our own, with a code that callers can match.
+struct Negative(f64);
+
+impl From<Negative> for HandlerError {
+    fn from(Negative(number): Negative) -> Self {
+        Self::new("negative", format!("{number} has no real square root"))
     }
-    Ok(number.sqrt().to_string())
+}
+
+async fn square_root(call: Call) -> Result<String, HandlerError> {
+    // Any other error reaches the caller with the code `error`.
+    let number = call.message.text().parse().map_err(HandlerError::from_error)?;
+    Ok(root_of(number)?.to_string())
+}
+
+fn root_of(number: f64) -> Result<f64, Negative> {
+    if number < 0.0 { Err(Negative(number)) } else { Ok(number.sqrt()) }
 }
 
 #[tokio::main]

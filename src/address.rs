@@ -318,6 +318,7 @@ impl Default for MeshName {
 
 /// Where a message goes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Destination {
     /// To every node with a matching subscription.
     Topic(Topic),
@@ -341,6 +342,7 @@ impl fmt::Display for Destination {
 ///
 /// A plain string is a service's name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Recipient {
     /// One of the nodes that serve the name.
     Service(ServiceName),

@@ -10,14 +10,15 @@ use tokio::task::JoinSet;
 
 use crate::address::{AddressError, Pattern, Recipient, ServiceName};
 use crate::carrier::{Capability, OutboxError, Unsupported};
-use crate::core::{Call, HandlerError};
+use crate::core::{Call, HandlerError, Reply};
 use crate::engine::Overflow;
 use crate::identity::NodeId;
-use crate::message::{Body, Message, MessageId};
+use crate::message::{Message, MessageId};
 use crate::node::{
     Consumer, Draft, Guaranteed, Node, Publish, Request, RequestError, Send, SendError, ServeError,
     Service, SubscribeError, Subscription, To,
 };
+use crate::opaque::opaque;
 use crate::sync::{Mutex, lock};
 
 /// How long an event waits for room on the other side before it is dropped, and counted.
@@ -55,6 +56,8 @@ pub struct BridgeBuilder {
     services: Vec<(Way, Result<ServiceName, AddressError>)>,
     guaranteed: bool,
 }
+
+opaque!(BridgeBuilder, |it| inner: it.inner, outer: it.outer);
 
 /// Which way something crosses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -191,6 +194,8 @@ pub struct Bridge {
     import: Arc<Crossing>,
 }
 
+opaque!(Bridge, |_it|);
+
 impl Bridge {
     /// The user header with the ids of the bridges that a message came by, the first one first: of
     /// their inner nodes, with commas between.
@@ -228,7 +233,7 @@ impl Bridge {
     ///
     /// **Guaranteed messages** are stored on the other side before they count as processed on
     /// this one. A bridge that is killed in between gets them again; an outbox and NATS store each
-    /// only once ([`Guaranteed::once`](crate::Guaranteed::once)), while RabbitMQ can't, and its
+    /// only once ([`Guaranteed::once`](crate::builder::Guaranteed::once)), while RabbitMQ can't, and its
     /// consumers then see one id twice.
     pub fn between(inner: &Node, outer: &Node) -> BridgeBuilder {
         BridgeBuilder {
@@ -426,21 +431,21 @@ impl Crossing {
     }
 
     /// Hands a call on to who serves that name there, and brings back the reply.
-    async fn call(&self, call: Call, name: ServiceName) -> Result<Body, HandlerError> {
+    async fn call(&self, call: Call, name: ServiceName) -> Result<Reply, HandlerError> {
         let Some(draft) = self.admit(&call.message) else {
             return Err(HandlerError::reject("bridge", "the call has crossed this bridge before"));
         };
         let (node, recipient) = (self.to.inner(), Ok(Recipient::Service(name)));
         if call.message.delivery.is_some() {
             self.keep(&call.message, draft).await?;
-            return Ok(Body::default());
+            return Ok(Reply::default());
         }
         if !call.wants_reply() {
             let sent = Send::new(node, recipient, draft).await;
             return match sent {
                 Ok(_) => {
                     self.count_passed();
-                    Ok(Body::default())
+                    Ok(Reply::default())
                 }
                 Err(error @ SendError::NoService(_)) => {
                     Err(HandlerError::new("no_service", error.to_string()))
@@ -460,7 +465,7 @@ impl Crossing {
         match reply {
             Ok(message) => {
                 self.count_passed();
-                Ok(message.body.into())
+                Ok(Reply::copy_of(message))
             }
             Err(RequestError::Handler(declined)) => Err(declined),
             Err(error @ RequestError::NoService(_)) => {

@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::MeshName;
+use crate::carrier::broker::BrokerUrl;
+use crate::engine::delivery::RetryPolicy;
 use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
+use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::trust::{MeshKey, Rules, Trust};
 use crate::tunnel::MAX_PROOFS;
@@ -54,10 +57,22 @@ pub struct Config {
     pub(crate) outbox_bytes: u64,
     pub(crate) outbox_messages: u64,
     pub(crate) lease: Duration,
+    pub(crate) retry: RetryPolicy,
     pub(crate) hold_keys: bool,
     pub(crate) reassign_after: Option<Duration>,
     pub(crate) gone_after: Duration,
 }
+
+// The keys in `trust` and the broker's address don't show their secrets.
+opaque!(Config, |it|
+    name: it.name,
+    mesh: it.mesh,
+    trust: it.trust,
+    listen: it.listen,
+    peers: it.peers,
+    outbox: it.outbox,
+    broker: it.broker_url()
+);
 
 impl Default for Config {
     fn default() -> Self {
@@ -98,6 +113,7 @@ impl Default for Config {
             outbox_bytes: 1024 * 1024 * 1024,
             outbox_messages: 1_000_000,
             lease: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
             hold_keys: false,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),
@@ -291,6 +307,29 @@ impl Config {
         self
     }
 
+    /// How often the handler of a guaranteed message may fail before the message is a dead letter:
+    /// 10 times by default, at least once. 1 tries each message once.
+    ///
+    /// It counts for the messages that this node sends. Over a broker it counts for those that it
+    /// handles; with RabbitMQ it is a setting of the queue, so all nodes that send or handle such
+    /// messages need the same.
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.retry.max_attempts = attempts;
+        self
+    }
+
+    /// How long a guaranteed message is left alone before it is tried again: `first` after the
+    /// first attempt, twice as long after each one more, and never longer than `longest`. By
+    /// default from 200 ms to 60 s; `first` is 1 ms at the least. Over links these are the most,
+    /// and each pause is drawn at random below it, so that what failed together does not come
+    /// together again.
+    ///
+    /// It counts for the same messages as [`Config::max_attempts`].
+    pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
+        (self.retry.first, self.retry.longest) = (first, longest);
+        self
+    }
+
     /// The folder under which the meshes of this host keep their sockets, in place of
     /// `peerbus` in `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
     pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
@@ -325,12 +364,35 @@ impl Config {
         if self.lease.is_zero() {
             return problem("lease is zero; no handler could ever end in time".into());
         }
+        self.check_retry()?;
         self.check_trust()?;
         self.check_broker()?;
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
             return problem(format!("{addr} can't be advertised; a TCP address can"));
+        }
+        Ok(())
+    }
+
+    /// The broker's address, which doesn't show its password.
+    fn broker_url(&self) -> Option<BrokerUrl> {
+        self.broker.as_deref()?.parse().ok()
+    }
+
+    fn check_retry(&self) -> Result<(), String> {
+        let problem = |text: String| Err(text);
+        let RetryPolicy { max_attempts, first, longest } = self.retry;
+        if max_attempts == 0 {
+            return problem("max_attempts is 0; no guaranteed message could be tried".into());
+        }
+        if first < Duration::from_millis(1) {
+            return problem(format!("backoff begins with {first:?}; at least 1 ms is needed"));
+        }
+        if longest < first {
+            return problem(format!(
+                "backoff begins with {first:?}, above its longest, {longest:?}"
+            ));
         }
         Ok(())
     }

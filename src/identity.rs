@@ -11,6 +11,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
+use crate::opaque::opaque;
 use crate::private::{self, LoosePermissions};
 
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
@@ -71,6 +72,7 @@ impl Serialize for NodeId {
 /// The text is not a node id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not a node id: it takes 52 characters of base32 (a-z, 2-7)")]
+#[non_exhaustive]
 pub struct NodeIdError;
 
 impl FromStr for NodeId {
@@ -99,6 +101,8 @@ pub struct Identity {
     /// The private key, PKCS#8 DER.
     pkcs8: Vec<u8>,
 }
+
+opaque!(Identity, |it| id: it.id);
 
 /// An identity file that can't be used.
 #[derive(Debug, thiserror::Error)]

@@ -60,7 +60,8 @@
 //! `Queued` is what an awaited send promises: the message is accepted here and on its way. A
 //! reply to a [`request`](Node::request) tells that a handler ran.
 //!
-//! **Guaranteed messages** ([`Send::guaranteed`], [`Publish::guaranteed`], [`Config::outbox`])
+//! **Guaranteed messages** ([`builder::Send::guaranteed`], [`builder::Publish::guaranteed`],
+//! [`Config::outbox`])
 //! promise more, and cost more: awaiting one tells that it is `Stored`, synced to this node's
 //! disk, and [`Receipt::processed`] that the far handler returned Ok. They are delivered at least
 //! once, in order for each key, and duplicates are suppressed while the stores of both sides
@@ -98,6 +99,7 @@ pub mod journal;
 mod link;
 mod message;
 mod node;
+mod opaque;
 mod outbox;
 mod peer;
 mod private;
@@ -106,6 +108,14 @@ mod sync;
 mod trust;
 mod tunnel;
 mod wire;
+
+/// The calls of a [`Node`] before they are made: each has setters, and is then awaited or started.
+///
+/// They are rarely named. They stand here, so that `use peerbus::*` leaves [`std::marker::Send`]
+/// and the rest of the prelude alone.
+pub mod builder {
+    pub use crate::node::{Consume, Guaranteed, Publish, Request, Send, Serve, Storing};
+}
 
 #[doc = include_str!("wire/protocol.md")]
 pub mod protocol {}
@@ -126,20 +136,19 @@ pub use carrier::broker::{
 pub use carrier::mesh::store::{DamagedPart, StoreError, StoreProblem, StoreReport};
 pub use carrier::{Capability, DeliveryError, OutboxError, Receipt, Unsupported};
 pub use config::Config;
-pub use core::{Call, DownCause, Event, Events, HandlerError, NotStored};
+pub use core::{Call, DownCause, Event, Events, HandlerError, NotStored, Reply};
 pub use engine::Overflow;
 pub use engine::delivery::{DeadLetterReason, Target};
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;
 pub use message::{
-    Body, BodyError, DecodeError, EncodeError, Extra, Header, Kind, MESSAGEPACK, Message,
-    MessageId, MessageIdError,
+    Body, BodyError, DecodeError, EncodeError, Header, Kind, MESSAGEPACK, Message, MessageId,
+    MessageIdError,
 };
 pub use node::{
-    Consume, Consumer, Guaranteed, Node, Publish, PublishError, Publisher, Request, RequestError,
-    Send, SendError, Sent, Serve, ServeError, Service, ShutdownReport, StartError, Storing,
-    SubscribeError, Subscription, Transaction, WaitError,
+    Consumer, Node, OutboxSize, PublishError, Publisher, RequestError, SendError, Sent, ServeError,
+    Service, ShutdownReport, StartError, SubscribeError, Subscription, Transaction, WaitError,
 };
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};

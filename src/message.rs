@@ -89,6 +89,7 @@ impl fmt::Debug for MessageId {
 /// The text is no message id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not a message id: it is a UUID")]
+#[non_exhaustive]
 pub struct MessageIdError;
 
 impl FromStr for MessageId {
@@ -135,6 +136,7 @@ impl IdSource {
 /// What a message is to its receiver (Hohpe and Woolf, *Enterprise Integration Patterns*).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Kind {
     /// Something happened. What `publish` sends, unless it is told otherwise.
     Event,
@@ -162,21 +164,20 @@ pub struct Header {
     /// so that clocks needn't agree.
     pub time_to_live: Option<Duration>,
     /// What few messages have; `None` where this one has none of it.
-    pub extra: Option<Box<Extra>>,
+    pub(crate) extra: Option<Box<Extra>>,
 }
 
 /// The parts of a header that few messages need.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Extra {
+pub(crate) struct Extra {
     /// Messages with the same key belong in one order.
-    pub ordering_key: Option<String>,
+    pub(crate) ordering_key: Option<String>,
     /// The body's media type, such as `application/json`.
-    pub content_type: Option<String>,
+    pub(crate) content_type: Option<String>,
     /// The trace that it is part of: a W3C `traceparent`.
-    pub traceparent: Option<String>,
+    pub(crate) traceparent: Option<String>,
     /// Whatever the users of the mesh agree on.
-    pub headers: Vec<(String, String)>,
+    pub(crate) headers: Vec<(String, String)>,
 }
 
 impl Header {
@@ -200,8 +201,13 @@ impl Header {
 
     /// The user header of that name; the first, if there are several.
     pub fn user_header(&self, name: &str) -> Option<&str> {
-        let extra = self.extra.as_ref()?;
-        extra.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.user_headers().find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    /// All user headers with their values, in the order in which their sender added them.
+    pub fn user_headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        let headers = self.extra.iter().flat_map(|extra| &extra.headers);
+        headers.map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The body's media type, if its sender named one.
@@ -310,7 +316,12 @@ impl Message {
     /// # Errors
     /// [`DecodeError`] if the body is something else.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
-        rmp_serde::from_slice(&self.body).map_err(DecodeError)
+        let mut rest = &self.body[..];
+        let value = rmp_serde::from_read(&mut rest).map_err(|error| DecodeError(error.into()))?;
+        match rest.len() {
+            0 => Ok(value),
+            more => Err(DecodeError(Undecodable::Longer { more })),
+        }
     }
 }
 
@@ -367,8 +378,27 @@ impl Body {
     }
 }
 
+/// What a message may have besides its body: header, topic, user headers.
+pub(crate) const MAX_HEADER: usize = 64 * 1024;
+
+/// Checks the length of a body, and of the user's part of a header.
+pub(crate) fn check_size(
+    len: usize,
+    extra: Option<&Extra>,
+    max_body: usize,
+) -> Result<(), BodyError> {
+    if len > max_body {
+        return Err(BodyError::Body { len, max: max_body });
+    }
+    match extra.map_or(0, Extra::counted_len) {
+        len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
+        _ => Ok(()),
+    }
+}
+
 /// A message that is too large to send.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BodyError {
     /// The body is over [`Config::max_body`](crate::Config::max_body).
     #[error("the body is {len} bytes long; at most {max} are allowed")]
@@ -393,10 +423,20 @@ pub enum BodyError {
 #[error("the body can't be encoded")]
 pub struct EncodeError(#[source] rmp_serde::encode::Error);
 
-/// The body is not the MessagePack of the wanted type.
+/// The body is not the MessagePack of the wanted type. Its [source](std::error::Error::source) says
+/// why.
 #[derive(Debug, thiserror::Error)]
 #[error("the body can't be decoded")]
-pub struct DecodeError(#[source] rmp_serde::decode::Error);
+pub struct DecodeError(#[source] Undecodable);
+
+#[derive(Debug, thiserror::Error)]
+enum Undecodable {
+    #[error(transparent)]
+    MessagePack(#[from] rmp_serde::decode::Error),
+    /// Nearly any text begins with the MessagePack of a small number.
+    #[error("{more} bytes follow after its end")]
+    Longer { more: usize },
+}
 
 macro_rules! body_from {
     ($($type:ty => |$value:ident| $bytes:expr;)*) => {$(
@@ -437,6 +477,19 @@ mod tests {
         assert_eq!(uuid.get_version_num(), 7);
         assert_eq!(uuid.get_variant(), uuid::Variant::RFC4122);
         assert_eq!(id.sent_at(), UNIX_EPOCH + Duration::from_millis(1_700_000_000_123));
+    }
+
+    #[test]
+    fn a_text_is_no_number_though_it_begins_like_one() {
+        let decode = |body: Body| {
+            let destination = Destination::Node(NodeId::BROKER);
+            let header = Header::new(MessageId(1), Kind::Command, destination);
+            Message::new(NodeId::BROKER, header, body.bytes).decode::<u32>()
+        };
+        assert_eq!(decode(Body::encode(&17_u32).unwrap()).unwrap(), 17);
+        let why = |body| std::error::Error::source(&decode(body).unwrap_err()).unwrap().to_string();
+        assert_eq!(why("17".into()), "1 bytes follow after its end");
+        assert!(!why(Body::empty()).is_empty());
     }
 
     #[test]

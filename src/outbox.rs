@@ -8,11 +8,12 @@ use bytes::Bytes;
 use crate::address::{Pattern, ServiceName};
 use crate::carrier::mesh::store::{self, DamagedPart, StoreError, StoreProblem};
 use crate::engine::delivery::{
-    Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, Target,
+    Contents, DeadLetterReason, DeliveryKey, Inbox, Outbox, OutboxConfig, RetryPolicy, Target,
 };
 use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
+use crate::opaque::opaque;
 use crate::wire::{Envelope, decode_stored};
 
 /// A message in an outbox, for one of its destinations.
@@ -94,6 +95,8 @@ pub struct ClosedOutbox {
     identity: Option<IdentityError>,
 }
 
+opaque!(ClosedOutbox, |it| path: it.path);
+
 enum Access {
     Write(Journal),
     Read(Reader),
@@ -149,7 +152,7 @@ impl ClosedOutbox {
             max_bytes: u64::MAX,
             max_messages: u64::MAX,
             window_bytes: 0,
-            max_failures: u32::MAX,
+            retry: RetryPolicy::default(),
             hold_keys: true,
             segment_size: u64::MAX,
             reassign_after: None,

@@ -13,6 +13,7 @@ use crate::identity::{Incarnation, NodeId};
 
 /// An address at which a node may be reached.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Address {
     /// A Unix socket in this host's directory of the mesh.
     Local(PathBuf),
@@ -46,6 +47,7 @@ impl Serialize for Address {
 #[error(
     "{text:?} is not an address: write HOST:PORT, such as 192.168.1.7:4000 or node.example:4000"
 )]
+#[non_exhaustive]
 pub struct ParseAddressError {
     /// The text as it was given.
     pub text: String,
@@ -71,6 +73,7 @@ impl FromStr for Address {
 /// By which means a peer was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Source {
     /// The socket directory of this host.
     Local,
@@ -98,6 +101,7 @@ impl fmt::Display for Source {
 
 /// A service that a peer announces.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServiceInfo {
     /// Its name.
     pub name: ServiceName,

@@ -10,7 +10,8 @@ mod world;
 
 use common::{SOON, soon};
 use peerbus::{
-    Bridge, BridgeError, Call, HandlerError, Kind, Node, RequestError, ServeError, Subscription,
+    Bridge, BridgeError, Call, HandlerError, Kind, Node, Reply, RequestError, ServeError,
+    Subscription,
 };
 use world::World;
 
@@ -126,7 +127,7 @@ async fn services_are_asked_across_in_both_directions() {
     let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
     let prices = move |call: Call| {
         told.send(call.message.clone()).unwrap();
-        std::future::ready(Ok::<_, HandlerError>("2.50"))
+        std::future::ready(Ok::<_, HandlerError>(Reply::new("2.50").header("currency", "euro")))
     };
     let _prices = bob.serve("prices", prices).start().unwrap();
     inner.wait_for_service("stock", SOON).await.unwrap();
@@ -138,7 +139,11 @@ async fn services_are_asked_across_in_both_directions() {
         Err(RequestError::Handler(error)) => assert_eq!(error.code, "sold_out"),
         other => panic!("{other:?}"),
     }
-    assert_eq!(alice.request("prices", "apples").await.unwrap().text(), "2.50");
+    let price = alice.request("prices", "apples").await.unwrap();
+    assert_eq!(
+        (price.text().as_ref(), price.header.user_header("currency")),
+        ("2.50", Some("euro"))
+    );
     assert_eq!(soon(heard.recv()).await.unwrap().text(), "apples");
     alice.send("prices", "one way").header("colour", "red").await.unwrap();
     let message = soon(heard.recv()).await.unwrap();

@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::{Host, SOON, echo, soon, wait_for};
 use peerbus::{
     Body, BrokerKind, Call, DeliveryError, DropReason, EmbeddedBroker, Event, HandlerError, NodeId,
-    OutboxError, Overflow, RequestError, SendError, ServeError, SubscribeError,
+    OutboxError, Overflow, Reply, RequestError, SendError, ServeError, SubscribeError,
 };
 use tokio::sync::mpsc;
 use world::{Carrier, World, collect};
@@ -85,6 +85,31 @@ async fn a_request_gets_its_reply_or_the_handlers_error(world: World) {
             Err(RequestError::Handler(error)) => assert_eq!(error.code, wanted),
             other => panic!("{other:?}"),
         }
+    }
+}
+
+async fn a_reply_carries_headers_and_a_content_type(world: World) {
+    let (alice, bob) = (world.node("alice").await, world.node("bob").await);
+    let menu = |call: Call| async move {
+        let reply = Reply::new("[17]").content_type("application/json").header("version", "3");
+        Ok(match call.message.text().as_ref() {
+            "too much" => reply.header("long", "x".repeat(64 * 1024)),
+            "plain" => Body::encode(&17)?.into(),
+            _ => reply,
+        })
+    };
+    let _service = bob.serve("menu", menu).start().unwrap();
+    alice.wait_for_service("menu", SOON).await.unwrap();
+    let reply = alice.request("menu", "fine").await.unwrap();
+    assert_eq!(reply.text(), "[17]");
+    assert_eq!(reply.header.content_type(), Some("application/json"));
+    assert_eq!(reply.header.user_header("version"), Some("3"));
+    let plain = alice.request("menu", "plain").await.unwrap();
+    assert_eq!(plain.decode::<u32>().unwrap(), 17);
+    assert_eq!(plain.header.content_type(), Some(peerbus::MESSAGEPACK));
+    match alice.request("menu", "too much").await {
+        Err(RequestError::Handler(error)) => assert_eq!(error.code, "too_large"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -178,7 +203,10 @@ async fn a_message_to_a_node_goes_there_and_can_be_answered_later(world: World) 
     let later = move |call: Call| {
         let bob = replier.clone();
         async move {
-            bob.answer(&call.message, "later").expect("it has a return address").await?;
+            bob.answer(&call.message, "later")
+                .expect("it has a return address")
+                .await
+                .map_err(HandlerError::from_error)?;
             Ok(())
         }
     };
@@ -295,6 +323,34 @@ async fn what_fails_is_tried_again_and_what_is_rejected_is_not(world: World) {
     seen.sort_unstable();
     let again = |attempt: u32| ("fails twice".to_owned(), attempt, attempt > 1);
     assert_eq!(seen, [again(1), again(2), again(3), ("hopeless".to_owned(), 1, false)]);
+}
+
+async fn what_always_fails_is_tried_as_often_as_was_set(world: World) {
+    // More often than by default. The sender says so in the mesh, over NATS who handles it, and
+    // with RabbitMQ both.
+    const ATTEMPTS: u32 = 12;
+    let moment = Duration::from_millis(1);
+    let node = async |name: &str| {
+        let config = world.durable_config(name).max_attempts(ATTEMPTS).backoff(moment, moment);
+        config.start().await.unwrap()
+    };
+    let (sender, taker) = (node("sender").await, node("taker").await);
+    let (told, mut tries) = mpsc::unbounded_channel();
+    let handler = move |call: Call| {
+        let text = call.message.text().into_owned();
+        told.send((text.clone(), call.message.attempt())).unwrap();
+        std::future::ready(match text.as_str() {
+            "fails" => Err(HandlerError::new("busy", "not now")),
+            _ => Ok(()),
+        })
+    };
+    let _service = taker.serve("billing", handler).start().unwrap();
+    sender.send("billing", "fails").guaranteed().await.unwrap();
+    for attempt in 1..=ATTEMPTS {
+        assert_eq!(soon(tries.recv()).await.unwrap(), ("fails".to_owned(), attempt));
+    }
+    sender.send("billing", "next").guaranteed().await.unwrap();
+    assert_eq!(soon(tries.recv()).await.unwrap(), ("next".to_owned(), 1));
 }
 
 async fn a_durable_subscription_gets_what_was_published_while_it_was_away(world: World) {
@@ -470,6 +526,7 @@ macro_rules! suite {
             subscribers_get_what_they_ask_for
             a_subscription_that_ended_gets_nothing_more
             a_request_gets_its_reply_or_the_handlers_error
+            a_reply_carries_headers_and_a_content_type
             bodies_of_all_sizes_arrive
             a_request_ends_by_its_deadline_and_its_handler_hears_of_it
             nobody_serves_is_told_at_once
@@ -486,6 +543,7 @@ macro_rules! suite {
         suite!(best_effort: $module, $world, [
             a_guaranteed_message_waits_for_its_service
             what_fails_is_tried_again_and_what_is_rejected_is_not
+            what_always_fails_is_tried_as_often_as_was_set
             a_durable_subscription_gets_what_was_published_while_it_was_away
             what_has_expired_is_not_delivered
             $($more)*

@@ -46,7 +46,7 @@ async fn take_part(name: &str, dir: &str) {
     let answer = move |_: Call| {
         let asked = asked.clone();
         async move {
-            asked.wait_for_peers(NODES, PATIENCE).await?;
+            asked.wait_for_peers(NODES, PATIENCE).await.map_err(HandlerError::from_error)?;
             Ok::<_, HandlerError>(())
         }
     };

@@ -342,11 +342,22 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
         stdout(&shell.run(&[&args, more].concat()))
     };
     assert!(send("one", &["--wait", "0s"]).contains("0 processed; 1 kept"));
-    assert!(send("two", &["--wait", "0s", "--key", "k"]).contains("0 processed; 2 kept"));
+    let retries = ["--max-attempts", "3", "--backoff", "10ms..1m"];
+    let more = [&["--wait", "0s", "--key", "k"], &retries[..]].concat();
+    assert!(send("two", &more).contains("0 processed; 2 kept"));
     let listed = stdout(&shell.run(&["outbox", "list", &sender]));
     assert!(listed.contains("billing") && listed.contains("#2"), "{listed}");
     let shown = stdout(&shell.run(&["outbox", "show", &sender, "2"]));
     assert!(shown.contains("key         k") && shown.ends_with("two\n"), "{shown}");
+    for (flag, value, wanted) in [
+        ("--max-attempts", "0", "0 is not in 1"),
+        ("--backoff", "10ms", "it is two times, such as 200ms..60s"),
+        ("--backoff", "10ms..late", "\"late\": expected number"),
+        ("--backoff", "2s..1s", "backoff begins with 2s, above its longest, 1s"),
+    ] {
+        let args = ["send", "billing", "x", "--no-mdns", "--outbox", &sender, flag, value];
+        fails(&shell.run(&args), wanted);
+    }
     fails(&shell.run(&["outbox", "show", &sender, "9"]), "there is no message 9");
     fails(&shell.run(&["outbox", "replay", &sender, "1"]), "is no dead letter");
     fails(&shell.run(&["outbox", "list", &folder("nothing")]), "there is no outbox");

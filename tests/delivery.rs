@@ -41,6 +41,12 @@ impl Place {
     }
 }
 
+/// How many messages of a node are not processed, and how many are dead letters.
+fn sizes(node: &Node) -> (u64, u64) {
+    let size = node.outbox_size();
+    (size.pending, size.dead_letters)
+}
+
 /// What a handler was given: the text, the attempt, and whether it was redelivered.
 type Seen = (String, u32, bool);
 
@@ -72,14 +78,14 @@ async fn a_message_waits_for_its_service_and_is_processed_once() {
     let place = Place::new();
     let alice = place.node("alice").await;
     let receipt = alice.send("work", "one").guaranteed().await.unwrap();
-    assert_eq!(alice.outbox_size(), (1, 0));
+    assert_eq!(sizes(&alice), (1, 0));
 
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
     let _service = bob.serve("work", sender(&told)).start().unwrap();
     soon(receipt.processed()).await.unwrap();
     assert_eq!(next(&mut seen).await, fresh("one"));
-    assert_eq!(alice.outbox_size(), (0, 0));
+    assert_eq!(sizes(&alice), (0, 0));
 
     // With the instance there, and to a node by its id, and to itself.
     let receipt = alice.send("work", "two").guaranteed().await.unwrap();
@@ -127,7 +133,7 @@ async fn what_is_stored_outlives_its_sender() {
     assert!(texts == wanted, "in the order in which they were stored");
     wait_for(&mut events, |event| matches!(event, Event::PeerUp(_)).then_some(())).await;
     soon(async {
-        while alice.outbox_size() != (0, 0) {
+        while sizes(&alice) != (0, 0) {
             tokio::task::yield_now().await
         }
     })
@@ -148,6 +154,7 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
             ("flaky", 1 | 2) => Err(HandlerError::new("busy", "try again")),
             ("bad", _) => Err(HandlerError::reject("bad", "never")),
             ("panics", 1) => panic!("as the test wants it"),
+            ("unreadable", _) => call.message.decode::<String>().map(drop).map_err(Into::into),
             _ => Ok(()),
         };
         std::future::ready(result)
@@ -168,10 +175,57 @@ async fn a_failure_is_tried_again_and_a_rejection_is_a_dead_letter() {
         panic!("it was rejected");
     };
     assert_eq!(text, "bad: never");
-    assert_eq!(alice.outbox_size(), (0, 1));
+    let receipt = alice.send("work", "unreadable").guaranteed().await.unwrap();
+    let Err(DeliveryError::DeadLetter(DeadLetterReason::Rejected { text })) =
+        soon(receipt.processed()).await
+    else {
+        panic!("it will never be readable");
+    };
+    assert!(text.starts_with("decode: the body can't be decoded: "), "{text}");
+    assert_eq!(sizes(&alice), (0, 2));
     alice.shutdown().await;
     let alice = place.node("alice").await;
-    assert_eq!(alice.store_report().unwrap().dead_letters, 1);
+    assert_eq!(alice.store_report().unwrap().dead_letters, 2);
+}
+
+#[tokio::test]
+async fn a_sender_says_how_often_a_message_is_tried_and_how_soon() {
+    let place = Place::new();
+    let (soon_again, hour) = (Duration::from_millis(1), Duration::from_secs(3600));
+    let hasty = place.config("hasty").max_attempts(3).backoff(soon_again, soon_again);
+    let patient = place.config("patient").max_attempts(2).backoff(hour, hour);
+    let (hasty, patient) = (hasty.start().await.unwrap(), patient.start().await.unwrap());
+    let bob = place.node("bob").await;
+    let (told, mut seen_by_handler) = unbounded_channel();
+    let handler = move |call: Call| {
+        let _test_ended = told.send(seen(&call));
+        std::future::ready(Err::<(), _>(HandlerError::new("busy", "never again")))
+    };
+    let _service = bob.serve("work", handler).concurrency(1).start().unwrap();
+    let waits = patient.send("work", "waits").guaranteed().await.unwrap();
+    assert_eq!(next(&mut seen_by_handler).await, fresh("waits"));
+    let receipt = hasty.send("work", "fails").guaranteed().await.unwrap();
+    for attempt in 1..=3 {
+        assert_eq!(next(&mut seen_by_handler).await, ("fails".into(), attempt, attempt > 1));
+    }
+    let text = "busy: never again".to_owned();
+    let failed = DeadLetterReason::Failed { failures: 3, text };
+    match soon(receipt.processed()).await {
+        Err(DeliveryError::DeadLetter(reason)) => assert_eq!(reason, failed),
+        other => panic!("{other:?}"),
+    }
+    drop(waits);
+    assert_eq!(sizes(&patient), (1, 0), "it waits for its second attempt");
+
+    let (zero, second) = (Duration::ZERO, Duration::from_secs(1));
+    for (config, wanted) in [
+        (place.config("x").max_attempts(0), "max_attempts is 0"),
+        (place.config("x").backoff(zero, second), "at least 1 ms is needed"),
+        (place.config("x").backoff(2 * second, second), "begins with 2s, above its longest, 1s"),
+    ] {
+        let error = config.start().await.err().unwrap().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -260,7 +314,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
         }
     };
     soon(forgotten).await;
-    assert_eq!(alice.outbox_size(), (0, 0));
+    assert_eq!(sizes(&alice), (0, 0));
     assert!(seen.try_recv().is_err());
 
     // It may begin anew, and end while its publisher is away for good.
@@ -272,7 +326,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
     let name = "billing".parse().unwrap();
     assert_eq!(alice.forget_subscription(&alice.id(), &name), None);
     assert_eq!(alice.forget_subscription(&bob.id(), &name), Some(1));
-    assert_eq!(alice.outbox_size().0, 0);
+    assert_eq!(alice.outbox_size().pending, 0);
 }
 
 #[tokio::test]
@@ -292,7 +346,7 @@ async fn a_transaction_is_stored_as_a_whole() {
     }
     assert_eq!(transaction.commit().await.unwrap().len(), 3);
     let full = alice.send("work", "one more").guaranteed().await.unwrap_err();
-    assert_eq!(alice.outbox_size(), (3, 0));
+    assert_eq!(sizes(&alice), (3, 0));
     assert!(matches!(full, OutboxError::OutboxFull { messages: 3, .. }));
     let bob = place.node("bob").await;
     let (told, mut seen) = unbounded_channel();
@@ -715,7 +769,7 @@ async fn a_node_that_is_dropped_gives_its_store_back() {
         }
     };
     let alice = soon(again).await;
-    assert_eq!(alice.outbox_size(), (2, 0));
+    assert_eq!(sizes(&alice), (2, 0));
     assert!(begins.try_recv().is_err());
     drop(service);
 }

@@ -69,10 +69,10 @@ async fn send(dir: &Path, more: bool) {
     let mut stored = log(dir, "stored");
     for round in 0.. {
         if !more {
-            if node.outbox_size().0 == 0 {
+            if node.outbox_size().pending == 0 {
                 return;
             }
-        } else if node.outbox_size().0 < BACKLOG {
+        } else if node.outbox_size().pending < BACKLOG {
             let bodies: Vec<String> =
                 (0..64).map(|n| format!("{}-{}", env(LIFE), round * 64 + n)).collect();
             let sent = bodies.iter().map(|body| {
@@ -102,9 +102,11 @@ async fn receive(dir: &Path) {
         async move {
             let (message, mut file) = (call.message, &*handled);
             let (body, again) = (message.text(), message.is_redelivered());
-            file.write_all(format!("begin {life} {body} {again}\n").as_bytes())?;
+            let mut note =
+                |line: String| file.write_all(line.as_bytes()).map_err(HandlerError::from_error);
+            note(format!("begin {life} {body} {again}\n"))?;
             tokio::task::yield_now().await;
-            file.write_all(format!("end {life} {body}\n").as_bytes())?;
+            note(format!("end {life} {body}\n"))?;
             Ok::<_, HandlerError>(())
         }
     };

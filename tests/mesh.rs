@@ -98,6 +98,15 @@ async fn a_node_hears_and_serves_itself() {
     assert_eq!(node.request("echo", "y").await.unwrap().text(), "y");
 }
 
+/// An error of a user's own, which has a code of its own.
+struct SoldOut;
+
+impl From<SoldOut> for HandlerError {
+    fn from(_: SoldOut) -> Self {
+        Self::new("sold_out", "no apples are left")
+    }
+}
+
 #[tokio::test]
 async fn a_handlers_error_and_panic_reach_the_caller() {
     let host = Host::new();
@@ -106,7 +115,9 @@ async fn a_handlers_error_and_panic_reach_the_caller() {
         match call.message.text().as_ref() {
             "panic" => panic!("on purpose"),
             "decline" => Err(HandlerError::new("not_found", "no order 17")),
-            "number" => Ok("x".parse::<u32>()?.to_string()),
+            "number" => Ok("x".parse::<u32>().map_err(HandlerError::from_error)?.to_string()),
+            "sold out" => Err(SoldOut)?,
+            "decode" => Ok(call.message.decode::<String>()?),
             _ => Ok("fine".to_owned()),
         }
     };
@@ -119,6 +130,10 @@ async fn a_handlers_error_and_panic_reach_the_caller() {
     assert_eq!(code("decline").await, "not_found");
     assert_eq!(code("panic").await, "panic");
     assert_eq!(code("number").await, "error");
+    assert_eq!(code("sold out").await, "sold_out");
+    let error = alice.request("orders", "decode").await.unwrap_err().to_string();
+    let told = "the handler declined: decode: the body can't be decoded: ";
+    assert!(error.len() > told.len() && error.starts_with(told), "with its cause: {error}");
     assert_eq!(alice.request("orders", "ok").await.unwrap().text(), "fine");
     // One way, a failure is counted at the sender.
     let mut events = alice.events();
@@ -219,7 +234,8 @@ async fn a_message_to_a_node_goes_there_and_can_be_answered_later() {
     let later = move |call: Call| {
         let bob = replier.clone();
         async move {
-            bob.answer(&call.message, "later").expect("it has a return address").await?;
+            let answer = bob.answer(&call.message, "later").expect("it has a return address");
+            answer.await.map_err(HandlerError::from_error)?;
             Ok(())
         }
     };

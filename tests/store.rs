@@ -161,7 +161,7 @@ async fn a_store_of_the_first_format_goes_on_in_the_new_one() {
     assert_eq!((report.pending, report.dead_letters, report.damaged.len()), (6, 1, 0));
     let id = MessageId::from_bytes([7; 16]);
     node.send("nobody", "stored once").guaranteed().once(id).await.unwrap();
-    assert_eq!(node.outbox_size().0, 6, "its id is remembered");
+    assert_eq!(node.outbox_size().pending, 6, "its id is remembered");
     let handled = Arc::new(Mutex::new(Vec::new()));
     let handling = handled.clone();
     let handler = move |call: Call| {

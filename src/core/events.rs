@@ -1,14 +1,24 @@
 //! What happens to a node, as a stream.
 
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use futures_core::Stream;
+use futures_util::StreamExt;
+use futures_util::stream::unfold;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+
 use crate::address::ServiceName;
 use crate::engine::delivery::DeadLetterReason;
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
+use crate::opaque::opaque;
 use crate::peer::{Address, PeerInfo};
 use crate::report::DropReason;
 use crate::trust::Action;
-use tokio::sync::broadcast;
-use tokio::sync::broadcast::error::RecvError;
 
 /// Something that a user or an operator may want to know.
 #[derive(Debug, Clone)]
@@ -112,8 +122,8 @@ pub enum DownCause {
     ShutDownHere,
 }
 
-impl std::fmt::Display for DownCause {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for DownCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Left => f.write_str("it said goodbye"),
             Self::Lost => f.write_str("its connection closed without a goodbye"),
@@ -158,18 +168,28 @@ impl From<MeshEvent> for Event {
     }
 }
 
-/// The events of a node, from [`Node::events`](crate::Node::events).
+/// The events of a node, from [`Node::events`](crate::Node::events), as a [`Stream`] that ends when
+/// the node is gone.
 ///
 /// Up to 1,024 wait; who is slower than that misses the oldest, and [`Events::missed`] counts
 /// them.
 pub struct Events {
-    receiver: broadcast::Receiver<Event>,
+    /// Each event, or how many were missed before the next.
+    received: Pin<Box<dyn Stream<Item = Result<Event, u64>> + Send + Sync>>,
     missed: u64,
 }
 
 impl Events {
     pub(crate) fn new(receiver: broadcast::Receiver<Event>) -> Self {
-        Self { receiver, missed: 0 }
+        let received = unfold(receiver, async |mut receiver| {
+            let next = match receiver.recv().await {
+                Ok(event) => Ok(event),
+                Err(RecvError::Lagged(missed)) => Err(missed),
+                Err(RecvError::Closed) => return None,
+            };
+            Some((next, receiver))
+        });
+        Self { received: Box::pin(received.fuse()), missed: 0 }
     }
 
     /// The next event; `None` when the node is gone.
@@ -177,17 +197,55 @@ impl Events {
     /// # Cancel safety
     /// Dropping the future loses nothing.
     pub async fn recv(&mut self) -> Option<Event> {
-        loop {
-            match self.receiver.recv().await {
-                Ok(event) => return Some(event),
-                Err(RecvError::Lagged(missed)) => self.missed += missed,
-                Err(RecvError::Closed) => return None,
-            }
-        }
+        poll_fn(|context| self.poll(context)).await
     }
 
     /// How many events were missed for being slow.
     pub fn missed(&self) -> u64 {
         self.missed
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        loop {
+            match ready!(self.received.as_mut().poll_next(context)) {
+                Some(Ok(event)) => return Poll::Ready(Some(event)),
+                Some(Err(missed)) => self.missed += missed,
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+impl Stream for Events {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.poll(context)
+    }
+}
+
+opaque!(Events, |it| missed: it.missed);
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_a_stream_that_counts_what_it_misses_and_then_ends() {
+        let (told, receiver) = broadcast::channel(2);
+        let mut events = Events::new(receiver);
+        assert!(events.recv().now_or_never().is_none(), "nothing has happened yet");
+        for number in 0..5 {
+            told.send(Event::DeadLetter { number, reason: DeadLetterReason::TooLarge }).unwrap();
+        }
+        drop(told);
+        let mut heard = Vec::new();
+        while let Some(Event::DeadLetter { number, .. }) = events.next().await {
+            heard.push(number);
+        }
+        assert_eq!((heard, events.missed()), (vec![3, 4], 3));
+        assert!(events.recv().await.is_none(), "and stays at its end");
     }
 }

@@ -27,7 +27,7 @@ mod way;
 pub(crate) use alarm::Alarm;
 pub(crate) use counters::add;
 pub use events::{DownCause, Event, Events};
-pub use handler::{Call, HandlerError};
+pub use handler::{Call, HandlerError, Reply};
 pub(crate) use handler::{Handler, boxed};
 pub(crate) use log::Line;
 pub use progress::NotStored;
@@ -50,7 +50,7 @@ use tokio::time::Instant;
 use crate::address::{Destination, Pattern};
 use crate::config::Config;
 use crate::engine::{
-    Delivered, Effect, EventBatch, Front, FrontLimits, Host, Path, Reply, RequestOutcome, Time,
+    self, Delivered, Effect, EventBatch, Front, FrontLimits, Host, Path, RequestOutcome, Time,
     deliver,
 };
 use crate::identity::{NodeId, random_u64};
@@ -226,7 +226,8 @@ impl Core {
         }
     }
 
-    fn reply(&self, hold: Hold, Reply { to, call, payload, extra }: Reply) {
+    fn reply(&self, hold: Hold, reply: engine::Reply) {
+        let engine::Reply { to, call, payload, extra } = reply;
         let mut header = Header::new(self.ids.next_now(), Kind::Document, Destination::Node(to));
         header.correlation_id = Some(call);
         header.extra = extra;

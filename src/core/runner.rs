@@ -8,12 +8,12 @@ use futures_util::FutureExt;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, yield_now};
 
-use super::handler::{Call, Handler, HandlerError};
+use super::handler::{Call, Handler, HandlerError, Reply};
 use super::lease::Lease;
 use super::{Core, Shell, add};
 use crate::address::ServiceName;
 use crate::engine::{Ended, Run, ServiceNumber};
-use crate::message::{Body, MessageId};
+use crate::message::MessageId;
 use crate::sync::{Mutex, calling_out, lock};
 use crate::wire::Failure;
 
@@ -138,7 +138,10 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     let result = hold_panic(&service, key.id, call, lease).await;
     add(&core.reporter.counters.handled, 1);
     let ended = match result {
-        Ok(body) => Ended::Replied { body: body.bytes, extra: reply_extra(body.content_type) },
+        Ok(reply) => {
+            let (body, extra) = reply.into_parts();
+            Ended::Replied { body, extra }
+        }
         Err(error) => {
             if guaranteed {
                 tracing::warn!(service = %service.name, message_id = %key.id, attempt, %error, "a handler failed");
@@ -152,18 +155,13 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     core.with_front(|front, now| front.handle_ended(now, number, key, ended))
 }
 
-fn reply_extra(content_type: Option<&str>) -> Option<Box<crate::message::Extra>> {
-    let content_type = Some(content_type?.to_owned());
-    Some(Box::new(crate::message::Extra { content_type, ..Default::default() }))
-}
-
 /// Runs a handler within its lease. Its panic is its caller's error, and nobody else's.
 async fn hold_panic(
     service: &ServiceRunner,
     id: MessageId,
     call: Call,
     lease: Option<Arc<Lease>>,
-) -> Result<Body, HandlerError> {
+) -> Result<Reply, HandlerError> {
     calling_out();
     let begun = catch_unwind(AssertUnwindSafe(|| (service.handler)(call)));
     let run = begun.map(|run| AssertUnwindSafe(run).catch_unwind());

@@ -117,6 +117,7 @@ struct Row {
 /// inserted before it has been handed over.
 #[derive(Debug, thiserror::Error)]
 #[error("row {id} of the outbox table is no message: {problem}")]
+#[non_exhaustive]
 pub struct BadRow {
     /// The row's id.
     pub id: i64,

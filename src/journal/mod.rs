@@ -44,6 +44,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::identity::random_u64;
+use crate::opaque::opaque;
 use queue::{Append, Queue, Removal};
 use recovery::recover;
 use storage::{Directory, Storage};
@@ -54,6 +55,7 @@ use writer::Writer;
 /// That a message is settled is written with what is written next, or a second later, and is not
 /// synced for itself: after a crash the message may be sent once more, and its receiver knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Durability {
     /// When it is on the disk: it survives a crash of the process and of the machine.
     #[default]
@@ -105,6 +107,8 @@ pub struct Entry<'a> {
     pub position: Position,
     pub payload: &'a [u8],
 }
+
+opaque!(Entry<'_>, |it| position: it.position);
 
 /// A file of a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -261,6 +265,8 @@ pub struct Journal {
     first: u64,
     writer: Option<JoinHandle<()>>,
 }
+
+opaque!(Journal, |_it|);
 
 impl Journal {
     /// Opens the journal of a directory, or begins one; what is in it is handed to `take`, in

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::{Acceptor, DialError, Link, Receiver};
 use crate::engine::{Connection, Origin, TargetKey};
 use crate::identity::NodeId;
+use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::sync::{Guard, Mutex, lock};
 
@@ -29,6 +30,8 @@ use crate::sync::{Guard, Mutex, lock};
 pub struct MemoryNetwork {
     shared: Arc<Mutex<Shared>>,
 }
+
+opaque!(MemoryNetwork, |_it|);
 
 #[derive(Default)]
 struct Shared {

@@ -8,6 +8,7 @@ use crate::address::{AddressError, Pattern, ServiceName};
 use crate::carrier::{Wish, WishEnd};
 use crate::core::{Handler, ServiceRunner};
 use crate::engine::ServiceNumber;
+use crate::opaque::opaque;
 
 /// A durable subscription that is about to begin. [`Consume::start`] does it.
 #[must_use = "a durable subscription begins when it is started"]
@@ -18,6 +19,8 @@ pub struct Consume {
     handler: Arc<Handler>,
     concurrency: u32,
 }
+
+opaque!(Consume, |it| name: it.name, pattern: it.pattern);
 
 impl Consume {
     pub(super) fn new(
@@ -67,6 +70,8 @@ pub struct Consumer {
     concurrency: u32,
     node: Arc<Inner>,
 }
+
+opaque!(Consumer, |it| name: it.name(), pattern: it.pattern());
 
 impl Consumer {
     /// Its name.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use crate::address::Destination;
 use crate::config::Config;
 use crate::identity::NodeId;
-use crate::message::{Body, BodyError, Extra, Header, IdSource, Kind, Message, MessageId};
-use crate::wire::MAX_HEADER;
+use crate::message::{
+    Body, BodyError, Extra, Header, IdSource, Kind, Message, MessageId, check_size,
+};
 
 /// What any message may carry besides its body. Most carry nothing, and those that are published
 /// by the million are moved about, so it is kept small.
@@ -81,15 +82,8 @@ impl Draft {
     }
 
     pub(super) fn check(&self, config: &Config) -> Result<(), BodyError> {
-        let (len, max) = (self.body.len(), config.max_body);
-        if len > max {
-            return Err(BodyError::Body { len, max });
-        }
-        let extra = self.rare.as_ref().and_then(|rare| rare.extra.as_ref());
-        match extra.map_or(0, |extra| extra.counted_len()) {
-            len if len > MAX_HEADER => Err(BodyError::Header { len, max: MAX_HEADER }),
-            _ => Ok(()),
-        }
+        let extra = self.rare.as_ref().and_then(|rare| rare.extra.as_deref());
+        check_size(self.body.len(), extra, config.max_body)
     }
 
     pub(super) fn header(

@@ -14,6 +14,7 @@ use crate::address::{AddressError, Destination};
 use crate::carrier::{Capability, NewGuaranteed, OutboxError, Receipt, Submission};
 use crate::clock::unix_ms;
 use crate::message::{Kind, MessageId};
+use crate::opaque::opaque;
 use crate::wire::Envelope;
 
 /// A message for the outbox. Awaiting it stores the message and returns a [`Receipt`].
@@ -25,6 +26,8 @@ pub struct Guaranteed<'a> {
     not_before: Option<SystemTime>,
     once: bool,
 }
+
+opaque!(Guaranteed<'_>, |it| destination: it.destination);
 
 impl<'a> Guaranteed<'a> {
     pub(crate) fn new(
@@ -135,6 +138,8 @@ impl<'a> IntoFuture for Guaranteed<'a> {
 #[must_use = "a message is stored when this is awaited"]
 pub struct Storing<'a>(Step<'a>);
 
+opaque!(Storing<'_>, |_it|);
+
 /// It is no async block, since such a one would be ten times as large, and on the heap.
 enum Step<'a> {
     New(Guaranteed<'a>),
@@ -194,6 +199,8 @@ pub struct Transaction<'a> {
     pub(super) node: &'a Arc<Inner>,
     pub(super) messages: Vec<Guaranteed<'a>>,
 }
+
+opaque!(Transaction<'_>, |it| messages: it.messages);
 
 impl<'a> Transaction<'a> {
     /// Adds a message.

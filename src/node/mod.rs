@@ -36,10 +36,11 @@ use crate::carrier::mesh::durable::Durable;
 use crate::carrier::mesh::store::StoreReport;
 use crate::carrier::{Capability, Carrier, Condition, NotMet, Unsupported, Wish, WishEnd};
 use crate::config::Config;
-use crate::core::{Call, Core, Events, HandlerError, Subscriber, boxed};
+use crate::core::{Call, Core, Events, HandlerError, Reply, Subscriber, boxed};
 use crate::engine::Overflow;
 use crate::identity::NodeId;
 use crate::message::{Body, Message};
+use crate::opaque::opaque;
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
 
@@ -64,6 +65,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub struct Node {
     life: Arc<Life>,
 }
+
+opaque!(Node, |node| id: node.id(), name: node.name());
 
 /// The parts of a node that its handles share.
 pub(crate) struct Inner {
@@ -280,7 +283,7 @@ impl Node {
         P::Error: Into<AddressError>,
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         let (name, pattern) = (name.try_into(), pattern.try_into());
         let (name, pattern) = (name.map_err(Into::into), pattern.map_err(Into::into));
@@ -303,14 +306,15 @@ impl Node {
         self.inner().durable.as_ref().map(|durable| durable.report())
     }
 
-    /// How many guaranteed messages of ours are not processed yet, once for each destination,
-    /// and how many are dead letters.
-    pub fn outbox_size(&self) -> (u64, u64) {
-        self.inner().durable.as_ref().map_or((0, 0), |durable| durable.outbox_size())
+    /// How much this node's outbox keeps; nothing if it has none.
+    pub fn outbox_size(&self) -> OutboxSize {
+        let durable = self.inner().durable.as_ref();
+        let (pending, dead_letters) = durable.map_or((0, 0), |durable| durable.outbox_size());
+        OutboxSize { pending, dead_letters }
     }
 
-    /// Serves a name with a handler: what it returns is the reply, and its error reaches the
-    /// caller with code and text. Nodes that serve the same name share its calls (competing
+    /// Serves a name with a handler: what it returns is the reply, a body or a [`Reply`], and its
+    /// error reaches the caller with code and text. Nodes that serve the same name share its calls (competing
     /// consumers).
     ///
     /// ```
@@ -331,7 +335,7 @@ impl Node {
         N::Error: Into<AddressError>,
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         Serve::new(self.inner(), name.try_into().map_err(Into::into), boxed(handler))
     }
@@ -341,7 +345,7 @@ impl Node {
     where
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
         R: Future<Output = Result<B, HandlerError>> + std::marker::Send + 'static,
-        B: Into<Body>,
+        B: Into<Reply>,
     {
         Serve::new(self.inner(), Ok(ServiceName::node_inbox()), boxed(handler))
     }
@@ -471,6 +475,16 @@ impl Node {
     }
 }
 
+/// What an outbox keeps. A message counts once for each of its destinations.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OutboxSize {
+    /// Messages that are not processed yet.
+    pub pending: u64,
+    /// Those that won't be sent again by themselves.
+    pub dead_letters: u64,
+}
+
 /// A subscription that can't be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -484,7 +498,7 @@ pub enum SubscribeError {
 }
 
 /// What was waited for did not come.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
     /// The topic or name can't be parsed.

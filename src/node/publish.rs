@@ -16,11 +16,12 @@ use crate::core::{Publication, Way, add};
 use crate::engine::Backlog;
 use crate::identity::NodeId;
 use crate::message::{BodyError, Header, Kind, MessageId};
+use crate::opaque::opaque;
 use crate::report::{DropReason, PublishReport};
 use crate::wire::OutgoingEvent;
 
 /// A message that can't be published.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
     /// The topic can't be parsed.
@@ -41,6 +42,8 @@ pub struct Publish<'a> {
     to: Result<To<'a>, AddressError>,
     draft: Draft,
 }
+
+opaque!(Publish<'_>, |it| topic: it.to.as_ref().map(To::topic));
 
 /// Whom a message is published to.
 pub(crate) enum To<'a> {

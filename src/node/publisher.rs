@@ -8,6 +8,7 @@ use super::{Inner, Publish};
 use crate::address::Topic;
 use crate::core::Way;
 use crate::message::Body;
+use crate::opaque::opaque;
 
 /// Publishes on one topic. It knows who subscribes, and looks again only when that changes, so a
 /// message costs less than with [`Node::publish`](crate::Node::publish), which looks each time.
@@ -18,6 +19,8 @@ pub struct Publisher {
     node: Arc<Inner>,
     route: Route,
 }
+
+opaque!(Publisher, |it| topic: it.topic());
 
 /// The ways to the subscribers of a topic, as of a version of the routes.
 #[derive(Clone)]

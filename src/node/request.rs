@@ -15,10 +15,11 @@ use crate::carrier::Unsupported;
 use crate::core::{Core, HandlerError, add};
 use crate::engine::RequestOutcome;
 use crate::message::{BodyError, Kind, Message, MessageId};
+use crate::opaque::opaque;
 use crate::report::DropReason;
 
 /// A request that got no reply.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
     /// The service's name can't be parsed.
@@ -63,6 +64,8 @@ pub struct Request<'a> {
     draft: Draft,
     deadline: Duration,
 }
+
+opaque!(Request<'_>, |it| recipient: it.recipient, deadline: it.deadline);
 
 impl<'a> Request<'a> {
     pub(crate) fn new(

@@ -12,10 +12,11 @@ use crate::address::{AddressError, Recipient};
 use crate::carrier::Unsupported;
 use crate::identity::NodeId;
 use crate::message::{BodyError, Kind, MessageId};
+use crate::opaque::opaque;
 use crate::report::DropReason;
 
 /// A one-way message that can't be sent.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
     /// The service's name can't be parsed.
@@ -55,6 +56,8 @@ pub struct Send<'a> {
     recipient: Result<Recipient, AddressError>,
     draft: Draft,
 }
+
+opaque!(Send<'_>, |it| recipient: it.recipient);
 
 impl<'a> Send<'a> {
     pub(crate) fn new(

@@ -7,12 +7,13 @@ use crate::address::{AddressError, ServiceName};
 use crate::carrier::{CannotKeep, Unsupported, Wish, WishEnd};
 use crate::core::{Handler, ServiceRunner};
 use crate::engine::ServiceNumber;
+use crate::opaque::opaque;
 
 /// How many calls a service runs at once, unless it says so itself.
 pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
 
 /// A service name that can't be offered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The name can't be parsed.
@@ -54,6 +55,8 @@ pub struct Serve {
     handler: Arc<Handler>,
     concurrency: u32,
 }
+
+opaque!(Serve, |it| name: it.name, concurrency: it.concurrency);
 
 impl Serve {
     pub(super) fn new(
@@ -98,6 +101,8 @@ pub struct Service {
     concurrency: u32,
     node: Arc<Inner>,
 }
+
+opaque!(Service, |it| name: it.name());
 
 impl Service {
     /// The name under which it is offered.

@@ -19,7 +19,7 @@ use crate::carrier::mesh::{MeshCarrier, MeshHandle, MeshParts, SocketError};
 use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::core::Core;
-use crate::engine::delivery::{MAX_FAILURES, Now, OutboxConfig};
+use crate::engine::delivery::{Now, OutboxConfig};
 use crate::engine::{Mesh, MeshConfig, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
@@ -212,7 +212,7 @@ async fn open_store(
         max_bytes: config.outbox_bytes,
         max_messages: config.outbox_messages,
         window_bytes: config.window.min(config.send_queue) / 2,
-        max_failures: MAX_FAILURES,
+        retry: config.retry,
         hold_keys: config.hold_keys,
         segment_size: Options::default().segment_size,
         reassign_after: config.reassign_after,

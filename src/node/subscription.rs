@@ -11,6 +11,7 @@ use crate::address::Pattern;
 use crate::core::{Hold, Subscriber};
 use crate::engine::EventBatch;
 use crate::message::Message;
+use crate::opaque::opaque;
 
 /// The messages on a pattern's topics, as a [`Stream`] that ends when the node shuts down.
 ///
@@ -28,6 +29,8 @@ pub struct Subscription {
     current: Option<EventBatch<Hold>>,
     node: Arc<Inner>,
 }
+
+opaque!(Subscription, |it| pattern: it.pattern());
 
 impl Subscription {
     pub(crate) fn new(node: &Arc<Inner>, subscriber: Arc<Subscriber>) -> Self {

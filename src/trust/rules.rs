@@ -16,6 +16,7 @@ use crate::identity::NodeId;
 /// What a peer may be allowed to do with a topic or a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Action {
     /// Publish events on a topic.
     Publish,
@@ -92,6 +93,7 @@ enum Who {
 /// A line of rules that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
+#[non_exhaustive]
 pub struct ParseRulesError {
     /// Counted from 1.
     pub line: usize,

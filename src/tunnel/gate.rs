@@ -14,7 +14,8 @@ use super::zmtp::{
     FLAG_COMMAND, FLAG_LONG, FLAG_MORE, GREETING_LEN, MAX_READY, check_greeting, read_ready,
 };
 use crate::identity::NodeId;
-use crate::wire::{MAX_BATCH, MAX_FRAMES, MAX_HEADER};
+use crate::message::MAX_HEADER;
+use crate::wire::{MAX_BATCH, MAX_FRAMES};
 
 /// How large what passes may be.
 #[derive(Debug, Clone, Copy)]

@@ -36,9 +36,6 @@ pub(crate) const MAX_BATCH: usize = 256 * 1024;
 /// A longer body gets a frame of its own.
 pub(crate) const INLINE_BODY: usize = 4 * 1024;
 
-/// What a message may have besides its body: header, topic, user headers.
-pub(crate) const MAX_HEADER: usize = 64 * 1024;
-
 /// Bytes that can't be a batch of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WireError {

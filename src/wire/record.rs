@@ -10,10 +10,11 @@ use bytes::Bytes;
 use rmp::Marker;
 
 use super::pack::{ArrayWriter, NIL, Next, Reader, push_str, push_uint};
-use super::{Control, INLINE_BODY, MAX_HEADER, WireError};
+use super::{Control, INLINE_BODY, WireError};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::delivery_id::Delivery;
 use crate::identity::NodeId;
+use crate::message::MAX_HEADER;
 use crate::message::{BASE_COST, Extra, Header, Kind, MessageId};
 
 /// One of the four flows on a link that have credit of their own. One credit for all would

@@ -98,13 +98,16 @@ impl World {
 
     /// A node that can send and take guaranteed messages, and comes back as itself.
     pub(crate) async fn durable(&self, name: &str) -> Node {
+        self.durable_config(name).start().await.unwrap()
+    }
+
+    pub(crate) fn durable_config(&self, name: &str) -> Config {
         let path = self.host.path().join(name);
         let config = self.config(name);
-        let config = match self.carrier {
+        match self.carrier {
             Carrier::Mesh => config.outbox(path),
             Carrier::Embedded(_) | Carrier::Real(_) => config.identity(path),
-        };
-        config.start().await.unwrap()
+        }
     }
 
     pub(crate) fn is_mesh(&self) -> bool {

@@ -26,6 +26,14 @@ pub(crate) struct NodeOptions {
     /// Folder that keeps guaranteed messages and this node's identity; created if missing
     #[arg(long, value_name = "DIR")]
     pub(crate) outbox: Option<PathBuf>,
+    /// How often the handler of a guaranteed message may fail before that is a dead letter; over a
+    /// broker, of those that this node handles [default: 10]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    max_attempts: Option<u32>,
+    /// How long such a message is left alone: after the first attempt, and at the most; it doubles
+    /// with each [default: 200ms..60s]
+    #[arg(long, value_name = "FIRST..LONGEST", value_parser = parse_backoff)]
+    backoff: Option<(Duration, Duration)>,
     /// Have a broker carry all messages, in place of links: peerbus://HOST:PORT (`peerbus broker`),
     /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ), with USER:PASSWORD@ before the host
     #[arg(long, value_name = "URL", env = "PEERBUS_BROKER", hide_env_values = true)]
@@ -75,7 +83,8 @@ impl NodeOptions {
     pub(crate) async fn start_both(&self) -> anyhow::Result<(Node, Node)> {
         let url = self.broker.as_ref().context("--broker URL says to which broker")?;
         let inner = self.config()?.start().await.context("the node of the mesh can't start")?;
-        let mut outer = Node::builder().mesh(self.mesh.clone()).name(inner.name());
+        let outer = Node::builder().mesh(self.mesh.clone()).name(inner.name());
+        let mut outer = self.retrying(outer);
         if let Some(path) = self.kept_identity() {
             outer = outer.identity(path);
         }
@@ -87,6 +96,16 @@ impl NodeOptions {
     fn kept_identity(&self) -> Option<PathBuf> {
         let in_store = || Some(self.outbox.as_ref()?.join("identity"));
         self.identity.clone().or_else(in_store)
+    }
+
+    fn retrying(&self, mut config: Config) -> Config {
+        if let Some(attempts) = self.max_attempts {
+            config = config.max_attempts(attempts);
+        }
+        if let Some((first, longest)) = self.backoff {
+            config = config.backoff(first, longest);
+        }
+        config
     }
 
     fn over_broker(&self, config: Config, url: &str) -> Config {
@@ -118,6 +137,7 @@ impl NodeOptions {
         if let Some(dir) = &self.outbox {
             config = config.outbox(dir);
         }
+        config = self.retrying(config);
         config = self.listen.iter().fold(config, |config, addr| config.listen(*addr));
         config = self.peer.iter().cloned().fold(config, Config::peer);
         config = self.advertise.iter().cloned().fold(config, Config::advertise);
@@ -131,6 +151,13 @@ impl NodeOptions {
         let here = self.broker.is_none() && matches!(self.trust.trust(), Ok(Trust::ThisHost));
         here.then_some("to join a LAN: --mesh-key KEY; `peerbus keygen --mesh` makes a key")
     }
+}
+
+fn parse_backoff(text: &str) -> Result<(Duration, Duration), String> {
+    let (first, longest) = text.split_once("..").ok_or("it is two times, such as 200ms..60s")?;
+    let parse =
+        |text| humantime::parse_duration(text).map_err(|error| format!("{text:?}: {error}"));
+    Ok((parse(first)?, parse(longest)?))
 }
 
 /// Where a message or request goes.
@@ -253,7 +280,7 @@ pub(crate) async fn settle(
         }
     }
     // What earlier runs have left.
-    while node.outbox_size().0 > 0 && tokio::time::Instant::now() < deadline {
+    while node.outbox_size().pending > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let kept = node.shutdown_within(DRAIN).await.pending + at_broker;

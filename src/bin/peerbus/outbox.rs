@@ -271,7 +271,7 @@ impl Show {
         if let Some(key) = header.ordering_key() {
             text.push(format!("key         {key}"));
         }
-        for (name, value) in header.extra.iter().flat_map(|extra| &extra.headers) {
+        for (name, value) in header.user_headers() {
             text.push(format!("header      {name}={value}"));
         }
         match first.expires_at.map(|at| at.duration_since(SystemTime::now())) {

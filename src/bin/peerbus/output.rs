@@ -35,10 +35,8 @@ pub(crate) fn note(text: impl Display) {
 
 pub(crate) fn message(message: &Message) -> Value {
     let header = &message.header;
-    let extra = header.extra.as_deref();
-    let headers: serde_json::Map<String, Value> = extra
-        .map(|extra| extra.headers.iter().map(|(key, value)| (key.clone(), json!(value))).collect())
-        .unwrap_or_default();
+    let headers = header.user_headers().map(|(key, value)| (key.to_owned(), json!(value)));
+    let headers: serde_json::Map<String, Value> = headers.collect();
     json!({
         "event": "message",
         "id": header.id,

@@ -150,6 +150,7 @@ impl BrokerCarrier {
             mesh: config.mesh.clone(),
             ca: config.broker_ca.clone(),
             lease: config.lease,
+            retry: config.retry,
         };
         let mut connection = None;
         let carrier = Arc::new_cyclic(|carrier: &Weak<Self>| {

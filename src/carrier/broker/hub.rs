@@ -36,6 +36,7 @@ use zeromq::{
 
 use crate::address::{Pattern, Topic};
 use crate::engine::PatternTrie;
+use crate::opaque::opaque;
 
 /// What a node may have on its way or unread at a time, in bytes; what is beyond it is dropped.
 pub(super) const WINDOW: u64 = 8 * 1024 * 1024;
@@ -59,6 +60,8 @@ pub struct EmbeddedBroker {
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
+
+opaque!(EmbeddedBroker, |it| addr: it.addr);
 
 /// An embedded broker that can't start.
 #[derive(Debug, thiserror::Error)]

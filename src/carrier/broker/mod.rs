@@ -36,7 +36,7 @@ pub use kind::BrokerKind;
 pub use url::{BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
-use crate::engine::delivery::{MAX_FAILURES, longest_pause};
+use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
@@ -53,6 +53,8 @@ pub(crate) struct Me {
     pub(crate) ca: Option<PathBuf>,
     /// How long the handler of a guaranteed message may take.
     pub(crate) lease: Duration,
+    /// The retries of a message that is handled here.
+    pub(crate) retry: RetryPolicy,
 }
 
 /// A message for the broker.
@@ -163,11 +165,11 @@ pub(crate) enum AckAction {
 
 impl AckAction {
     /// Follows from the word about an attempt; `None` is an attempt that was given up.
-    pub(crate) fn after(ack: Option<Ack>, attempt: u32) -> Self {
+    pub(crate) fn after(ack: Option<Ack>, attempt: u32, retry: &RetryPolicy) -> Self {
         match ack {
             Some(Ack::Later(wait)) => Self::Again(wait),
             Some(Ack::Ended(DeliveryOutcome::Processed)) => Self::Forget,
-            Some(Ack::Ended(DeliveryOutcome::Failed(reason))) if attempt >= MAX_FAILURES => {
+            Some(Ack::Ended(DeliveryOutcome::Failed(reason))) if attempt >= retry.max_attempts => {
                 Self::DeadLetter(reason)
             }
             Some(Ack::Ended(DeliveryOutcome::Rejected(reason))) => Self::DeadLetter(reason),
@@ -175,7 +177,7 @@ impl AckAction {
             Some(Ack::Ended(
                 DeliveryOutcome::Failed(_) | DeliveryOutcome::Refused | DeliveryOutcome::NoInbox,
             ))
-            | None => Self::Again(longest_pause(attempt.saturating_sub(1))),
+            | None => Self::Again(retry.pause(attempt.saturating_sub(1))),
         }
     }
 }
@@ -186,12 +188,15 @@ mod tests {
 
     #[test]
     fn failures_are_retried_ever_later_and_become_dead_letters_in_the_end() {
+        let (first, longest) = (Duration::from_millis(100), Duration::from_secs(1));
+        let retry = RetryPolicy { max_attempts: 3, first, longest };
         let failed = |attempt| {
-            AckAction::after(Some(Ack::Ended(DeliveryOutcome::Failed("no".into()))), attempt)
+            let ack = Ack::Ended(DeliveryOutcome::Failed("no".into()));
+            AckAction::after(Some(ack), attempt, &retry)
         };
-        assert_eq!(failed(1), AckAction::Again(Duration::from_millis(200)));
-        assert_eq!(failed(2), AckAction::Again(Duration::from_millis(400)));
-        assert_eq!(failed(MAX_FAILURES), AckAction::DeadLetter("no".into()));
-        assert_eq!(AckAction::after(None, u32::MAX), AckAction::Again(Duration::from_secs(60)));
+        assert_eq!(failed(1), AckAction::Again(first));
+        assert_eq!(failed(2), AckAction::Again(2 * first));
+        assert_eq!(failed(3), AckAction::DeadLetter("no".into()));
+        assert_eq!(AckAction::after(None, u32::MAX, &retry), AckAction::Again(longest));
     }
 }

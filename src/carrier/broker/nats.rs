@@ -47,7 +47,7 @@ use super::{
     Ack, AckAction, BrokerUrl, Guaranteed, Incoming, Kept, Me, Outgoing, StoreFailure, Via,
 };
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
-use crate::engine::delivery::longest_pause;
+use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
@@ -356,7 +356,7 @@ impl NatsSession {
             consumer.stream().max_messages_per_batch(batch).messages().await.map_err(refused)?;
         let incoming = self.incoming.clone();
         let Some(streams) = self.jetstream.clone() else { return Ok(()) };
-        let (names, lease) = (self.names.clone(), self.me.lease);
+        let (names, lease, retry) = (self.names.clone(), self.me.lease, self.me.retry);
         let client = self.client.clone();
         self.spawn(task, async move {
             while let Some(Ok(message)) = messages.next().await {
@@ -373,7 +373,7 @@ impl NatsSession {
                     incoming.handle_kept(via, parcel(&message), kept);
                 }
                 let (context, names) = (streams.context.clone(), names.clone());
-                tokio::spawn(settle(message, attempt, acked, lease, context, names));
+                tokio::spawn(settle(message, attempt, acked, lease, retry, context, names));
             }
         });
         Ok(())
@@ -602,6 +602,7 @@ async fn settle(
     attempt: u32,
     mut acked: oneshot::Receiver<Ack>,
     lease: Duration,
+    retry: RetryPolicy,
     context: jetstream::Context,
     names: Names,
 ) {
@@ -614,7 +615,7 @@ async fn settle(
             }
         }
     };
-    let kind = match AckAction::after(ack.ok(), attempt) {
+    let kind = match AckAction::after(ack.ok(), attempt, &retry) {
         AckAction::Forget => AckKind::Ack,
         AckAction::Again(wait) => AckKind::Nak(Some(wait)),
         AckAction::DeadLetter(reason) => {
@@ -622,7 +623,7 @@ async fn settle(
                 Ok(()) => AckKind::Term,
                 Err(error) => {
                     tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
-                    AckKind::Nak(Some(longest_pause(attempt.saturating_sub(1))))
+                    AckKind::Nak(Some(retry.pause(attempt.saturating_sub(1))))
                 }
             }
         }

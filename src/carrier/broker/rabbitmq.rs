@@ -11,7 +11,8 @@
 //! | guaranteed, on a topic | topic exchange `.kept`, a quorum queue `.durable.NODE.NAME` for each subscription |
 //! | dead letter | fanout exchange and queue `.dead`, the reason in RabbitMQ's `x-death` |
 //!
-//! Our head is the header `peerbus`; the payload is the body.
+//! Our head is the header `peerbus`; the payload is the body. The quorum queues for work and for
+//! subscriptions have `max_attempts` of the node that declares them for their delivery limit.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -45,7 +46,7 @@ use super::{
 };
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::clock::unix_ms;
-use crate::engine::delivery::MAX_FAILURES;
+use crate::engine::delivery::RetryPolicy;
 use crate::message::MessageId;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
@@ -384,7 +385,7 @@ impl RabbitSession {
         via: impl Fn(&Delivery) -> Option<Via> + Send + 'static,
     ) -> Result<(), Failed> {
         let (channel, mut consumer) = self.consumer(queue, concurrency).await?;
-        let incoming = self.incoming.clone();
+        let (incoming, retry) = (self.incoming.clone(), self.me.retry);
         let running = tokio::spawn(async move {
             while let Some(Ok(delivery)) = consumer.next().await {
                 let attempt = attempt(&delivery);
@@ -395,7 +396,7 @@ impl RabbitSession {
                 if let Some(via) = via {
                     incoming.handle_kept(via, parcel(delivery), kept);
                 }
-                tokio::spawn(settle(acker, attempt, acked));
+                tokio::spawn(settle(acker, attempt, acked, retry));
             }
         });
         self.keep(task, running.abort_handle(), channel);
@@ -460,7 +461,7 @@ impl RabbitSession {
     }
 
     fn kept_arguments(&self) -> FieldTable {
-        quorum(Some(&self.names.of("dead")))
+        quorum(Some((&self.names.of("dead"), self.me.retry.max_attempts)))
     }
 
     async fn declare_exchange(&self, what: &str, kind: ExchangeKind) -> Result<(), Failed> {
@@ -611,8 +612,8 @@ impl Drop for RabbitSession {
 }
 
 /// Tells the broker what became of a guaranteed message.
-async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>) {
-    let told = match AckAction::after(acked.await.ok(), attempt) {
+async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>, retry: RetryPolicy) {
+    let told = match AckAction::after(acked.await.ok(), attempt, &retry) {
         AckAction::Forget => acker.ack(BasicAckOptions::default()).await,
         AckAction::DeadLetter(reason) => {
             tracing::warn!(reason, "a message is a dead letter");
@@ -633,14 +634,14 @@ fn durable() -> QueueDeclareOptions {
     QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() }
 }
 
-/// A quorum queue; what fails too often goes to the exchange for dead letters.
-fn quorum(dead: Option<&str>) -> FieldTable {
+/// A quorum queue; what fails that often goes to that exchange for dead letters.
+fn quorum(dead: Option<(&str, u32)>) -> FieldTable {
     let text = |text: &str| AMQPValue::LongString(LongString::from(text));
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), text("quorum"));
-    if let Some(dead) = dead {
+    if let Some((dead, max_attempts)) = dead {
         arguments.insert("x-dead-letter-exchange".into(), text(dead));
-        let limit = i64::from(MAX_FAILURES);
+        let limit = i64::from(max_attempts);
         arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(limit));
     }
     arguments

@@ -38,16 +38,28 @@ use crate::engine::Time;
 use crate::identity::NodeId;
 use crate::wire::Stream;
 
-/// So many failures of its handler make a message a dead letter.
-pub(crate) const MAX_FAILURES: u32 = 10;
+/// How often a guaranteed message is tried, and how long it is left alone in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RetryPolicy {
+    /// So many failures of its handler make a message a dead letter.
+    pub(crate) max_attempts: u32,
+    /// The pause after the first attempt, at the most. It doubles with each.
+    pub(crate) first: Duration,
+    pub(crate) longest: Duration,
+}
 
-/// Between attempts: doubling.
-const FIRST_RETRY: Duration = Duration::from_millis(200);
-const LONGEST_RETRY: Duration = Duration::from_secs(60);
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        let (first, longest) = (Duration::from_millis(200), Duration::from_secs(60));
+        Self { max_attempts: 10, first, longest }
+    }
+}
 
-/// How long a message is left alone, at the most, that has been tried so often before.
-pub(crate) fn longest_pause(times_before: u32) -> Duration {
-    FIRST_RETRY.saturating_mul(1 << times_before.min(16)).min(LONGEST_RETRY)
+impl RetryPolicy {
+    /// How long a message is left alone, at the most, that has been tried so often before.
+    pub(crate) fn pause(&self, times_before: u32) -> Duration {
+        self.first.saturating_mul(1 << times_before.min(31)).min(self.longest)
+    }
 }
 
 /// Now, by the clock that never jumps and by the one on the wall, which only expiry and schedules

@@ -32,9 +32,9 @@ use super::flow::LinkLoss;
 use super::{LinkId, Path, Time};
 use crate::address::{Destination, Pattern, ServiceName};
 use crate::identity::NodeId;
-use crate::message::{Extra, Message, MessageId};
+use crate::message::{Extra, Message, MessageId, check_size};
 use crate::report::DropReason;
-use crate::wire::{Delivery, DeliveryOutcome, Failure, MAX_HEADER, Payload};
+use crate::wire::{Delivery, DeliveryOutcome, Failure, Payload};
 
 /// The types by which a front's owner carries out its effects.
 pub(crate) trait Host {
@@ -515,15 +515,8 @@ impl<H: Host> Front<H> {
     }
 
     fn check_reply(&self, body: &Bytes, extra: &Option<Box<Extra>>) -> Result<(), Failure> {
-        let header = extra.as_ref().map_or(0, |extra| extra.counted_len());
-        let too_large = |text| Err(Failure { code: "too_large".into(), text });
-        if body.len() > self.limits.max_body {
-            return too_large(format!("the reply is {} bytes long, over the limit", body.len()));
-        }
-        if header > MAX_HEADER {
-            return too_large(format!("the reply's header is {header} bytes long, over the limit"));
-        }
-        Ok(())
+        check_size(body.len(), extra.as_deref(), self.limits.max_body)
+            .map_err(|error| Failure { code: "too_large".into(), text: error.to_string() })
     }
 
     /// The caller gave up.

@@ -32,6 +32,7 @@ pub(crate) const IDENTITY: &str = "identity";
 /// A folder that can't be a node's store.
 #[derive(Debug, thiserror::Error)]
 #[error("the store {path} can't be used", path = path.display())]
+#[non_exhaustive]
 pub struct StoreError {
     /// The folder.
     pub path: PathBuf,

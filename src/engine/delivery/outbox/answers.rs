@@ -130,7 +130,7 @@ impl Outbox {
         part.redelivered = true;
         part.failures += 1;
         let failures = part.failures;
-        if failures >= self.config.max_failures {
+        if failures >= self.config.retry.max_attempts {
             self.dead_letter(key, DeadLetterReason::Failed { failures, text });
         } else if expired {
             self.dead_letter(key, DeadLetterReason::Expired { maybe_processed: true });

@@ -9,7 +9,7 @@ use super::{
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
-use crate::engine::delivery::{DeadLetterReason, Now, Target, longest_pause};
+use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::wire::{Delivery, DeliveryId};
 
@@ -136,7 +136,7 @@ impl Outbox {
 
     /// Tries again after a while, doubling with each time before, and with full jitter.
     pub(super) fn pause(&mut self, now: Now, key: DeliveryKey, times_before: u32, refused: bool) {
-        let until = now.time + longest_pause(times_before).mul_f64(self.random.unit());
+        let until = now.time + self.config.retry.pause(times_before).mul_f64(self.random.unit());
         self.pause_until(key, until, refused);
     }
 

@@ -35,7 +35,7 @@ use smallvec::SmallVec;
 
 use super::numbered::Numbered;
 use super::record::OutboxRecord;
-use super::{Binding, DeadLetterReason, Target};
+use super::{Binding, DeadLetterReason, RetryPolicy, Target};
 use crate::address::{Pattern, ServiceName, Topic};
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
@@ -56,7 +56,7 @@ pub(crate) struct OutboxConfig {
     pub(crate) max_messages: u64,
     /// What may be sent to a peer and not be answered.
     pub(crate) window_bytes: u64,
-    pub(crate) max_failures: u32,
+    pub(crate) retry: RetryPolicy,
     /// A dead letter holds up those with its key.
     pub(crate) hold_keys: bool,
     /// After how long without its node a message goes to another one.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Event, Life, NODES, Node, Packet, Which, World, id};
 use crate::engine::Time;
-use crate::engine::delivery::{Contents, Inbox, Outbox, OutboxConfig};
+use crate::engine::delivery::{Contents, Inbox, Outbox, OutboxConfig, RetryPolicy};
 use crate::engine::sim::disk::{Crash, Disk, SEGMENT};
 use crate::journal::{Entry, Level};
 use crate::message::MessageId;
@@ -24,7 +24,7 @@ impl World {
             max_bytes: 1 << 30,
             max_messages: 1000,
             window_bytes: 600,
-            max_failures: 10,
+            retry: RetryPolicy::default(),
             hold_keys: self.hold_keys,
             segment_size: SEGMENT,
             reassign_after: self.reassign_after,

@@ -11,8 +11,8 @@ use super::answers::MOST_UNREADABLE;
 use super::peers::{MAX_PEERS, MAX_SUBSCRIPTIONS};
 use super::*;
 use crate::address::Destination;
-use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
+use crate::engine::delivery::{Now, RetryPolicy};
 use crate::message::{Header, IdSource, Kind};
 use crate::wire::{Answer, DeliveryId, DeliveryOutcome, InboxInfo};
 
@@ -65,7 +65,7 @@ impl Bench {
             max_bytes: 1000,
             max_messages: 3,
             window_bytes: 1 << 20,
-            max_failures: 10,
+            retry: RetryPolicy::default(),
             hold_keys: false,
             reassign_after,
             segment_size: 1 << 20,
