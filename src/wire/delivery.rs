@@ -1,40 +1,39 @@
-//! Guaranteed delivery on the wire: what a guaranteed message says of itself, and its answer.
+//! Guaranteed delivery on the wire: the fields of a guaranteed message, and its answer.
 
 use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_uint};
 use crate::address::ServiceName;
 
-/// Names a delivery between two nodes for good: a message may be sent again and again, and is
-/// known by this.
+/// The permanent id of a delivery between two nodes. It identifies the delivery over all attempts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct DeliveryId {
     pub(crate) stream: Stream,
-    /// Its place in the stream, from 1.
+    /// The delivery's number in the stream, from 1.
     pub(crate) seq: u64,
 }
 
-/// What numbers deliveries from one node to another.
+/// A numbered sequence of deliveries from one node to another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Stream {
-    /// Of the sender's outbox: drawn each time that it is opened.
+    /// The epoch of the sender's outbox, drawn each time that the outbox is opened.
     pub(crate) epoch: u64,
-    /// The durable subscription; `None` for what is sent point to point.
+    /// The durable subscription; `None` for point-to-point messages.
     pub(crate) subscription: Option<ServiceName>,
 }
 
-/// What a guaranteed message says besides its header.
+/// The fields of a guaranteed message besides its header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Delivery {
     pub(crate) id: DeliveryId,
-    /// All before it in the stream is settled: the receiver may forget it.
+    /// All earlier numbers in the stream are settled: the receiver may forget them.
     pub(crate) floor: u64,
-    /// From 1. The answer names it.
+    /// The number of the attempt, from 1, which the answer repeats.
     pub(crate) attempt: u32,
-    /// It may have been handled before, here or elsewhere.
+    /// A handler may have received the message before, here or elsewhere.
     pub(crate) redelivered: bool,
 }
 
-/// What became of a delivery at its receiver.
+/// The receiver's answer to a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(crate) id: DeliveryId,
@@ -44,28 +43,28 @@ pub(crate) struct Answer {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DeliveryOutcome {
-    /// Its handler returned Ok, now or in an earlier attempt, and that is on the disk.
+    /// The handler returned Ok, now or in an earlier attempt, and the record of that is durable.
     Processed,
-    /// Its handler failed: try again later.
+    /// The handler failed: retry later.
     Failed(String),
-    /// Its handler will never take it.
+    /// The handler rejected the message permanently.
     Rejected(String),
-    /// It was not run, and is not served here now.
+    /// The message was not run, as nothing serves it here now.
     Refused,
-    /// It was not run: the node has no store to remember it in.
+    /// The message was not run, as the node has no store for its inbox.
     NoInbox,
-    /// It was not run: its time ran out before.
+    /// The message was not run, as it had expired.
     Expired,
 }
 
-/// A node's inbox, as it tells of it.
+/// A node's announcement of its inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct InboxInfo {
-    /// Drawn when the inbox was made: another one tells that the old is lost.
+    /// The epoch, drawn when the inbox was created: a new one means that the old inbox is lost.
     pub(crate) epoch: u64,
     /// The durable subscriptions, by name.
     pub(crate) subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
-    /// Those that it has given up for good.
+    /// The durable subscriptions that the node has ended permanently.
     pub(crate) ended: Vec<ServiceName>,
 }
 
@@ -101,7 +100,7 @@ impl DeliveryOutcome {
 }
 
 impl Delivery {
-    /// Whether it was published, for a durable subscription.
+    /// Returns true if the message is an event for a durable subscription.
     pub(crate) fn is_event(&self) -> bool {
         self.id.stream.subscription.is_some()
     }
@@ -128,7 +127,7 @@ impl Delivery {
         let subscription = read_subscription(&mut fields)?;
         fields.finish()?;
         if floor > seq {
-            return Err(WireError::Unexpected("a delivery below its floor"));
+            return Err(WireError::Unexpected("a delivery is below its floor"));
         }
         let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
         let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
@@ -177,7 +176,7 @@ impl Answer {
 }
 
 impl InboxInfo {
-    /// The fields `epoch, [[name, pattern], …], [ended name, …]`
+    /// Writes the fields `epoch, [[name, pattern], …], [ended name, …]`.
     pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
         record.uint(self.epoch);
         record.list(self.subscriptions.iter(), |buf, (name, pattern)| {
