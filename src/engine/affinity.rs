@@ -1,16 +1,16 @@
-//! Affinity: which of several instances takes the messages of an ordering key.
+//! Affinity: the choice of the instance that takes the messages of an ordering key.
 //!
 //! By rendezvous hashing (Thaler and Ravishankar, *Using Name-Based Mappings to Increase Hit
-//! Rates*, 1998): each instance has a score for each key, and the highest takes it. All senders
-//! come to the same choice without a word, and when an instance comes or goes, only the keys move
-//! that it takes or took.
+//! Rates*, 1998): each instance has a score for each key, and the highest score wins. All senders
+//! make the same choice without coordination. When an instance comes or goes, only the keys that it
+//! takes or took are moved.
 
 use std::collections::HashMap;
 
 use crate::address::ServiceName;
 use crate::identity::NodeId;
 
-/// The candidate that takes the messages of a key.
+/// Returns the candidate that takes the messages of a key.
 pub(crate) fn preferred<'a, T>(
     candidates: &'a [T],
     key: &str,
@@ -24,20 +24,20 @@ pub(crate) fn preferred<'a, T>(
     })
 }
 
-/// How many keys one generation of [`Affinity`] holds.
+/// The number of keys in one generation of [`Affinity`].
 const GENERATION: usize = 16 * 1024;
 
-/// Who took the messages of recent keys, so that it can be told when that changes.
+/// The instances that took the messages of recent keys, to detect moves.
 #[derive(Debug, Default)]
 pub(crate) struct Affinity {
     recent: HashMap<u64, NodeId>,
-    /// Forgotten as a whole when `recent` is full.
+    /// The previous generation, dropped when `recent` is full.
     older: HashMap<u64, NodeId>,
 }
 
 impl Affinity {
-    /// Notes who takes a key's message now; returns who took the one before, if that was
-    /// another. Of keys that were not used for long nothing is known.
+    /// Records the instance that takes a key's message; returns the previous instance if it was
+    /// another one. Keys unused for long are forgotten.
     pub(crate) fn note(&mut self, service: &ServiceName, key: &str, now: NodeId) -> Option<NodeId> {
         let service = fnv_1a(FNV_START, service.as_str().as_bytes());
         let number = mix(fnv_1a(mix(service), key.as_bytes()));
@@ -57,7 +57,7 @@ impl Affinity {
 
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// FNV-1a (Fowler, Noll and Vo), which all versions of a node agree on.
+/// The FNV-1a hash (Fowler, Noll and Vo), on which all versions of a node agree.
 fn fnv_1a(start: u64, bytes: &[u8]) -> u64 {
     let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     bytes.iter().fold(start, step)
@@ -113,11 +113,11 @@ mod tests {
         for n in 0..GENERATION {
             affinity.note(&stock, &format!("{n}"), a);
         }
-        assert_eq!(affinity.note(&stock, "k", a), Some(b), "it is of the generation before");
+        assert_eq!(affinity.note(&stock, "k", a), Some(b), "it is in the previous generation");
         for n in 0..3 * GENERATION {
             affinity.note(&stock, &format!("{n}"), a);
         }
-        assert_eq!(affinity.note(&stock, "k", b), None, "it is forgotten");
+        assert_eq!(affinity.note(&stock, "k", b), None, "the key is forgotten");
         assert!(affinity.recent.len() + affinity.older.len() <= 2 * GENERATION);
     }
 }
