@@ -4,7 +4,7 @@
 //! All gossip consists of hints, and each node sends only hints about peers that it is linked to
 //! itself. When a link comes up, both ends send each other hints about some peers, and some peers a
 //! hint about the new one. Later, every node sends hints to one peer after the other, at growing
-//! intervals, to make up for what was missed. A record of hints has a fixed size, so the traffic of
+//! intervals, to make up for missed hints. A record of hints has a fixed size, so the traffic of
 //! a node grows with the number of its links. The subjects of hints go round all peers in the order
 //! of their ids, starting from the node's own id, so that different nodes send hints about
 //! different peers.

@@ -245,7 +245,7 @@ impl Outbox {
         let bound = Bound { stream, seq: binding.seq };
         let Some(part) = self.part_mut(key) else { return };
         part.bound = Some(bound);
-        // Whether it was sent is not recorded.
+        // The journal does not record whether it was sent.
         part.redelivered = true;
         let number = &mut self.streams[stream as usize];
         number.next = number.next.max(binding.seq + 1);
