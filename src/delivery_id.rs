@@ -1,33 +1,32 @@
-//! The name of a guaranteed message between two nodes.
+//! The id of a guaranteed message between two nodes.
 
 use crate::address::ServiceName;
 
-/// Names a delivery between two nodes for good: a message may be sent again and again, and is
-/// known by this.
+/// The permanent id of a delivery between two nodes. It identifies the delivery over all attempts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct DeliveryId {
     pub(crate) stream: Stream,
-    /// Its place in the stream, from 1.
+    /// The delivery's number in the stream, from 1.
     pub(crate) seq: u64,
 }
 
-/// What numbers deliveries from one node to another.
+/// A numbered sequence of deliveries from one node to another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Stream {
-    /// Of the sender's outbox: drawn each time that it is opened.
+    /// The epoch of the sender's outbox, drawn each time that the outbox is opened.
     pub(crate) epoch: u64,
-    /// The durable subscription; `None` for what is sent point to point.
+    /// The durable subscription; `None` for point-to-point messages.
     pub(crate) subscription: Option<ServiceName>,
 }
 
-/// What a guaranteed message says besides its header.
+/// The fields of a guaranteed message besides its header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Delivery {
     pub(crate) id: DeliveryId,
-    /// All before it in the stream is settled: the receiver may forget it.
+    /// All earlier numbers in the stream are settled: the receiver may forget them.
     pub(crate) floor: u64,
-    /// From 1. The answer names it.
+    /// The number of the attempt, from 1, which the answer repeats.
     pub(crate) attempt: u32,
-    /// It may have been handled before, here or elsewhere.
+    /// A handler may have received the message before, here or elsewhere.
     pub(crate) redelivered: bool,
 }

@@ -379,7 +379,7 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     // What expires is a dead letter, which can be tried again.
     let args = ["send", "nobody", "late", "--no-mdns", "--outbox", &sender];
     let expired = shell.run(&[&args[..], &["--expires", "1ms", "--wait", "30s"]].concat());
-    fails(&expired, "it expired");
+    fails(&expired, "expired before it was processed");
     let listed = stdout(&shell.run(&["outbox", "list", &sender, "--dead", "--json"]));
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
     assert_eq!(listed["destinations"][0]["dead"], 1);

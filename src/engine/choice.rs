@@ -54,20 +54,20 @@ fn least_loaded<T>(candidates: &[T], turn: usize, load: impl Fn(&T) -> (u64, u32
         })
 }
 
-/// How many keys one generation of [`Affinity`] holds.
+/// The number of keys in one generation of [`Affinity`].
 const GENERATION: usize = 16 * 1024;
 
-/// Who took the messages of recent keys, so that it can be told when that changes.
+/// The instances that took the messages of recent keys, to detect moves.
 #[derive(Debug, Default)]
 pub(crate) struct Affinity {
     recent: HashMap<u64, NodeId>,
-    /// Forgotten as a whole when `recent` is full.
+    /// The previous generation, dropped when `recent` is full.
     older: HashMap<u64, NodeId>,
 }
 
 impl Affinity {
-    /// Notes who takes a key's message now; returns who took the one before, if that was
-    /// another. Of keys that were not used for long nothing is known.
+    /// Records the instance that takes a key's message; returns the previous instance if it was
+    /// another one. Keys unused for long are forgotten.
     pub(crate) fn note(&mut self, service: &ServiceName, key: &str, now: NodeId) -> Option<NodeId> {
         let service = fnv_1a(FNV_START, service.as_str().as_bytes());
         let number = mix(fnv_1a(mix(service), key.as_bytes()));
@@ -87,7 +87,7 @@ impl Affinity {
 
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// FNV-1a (Fowler, Noll and Vo), which all versions of a node agree on.
+/// The FNV-1a hash (Fowler, Noll and Vo), on which all versions of a node agree.
 fn fnv_1a(start: u64, bytes: &[u8]) -> u64 {
     let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     bytes.iter().fold(start, step)
@@ -153,11 +153,11 @@ mod tests {
         for n in 0..GENERATION {
             affinity.note(&stock, &format!("{n}"), a);
         }
-        assert_eq!(affinity.note(&stock, "k", a), Some(b), "it is of the generation before");
+        assert_eq!(affinity.note(&stock, "k", a), Some(b), "it is in the previous generation");
         for n in 0..3 * GENERATION {
             affinity.note(&stock, &format!("{n}"), a);
         }
-        assert_eq!(affinity.note(&stock, "k", b), None, "it is forgotten");
+        assert_eq!(affinity.note(&stock, "k", b), None, "the key is forgotten");
         assert!(affinity.recent.len() + affinity.older.len() <= 2 * GENERATION);
     }
 

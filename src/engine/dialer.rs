@@ -1,4 +1,4 @@
-//! Whom to dial, and when again.
+//! The choice of targets to dial, and retries.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -8,17 +8,16 @@ use crate::engine::{LinkId, Time};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source, Unreachable};
 
-/// What discovery reports: a node may be reachable at these addresses. A hint, never a fact.
+/// A report by discovery: a node may be reachable at these addresses. A hint, not a fact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Sighting {
     pub(crate) source: Source,
-    /// Who it is, where the source knows.
+    /// The node's id, if the source knows it.
     pub(crate) id: Option<NodeId>,
     pub(crate) addresses: Vec<Address>,
 }
 
-/// What a target is known by: the node that was announced, or the address where nothing else is
-/// known.
+/// The key of a target: the announced node, or the address if the node is unknown.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum TargetKey {
     Node(NodeId),
@@ -40,11 +39,11 @@ enum State {
     Waiting {
         until: Time,
     },
-    /// Its node has a link already.
+    /// The target's node already has a link.
     Idle,
     Dialing,
     Linked(LinkId),
-    /// It is ourselves.
+    /// The target is this node.
     Own,
 }
 
@@ -52,41 +51,41 @@ enum State {
 struct Target {
     source: Source,
     addresses: Vec<Address>,
-    /// Who was found there.
+    /// The node found there, if known.
     id: Option<NodeId>,
     state: State,
     failures: u32,
     last_error: Option<String>,
-    /// Its source no longer sees it: it is forgotten when its link or attempt ends.
+    /// The source no longer reports the target: it is removed when its link or attempt ends.
     gone: bool,
 }
 
-/// Backoff between attempts: doubling, with jitter over its upper half.
+/// The first backoff between attempts; it doubles, with jitter over its upper half.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
-/// Where it ends, in each tier. What this host and the configuration name is few, and somebody
-/// waits for it: one that comes back shall be found within a second.
+/// The longest backoff, per tier. Targets from this host and the configuration are few and awaited:
+/// one that returns must be found within a second.
 const LONGEST_RETRY: [Duration; TIERS] =
     [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(10)];
-/// For a target that refused us for good reason: another mesh, another protocol.
+/// The backoff after a refusal for good reason: another mesh, another protocol.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
-/// How long the larger id leaves the dialling of an announced node to the smaller one, so that
-/// the two don't cross.
+/// The delay before the node with the larger id dials an announced node, so that the two do not
+/// dial each other at once.
 const POLITE_DELAY: Duration = Duration::from_millis(300);
-/// How many targets of a tier are dialled at once.
+/// The most targets of a tier dialled at once.
 const MAX_DIALING: usize = 32;
-/// How soon a target is tried again when others than this host and its configuration say that
-/// its addresses have changed. Who forges that can do so as often as it likes.
+/// The pause before a retry when a source other than this host and its configuration reports
+/// changed addresses. A forger could report changes at any rate.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
-/// The most addresses that are kept of a node.
+/// The most addresses kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
-/// Those that wait and those that are dialled, apart by how far their source is believed: what
-/// this host and the configuration say, what anybody on the network may announce, what peers have
-/// told. So the later never stand in the way of the earlier.
+/// The tiers of trust in a source, queued and dialled separately: this host and the configuration;
+/// announcements on the network, which any host can make; gossip. So a less trusted source never
+/// delays a more trusted one.
 const TIERS: usize = 3;
-/// The most targets that are known in each tier.
+/// The most known targets of each tier.
 const MAX_KNOWN: [usize; TIERS] = [usize::MAX, 4096, 4096];
-/// How often a target is tried before it is forgotten, if it is known from hearsay only, or its
-/// tier is full.
+/// The number of attempts before a target is removed, if it is known from gossip only or its tier
+/// is full.
 const ATTEMPTS: u32 = 5;
 
 fn tier(source: Source) -> usize {
@@ -97,16 +96,16 @@ fn tier(source: Source) -> usize {
     }
 }
 
-/// The targets of one node.
+/// The dial targets of a node.
 #[derive(Debug)]
 pub(crate) struct Dialer {
     me: NodeId,
     targets: BTreeMap<TargetKey, Target>,
-    /// Those that wait, by when they are due.
+    /// The waiting targets, by the time at which they are due.
     due: [BTreeSet<(Time, TargetKey)>; TIERS],
     by_link: HashMap<LinkId, TargetKey>,
     by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
-    /// How many are being dialled, and how many are known.
+    /// The number of targets being dialled, and known, per tier.
     dialing: [usize; TIERS],
     known: [usize; TIERS],
     random: Random,
@@ -140,7 +139,7 @@ impl Dialer {
         }
         target.gone = false;
         if before != after {
-            // It takes its place among the others.
+            // The target moves to its new tier.
             self.enter(&key, State::Idle);
             self.known[before] -= 1;
             self.known[after] += 1;
@@ -151,7 +150,7 @@ impl Dialer {
         target.addresses = sighting.addresses;
         target.addresses.truncate(MAX_ADDRESSES);
         match state {
-            // New addresses deserve a new attempt.
+            // New addresses justify a new attempt.
             State::Waiting { .. } if moved && after == 0 => {
                 target.failures = 0;
                 self.enter(&key, State::Waiting { until: now });
@@ -164,8 +163,8 @@ impl Dialer {
         }
     }
 
-    /// A peer told where a node may be. What other sources say of it counts more, and what is
-    /// told makes nothing known be dialled earlier.
+    /// Handles a hint from a peer. Other sources take precedence, and a hint never makes a known
+    /// target be dialled earlier.
     pub(crate) fn handle_hint(&mut self, now: Time, id: NodeId, addresses: Vec<Address>) {
         let key = TargetKey::Node(id);
         match self.targets.get_mut(&key) {
@@ -212,7 +211,7 @@ impl Dialer {
         self.enter(&key, State::Waiting { until: now + wait });
     }
 
-    /// The source no longer sees it. A live link is none of its business.
+    /// Handles a source's report that a target is gone. A live link is not affected.
     pub(crate) fn handle_gone(&mut self, key: &TargetKey) {
         if let Some(target) = self.targets.get_mut(key) {
             target.gone = true;
@@ -225,7 +224,7 @@ impl Dialer {
         self.enter(key, State::Linked(link));
     }
 
-    /// The handshake told who lives there.
+    /// Records the node that the handshake identified.
     pub(crate) fn handle_identified(&mut self, link: LinkId, id: NodeId) {
         let Some(key) = self.by_link.get(&link) else { return };
         let Some(target) = self.targets.get_mut(key) else { return };
@@ -242,7 +241,7 @@ impl Dialer {
         }
     }
 
-    /// The address is our own.
+    /// Records that a target is this node itself.
     pub(crate) fn handle_own(&mut self, link: LinkId) {
         if let Some(key) = self.by_link.get(&link).cloned() {
             self.enter(&key, State::Own);
@@ -255,7 +254,7 @@ impl Dialer {
         }
     }
 
-    /// The connection ended before it became a link.
+    /// Handles a connection that ended before it became a link.
     pub(crate) fn handle_refused(
         &mut self,
         now: Time,
@@ -268,8 +267,8 @@ impl Dialer {
         }
     }
 
-    /// The connection ended; its target may be dialled again, unless it leads to a peer that
-    /// has another link.
+    /// Handles the end of a connection: its target may be dialled again, unless it leads to a peer
+    /// that has another link.
     pub(crate) fn handle_ended(&mut self, now: Time, link: LinkId) {
         if let Some(key) = self.by_link.get(&link).cloned() {
             let until = now + FIRST_RETRY.mul_f64(self.random.jitter());
@@ -277,7 +276,7 @@ impl Dialer {
         }
     }
 
-    /// The peer has no link any more; everything that leads to it is tried again soon.
+    /// Handles the loss of a peer's link: all targets that lead to the peer are retried soon.
     pub(crate) fn handle_peer_lost(&mut self, now: Time, peer: NodeId) {
         let until = now + FIRST_RETRY.mul_f64(self.random.jitter());
         for key in self.by_node.get(&peer).cloned().unwrap_or_default() {
@@ -306,7 +305,7 @@ impl Dialer {
         self.enter(key, State::Waiting { until: now + wait });
     }
 
-    /// Puts a target into a state, in all indexes; forgets it if it is gone and at rest.
+    /// Sets the state of a target, in all indexes; removes the target if it is gone and idle.
     fn enter(&mut self, key: &TargetKey, state: State) {
         let Some(target) = self.targets.get_mut(key) else { return };
         let tier = tier(target.source);
@@ -333,8 +332,8 @@ impl Dialer {
         self.known[tier(target.source)] -= 1;
     }
 
-    /// The next target that is due and leads to nobody that `is_linked` knows. Only so many are
-    /// dialled at once.
+    /// Returns the next due target that leads to no node for which `is_linked` is true. The number
+    /// of targets dialled at once is bounded.
     pub(crate) fn poll_dial(
         &mut self,
         now: Time,
@@ -356,7 +355,7 @@ impl Dialer {
         None
     }
 
-    /// When [`Dialer::poll_dial`] may have something next.
+    /// Returns the time at which [`Dialer::poll_dial`] may next return a target.
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
         self.next_due().map(|(until, _)| *until)
     }
@@ -371,13 +370,13 @@ impl Dialer {
         Some(self.targets.get(self.by_link.get(&link)?)?.source)
     }
 
-    /// By which means a node was seen, whoever dialled in the end.
+    /// Returns the source that sighted a node, whichever side dialled.
     pub(crate) fn sighted_by(&self, id: &NodeId) -> Option<Source> {
         let key = self.by_node.get(id)?.first()?;
         Some(self.targets.get(key)?.source)
     }
 
-    /// What is known, but failed to answer.
+    /// Returns the known targets that failed to answer.
     pub(crate) fn unreachable(&self, is_linked: impl Fn(&NodeId) -> bool) -> Vec<Unreachable> {
         let failed = self.targets.values().filter(|target| target.failures > 0);
         failed
@@ -404,7 +403,7 @@ fn unlist(by_node: &mut HashMap<NodeId, BTreeSet<TargetKey>>, id: NodeId, key: &
     }
 }
 
-/// Keeps the first of equals.
+/// Removes duplicates; keeps the first of each.
 fn dedup(addresses: &mut Vec<Address>) {
     let mut seen = HashSet::new();
     addresses.retain(|address| seen.insert(address.clone()));

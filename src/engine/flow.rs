@@ -1,4 +1,4 @@
-//! A link's flow: what waits to be sent, what the peer has room for, what is unconfirmed.
+//! The flow control of a link: queued messages, the peer's credit, and unconfirmed messages.
 //!
 //! ```text
 //!  enqueue ─▶ [ queue of a lane ] ─ credit? ─▶ batch ─▶ sent ──▶ peer
@@ -18,17 +18,17 @@ use crate::wire::{
     OutgoingEvent, Preamble, Totals,
 };
 
-/// Batches that the transport may hold unencoded. Two keep it busy; more would only hide the
-/// queue from the one who counts it.
+/// The most batches that the transport may hold unencoded. Two keep it busy; more would only hide
+/// queued messages from the accounting.
 const MAX_IN_FLIGHT: u32 = 2;
 
-/// The largest buffer that is kept for reuse, in bytes.
+/// The largest buffer kept for reuse, in bytes.
 const MAX_SPARE: usize = MAX_BATCH;
 
-/// Control records that may wait for a peer that doesn't read.
+/// The most control records queued for a peer that does not read.
 const MAX_CONTROL: usize = 10_000;
 
-/// When silence becomes a heartbeat, a suspicion, a death.
+/// The silence after which a heartbeat is sent, and a peer becomes suspect or dead.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timing {
     pub(crate) heartbeat: Duration,
@@ -36,7 +36,7 @@ pub(crate) struct Timing {
     pub(crate) dead: Duration,
 }
 
-/// What silence says of the peer.
+/// The state of a peer, judged by its silence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Liveness {
     Alive,
@@ -44,46 +44,46 @@ pub(crate) enum Liveness {
     Dead,
 }
 
-/// The peer broke the rules of flow control.
+/// A violation of flow control by the peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Violation {
-    #[error("it took back credit, or confirmed what was not sent")]
+    #[error("credit was taken back, or more was confirmed than sent")]
     Credit,
-    #[error("it sent more than its credit allows")]
+    #[error("more was sent than the credit allows")]
     Overrun,
-    #[error("it took back drops that it had reported")]
+    #[error("reported drops were taken back")]
     Drops,
 }
 
-/// What was on its way when a link ended.
+/// The messages lost with a link.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct LinkLoss {
-    /// Never handed to the transport: these are dropped.
+    /// Messages never passed to the transport: these are dropped.
     pub(crate) unsent: u64,
-    /// Calls among them, whose callers can be told that nothing was executed.
+    /// The calls among them, whose callers can be notified that nothing was executed.
     pub(crate) unsent_calls: Vec<MessageId>,
-    /// Sent and not confirmed: nobody can say.
+    /// Messages sent but not confirmed: in doubt.
     pub(crate) in_doubt: u64,
 }
 
-/// What a lane has sent, and how much more the peer takes.
+/// The sent and confirmed totals of a lane, and the peer's window.
 #[derive(Debug, Default)]
 struct Sent {
     sent: Totals,
     confirmed: Totals,
-    /// How many unconfirmed bytes the peer takes.
+    /// The most unconfirmed bytes that the peer accepts.
     window: u64,
 }
 
 impl Sent {
-    /// How many more bytes the peer takes now.
+    /// Returns the number of bytes that the peer accepts now.
     fn room(&self) -> u64 {
         self.window - (self.sent.bytes - self.confirmed.bytes).min(self.window)
     }
 }
 
-/// Whether a whole batch more than before waits since an event was queued: its publisher had
-/// better let others run.
+/// The growth of the event backlog by an event. If it grew by a whole batch, the publisher should
+/// yield.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Backlog {
     #[default]
@@ -91,16 +91,16 @@ pub(crate) enum Backlog {
     Grew,
 }
 
-/// Events that wait. They are encoded as they come, since nobody takes one back, so that a pack
-/// is a batch as soon as the link is free.
+/// Queued events. They are encoded on arrival, as none is taken back, so that a pack is a batch as
+/// soon as the link is free.
 #[derive(Debug)]
 struct EventQueue {
     packs: VecDeque<EventPack>,
     queued: Totals,
     limit: u64,
-    /// What a pack may cost, so that the peer can have credit for all of it.
+    /// The most cost of a pack, so that the peer can have credit for all of it.
     pack_limit: u64,
-    /// The buffer of a batch that the transport is done with.
+    /// The buffer of a batch that the transport has finished with.
     spare: Option<Vec<u8>>,
 }
 
@@ -138,11 +138,11 @@ struct Incoming {
     received: Totals,
     consumed: Totals,
     told: Totals,
-    /// How many unconsumed bytes we take.
+    /// The most unconsumed bytes that this side accepts.
     window: u64,
 }
 
-/// One link's flow control, pure.
+/// The flow control of one link. Pure.
 #[derive(Debug)]
 pub(crate) struct Flow {
     me: NodeId,
@@ -151,13 +151,13 @@ pub(crate) struct Flow {
     calls: Queue<Envelope>,
     replies: Queue<Envelope>,
     guaranteed: Queue<Envelope>,
-    /// Whose turn it is to fill a batch: what is guaranteed, or events.
+    /// Guaranteed messages precede events in the next batch; the two alternate.
     guaranteed_first: bool,
     incoming: [Incoming; LANES],
     control: VecDeque<Control>,
     in_flight: u32,
     peer_max_body: u64,
-    /// An otherwise empty batch is worth sending: a heartbeat, or credit.
+    /// A batch is worth sending even if empty: as a heartbeat, or for credit.
     batch_due: bool,
     dropped_here: BTreeMap<DropReason, u64>,
     dropped_here_unreported: bool,
@@ -168,7 +168,7 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    /// A flow that carries control records only, until the peer's limits are known.
+    /// Creates a flow that carries only control records until the peer's limits are known.
     pub(crate) fn new(now: Time, me: NodeId, ours: &Limits, queue_bytes: u64) -> Self {
         let events = EventQueue {
             packs: VecDeque::new(),
@@ -200,7 +200,7 @@ impl Flow {
         }
     }
 
-    /// The peer said how much it takes.
+    /// Sets the peer's limits.
     pub(crate) fn handle_limits(&mut self, limits: &Limits) {
         self.peer_max_body = limits.max_body;
         for (lane, window) in self.outgoing.iter_mut().zip(limits.windows) {
@@ -209,7 +209,7 @@ impl Flow {
         self.events.pack_limit = limits.windows[Lane::Events as usize] / 2;
     }
 
-    /// Queues a message, or says why it is dropped.
+    /// Queues a message, or returns the reason for which it is dropped.
     pub(crate) fn enqueue(&mut self, envelope: Envelope) -> Result<(), DropReason> {
         let (lane, cost) = (envelope.lane(), envelope.cost());
         self.check(lane, envelope.body_len(), cost)?;
@@ -222,7 +222,7 @@ impl Flow {
         queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
     }
 
-    /// Queues an event, or says why it is dropped.
+    /// Queues an event, or returns the reason for which it is dropped.
     pub(crate) fn enqueue_event(
         &mut self,
         event: &OutgoingEvent<'_>,
@@ -245,19 +245,19 @@ impl Flow {
         if self.closed {
             return;
         }
-        // However many probes wait, one answer says how far this side is.
+        // One answer suffices for all probes.
         if matches!(control, Control::ProbeReply(_)) {
             self.control.retain(|waiting| !matches!(waiting, Control::ProbeReply(_)));
         }
         self.control.push_back(control);
     }
 
-    /// Takes back a call that has not been handed to the transport yet.
+    /// Removes a call that has not been passed to the transport yet.
     pub(crate) fn take_back(&mut self, id: MessageId) -> bool {
         self.calls.take(|call| call.header.id == id).is_some()
     }
 
-    /// The next batch for the transport; `None` if nothing can go now.
+    /// Returns the next batch for the transport; `None` if nothing can be sent now.
     pub(crate) fn poll_transmit(&mut self, now: Time) -> Option<EncodedBatch> {
         if !self.can_transmit() {
             return None;
@@ -280,9 +280,9 @@ impl Flow {
             greets = matches!(control, Control::Hello(_));
             batch.push_control(&control);
         }
-        // What has a hello in it has to be small, so nothing follows it.
+        // A batch with a hello must be small, so nothing follows the hello.
         if !greets {
-            // Replies first, since somebody waits for them.
+            // Replies first, as callers await them.
             let [_, calls, replies, guaranteed] = &mut self.outgoing;
             fill(&mut batch, &mut self.replies, replies);
             fill(&mut batch, &mut self.calls, calls);
@@ -308,7 +308,7 @@ impl Flow {
         Some(batch.finish())
     }
 
-    /// Whether [`Flow::poll_transmit`] has something to give; cheaper than a look at the clock.
+    /// Returns true if [`Flow::poll_transmit`] has a batch; cheaper than reading the clock.
     pub(crate) fn can_transmit(&self) -> bool {
         !self.closed && self.in_flight < MAX_IN_FLIGHT && self.has_something_to_send()
     }
@@ -323,26 +323,26 @@ impl Flow {
             || sendable(&self.guaranteed, &self.outgoing[Lane::Guaranteed as usize]).is_some()
     }
 
-    /// The next events, if the peer has credit for all of them.
+    /// Returns the next pack of events, if the peer has credit for all of it.
     fn sendable_events(&self) -> Option<&EventPack> {
         let room = self.outgoing[Lane::Events as usize].room();
         self.events.packs.front().filter(|pack| pack.totals().bytes <= room)
     }
 
-    /// The transport has encoded `batches` of those it was handed.
+    /// Records that the transport has encoded that many batches.
     pub(crate) fn handle_released(&mut self, batches: u32) {
         self.in_flight = self.in_flight.saturating_sub(batches);
     }
 
-    /// Bytes came from the peer, whatever they say.
+    /// Records that bytes arrived from the peer.
     pub(crate) fn handle_alive(&mut self, at: Time) {
         self.last_heard = self.last_heard.max(at);
     }
 
-    /// A batch arrived.
+    /// Handles the preamble of an arriving batch.
     ///
     /// # Errors
-    /// [`Violation`] if its credit goes backwards or beyond what was sent.
+    /// [`Violation`] if its credit decreases or exceeds what was sent.
     pub(crate) fn handle_preamble(
         &mut self,
         now: Time,
@@ -361,7 +361,7 @@ impl Flow {
         Ok(())
     }
 
-    /// Messages arrived and wait to be consumed.
+    /// Counts messages that arrived and are to be consumed.
     ///
     /// # Errors
     /// [`Violation`] if the peer had no credit for them.
@@ -374,33 +374,33 @@ impl Flow {
         Ok(())
     }
 
-    /// Received messages were consumed: an event when every matching subscription took or
-    /// dropped it, a call when its handler ended, a reply when its caller has it.
+    /// Counts consumed messages: an event when every matching subscription has taken or dropped it,
+    /// a call when its handler has ended, a reply when its caller has received it.
     pub(crate) fn handle_consumed(&mut self, lane: Lane, done: Totals) {
         let incoming = &mut self.incoming[lane as usize];
         incoming.consumed += done;
-        // The end of a call is told at once: the caller chooses among instances by it.
+        // The end of a call is reported at once: the caller chooses among instances by it.
         let unreported = incoming.consumed.bytes - incoming.told.bytes;
         if lane == Lane::Calls || unreported >= incoming.window / 4 {
             self.batch_due = true;
         }
     }
 
-    /// A received message was dropped; it counts as consumed as well.
+    /// Counts received messages that were dropped. They count as consumed too.
     pub(crate) fn handle_dropped(&mut self, reason: DropReason, count: u64) {
         *self.dropped_here.entry(reason).or_default() += count;
         self.dropped_here_unreported = true;
     }
 
-    /// The peer reported what it dropped. Returns what is new.
+    /// Handles the peer's report of dropped messages. Returns the new drops.
     ///
     /// # Errors
-    /// [`Violation`] if a count went backwards.
+    /// [`Violation`] if a count decreases.
     pub(crate) fn handle_drop_report(
         &mut self,
         counts: &[(String, u64)],
     ) -> Result<Vec<(DropReason, u64)>, Violation> {
-        // Reasons unknown to this version share one, so they are added up first.
+        // Reasons unknown to this version share one, so their counts are summed first.
         let mut totals = BTreeMap::<DropReason, u64>::new();
         for (reason, count) in counts {
             let total = totals.entry(DropReason::from_wire(reason)).or_default();
@@ -417,14 +417,14 @@ impl Flow {
         Ok(news)
     }
 
-    /// Looks at how long nothing was sent or heard.
+    /// Checks how long nothing was sent or received.
     pub(crate) fn handle_timeout(&mut self, now: Time, timing: &Timing) -> Liveness {
         if now.since(self.last_sent) >= timing.heartbeat {
             self.batch_due = true;
             self.events.spare = None;
         }
         if self.control.len() > MAX_CONTROL {
-            // It sends and doesn't read; what it is told would pile up.
+            // The peer sends but does not read; records for it would pile up.
             return Liveness::Dead;
         }
         match now.since(self.last_heard) {
@@ -434,11 +434,11 @@ impl Flow {
         }
     }
 
-    /// When [`Flow::handle_timeout`] has something to do next.
+    /// Returns the time of the next call of [`Flow::handle_timeout`].
     pub(crate) fn poll_timeout(&self, now: Time, timing: &Timing) -> Time {
         let suspect = self.last_heard + timing.suspect;
         let silence = if suspect > now { suspect } else { self.last_heard + timing.dead };
-        // A heartbeat that is due, but can't go, waits for the transport and not for the clock.
+        // A due heartbeat that can't be sent waits for the transport, not for the clock.
         if self.batch_due { silence } else { silence.min(self.last_sent + timing.heartbeat) }
     }
 
@@ -446,23 +446,23 @@ impl Flow {
         self.last_heard
     }
 
-    /// Our calls that the peer has not finished.
+    /// Returns the number of our calls that the peer has not finished.
     pub(crate) fn unfinished_calls(&self) -> u64 {
         let calls = &self.outgoing[Lane::Calls as usize];
         self.calls.len() as u64 + calls.sent.messages - calls.confirmed.messages
     }
 
-    /// Whether all that was queued was sent and confirmed.
+    /// Returns true if all queued messages were sent and confirmed.
     pub(crate) fn is_settled(&self) -> bool {
         self.queued_bytes() == 0 && self.outgoing.iter().all(|lane| lane.sent == lane.confirmed)
     }
 
-    /// Whether publishers who wait may go on: half of the queue is free.
+    /// Returns true if waiting publishers may continue: half of the queue is free.
     pub(crate) fn has_room_for_events(&self) -> bool {
         self.closed || self.events.queued.bytes <= self.events.limit / 2
     }
 
-    /// What waits in the queues, in bytes.
+    /// Returns the number of queued bytes.
     pub(crate) fn queued_bytes(&self) -> u64 {
         self.events.queued.bytes
             + self.calls.bytes()
@@ -470,7 +470,7 @@ impl Flow {
             + self.guaranteed.bytes()
     }
 
-    /// Gives back the buffer of a batch that the transport is done with.
+    /// Returns the buffer of a batch that the transport has finished with, for reuse.
     pub(crate) fn recycle(&mut self, buffer: Vec<u8>) {
         if buffer.capacity() <= MAX_SPARE {
             self.events.spare = Some(buffer);
@@ -481,14 +481,14 @@ impl Flow {
         self.has_something_to_send()
     }
 
-    /// The link ended. What comes after is refused.
+    /// Ends the flow. Later messages are refused.
     pub(crate) fn close(&mut self) -> LinkLoss {
         let mut lost = LinkLoss::default();
         if std::mem::replace(&mut self.closed, true) {
             return lost;
         }
         self.control.clear();
-        // What is guaranteed is in its outbox, and sent again.
+        // Guaranteed messages are in the outbox, and sent again.
         drop(self.guaranteed.drain());
         for lane in &self.outgoing[..Lane::Guaranteed as usize] {
             lost.in_doubt += lane.sent.messages - lane.confirmed.messages;
@@ -503,7 +503,7 @@ impl Flow {
     }
 }
 
-/// Adds what there is room and credit for.
+/// Adds messages while there is room and credit.
 fn fill(batch: &mut BatchEncoder<'_>, queue: &mut Queue<Envelope>, lane: &mut Sent) {
     while let Some(next) = sendable(queue, lane)
         && batch.has_room_for(next)
@@ -514,7 +514,7 @@ fn fill(batch: &mut BatchEncoder<'_>, queue: &mut Queue<Envelope>, lane: &mut Se
     }
 }
 
-/// The next message of a lane, if the peer has credit for it.
+/// Returns the next message of a lane, if the peer has credit for it.
 fn sendable<'a>(queue: &'a Queue<Envelope>, lane: &Sent) -> Option<&'a Envelope> {
     queue.front().filter(|next| next.cost() <= lane.room())
 }

@@ -1,4 +1,4 @@
-//! A queue that is bounded in bytes.
+//! A queue bounded in bytes.
 
 use std::collections::VecDeque;
 
@@ -20,7 +20,7 @@ impl<T> Queue<T> {
         self.items.is_empty() || self.bytes + bytes <= self.limit
     }
 
-    /// Appends an item, or gives it back if there is no room.
+    /// Appends an item, or returns it if there is no room.
     pub(crate) fn push(&mut self, item: T, bytes: u64) -> Result<(), T> {
         if !self.has_room_for(bytes) {
             return Err(item);
@@ -40,7 +40,7 @@ impl<T> Queue<T> {
         Some(item)
     }
 
-    /// Takes out the first item that `wanted` picks, wherever it stands.
+    /// Removes the first item for which `wanted` is true, at any position.
     pub(crate) fn take(&mut self, wanted: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.items.iter().position(|(item, _)| wanted(item))?;
         let (item, bytes) = self.items.remove(at)?;

@@ -1,5 +1,5 @@
-//! A disk in memory that crashes, fails and is full on purpose: of what was not synced a crash
-//! leaves any part.
+//! An in-memory disk that crashes, fails and fills up on purpose. A crash keeps any part of the
+//! unsynced bytes.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex};
 use super::storage::{SegmentFile, Storage};
 use crate::sync::lock_unranked as lock;
 
-/// A disk writes these in any order, and a crash tears the one that is being written; in bytes.
-/// Some disks have small ones, so that short writes span several.
+/// Sector sizes in bytes. A disk writes sectors in any order; a crash tears the sector in progress.
+/// Some disks have small sectors, so that short writes span several.
 const SECTORS: [usize; 2] = [64, 512];
 
-/// Numbers from a seed (SplitMix64).
+/// A pseudo-random number generator (SplitMix64).
 pub(super) struct Random(pub(super) u64);
 
 impl Random {
@@ -33,16 +33,16 @@ impl Random {
 #[derive(Clone, Default)]
 pub(super) struct FileState {
     pub(super) bytes: Vec<u8>,
-    /// How much of it a crash leaves for sure.
+    /// The length that a crash certainly keeps.
     synced: usize,
-    /// Its name is on the disk.
+    /// The directory entry is durable.
     linked: bool,
-    /// From where on a crash may have torn it.
+    /// The offset from which a crash may have torn the file.
     pub(super) unsure: Option<usize>,
 }
 
 impl FileState {
-    /// Takes what a crash takes.
+    /// Applies a crash to the file.
     fn crash(&mut self, random: &mut Random, room: &mut u64, lost: &mut Lost) {
         if self.synced < self.bytes.len() {
             self.unsure.get_or_insert(self.synced);
@@ -75,7 +75,7 @@ impl FileState {
             at = end;
         }
         if random.below(2) == 0 {
-            // It had been given room for more.
+            // The file had preallocated space.
             let more = random.below(2000).min(*room);
             *room -= more;
             self.bytes.resize(self.bytes.len() + more as usize, 0);
@@ -83,13 +83,13 @@ impl FileState {
     }
 }
 
-/// The manifest, which is written in place.
+/// The manifest, written in place.
 #[derive(Clone, Default)]
 pub(super) struct ManifestState {
     pub(super) bytes: Vec<u8>,
-    /// What a crash leaves for sure.
+    /// The content that a crash certainly keeps.
     synced: Vec<u8>,
-    /// What was written since: where, and what.
+    /// The writes since the last sync: offset and bytes.
     writes: Vec<(usize, Vec<u8>)>,
 }
 
@@ -98,8 +98,7 @@ impl ManifestState {
         Self { synced: bytes.clone(), bytes, writes: Vec::new() }
     }
 
-    /// What a crash leaves: each sector that was written since the last sync is as it was, as it
-    /// should be, or torn.
+    /// The manifest after a crash: each sector written since the last sync is old, new, or torn.
     fn crash(&self, random: &mut Random) -> Self {
         let mut left = self.synced.clone();
         for (start, bytes) in &self.writes {
@@ -122,72 +121,71 @@ impl ManifestState {
     }
 }
 
-/// What a crash took.
+/// The damage that a crash did.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Lost {
-    /// Files that are shorter than they were.
+    /// Files that lost bytes at the end.
     pub(crate) cut: u64,
-    /// Sectors that are all zeros.
+    /// Sectors that became all zeros.
     pub(crate) sectors: u64,
-    /// Sectors of which a part is zeros.
+    /// Sectors that became partly zeros.
     pub(crate) torn: u64,
 }
 
-/// The disk.
+/// A disk whose files live in memory.
 #[derive(Default)]
 pub(crate) struct Disk {
     pub(super) files: Mutex<BTreeMap<u64, FileState>>,
     pub(super) manifest: Mutex<Option<ManifestState>>,
-    /// Files whose removal is not on the disk yet.
+    /// Files whose removal is not yet durable.
     removed: Mutex<BTreeMap<u64, FileState>>,
-    /// Counts down; the write or sync that brings it to zero fails. Any part of such a write may
+    /// A countdown: the write or sync that brings it to zero fails. Any part of such a write may
     /// reach the file.
     pub(crate) write_fails: AtomicU64,
     pub(crate) sync_fails: AtomicU64,
-    /// The same for writes and syncs of the manifest.
+    /// The same countdown for writes and syncs of the manifest.
     pub(super) manifest_fails: AtomicU64,
-    /// What it holds at the most, in bytes, unless zero; and what is taken of that in advance.
+    /// The capacity in bytes, or zero for no limit; and the bytes reserved by the spare file.
     pub(super) capacity: AtomicU64,
     pub(super) spare: AtomicU64,
-    /// Counts down the removals, and the syncs of the directory and of the manifest; then the
-    /// machine dies.
+    /// A countdown of removals, directory syncs and manifest syncs, at whose end the machine dies.
     pub(super) steps_left: AtomicU64,
-    /// What was left then.
+    /// The disk as the machine left it when it died.
     pub(super) encoded: Mutex<Option<Arc<Disk>>>,
-    /// What the crash took that left this.
+    /// The damage of the crash that produced this disk.
     pub(crate) lost: Lost,
 }
 
-/// Whether a countdown comes to its end with this call.
+/// Counts down; returns true if this call reaches zero.
 fn fails(countdown: &AtomicU64) -> bool {
     countdown.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) == Ok(1)
 }
 
 impl Disk {
-    /// Another one with the same files.
+    /// Copies the disk and its files.
     pub(crate) fn copy(&self) -> Self {
         let (files, manifest) = (lock(&self.files).clone(), lock(&self.manifest).clone());
         let (files, manifest) = (Mutex::new(files), Mutex::new(manifest));
         Self { files, manifest, ..self.as_large() }
     }
 
-    /// An empty one that holds as much.
+    /// Returns an empty disk of the same capacity.
     fn as_large(&self) -> Self {
         let same = |number: &AtomicU64| AtomicU64::new(number.load(Ordering::SeqCst));
         Self { capacity: same(&self.capacity), spare: same(&self.spare), ..Self::default() }
     }
 
-    /// It holds that much at the most, in bytes.
+    /// Limits the capacity, in bytes.
     pub(crate) fn limit(&self, capacity: u64) {
         self.capacity.store(capacity, Ordering::SeqCst);
     }
 
-    /// What is left after a crash: of what was not synced any part, zeros or nothing elsewhere.
+    /// The disk after a crash: any part of the unsynced bytes survives, or is zeroed.
     pub(crate) fn crash(&self, seed: u64) -> Arc<Self> {
         let (mut random, mut lost) = (Random(seed), Lost::default());
-        // A file is given room only while there is much.
+        // Files are preallocated only while there is ample space.
         let (mut left, mut room) = (BTreeMap::new(), (self.room() / 2) as u64);
-        // Of one moment, though another thread writes.
+        // Both locks are held: the snapshot is consistent although another thread writes.
         let (files, manifest) = (lock(&self.files), lock(&self.manifest));
         for (number, file) in &*files {
             if !file.linked && random.below(2) == 0 {
@@ -210,7 +208,7 @@ impl Disk {
         Arc::new(Self { files, manifest, lost, ..self.as_large() })
     }
 
-    /// How many more bytes there is room for.
+    /// The number of free bytes.
     fn room(&self) -> usize {
         let capacity = match self.capacity.load(Ordering::SeqCst) {
             0 => u64::MAX,
@@ -219,7 +217,7 @@ impl Disk {
         capacity.saturating_sub(self.taken()).try_into().unwrap_or(usize::MAX)
     }
 
-    /// From now on there is no more room than what is taken.
+    /// Fills the disk: limits the capacity to the bytes in use.
     pub(crate) fn fill(&self) {
         self.capacity.store(self.taken(), Ordering::SeqCst);
     }
@@ -230,7 +228,7 @@ impl Disk {
         (files + manifest) as u64 + self.spare.load(Ordering::SeqCst)
     }
 
-    /// One more step towards the end of the machine.
+    /// Counts down to the death of the machine.
     fn step(&self) {
         if fails(&self.steps_left) {
             let seed = lock(&self.files).len() as u64;
@@ -249,7 +247,7 @@ struct Writing {
     written: usize,
 }
 
-/// The disk as the journal sees it.
+/// The [`Storage`] of the disk.
 pub(super) struct Mount(pub(super) Arc<Disk>);
 
 impl Storage for Mount {

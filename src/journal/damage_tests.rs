@@ -1,4 +1,4 @@
-//! Whatever is cut off, flipped or deleted of what was stored is reported, with what it cost.
+//! Truncated, flipped and deleted bytes of stored data are reported, with the messages lost.
 
 use std::sync::atomic::Ordering;
 
@@ -30,7 +30,7 @@ fn look(disk: &Arc<Disk>) -> (Found, Recovery) {
     (found, recovery)
 }
 
-/// Stores an entry that is one message.
+/// Stores an entry that counts as one message.
 fn store(journal: &Journal, payload: &[u8]) -> Position {
     let (waiter, wait) = oneshot::channel();
     let append = Append { messages: 1, ..Append::new(Done::Waiter(waiter)) };
@@ -42,7 +42,7 @@ fn payload(number: usize) -> Vec<u8> {
     format!("entry {number} ").repeat(number % 7).into_bytes()
 }
 
-/// A journal of several segments and so many messages, closed.
+/// A closed journal of n messages in several segments.
 fn closed(messages: usize) -> (Arc<Disk>, Found) {
     let disk = Arc::new(Disk::default());
     let (journal, ..) = open(&disk);
@@ -61,7 +61,7 @@ fn bytes(disk: &Disk, segment: u64) -> Vec<u8> {
     lock(&disk.files)[&segment].bytes.clone()
 }
 
-/// What is not found is reported, and counted.
+/// Asserts that missing entries are reported and counted.
 fn assert_told(disk: &Arc<Disk>, all: &Found, what: &str) {
     let (found, recovery) = look(disk);
     let lost = all.iter().filter(|entry| !found.contains(entry)).count();
@@ -93,7 +93,7 @@ fn a_segment_that_is_deleted_is_damage_until_what_comes_behind_it_is_removed() {
         lock(&copy.files).remove(segment);
         assert_told(&copy, &all, &format!("segment {segment} deleted"));
         for _ in 0..2 {
-            // It stays reported, and its number is not used again.
+            // The damage stays reported, and the segment's number is not reused.
             let (journal, found, recovery) = open(&copy);
             let file = JournalFile::Segment(*segment);
             let told = recovery.damaged.iter().any(|damage| damage.file == file && damage.missing);
@@ -125,7 +125,7 @@ fn a_manifest_that_is_deleted_or_no_longer_one_is_damage_and_costs_nothing() {
         assert_eq!((found, recovery.lost, recovery.torn), (all.clone(), None, 0));
         let [damage] = recovery.damaged[..] else { panic!("{recovery:?}") };
         assert_eq!((damage.file, damage.missing), (JournalFile::Manifest, deleted));
-        // From then on there is one again.
+        // Opening the journal writes a new manifest.
         drop(open(&copy));
         let (found, recovery) = look(&copy);
         assert_eq!((found, recovery.damaged, recovery.lost), (all.clone(), vec![], Some(0)));
@@ -135,7 +135,7 @@ fn a_manifest_that_is_deleted_or_no_longer_one_is_damage_and_costs_nothing() {
 #[test]
 fn no_flipped_bit_goes_unnoticed() {
     let (disk, all) = closed(60);
-    // Nothing is read behind the payloads up to the next place for a record.
+    // Padding between a payload and the next record is never read.
     let padding = |segment, at: u64| {
         all.iter().any(|(position, _)| {
             let end = position.offset + FRAME + u64::from(position.length);
@@ -155,7 +155,7 @@ fn no_flipped_bit_goes_unnoticed() {
             disk.change(segment, |bytes| bytes[at as usize] ^= bit);
         }
     }
-    // One list is enough to miss nothing.
+    // One intact list detects all damage.
     let last = *numbers(&disk).last().unwrap();
     let whole = lock(&disk.manifest).clone().unwrap().bytes;
     for _ in 0..200 {
@@ -221,7 +221,7 @@ fn a_manifest_that_has_outgrown_its_file_gets_a_larger_one_if_there_is_room() {
         let (_, recovery) = look(&copy);
         assert_eq!((recovery.damaged.len(), recovery.lost), (1, Some(1)));
     }
-    // On a full disk the list that is there is true for what is in it, and can shrink.
+    // On a full disk the existing list stays correct for its segments, and can shrink.
     let before = size();
     disk.fill();
     disk.capacity.fetch_add(110_000, Ordering::SeqCst);
@@ -250,7 +250,7 @@ fn writes_of_the_manifest_that_fail_cost_nothing_and_raise_no_alarm() {
                 let gone = all[random.below(all.len() as u64) as usize].0.segment;
                 journal.remove(vec![gone]);
                 if gone < all.last().unwrap().0.segment {
-                    // Whether the removal could be written or not.
+                    // They are gone whether or not the removal could be written.
                     all.retain(|(position, _)| position.segment != gone);
                     removed += 1;
                 }

@@ -1,4 +1,4 @@
-//! The bytes of the manifest: which segments there are, and how far each was stored. Pure.
+//! The encoding of the manifest, which lists the segments and the synced length of each. Pure.
 //!
 //! ```text
 //! file     slot | zeros | slot | zeros | list | zeros | list | zeros
@@ -8,42 +8,43 @@
 //! witness  segment u64 | end u64 | messages u64
 //! ```
 //!
-//! Slots begin at 0 and 4096, lists at 8192 and `room` bytes behind that, which is a multiple of
-//! 4096. Turn and generation count up, and say by their lowest bit which of the two was written: a
-//! write that a crash tears leaves the other one.
+//! Slots begin at offsets 0 and 4096. Lists begin at 8192 and `room` bytes after that; `room` is a
+//! multiple of 4096. Turn and generation are counters. Their lowest bit selects which of the two
+//! slots or lists is written, so that a write torn by a crash leaves the other one intact.
 //!
-//! A list is written and synced when a segment is begun, closed or removed. All segments in it are
-//! closed but the last; that one is too if `closed` is 1. A slot tells of the segment that is being
-//! written, after each sync of it, and is not synced: after a power cut it is an older one.
+//! A list is written and synced when a segment is begun, closed or removed. All its segments are
+//! closed, except the last unless `closed` is 1. A slot describes the current segment. It is
+//! written after each sync of the segment but is not synced itself: after a power cut an older slot
+//! may remain.
 //!
-//! All numbers are little-endian; checksums are CRC-32C, as in segments. A number of messages that
-//! nobody knows is 2⁶⁴ − 1.
+//! All numbers are little-endian; checksums are CRC-32C, as in segments. An unknown number of
+//! messages is encoded as 2⁶⁴ − 1.
 
 use crc32c::crc32c;
 
 const SLOT_MAGIC: &[u8; 8] = b"peerbusS";
 const LIST_MAGIC: &[u8; 8] = b"peerbusL";
-/// The version of the format that this crate writes and reads.
+/// The format version that this crate reads and writes.
 const VERSION: u32 = 1;
-/// Slots and lists begin at multiples of this, in bytes: no block of a disk has a part of two.
+/// The alignment of slots and lists in bytes, so that no disk block holds parts of two.
 const PAGE: u64 = 4096;
 const LISTS: u64 = 2 * PAGE;
 const SLOT: usize = 56;
-/// How much of a list comes before its witnesses, and what each of them takes.
+/// The size of a list before its witnesses, and the size of a witness, in bytes.
 const LIST: usize = 44;
 const WITNESS: usize = 24;
 const CRC: usize = 4;
 const UNKNOWN: u64 = u64::MAX;
 
-/// What a segment is known to hold.
+/// The known content of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Witness {
     pub(super) segment: u64,
-    /// Up to where it was synced.
+    /// The offset up to which the segment was synced.
     pub(super) end: u64,
-    /// How many messages were stored up to there; `None` if that is not known.
+    /// The number of messages before `end`; `None` if unknown.
     pub(super) messages: Option<u64>,
-    /// What lies behind its end doesn't count.
+    /// Bytes after `end` are ignored.
     pub(super) closed: bool,
 }
 
@@ -60,7 +61,7 @@ impl Witness {
     }
 }
 
-/// How far the segment that is being written was stored.
+/// The synced state of the current segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Slot {
     pub(super) salt: u64,
@@ -78,7 +79,7 @@ impl Slot {
         with_crc(bytes)
     }
 
-    /// Where in the file it lies.
+    /// The offset in the file.
     pub(super) fn place(&self) -> u64 {
         self.turn % 2 * PAGE
     }
@@ -93,12 +94,12 @@ impl Slot {
     }
 }
 
-/// The segments that there are, in order.
+/// The list of segments, in ascending order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct List {
     pub(super) salt: u64,
     pub(super) generation: u64,
-    /// How much it may take, in bytes.
+    /// The space reserved for the list, in bytes.
     pub(super) room: u64,
     pub(super) segments: Vec<Witness>,
 }
@@ -117,7 +118,7 @@ impl List {
         with_crc(bytes)
     }
 
-    /// Where in the file it lies.
+    /// The offset in the file.
     pub(super) fn place(&self) -> u64 {
         LISTS + self.generation % 2 * self.room
     }
@@ -130,12 +131,12 @@ impl List {
         (LIST + WITNESS * self.segments.len() + CRC) as u64
     }
 
-    /// Makes room for as many segments again, or for so many at least that some kB hold.
+    /// Sets `room` to twice the list's size, rounded up to 8 KiB.
     pub(super) fn make_room(&mut self) {
         self.room = (2 * self.size()).next_multiple_of(2 * PAGE);
     }
 
-    /// A whole file with this list in it.
+    /// Encodes a complete file that holds this list.
     pub(super) fn file(&self) -> Vec<u8> {
         let mut bytes = vec![0; (LISTS + 2 * self.room) as usize];
         let list = self.encode();
@@ -168,24 +169,25 @@ impl List {
     }
 }
 
-/// What a manifest says.
+/// A decoded manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Manifest {
     pub(super) list: List,
-    /// The newer of its slots.
+    /// The newer of the two slots.
     pub(super) slot: Option<Slot>,
-    /// The next list can be written into the same file.
+    /// The file matches the list's layout: the next list can be written in place.
     pub(super) is_whole: bool,
 }
 
 impl Manifest {
-    /// Reads a file, if it holds a list.
+    /// Decodes a file; returns `None` if it holds no valid list.
     ///
     /// # Errors
-    /// Its version, if this one doesn't know it.
+    /// The format version, if this crate does not know it.
     pub(super) fn decode(bytes: &[u8]) -> Result<Option<Self>, u32> {
         let mut newest: Option<(u64, List)> = None;
-        // Where the second list lies is said in the first, which may be the one that is torn.
+        // The first list holds the second list's offset, but may be the torn one: each page is
+        // tried.
         for place in (LISTS..bytes.len() as u64).step_by(PAGE as usize) {
             if let Some(list) = List::decode(&bytes[place as usize..])?
                 && newest.as_ref().is_none_or(|(_, newest)| list.generation > newest.generation)
@@ -202,18 +204,18 @@ impl Manifest {
         Ok(Some(Self { list, slot, is_whole }))
     }
 
-    /// The number of the last segment in the list: what isn't in it and is older was removed.
+    /// The last segment number in the list; an older segment that is not listed was removed.
     pub(super) fn newest(&self) -> u64 {
         self.list.segments.last().map_or(0, |last| last.segment)
     }
 
-    /// What is known of each segment.
+    /// The witnesses of all segments, from the list and the slot.
     pub(super) fn witnesses(&self) -> Vec<Witness> {
         let mut all = self.list.segments.clone();
         if let Some(Slot { witness, .. }) = self.slot {
             match all.binary_search_by_key(&witness.segment, |it| it.segment) {
                 Ok(at) if witness.end > all[at].end => all[at] = witness,
-                // The list that told of it was lost.
+                // The list with this segment was lost.
                 Err(at) if at == all.len() => all.push(witness),
                 Ok(_) | Err(_) => {}
             }
@@ -227,7 +229,7 @@ fn with_crc(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// What comes before a checksum that is right.
+/// Returns the bytes before the trailing checksum, if it matches.
 fn checked(bytes: &[u8]) -> Option<&[u8]> {
     let (bytes, crc) = bytes.split_at_checked(bytes.len().checked_sub(CRC)?)?;
     (u32_at(crc, 0) == crc32c(bytes)).then_some(bytes)

@@ -1,4 +1,4 @@
-//! Keeps the manifest: what it says is never ahead of what is on the disk.
+//! Writes the manifest, which never claims more than is durable.
 
 use std::io;
 use std::sync::Arc;
@@ -10,19 +10,19 @@ use super::storage::Storage;
 
 pub(super) struct ManifestWriter {
     storage: Arc<dyn Storage>,
-    /// Its generation is that of the list that was written last.
+    /// The list; its generation is that of the last write.
     list: List,
-    /// The turn of the slot that was written last, and what it says.
+    /// The turn of the last slot written, and that slot.
     turn: u64,
     slot: Option<Slot>,
-    /// A list on the disk may still name segments that were forgotten.
+    /// A list on disk may still name forgotten segments.
     stale: bool,
-    /// A write of it failed, and that was told.
+    /// A write failed, and was logged.
     fails: bool,
 }
 
 impl ManifestWriter {
-    /// Goes on in the manifest that is there, or begins one that tells of what is there.
+    /// Continues the existing manifest, or creates one that lists the existing segments.
     pub(super) fn begin(storage: Arc<dyn Storage>, salt: u64, resume: &Resume) -> io::Result<Self> {
         let (turn, generation, room) = (resume.turn, resume.generation, resume.room);
         let list = List { salt, generation, room, segments: resume.listed.clone() };
@@ -33,14 +33,14 @@ impl ManifestWriter {
         Ok(writer)
     }
 
-    /// A segment was begun, behind all others.
+    /// Adds a new segment, after all others.
     pub(super) fn begun(&mut self, segment: u64) {
         self.list.segments.push(Witness { segment, end: HEADER, messages: Some(0), closed: false });
         let written = self.write();
         self.tell(written);
     }
 
-    /// A segment was stored up to there. That is not synced.
+    /// Writes the synced state of the current segment. The write itself is not synced.
     pub(super) fn synced(&mut self, witness: Witness) {
         self.turn += 1;
         let slot = Slot { salt: self.list.salt, turn: self.turn, witness };
@@ -49,7 +49,7 @@ impl ManifestWriter {
         self.tell(written);
     }
 
-    /// A segment ends there. The list says so when it is written next.
+    /// Records the end of a segment. The next write of the list includes it.
     pub(super) fn ended(&mut self, witness: Witness) {
         let known = self.list.segments.iter_mut().rev().find(|it| it.segment == witness.segment);
         if let Some(known) = known {
@@ -57,18 +57,18 @@ impl ManifestWriter {
         }
     }
 
-    /// Says of both lists what the last segment holds: the journal is closed.
+    /// Writes the end of the last segment to both lists: the journal is closed.
     pub(super) fn close(&mut self, witness: Witness) -> io::Result<()> {
         self.ended(witness);
         self.write_both()
     }
 
-    /// Forgets segments; when this has ended well, they may go.
+    /// Forgets segments. On success their files may be removed.
     pub(super) fn forget(&mut self, gone: impl Fn(u64) -> bool) -> io::Result<()> {
         let before = self.list.segments.len();
         self.list.segments.retain(|it| !gone(it.segment));
         self.stale |= self.list.segments.len() < before;
-        // Both lists: should one be damaged later, the other misses nothing.
+        // Both lists are written: if one is damaged later, the other is complete.
         if self.stale {
             self.write_both()?;
             self.stale = false;
@@ -93,13 +93,13 @@ impl ManifestWriter {
         let written = self.storage.write_manifest(self.list.place(), &self.list.encode());
         let synced = written.and_then(|()| self.storage.sync_manifest());
         if synced.is_err() {
-            // The other list may be the only one that can be read: this one is tried again.
+            // The other list may be the only readable one: the next write goes here again.
             self.list.generation -= 1;
         }
         synced
     }
 
-    /// Writes it to a file of its own, with room for more.
+    /// Writes the list to a new file, with more room.
     fn replace(&mut self) -> io::Result<()> {
         let mut list = self.list.clone();
         list.generation += 1;
@@ -114,12 +114,12 @@ impl ManifestWriter {
         Ok(())
     }
 
-    /// What it said before is still true, and tells of less.
+    /// Logs the first failed write in a row. The manifest on disk is then correct but older.
     fn tell(&mut self, written: io::Result<()>) {
         match written {
             Ok(()) => self.fails = false,
             Err(error) if !self.fails => {
-                tracing::warn!(%error, "the journal's manifest can't be written: damage to what is stored from now on may go unnoticed");
+                tracing::warn!(%error, "can't write the journal's manifest: damage to entries stored from now on may go unnoticed");
                 self.fails = true;
             }
             Err(_) => {}

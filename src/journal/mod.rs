@@ -1,19 +1,19 @@
-//! A write-ahead log: what was appended survives a crash once it is stored.
+//! A write-ahead log: an appended entry survives a crash once it is stored.
 //!
-//! Segments of a directory are written one after the other, and never twice at the same place:
-//! after a crash, a failed write or a failed sync the journal goes on in a new segment, which
-//! names where what counts of the one before it ends. One thread writes; all that has gathered
-//! meanwhile is one write and one sync, and nothing waits for more to gather.
+//! The segments of a directory are written one after the other, and no place is ever written twice.
+//! After a crash, a failed write or a failed sync, the journal continues in a new segment, whose
+//! header names the valid end of the previous segment. A single thread writes. All entries that
+//! queue up meanwhile form one write and one sync; nothing is delayed to gather more.
 //!
-//! What is damaged is reported and left as it is; nothing that was written is ever truncated.
+//! Damage is reported and left in place; written data is never truncated.
 //!
-//! A manifest beside the segments says which there are, and how far each was stored: whatever of
-//! that is missing, or can't be read, is damage. After a power cut it may be a little behind for the
-//! segment that was written last: what is damaged there, of the last seconds before, may look like
-//! a torn write.
+//! A manifest beside the segments lists them and the synced length of each: a segment, or a part of
+//! one, that is listed but missing or unreadable is damage. After a power cut the manifest may lag
+//! slightly for the last segment: damage there, in data of the last seconds before, may look like a
+//! torn write.
 //!
-//! Some room is kept for when the disk is full, for what has to be written before segments can be
-//! removed.
+//! A spare file reserves disk space for when the disk is full, for the entries that must be written
+//! before segments can be removed.
 
 #[cfg(test)]
 pub(crate) mod crashing;
@@ -50,31 +50,32 @@ use recovery::recover;
 use storage::{Directory, Storage};
 use writer::Writer;
 
-/// When what is appended counts as stored.
+/// The point at which an appended entry counts as stored.
 ///
-/// That a message is settled is written with what is written next, or a second later, and is not
-/// synced for itself: after a crash the message may be sent once more, and its receiver knows it.
+/// The record that a message is settled is written with the next entries, or a second later, and is
+/// not synced by itself: after a crash the message may be sent once more, and its receiver
+/// recognises the duplicate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Durability {
-    /// When it is on the disk: it survives a crash of the process and of the machine.
+    /// After a sync: the entry survives a crash of the process and of the machine.
     #[default]
     Sync,
-    /// When the system has it; it is on the disk so much later at the most. A crash of the
-    /// process loses nothing, one of the machine what came since.
+    /// After the write; a sync follows at most this long after. A crash of the process loses
+    /// nothing; a crash of the machine loses what was written since the last sync.
     Interval(Duration),
-    /// When the system has it, which writes it when it likes.
+    /// After the write; the operating system decides when to sync.
     OsBuffer,
 }
 
-/// How a journal is kept.
+/// Options of a journal.
 #[derive(Debug, Clone)]
 pub struct Options {
     pub durability: Durability,
-    /// A segment that is longer than this is the last with that content, in bytes.
+    /// The length in bytes at which a segment is closed and the next one begun.
     pub segment_size: u64,
-    /// What is wanted of a segment may be written once more, so that the segment can go: when room
-    /// is scarce, as much is kept as that takes.
+    /// Live entries may be rewritten so that their segment can be removed: when space is scarce,
+    /// enough is reserved for that.
     pub cleaned: bool,
 }
 
@@ -85,7 +86,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The same for a journal in that folder whose segments are cleaned: many of them fit its disk.
+    /// Adapts the options to a cleaned journal in `folder`, so that many segments fit its disk.
     pub(crate) fn cleaned(&self, folder: &Path) -> Self {
         let longest = self.segment_size;
         let fitting = |disk: storage::FileSystem| room::fitting_segment(disk.size, longest);
@@ -94,7 +95,7 @@ impl Options {
     }
 }
 
-/// Where an entry lies.
+/// The position of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Position {
     pub segment: u64,
@@ -102,7 +103,7 @@ pub struct Position {
     pub length: u32,
 }
 
-/// Something that was read back.
+/// An entry read back from the journal.
 pub struct Entry<'a> {
     pub position: Position,
     pub payload: &'a [u8],
@@ -114,7 +115,7 @@ opaque!(Entry<'_>, |it| position: it.position);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JournalFile {
     Segment(u64),
-    /// The list of segments. Without it nobody knows whether segments are missing, or their ends.
+    /// The list of segments. Without it, missing segments and lost ends go undetected.
     Manifest,
 }
 
@@ -127,14 +128,13 @@ impl JournalFile {
     }
 }
 
-/// A part of a file that can't be read, though it was stored, or may have been: what lies behind
-/// it can be.
+/// An unreadable part of a file that was stored, or may have been. The data after it is readable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Damage {
     pub file: JournalFile,
     pub from: u64,
     pub to: u64,
-    /// The file is not there.
+    /// The file is missing.
     pub missing: bool,
 }
 
@@ -144,18 +144,18 @@ impl Damage {
     }
 }
 
-/// What reading a journal back found.
+/// The outcome of reading a journal back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovery {
     pub segments: u64,
     pub entries: u64,
     pub damaged: Vec<Damage>,
-    /// How many messages were stored in what is damaged, by the number that was given with each
-    /// entry. `None` if that is not known: the manifest is damaged itself, or doesn't tell of what
-    /// is damaged, or a segment is of version 1. After a power cut there may have been some more
-    /// at the end of the segment that was written last.
+    /// The number of messages in the damaged parts, counted by the number given with each entry.
+    /// `None` if unknown: the manifest itself is damaged, or does not cover the damaged part, or a
+    /// segment is of version 1. After a power cut, messages at the end of the last segment may be
+    /// missing from the count.
     pub lost: Option<u64>,
-    /// Bytes of a last write that a crash tore. They had not been stored.
+    /// The number of bytes of the last write, torn by a crash. They had not counted as stored.
     pub torn: u64,
 }
 
@@ -171,18 +171,21 @@ impl Recovery {
     }
 }
 
-/// Corrects the checksums of what may be a segment.
+/// Corrects the checksums of bytes that may be a segment.
 #[cfg(fuzzing)]
 pub fn correct_checksums(bytes: &mut [u8]) {
     segment::correct(bytes);
 }
 
-/// A journal that can't be opened or read.
+/// The error of opening or reading a journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     #[error(transparent)]
     Directory(#[from] DirectoryError),
-    #[error("it is of format {0}; this version knows up to {known}", known = segment::VERSION)]
+    #[error(
+        "the journal has format {0}, but this version reads up to {known}: use a newer version",
+        known = segment::VERSION
+    )]
     Version(u32),
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -190,18 +193,18 @@ pub enum JournalError {
     Damaged,
 }
 
-/// An entry was not stored.
+/// The error of an entry that was not stored.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("it can't be stored: {reason}")]
+#[error("the entry can't be stored: {reason}")]
 pub struct NotStored {
     pub(crate) reason: Arc<io::Error>,
-    /// It was written, and the disk failed before it was safe: it may still be there when the
+    /// The entry was written, but the disk failed before the sync: it may be present when the
     /// journal is opened again.
     pub(crate) may_turn_up: bool,
 }
 
 impl NotStored {
-    /// Nobody will tell.
+    /// The writer thread has ended: the outcome is unknown.
     fn closed() -> Self {
         Self { reason: Arc::new(io::Error::other("the journal is closed")), may_turn_up: true }
     }
@@ -214,41 +217,41 @@ impl From<&str> for NotStored {
     }
 }
 
-/// Is told of appended entries, by the numbers that they were given, once they are stored or can't
-/// be. The thread that writes runs it, for all of a write at once.
+/// A callback that receives the outcomes of appended entries, by their numbers. The writer thread
+/// calls it once for all entries of a write.
 pub type Sink = Box<dyn FnMut(Ended<'_>) + Send>;
 
-/// Where an entry was stored, or why it was not.
+/// The position at which an entry was stored, or the error.
 pub type Stored = Result<Position, NotStored>;
 
-/// What became of entries, by their numbers.
+/// The outcomes of entries, by their numbers.
 pub type Ended<'a> = std::vec::Drain<'a, (u64, Stored)>;
 
-/// When an entry counts as stored.
+/// The point at which an entry counts as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Persist {
-    /// When it is synced.
+    /// When its [`Durability`] is reached: by default, after a sync.
     Sync,
-    /// When the system has it.
+    /// After the write, without a sync.
     Flush,
-    /// The same, and that may be with what is written next, or a second later.
+    /// After the write, which may be delayed until the next write, or for a second.
     Lazy,
 }
 
-/// What may be written when the disk is full.
+/// The priority of an entry when the disk is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Need {
-    /// It is refused.
+    /// The entry is refused.
     None,
-    /// It may have the room that is kept, but for the last part.
+    /// The entry may use the reserved space, except its last part.
     Urgent,
-    /// It may have that too, but for a little: no segment can go before.
+    /// The entry may use most of the last part too: otherwise no segment can be removed.
     Emergency,
-    /// It may have all of it: it is for a segment to go.
+    /// The entry may use all reserved space: it lets a segment be removed.
     Removal,
 }
 
-/// Who is told that an entry is stored.
+/// The receiver of an entry's outcome.
 enum Done {
     Nobody,
     Waiter(oneshot::Sender<Stored>),
@@ -261,7 +264,7 @@ pub struct Journal {
     salt: u64,
     queue: Arc<Queue>,
     room: Room,
-    /// The segment that it writes first.
+    /// The first segment that it writes.
     first: u64,
     writer: Option<JoinHandle<()>>,
 }
@@ -269,8 +272,8 @@ pub struct Journal {
 opaque!(Journal, |_it|);
 
 impl Journal {
-    /// Opens the journal of a directory, or begins one; what is in it is handed to `take`, in
-    /// the order in which it was appended.
+    /// Opens the journal of a directory, or creates one. Its entries are passed to `take` in the
+    /// order of their appends.
     pub fn open(
         path: &Path,
         options: &Options,
@@ -279,8 +282,7 @@ impl Journal {
         Self::open_with(path, options, Box::new(|_| {}), take)
     }
 
-    /// Whether this version can open the journal of a directory, if there is one there. Nothing is
-    /// written.
+    /// Checks that this version can open the journal of a directory, if one exists. Writes nothing.
     pub(crate) fn check(path: &Path) -> Result<(), JournalError> {
         match path.is_dir() {
             true => recovery::check_versions(&Directory::look_at(path)),
@@ -288,8 +290,8 @@ impl Journal {
         }
     }
 
-    /// Reads the journal of a directory that nobody has open; what is in it is handed to `take`.
-    /// Nothing is written.
+    /// Reads the journal of a directory that no process has open; its entries are passed to `take`.
+    /// Writes nothing.
     pub(crate) fn look_at(
         path: &Path,
         take: impl FnMut(Entry<'_>),
@@ -310,7 +312,7 @@ impl Journal {
         Self::open_on(Arc::new(Directory::open(path)?), options, sink, take)
     }
 
-    /// The same, and `watch` is told of the disk from then on.
+    /// [`Journal::open_with`], with a `watch` that is notified of the disk's state from then on.
     pub(crate) fn open_watched(
         path: &Path,
         options: &Options,
@@ -347,27 +349,27 @@ impl Journal {
         Ok((Self { storage, salt, queue, room, first, writer: Some(writer) }, recovery))
     }
 
-    /// How much room there was when it was opened.
+    /// The disk space at the time of opening.
     pub(crate) fn room(&self) -> Room {
         self.room
     }
 
-    /// The segments that are there, and how long each is, in bytes; the last is the one that is
-    /// written first.
+    /// The existing segments and their lengths in bytes; the last is the first to be written.
     pub(crate) fn segments(&self) -> io::Result<Vec<(u64, u64)>> {
         lengths(&*self.storage, self.first)
     }
 
-    /// Appends entries, all or none of which survive a crash before they are stored. Awaiting it
-    /// tells when they are, and where; it happens even if nobody waits.
+    /// Appends an entry; a crash before it is stored leaves all or nothing of it. The future
+    /// completes with its position once it is stored; dropping the future does not cancel the
+    /// append.
     pub fn append(&self, payload: &[u8]) -> impl Future<Output = Stored> + use<> {
         let (waiter, wait) = oneshot::channel();
         self.queue.append(payload, Append::new(Done::Waiter(waiter)));
         async move { wait.await.unwrap_or_else(|_| Err(NotStored::closed())) }
     }
 
-    /// Appends an entry, also with the last room of the disk, and waits until it is stored, on a
-    /// thread that may wait.
+    /// Appends an entry, with the last disk space if need be, and blocks the thread until it is
+    /// stored.
     pub(crate) fn append_blocking(&self, payload: &[u8]) -> Stored {
         let (waiter, wait) = oneshot::channel();
         let append = Append { need: Need::Removal, ..Append::new(Done::Waiter(waiter)) };
@@ -375,8 +377,8 @@ impl Journal {
         wait.blocking_recv().unwrap_or_else(|_| Err(NotStored::closed()))
     }
 
-    /// Appends an entry that stores so many messages; the sink is told its number when it is
-    /// stored.
+    /// Appends an entry that holds `messages` messages; once it is stored, its number and position
+    /// are passed to the sink.
     pub(crate) fn append_for_sink(
         &self,
         number: u64,
@@ -389,58 +391,58 @@ impl Journal {
         self.queue.append(payload, append);
     }
 
-    /// Appends an urgent entry as the first of a segment, so that all that is before it can be
-    /// removed. Room is kept for the next one of its kind: it may be twice as long, if no more
-    /// than the length of this one comes between them.
+    /// Appends an urgent entry at the start of a new segment, so that all segments before it can be
+    /// removed. Space is reserved for the next entry of this kind: it may be twice as long,
+    /// provided that no more than this entry's length is appended in between.
     pub(crate) fn append_first_for_sink(&self, number: u64, payload: &[u8], messages: u32) {
         let need = Need::Removal;
         let append = Append { need, first: true, messages, ..Append::new(Done::Sink(number)) };
         self.queue.append(payload, append);
     }
 
-    /// Appends an entry that is not worth a sync: it survives a crash of the process, and one of
-    /// the machine if a later one is synced.
+    /// Appends an entry without a sync: it survives a crash of the process, and a crash of the
+    /// machine if a later entry is synced.
     pub(crate) fn note(&self, payload: &[u8]) {
         self.queue.append(payload, Append { persist: Persist::Flush, ..Append::new(Done::Nobody) });
     }
 
-    /// Reads an entry that was stored.
+    /// Reads a stored entry.
     pub fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
         self.reader().read(position)
     }
 
-    /// Reads entries apart from the journal.
+    /// Returns a reader of stored entries.
     pub(crate) fn reader(&self) -> Reader {
         Reader { storage: self.storage.clone(), salt: self.salt }
     }
 
-    /// Removes the segments before that one, whose entries are no longer wanted; never the one
-    /// that is being written. What is said of their entries in later ones outlasts them.
+    /// Removes the segments before `segment`, whose entries are no longer needed; never the current
+    /// segment. Records about their entries in later segments are synced before the removal.
     pub fn remove_before(&self, segment: u64) {
         self.queue.remove(Removal::Before(segment));
     }
 
-    /// Removes segments whose entries are no longer wanted, any of them but the one that is being
-    /// written. What is said of their entries in later ones outlasts them.
+    /// Removes segments whose entries are no longer needed; any but the current segment. Records
+    /// about their entries in later segments are synced before the removal.
     pub fn remove(&self, segments: Vec<u64>) {
         self.queue.remove(Removal::These(segments));
     }
 }
 
-/// Reads the entries of a journal. Nobody else can open its directory as long as this lives.
+/// A reader of a journal's entries. The directory stays locked for other processes while it exists.
 pub(crate) struct Reader {
     storage: Arc<dyn Storage>,
     salt: u64,
 }
 
 impl Reader {
-    /// Reads an entry that was stored.
+    /// Reads a stored entry.
     pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
         read_entry(&*self.storage, self.salt, position)
     }
 }
 
-/// Hands out what is in a journal, and begins a segment behind it; also its salt.
+/// Reads a journal and begins a new segment after it. Also returns the journal's salt.
 fn begin(
     storage: &Arc<dyn Storage>,
     options: &Options,
@@ -448,7 +450,7 @@ fn begin(
     take: impl FnMut(Entry<'_>),
 ) -> Result<(Writer, u64, Recovery), JournalError> {
     let (recovery, resume) = recover(&**storage, take)?;
-    // What is handed out now must not be gone after the next crash.
+    // Recovered entries must survive the next crash.
     for segment in storage.segments()? {
         storage.sync(segment)?;
     }
@@ -481,7 +483,7 @@ fn read_entry(
     Ok(frame.payload(bytes).ok_or(JournalError::Damaged)?.to_vec())
 }
 
-/// Ends the queue, also when the thread that writes panics.
+/// Ends the queue on drop, also when the writer thread panics.
 struct End(Arc<Queue>);
 
 impl Drop for End {
@@ -493,7 +495,7 @@ impl Drop for End {
 impl Drop for Journal {
     fn drop(&mut self) {
         self.queue.close();
-        // The sink may hold what holds this, and be the last to let go of it.
+        // The sink may hold the last reference to the journal, which the writer thread then drops.
         if let Some(writer) = self.writer.take()
             && writer.thread().id() != std::thread::current().id()
         {

@@ -1,4 +1,4 @@
-//! What is to be written: it gathers while the thread that writes is busy.
+//! The queue of entries to write. Entries gather while the writer thread is busy.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -6,51 +6,50 @@ use std::time::Duration;
 use super::{Done, Need, Persist};
 use crate::sync::lock_unranked as lock;
 
-/// So much room is kept from one batch to the next, in bytes.
+/// The memory kept from one batch to the next, in bytes.
 const MOST_KEPT: usize = 4 * 1024 * 1024;
 
-/// An entry to be written.
+/// A queued entry.
 pub(super) struct Append {
-    /// Where its payload lies in the bytes of its [`Batch`], which sets both.
+    /// The payload's start and length in the bytes of its [`Batch`], which sets both.
     pub(super) start: usize,
     pub(super) length: u32,
     pub(super) persist: Persist,
     pub(super) need: Need,
-    /// It begins a segment.
+    /// The entry begins a segment.
     pub(super) first: bool,
-    /// How many messages it stores.
+    /// The number of messages that the entry holds.
     pub(super) messages: u32,
     pub(super) done: Done,
 }
 
 impl Append {
-    /// One that stores no message, is synced at once, urgent and not the first of a segment; who
-    /// is told when it is stored.
+    /// An entry that holds no message, is synced at once, is urgent and does not begin a segment.
+    /// `done` receives the outcome.
     pub(super) fn new(done: Done) -> Self {
         let (persist, need, first) = (Persist::Sync, Need::Urgent, false);
         Self { start: 0, length: 0, persist, need, first, messages: 0, done }
     }
 
-    /// Its own, of the bytes of its batch.
+    /// The payload, from the bytes of the entry's batch.
     pub(super) fn payload<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
         &bytes[self.start..][..self.length as usize]
     }
 }
 
-/// What has gathered, in its order. The entries' bytes lie one behind the other in memory that
-/// is used over and over.
+/// Queued entries and removals, in order. The payloads are contiguous in memory that is reused.
 #[derive(Default)]
 pub(super) struct Batch {
     pub(super) bytes: Vec<u8>,
     pub(super) appends: Vec<Append>,
-    /// Segments that can go, and after how many appends.
+    /// Removals, each with the number of appends that precede it.
     pub(super) removals: Vec<(usize, Removal)>,
 }
 
-/// Segments whose entries are no longer wanted.
+/// Segments whose entries are no longer needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Removal {
-    /// All before that one.
+    /// All segments before this one.
     Before(u64),
     These(Vec<u64>),
 }
@@ -86,12 +85,12 @@ impl Batch {
     }
 }
 
-/// What the thread that writes is given.
+/// The outcome of [`Queue::take`].
 pub(super) enum Taken {
     Batch,
-    /// Nothing came in time.
+    /// The timeout elapsed.
     Nothing,
-    /// Nothing will come any more.
+    /// The queue is closed and empty.
     Closed,
 }
 
@@ -105,13 +104,13 @@ pub(super) struct Queue {
 struct State {
     batch: Batch,
     waits: Waits,
-    /// It ends when it has written what is here.
+    /// The writer thread ends once it has written the queued batch.
     closed: bool,
-    /// It has ended: nothing is taken any more.
+    /// The writer thread has ended: nothing is queued any more.
     ended: bool,
 }
 
-/// Whether the thread that writes waits.
+/// The wait state of the writer thread.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Waits {
     #[default]
@@ -150,14 +149,13 @@ impl Queue {
         }
     }
 
-    /// Has the thread that writes end when it has written what is here.
+    /// Ends the writer thread once it has written the queued batch.
     pub(super) fn close(&self) {
         lock(&self.state).closed = true;
         self.more.notify_one();
     }
 
-    /// Swaps what has gathered for an empty batch; waits until there is something, at the most
-    /// for so long.
+    /// Swaps the queued batch for an empty one; waits for a non-empty batch, up to `at_most`.
     pub(super) fn take(&self, empty: &mut Batch, at_most: Option<Duration>) -> Taken {
         let mut state = lock(&self.state);
         let is_idle = |state: &mut State| state.batch.is_empty() && !state.closed;
@@ -184,8 +182,8 @@ impl Queue {
         }
     }
 
-    /// The thread that writes has ended, perhaps by a panic: who waits for an entry is told. (The
-    /// sink is not: it ended with the thread.)
+    /// Marks the writer thread as ended, perhaps by a panic: waiters of queued entries get an
+    /// error. (The sink does not: it ended with the thread.)
     pub(super) fn end(&self) {
         let mut state = lock(&self.state);
         state.ended = true;

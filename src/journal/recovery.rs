@@ -1,4 +1,4 @@
-//! Reading a journal back: what is right is handed out, what is not is named, nothing is changed.
+//! Reads a journal back: valid entries are passed on, damage is reported, nothing is changed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -10,40 +10,41 @@ use super::segment::{
 use super::storage::{RESERVED, Storage};
 use super::{Damage, Entry, JournalError, JournalFile, Position, Recovery};
 
-/// How much is read at once.
+/// The size of a read, in bytes.
 const CHUNK: usize = 1024 * 1024;
 
-/// Where a journal goes on.
+/// The state from which a journal continues.
 #[derive(Debug, Default)]
 pub(super) struct Resume {
     pub(super) salt: Option<u64>,
-    /// The greatest number that a segment had.
+    /// The highest segment number so far.
     pub(super) last: u64,
-    /// What is known of the segments that are there, or should be. All of them are closed.
+    /// The witnesses of the segments that exist, or should. All are closed.
     pub(super) listed: Vec<Witness>,
-    /// Those that hold no entry.
+    /// The segments without an entry.
     pub(super) empty: BTreeSet<u64>,
-    /// How the manifest goes on, and the room of a list in it: zero if there has to be a new one.
+    /// The manifest's last turn and generation, and the room of its lists: zero to write a new
+    /// file.
     pub(super) turn: u64,
     pub(super) generation: u64,
     pub(super) room: u64,
 }
 
-/// Reads all segments, and hands out the entries in the order in which they were written.
+/// Reads all segments, and passes on the entries in the order in which they were written.
 ///
-/// The manifest says which segments there are. One that it lists and that isn't there is damage as
-/// a whole; one that it doesn't list was removed if it is older than the last in the list, and was
-/// begun just before a crash if it is newer. What lies in front of the end that it tells of a
-/// segment was stored, and if it isn't valid, it is damage.
+/// The manifest lists the segments. A listed segment that does not exist is damaged as a whole. A
+/// segment that is not listed was removed if it is older than the last in the list; if it is newer,
+/// it was begun just before a crash. Bytes before the end that the manifest records for a segment
+/// were stored: if they are invalid, they are damage.
 ///
-/// What lies behind the end that the next segment names was never promised. Nor was, in the last
-/// segment, what lies behind the end that the manifest tells, and isn't valid behind all that is:
-/// it is the torn tail of a crash. What isn't valid before something that is
-/// counts as damage: it may have been the write that a crash tore, whose blocks reach the disk in
-/// any order, but nobody can tell, and what is valid is kept.
+/// Bytes after the end that the next segment names were never promised. In the last segment,
+/// neither were invalid bytes after both the end that the manifest records and the last valid
+/// record: they are the torn tail of a crash. Invalid bytes before a valid record count as damage.
+/// They may belong to the write that the crash tore, whose blocks reach the disk in any order, but
+/// the two cases look alike, and valid records are kept.
 ///
-/// A journal of version 1 has no manifest. There a segment that a later one names and that isn't
-/// there is damage, and a last record that was damaged looks like a torn write.
+/// A journal of version 1 has no manifest. There, a segment that a later one names and that does
+/// not exist is damage, and a damaged last record looks like a torn write.
 pub(super) fn recover(
     storage: &dyn Storage,
     mut take: impl FnMut(Entry<'_>),
@@ -53,7 +54,7 @@ pub(super) fn recover(
     let headers = read_headers(storage, &there)?;
     let file = storage.manifest()?;
     let salts: BTreeSet<u64> = headers.iter().flatten().map(|header| header.salt).collect();
-    // One of another journal is none.
+    // A manifest of another journal is ignored.
     let manifest = decode_manifest(file.as_deref())?
         .filter(|manifest| salts.is_empty() || salts.contains(&manifest.list.salt));
     let has_version = |version| headers.iter().flatten().any(|header| header.version >= version);
@@ -89,11 +90,11 @@ pub(super) fn recover(
         let witness = listed.get(&number).copied();
         let length = storage.length(number)?;
         let written = written(storage, number, length)?;
-        // One whose header was never finished has room for a first write at the most.
+        // A segment whose header was never completed has at most the space for a first write.
         let was_begun = witness.is_some() || written > HEADER || length > RESERVED;
         let before = recovery.damaged.len();
         let Some(salt) = salt else {
-            // Not one header can be read, so no record can be checked.
+            // No header is readable, so no record can be checked.
             if was_begun || Some(number) != last {
                 let end = written.max(HEADER);
                 recovery.damaged.push(Damage::part(number, 0, end));
@@ -115,7 +116,7 @@ pub(super) fn recover(
         let segment = Segment { storage, header, length, written };
         let promised = match seal {
             Some(end) => end,
-            // Without a later segment that tells, a first look finds how far it reaches.
+            // Without a later segment that names the end, a first scan finds it.
             None => segment.reached()?,
         };
         let known = witness.map_or(0, |witness| witness.end);
@@ -126,7 +127,7 @@ pub(super) fn recover(
         }
         let is_damaged = recovery.damaged.len() > with_header;
         if is_damaged {
-            // What lies behind what the manifest tells of was not counted.
+            // The manifest does not count messages after its recorded end.
             let counted = recovery.damaged[with_header..].iter().all(|it| it.to <= known);
             let messages = witness.and_then(|it| it.messages).filter(|_| counted);
             recovery.lose(messages.map(|messages| messages.saturating_sub(read.known_messages)));
@@ -158,7 +159,7 @@ pub(super) fn recover(
     Ok((recovery, Resume { salt, last, listed, empty, turn, generation, room }))
 }
 
-/// Those that should be there.
+/// Returns the witnesses of segments that should exist but do not.
 fn missing_segments(
     there: &[u64],
     headers: &[Option<Header>],
@@ -168,8 +169,8 @@ fn missing_segments(
 ) -> Vec<Witness> {
     let is_missing = |segment: &u64| there.binary_search(segment).is_err();
     let told = listed.values().filter(|it| is_missing(&it.segment)).copied();
-    // Behind the last that the manifest lists nothing was removed. Without one segments were
-    // removed from the oldest on: before the first that is there none is missed.
+    // After the last segment in the manifest, none was removed. Without a manifest, segments were
+    // removed from the oldest on: none is missing before the first that exists.
     let chained = headers.iter().flatten().filter(|header| match has_manifest {
         true => newest.is_some_and(|newest| header.previous > newest),
         false => Some(&header.number) != there.first(),
@@ -189,7 +190,7 @@ fn decode_manifest(file: Option<&[u8]>) -> Result<Option<Manifest>, JournalError
     }
 }
 
-/// Where a segment's bytes end, but for the zeros behind them.
+/// Returns the end of a segment's data, without the trailing zeros.
 fn written(storage: &dyn Storage, number: u64, length: u64) -> io::Result<u64> {
     let (mut end, mut bytes) = (length, vec![0; CHUNK.min(length as usize)]);
     while end > 0 {
@@ -197,7 +198,7 @@ fn written(storage: &dyn Storage, number: u64, length: u64) -> io::Result<u64> {
         let part = &mut bytes[..(end - start) as usize];
         let read = storage.read(number, start, part)?;
         if let Some(last) = part[..read].iter().rposition(|byte| *byte != 0) {
-            // A record may end with some of its own.
+            // A record may end with zeros of its own.
             return Ok(next_place(start + last as u64).min(length));
         }
         end = start;
@@ -205,7 +206,7 @@ fn written(storage: &dyn Storage, number: u64, length: u64) -> io::Result<u64> {
     Ok(0)
 }
 
-/// Refuses segments of a format that this version doesn't know.
+/// Refuses segments and manifests of an unknown format version.
 pub(super) fn check_versions(storage: &dyn Storage) -> Result<(), JournalError> {
     read_headers(storage, &storage.segments()?)?;
     decode_manifest(storage.manifest()?.as_deref())?;
@@ -232,15 +233,15 @@ fn read_headers(
 struct Segment<'a> {
     storage: &'a dyn Storage,
     header: Header,
-    /// Up to where it is looked at.
+    /// The offset at which reading stops.
     length: u64,
-    /// Behind this there are only zeros.
+    /// The offset after which there are only zeros.
     written: u64,
 }
 
 impl Segment<'_> {
-    /// The furthest position before which all was written: of a record that is valid, or of which
-    /// a mark says that it was synced.
+    /// Returns the highest offset before which everything was written: that of a valid record, or
+    /// that which a mark records as synced.
     fn reached(&self) -> io::Result<u64> {
         let mut reached = HEADER.min(self.length);
         self.scan(|position, found| {
@@ -257,8 +258,8 @@ impl Segment<'_> {
         Ok(reached)
     }
 
-    /// Hands out what is valid; damage is what isn't before `promised`. What lies before `known` is
-    /// counted for itself.
+    /// Passes on valid entries; invalid bytes before `promised` are damage. Messages before `known`
+    /// are also counted separately.
     fn read(
         &self,
         promised: u64,
@@ -285,7 +286,7 @@ impl Segment<'_> {
             true
         })?;
         if read.end < promised {
-            // What is there is not valid, or it was cut short.
+            // The rest is invalid or truncated.
             let from = gap.unwrap_or(read.end);
             recovery.damaged.push(Damage::part(number, from, promised));
             read.end = promised;
@@ -293,9 +294,9 @@ impl Segment<'_> {
         Ok(read)
     }
 
-    /// Goes through the segment: each place with the frame and payload of its record, or with
-    /// `None` where there is none and the search goes on at the next place. Ends when `visit`
-    /// says no.
+    /// Scans the segment. `visit` gets each place with the frame and payload of its record, or with
+    /// `None` where no valid record begins; the scan then continues at the next place. It ends when
+    /// `visit` returns false.
     fn scan(&self, mut visit: impl FnMut(u64, Option<(Frame, &[u8])>) -> bool) -> io::Result<()> {
         let mut window = Window { segment: self, start: HEADER, bytes: Vec::new() };
         let mut position = HEADER;
@@ -319,15 +320,15 @@ impl Segment<'_> {
     }
 }
 
-/// What was read of a segment.
+/// The outcome of reading a segment.
 #[derive(Debug, Default)]
 struct Read {
-    /// Where what counts ends.
+    /// The end of the last valid record, or of damage after it.
     end: u64,
     entries: u64,
-    /// How many messages the entries store,
+    /// The number of messages in the entries.
     messages: u64,
-    /// and those of them that the manifest tells of.
+    /// The number of those that the manifest counts too.
     known_messages: u64,
 }
 
@@ -342,7 +343,7 @@ impl Read {
     }
 }
 
-/// The part of a segment that is in memory.
+/// The part of a segment held in memory.
 struct Window<'a, 'b> {
     segment: &'a Segment<'b>,
     start: u64,

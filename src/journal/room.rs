@@ -1,5 +1,5 @@
-//! The room on a journal's disk, and the part of it that is kept for when the disk is full: what
-//! frees room has to be written first.
+//! The free space of a journal's disk, and the spare file, which reserves space for when the disk
+//! is full: entries must be written before segments can be removed.
 
 use std::io;
 use std::sync::Arc;
@@ -8,62 +8,63 @@ use std::time::{Duration, Instant};
 use super::storage::Storage;
 use super::{Need, Options};
 
-/// After the disk was full, it is asked so often whether there is room again.
+/// The interval at which a full disk is checked for free space.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// The same when it has just said so, and there was none.
+/// The interval after a disk reported free space but had none.
 const DOUBT: Duration = Duration::from_secs(1);
-/// What is kept: such a part of a segment, and no more than that, in bytes.
+/// The size of the spare file: this fraction of a segment, at most this many bytes.
 const SPARE_PART: u64 = 16;
 const MOST_SPARE: u64 = 4 * 1024 * 1024;
-/// Or so often what a segment began with, rounded up: as much again may come behind it, and then
-/// what the next one begins with, which can be as long as both.
+/// Or this multiple of the entry that began the last segment, rounded up: other entries of that
+/// size may follow it, and then the entry that begins the next segment, which can be as long as
+/// both.
 const SPARE_FIRSTS: u64 = 3;
 const SPARE_STEP: u64 = 1024 * 1024;
-/// Beside a segment that is written once more there is room for what else is urgent: such a part
-/// of it, or so much if that is more (and segments are not as short as in tests).
+/// Space for other urgent entries beside a rewritten segment: this fraction of the segment, or this
+/// many bytes if that is more (unless segments are as short as in tests).
 const BESIDE_PART: u64 = 4;
 const BESIDE: u64 = 1024 * 1024;
-/// Such a part of what is kept is for what has segments removed alone; and such a part of that also
-/// when nothing else can be done about a full disk.
+/// The fraction of the reserve that urgent entries leave to removals; and the fraction of that
+/// which [`Need::Emergency`] leaves too.
 const LAST_PART: u64 = 2;
 const LEAST_PART: u64 = 8;
-/// With less room than for so many segments it is scarce.
+/// Space is scarce if fewer than this many segments fit.
 const SCARCE: u64 = 4;
-/// A disk is as large as this many segments at the least, unless they would be too short.
+/// The least number of segments that fit a disk, unless they would be shorter than this.
 const SEGMENTS: u64 = 32;
 const SHORTEST_SEGMENT: u64 = 1024 * 1024;
 
-/// How much room there is.
+/// The free space of a journal's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Room {
     pub(crate) level: Level,
-    /// What may be taken of it when nothing but what is urgent is written, in bytes.
+    /// The bytes that may be written if only urgent entries are.
     pub(crate) bytes: u64,
-    /// The last of that is for what has segments removed alone.
+    /// The last bytes of that, for entries of [`Need::Removal`] alone.
     pub(crate) last: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Level {
     Ample,
-    /// It would do for a few more segments.
+    /// Only a few more segments fit.
     Scarce,
-    /// Only what is urgent is stored.
+    /// Only urgent entries are stored.
     Full,
 }
 
-/// What the owner of a journal is told of its disk.
+/// News of a journal's disk, for its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DiskNews {
     Room(Room),
-    /// Of the segments that were to be removed by a list, these are gone.
+    /// The removed segments of a list passed to [`super::Journal::remove`].
     Removed(Vec<u64>),
 }
 
-/// Is told of the disk, by the thread that writes.
+/// A callback for news of the disk, called by the writer thread.
 pub(crate) type Watch = Box<dyn FnMut(DiskNews) + Send>;
 
-/// How long segments are that can be cleaned on a disk of that size, in bytes; no longer than
+/// Returns the segment length in bytes for a cleaned journal on a disk of that size; at most
 /// `longest`.
 pub(super) fn fitting_segment(disk: u64, longest: u64) -> u64 {
     (disk / SEGMENTS).max(SHORTEST_SEGMENT).min(longest)
@@ -75,22 +76,22 @@ pub(super) fn is_full(error: &io::Error) -> bool {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// So many bytes are kept.
+    /// This many bytes are reserved.
     Kept(u64),
-    /// The disk is full, and only what is urgent is written: so many bytes of it at the least. The
-    /// room is taken again when there is some, which is looked at then.
+    /// The disk is full, and only urgent entries are written; at least `left` bytes of them fit. At
+    /// `look`, the reserve is taken again if there is space.
     Given { left: u64, last: u64, look: Instant },
-    /// The disk can't, for another reason than that it is full.
+    /// The reserve can't be taken, for another reason than a full disk.
     None,
 }
 
-/// The room that is kept.
+/// The reserved space.
 pub(super) struct Spare {
     storage: Arc<dyn Storage>,
     segment_size: u64,
     is_cleaned: bool,
     state: State,
-    /// How long the last entry is that was to begin a segment, in bytes.
+    /// The length in bytes of the last entry that began a segment.
     first: u64,
 }
 
@@ -100,12 +101,12 @@ impl Spare {
         Self { storage, segment_size, is_cleaned, state: State::None, first: 0 }
     }
 
-    /// Only what is urgent is to be written.
+    /// Returns true if only urgent entries may be written.
     pub(super) fn is_given(&self) -> bool {
         matches!(self.state, State::Given { .. })
     }
 
-    /// Whether so many bytes may be written now that only what is urgent is.
+    /// Returns true if entries of that need and size may be written to a full disk.
     pub(super) fn admits(&self, need: Need, bytes: u64) -> bool {
         let (left, last) = match self.state {
             State::Given { left, last, .. } => (left, last),
@@ -113,7 +114,7 @@ impl Spare {
         };
         let kept_back = match need {
             Need::None => return false,
-            // Whatever is there.
+            // All that is left.
             _ if last == 0 => return true,
             Need::Urgent => last,
             Need::Emergency => last / LEAST_PART,
@@ -122,7 +123,7 @@ impl Spare {
         left >= kept_back.saturating_add(bytes)
     }
 
-    /// When to look whether there is room again.
+    /// The time of the next check for free space.
     pub(super) fn looks_at(&self) -> Option<Instant> {
         match self.state {
             State::Given { look, .. } => Some(look),
@@ -130,19 +131,19 @@ impl Spare {
         }
     }
 
-    /// An entry of that length began a segment.
+    /// Records the length of an entry that began a segment.
     pub(super) fn began_with(&mut self, length: u64) {
         self.first = length;
     }
 
-    /// So much was written.
+    /// Counts bytes written.
     pub(super) fn wrote(&mut self, bytes: u64) {
         if let State::Given { left, .. } = &mut self.state {
             *left = left.saturating_sub(bytes);
         }
     }
 
-    /// So much was removed.
+    /// Counts bytes removed.
     pub(super) fn freed(&mut self, bytes: u64) {
         if let State::Given { left, .. } = &mut self.state {
             *left = left.saturating_add(bytes);
@@ -176,7 +177,7 @@ impl Spare {
             more if more > usual && !self.is_cleaned => more.next_multiple_of(SPARE_STEP),
             _ => usual,
         };
-        // A long segment is not kept room for before it may be wanted.
+        // Space for rewriting a long segment is not reserved before it may be needed.
         let is_long = || {
             let lengths = self.storage.segments().map(|segments| {
                 let lengths = segments.into_iter().map(|segment| self.storage.length(segment));
@@ -190,7 +191,7 @@ impl Spare {
         }
     }
 
-    /// Takes the room, if there is as much.
+    /// Takes the reserve, if there is enough free space.
     pub(super) fn take(&mut self) {
         let free = self.storage.free();
         let wanted = self.wanted(free);
@@ -214,29 +215,29 @@ impl Spare {
         self.state = match self.storage.take_spare(wanted) {
             Ok(()) => {
                 if was_given {
-                    tracing::info!("the disk has room again");
+                    tracing::info!("the disk has free space again");
                 }
                 State::Kept(wanted)
             }
             Err(error) if is_full(&error) => {
                 if !was_given {
-                    tracing::warn!("the disk is full: only what frees room is stored");
+                    tracing::warn!("the disk is full: only entries that free space are stored");
                 }
                 given(if free.is_none() || was_given { DOUBT } else { LOOK_AGAIN })
             }
             Err(error) => {
-                tracing::warn!(%error, "no room can be kept for when the disk is full");
+                tracing::warn!(%error, "can't reserve space for when the disk is full");
                 State::None
             }
         };
     }
 
-    /// Gives it up; whether there was any.
+    /// Gives up the reserve; returns true if there was one.
     pub(super) fn give(&mut self) -> bool {
         let State::Kept(kept) = self.state else { return false };
         let gave = self.storage.give_spare().unwrap_or_default();
         if gave {
-            tracing::warn!("the disk is full: only what frees room is stored");
+            tracing::warn!("the disk is full: only entries that free space are stored");
             let look = Instant::now() + LOOK_AGAIN;
             let last = if self.is_cleaned { kept / LAST_PART } else { 0 };
             self.state = State::Given { left: kept, last, look };

@@ -1,66 +1,66 @@
-//! The bytes of a segment: its header, its records, and how both are read back. Pure.
+//! The encoding of a segment: its header and its records. Pure.
 //!
 //! ```text
 //! header   magic (8) | version u32 | salt u64 | number u64 | previous u64 | end u64 | crc u32
 //! record   check u32 | length u32 | tag u32 | crc u32 | payload | zeros up to a multiple of 8
-//! tag      kind (8 bits) | how many messages an entry stores (24 bits)
+//! tag      kind (8 bits) | number of messages in an entry (24 bits)
 //! ```
 //!
-//! A journal with a segment of version 2 has a manifest, and the entries in it tell of their
-//! messages. In those of version 1 the number is always zero.
+//! A journal with a segment of version 2 has a manifest, and the entries of that segment carry
+//! their number of messages. In segments of version 1 the number is always zero.
 //!
-//! Behind the last record there may be any number of zeros: the file had room for more.
+//! Any number of zeros may follow the last record: the file was preallocated.
 //!
-//! All numbers are little-endian, both checksums are CRC-32C (Castagnoli, RFC 3720). `check` is
-//! that of salt, segment number, position, length and tag, so that a length can be trusted before
-//! what it spans is read; `crc` goes on from `check` over the payload. So bytes that were valid
-//! elsewhere, in an older file or at another place, are not valid here; the salt is random for
-//! each journal, so that no payload can contain a record.
+//! All numbers are little-endian; both checksums are CRC-32C (Castagnoli, RFC 3720). `check` covers
+//! salt, segment number, position, length and tag, so that the length can be trusted before the
+//! payload is read; `crc` continues `check` over the payload. So bytes that were valid elsewhere,
+//! in an older file or at another place, are invalid here. The salt is random for each journal, so
+//! that no payload can contain a record.
 
 use crc32c::{crc32c, crc32c_append};
 
 const MAGIC: &[u8; 8] = b"peerbusJ";
-/// The version of the format that this crate writes; it reads all before it.
+/// The format version that this crate writes; it reads all earlier ones.
 pub(super) const VERSION: u32 = 2;
-/// From this one on there is a manifest.
+/// The first version with a manifest.
 pub(super) const WITH_MANIFEST: u32 = 2;
-/// How long a header is.
+/// The length of a header, in bytes.
 pub(super) const HEADER: u64 = 48;
-/// How much of a record comes before its payload.
+/// The length of a record before its payload, in bytes.
 pub(super) const FRAME: u64 = 16;
-/// Where records may begin.
+/// The alignment of records, in bytes.
 const ALIGN: u64 = 8;
-/// The kinds of records: what the journal's user wrote,
+/// The kind of a record written by the journal's user.
 pub(super) const ENTRY: u32 = 0;
-/// and a position, as a u64, before which all was synced when the mark was written.
+/// The kind of a mark, whose payload is a u64 position: everything before it was synced.
 pub(super) const MARK: u32 = 1;
 const KIND_BITS: u32 = 8;
 const MOST_MESSAGES: u32 = u32::MAX >> KIND_BITS;
 
-/// The tag of an entry that stores so many messages.
+/// Returns the tag of an entry that holds n messages.
 pub(super) fn entry_tag(messages: u32) -> u32 {
     ENTRY | messages.min(MOST_MESSAGES) << KIND_BITS
 }
 
-/// What a segment says about itself.
+/// The header of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) version: u32,
     /// The same in all segments of a journal.
     pub(super) salt: u64,
     pub(super) number: u64,
-    /// The segment that was written before this one; zero if there was none.
+    /// The previous segment; zero if there was none.
     pub(super) previous: u64,
-    /// Where that one ends. What lies behind was never promised.
+    /// The end of the previous segment. Bytes after it were never promised.
     pub(super) previous_end: u64,
 }
 
-/// Why a file is not a segment of ours.
+/// The error of decoding a header.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum HeaderError {
-    /// It is too short or its checksum is wrong: it was never finished, or is damaged.
+    /// The header is too short or its checksum is wrong: it was never completed, or is damaged.
     Invalid,
-    /// Of a format that this version doesn't know.
+    /// The format version is unknown.
     Version(u32),
 }
 
@@ -83,7 +83,7 @@ impl Header {
         if u32_at(bytes, 44) != crc32c(&bytes[..44]) {
             return Err(HeaderError::Invalid);
         }
-        // Headers are the same in all versions; what comes behind needn't be.
+        // Headers are alike in all versions; the rest may differ.
         match u32_at(bytes, 8) {
             version @ 1..=VERSION => Ok(Self {
                 version,
@@ -106,7 +106,7 @@ impl Header {
         crc32c(&bytes)
     }
 
-    /// Appends a record that will lie at `position` to `buf`.
+    /// Appends the record for `position` to `buf`.
     pub(super) fn encode_record(&self, position: u64, tag: u32, payload: &[u8], buf: &mut Vec<u8>) {
         let frame = Frame { length: payload.len() as u32, tag };
         let check = self.check(position, frame);
@@ -117,16 +117,16 @@ impl Header {
         buf.resize(buf.len().next_multiple_of(ALIGN as usize), 0);
     }
 
-    /// The beginning of the record at `position`, if `bytes` are one.
+    /// Decodes the frame of the record at `position`, if `bytes` hold one.
     pub(super) fn decode_frame(&self, position: u64, bytes: &[u8]) -> Option<Frame> {
         let frame = Frame { length: u32_at(bytes, 4), tag: u32_at(bytes, 8) };
-        // Nothing was written where there are only zeros, though their checksum may be zero too.
+        // Zeros are not a record, even if their checksum is zero too.
         let is_written = bytes[..FRAME as usize].iter().any(|byte| *byte != 0);
         (is_written && u32_at(bytes, 0) == self.check(position, frame)).then_some(frame)
     }
 }
 
-/// The beginning of a record.
+/// The frame of a record: its fields before the payload, without the checksums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Frame {
     pub(super) length: u32,
@@ -138,34 +138,34 @@ impl Frame {
         self.tag & !(u32::MAX << KIND_BITS)
     }
 
-    /// How many messages it stores.
+    /// Returns the number of messages that the entry holds.
     pub(super) fn messages(self) -> u32 {
         self.tag >> KIND_BITS
     }
 
-    /// What the whole record takes.
+    /// Returns the size of the whole record, in bytes.
     pub(super) fn size(self) -> u64 {
         record_size(u64::from(self.length))
     }
 
-    /// The payload of the record that `bytes` are, if it is what was written.
+    /// Returns the payload of the record `bytes`, if its checksum matches.
     pub(super) fn payload(self, bytes: &[u8]) -> Option<&[u8]> {
         let payload = bytes.get(FRAME as usize..)?.get(..self.length as usize)?;
         (u32_at(bytes, 12) == crc32c_append(u32_at(bytes, 0), payload)).then_some(payload)
     }
 }
 
-/// What a record with a payload of that length takes.
+/// Returns the size of a record with a payload of that length, in bytes.
 pub(super) fn record_size(payload: u64) -> u64 {
     (FRAME + payload).next_multiple_of(ALIGN)
 }
 
-/// The next place behind a position where a record may begin.
+/// Returns the next position at which a record may begin.
 pub(super) fn next_place(position: u64) -> u64 {
     (position + 1).next_multiple_of(ALIGN)
 }
 
-/// Corrects all checksums of what may be a segment, so that a fuzzer gets behind them.
+/// Corrects all checksums of bytes that may be a segment, so that a fuzzer gets past them.
 #[cfg(fuzzing)]
 pub(super) fn correct(bytes: &mut [u8]) {
     if bytes.len() < HEADER as usize {
@@ -201,8 +201,8 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 mod tests {
     use super::*;
 
-    /// A salt for which the checksum of an empty frame at `position` is zero: CRCs are linear, so
-    /// that such a one is found by elimination.
+    /// Returns a header whose salt makes the checksum of an empty frame at `position` zero. CRCs
+    /// are linear, so that elimination finds such a salt.
     fn unlucky(position: u64) -> Header {
         let header =
             |salt| Header { version: VERSION, salt, number: 1, previous: 0, previous_end: 0 };

@@ -1,4 +1,4 @@
-//! A journal without a thread, on a disk that crashes: it writes when it is told to.
+//! A journal without a writer thread, on a disk that crashes: it writes when called.
 
 use std::sync::Arc;
 
@@ -11,22 +11,22 @@ use super::{
     lengths, read_entry,
 };
 
-/// How an entry is written.
+/// The way in which an entry is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EntryKind {
-    /// As the first of a segment, and synced.
+    /// At the start of a segment, with a sync.
     First,
     Synced,
-    /// It is synced, but not written when the disk is full.
+    /// With a sync, but not on a full disk.
     Offered,
-    /// They are synced, and may have the last room of a full disk.
+    /// With a sync, also with the last space of a full disk.
     Emergency,
     Removal,
-    /// It needn't be synced.
+    /// Without a sync.
     Note,
 }
 
-/// The journal.
+/// A journal that runs on the caller's thread.
 pub(crate) struct Stepped {
     storage: Arc<dyn Storage>,
     salt: u64,
@@ -34,7 +34,7 @@ pub(crate) struct Stepped {
 }
 
 impl Stepped {
-    /// Opens the journal of a disk; what is in it is handed to `take`.
+    /// Opens the journal of a disk; its entries are passed to `take`.
     pub(crate) fn open(
         disk: &Arc<Disk>,
         options: &Options,
@@ -45,7 +45,7 @@ impl Stepped {
         Ok((Self { storage, salt, writer }, recovery))
     }
 
-    /// Writes what was gathered; each entry counts as one message.
+    /// Writes a batch; each entry counts as one message.
     pub(crate) fn write(
         &mut self,
         gathered: impl Iterator<Item = (Vec<u8>, EntryKind)>,
@@ -67,33 +67,33 @@ impl Stepped {
         results
     }
 
-    /// Reads an entry that was stored.
+    /// Reads a stored entry.
     pub(crate) fn read(&self, position: Position) -> Result<Vec<u8>, JournalError> {
         read_entry(&*self.storage, self.salt, position)
     }
 
-    /// How much room there is, when it has been looked at.
+    /// Returns the disk space after a check.
     pub(crate) fn look_for_room(&mut self) -> Room {
         self.writer.look_for_room();
         self.writer.room()
     }
 
-    /// How much room there is.
+    /// Returns the disk space as last checked.
     pub(crate) fn room(&self) -> Room {
         self.writer.room()
     }
 
-    /// The segments that are there, and how long each is, in bytes.
+    /// Returns the existing segments and their lengths in bytes.
     pub(crate) fn segments(&self) -> Vec<(u64, u64)> {
         lengths(&*self.storage, self.writer.number()).unwrap_or_default()
     }
 
-    /// Removes the segments before that one.
+    /// Removes the segments before `segment`.
     pub(crate) fn remove_before(&mut self, segment: u64) {
         self.writer.remove(&Removal::Before(segment));
     }
 
-    /// Removes segments, any of them but the one that is being written.
+    /// Removes segments; any but the current one.
     pub(crate) fn remove(&mut self, segments: Vec<u64>) {
         self.writer.remove(&Removal::These(segments));
     }

@@ -1,4 +1,4 @@
-//! Where segments lie: a directory, or in tests a disk that crashes on purpose.
+//! Storage of segments: a directory, or in tests a disk that crashes on purpose.
 
 #[cfg(unix)]
 use std::fs::Metadata;
@@ -11,54 +11,53 @@ use crate::identity::random_bytes;
 use crate::private;
 use crate::sync::lock_unranked as lock;
 
-/// What a journal needs of a disk. Segments are files by number.
+/// The disk operations that a journal needs. Segments are files, identified by number.
 pub(super) trait Storage: Send + Sync {
-    /// The numbers of the segments that are there, in order.
+    /// Returns the numbers of the existing segments, in ascending order.
     fn segments(&self) -> io::Result<Vec<u64>>;
-    /// A new, empty segment, to be written once from its start to its end.
+    /// Creates an empty segment, to be written once from start to end.
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>>;
-    /// Reads at `at` as much as there is, up to the length of `buf`.
+    /// Reads from offset `at` until `buf` is full or the file ends; returns the bytes read.
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize>;
-    /// How long the file is, with the zeros that may lie behind what was written.
+    /// Returns the length of the file, including zeros after its data.
     fn length(&self, number: u64) -> io::Result<u64>;
-    /// Makes all of a segment last that an earlier life wrote.
+    /// Syncs a segment that an earlier process wrote.
     fn sync(&self, number: u64) -> io::Result<()>;
     fn remove(&self, number: u64) -> io::Result<()>;
-    /// The whole manifest, if there is one.
+    /// Returns the whole manifest, if there is one.
     fn manifest(&self) -> io::Result<Option<Vec<u8>>>;
-    /// Puts another manifest in the place of the one that is there, so that it lasts; a crash
-    /// leaves one of them.
+    /// Replaces the manifest atomically and durably: a crash leaves the old one or the new one.
     fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()>;
-    /// Writes over a part of it, which takes no room.
+    /// Overwrites a part of the manifest in place, which needs no disk space.
     fn write_manifest(&self, at: u64, bytes: &[u8]) -> io::Result<()>;
-    /// Makes what was written over last.
+    /// Syncs the manifest.
     fn sync_manifest(&self) -> io::Result<()>;
-    /// Makes what was created and removed last.
+    /// Syncs the directory: creations and removals become durable.
     fn sync_directory(&self) -> io::Result<()>;
-    /// How many bytes may be written here; `None` if nobody knows.
+    /// Returns the number of free bytes; `None` if unknown.
     fn free(&self) -> Option<u64>;
-    /// Takes so many bytes, if it hasn't, to have them when the disk is full.
+    /// Reserves that many bytes for when the disk is full, unless they are reserved already.
     fn take_spare(&self, bytes: u64) -> io::Result<()>;
-    /// Gives them back; whether there were any.
+    /// Releases the reserved bytes; returns true if there were any.
     fn give_spare(&self) -> io::Result<bool>;
 }
 
 /// A segment that is being written.
 pub(super) trait SegmentFile: Send {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Makes what was appended last.
+    /// Syncs the appended bytes.
     fn sync(&mut self) -> io::Result<()>;
-    /// Undoes a write that failed, so that nothing of it is left, and makes what was appended
-    /// before it last. Nothing can be appended any more.
+    /// Undoes a failed write completely, and syncs what was appended before it. Nothing can be
+    /// appended afterwards.
     fn retract(&mut self) -> io::Result<()>;
-    /// Fails if it is no longer there, by [`Gone`].
+    /// Fails with [`Gone`] if the file was removed or replaced.
     fn check(&self) -> io::Result<()>;
 }
 
-/// The folder, or a file in it, was removed or replaced while it was in use.
+/// The folder, or a file in it, was removed or replaced while in use.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{path} was removed or replaced while it was in use, with what was stored in it: bring it back, or \
+    "{path} was removed or replaced while in use, with the messages stored in it: restore it, or \
      restart with a new folder",
     path = .0.display()
 )]
@@ -74,15 +73,15 @@ impl Gone {
     }
 }
 
-/// A directory of this host, locked for as long as this lives.
+/// A local directory, locked for the lifetime of this value.
 pub(super) struct Directory {
     path: PathBuf,
-    /// The segment that was read from last.
+    /// The segment read last.
     reading: Mutex<Option<(u64, File)>>,
     manifest: Mutex<Option<File>>,
-    /// What it was when it was opened; `None` if it is only looked at.
+    /// The folder and its lock, as opened; `None` if opened only to read.
     opened: Option<Opened>,
-    /// Keeps others from writing.
+    /// The shared lock that keeps other processes from writing.
     _reads: Option<File>,
 }
 
@@ -92,36 +91,36 @@ struct Opened {
     _lock: File,
 }
 
-/// Marks a directory as a journal's, and is locked by who uses it.
+/// The lock file, which marks a directory as a journal's. Its user locks it.
 const LOCK: &str = "journal.lock";
 const SUFFIX: &str = ".segment";
-/// Takes the room that there is to be left when the disk is full.
+/// The spare file, which reserves space for when the disk is full.
 const SPARE: &str = "spare";
 pub(super) const MANIFEST: &str = "manifest";
 const NEW_MANIFEST: &str = "manifest.new";
 
-/// The name of a segment's file.
+/// Returns the file name of a segment.
 pub(super) fn file_name(number: u64) -> String {
     format!("{number:016x}{SUFFIX}")
 }
 
-/// A directory that can't be used.
+/// The error of opening a journal's directory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DirectoryError {
-    /// Another process has it open.
+    /// Another process has the directory open.
     #[error("another process uses it")]
     InUse,
-    /// It is somebody else's.
+    /// The directory holds other files and no journal.
     #[error("it holds other files ({0}) and no journal: name an empty or a new folder")]
     Foreign(String),
-    /// What the system said.
+    /// The operating system reported an error.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
 impl Directory {
-    /// Opens a journal's directory, or makes a new one.
+    /// Opens a journal's directory, or creates one.
     pub(super) fn open(path: &Path) -> Result<Self, DirectoryError> {
         private::create_folder(path)?;
         let lock = path.join(LOCK);
@@ -138,12 +137,11 @@ impl Directory {
         Ok(Self { opened: Some(opened), ..Self::look_at(path) })
     }
 
-    /// Opens a directory to read what is in it: nothing is written, and nobody else can open it to
-    /// write meanwhile.
+    /// Opens a directory to read it. Writes nothing; no process can open it for writing meanwhile.
     pub(super) fn open_to_read(path: &Path) -> Result<Self, DirectoryError> {
         let lock = match File::open(path.join(LOCK)) {
             Ok(lock) => lock,
-            // Nobody has it open: who does makes one.
+            // No process has it open: opening creates the lock file.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 check_ours(path)?;
                 return Ok(Self::look_at(path));
@@ -154,13 +152,13 @@ impl Directory {
         Ok(Self { _reads: Some(lock), ..Self::look_at(path) })
     }
 
-    /// Looks at a directory that somebody may use, to write nothing.
+    /// Accesses a directory that another process may use, without a lock. Writes nothing.
     pub(super) fn look_at(path: &Path) -> Self {
         let (reading, manifest) = (Mutex::default(), Mutex::default());
         Self { path: path.to_owned(), reading, manifest, opened: None, _reads: None }
     }
 
-    /// Fails if the path leads to another folder by now, or to none.
+    /// Fails with [`Gone`] if the path no longer leads to the opened folder.
     #[cfg(unix)]
     fn check(&self) -> io::Result<()> {
         match &self.opened {
@@ -196,7 +194,7 @@ fn check_lock(locked: Result<(), TryLockError>) -> Result<(), DirectoryError> {
     }
 }
 
-/// Refuses a folder that holds something, and nothing of a journal.
+/// Refuses a folder that holds files, but none of a journal.
 fn check_ours(path: &Path) -> Result<(), DirectoryError> {
     let mut foreign = None;
     for entry in fs::read_dir(path)? {
@@ -209,7 +207,7 @@ fn check_ours(path: &Path) -> Result<(), DirectoryError> {
     foreign.map_or(Ok(()), |name| Err(DirectoryError::Foreign(name)))
 }
 
-/// Fails by [`Gone`] of `folder` unless the path leads to that file.
+/// Fails with [`Gone`] for `folder` unless the path leads to that file.
 #[cfg(unix)]
 fn check_same(open: &Metadata, path: &Path, folder: &Path) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
@@ -339,14 +337,14 @@ impl Storage for Directory {
     }
 }
 
-/// A file system, in bytes.
+/// The size and free space of a file system, in bytes.
 pub(super) struct FileSystem {
     pub(super) size: u64,
-    /// What its users may still take of it.
+    /// The space available to unprivileged users.
     pub(super) free: u64,
 }
 
-/// What a folder lies on, or will when it is made; `None` if nobody knows.
+/// Returns the file system of a folder, which need not exist yet; `None` if unknown.
 #[cfg(unix)]
 pub(super) fn disk(folder: &Path) -> Option<FileSystem> {
     let there = folder.ancestors().find(|it| it.exists()).filter(|it| *it != Path::new(""));
@@ -360,7 +358,7 @@ pub(super) fn disk(_: &Path) -> Option<FileSystem> {
     None
 }
 
-/// Writes so many bytes, which no file system can store in less.
+/// Writes that many random bytes, which no file system can compress.
 fn fill(path: &Path, bytes: u64) -> io::Result<()> {
     const AT_ONCE: u64 = 64 * 1024;
     let mut file = File::options().create(true).truncate(true).write(true).open(path)?;
@@ -373,21 +371,21 @@ fn fill(path: &Path, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A file that has its room before it is written, so that a sync needn't store a new length too.
-/// Behind what was written it is zeros; they are cut off when it is done.
+/// A file preallocated before it is written, so that a sync need not store a new length too. Its
+/// data is followed by zeros, which are truncated when the file is closed.
 struct Growing {
     file: File,
     path: PathBuf,
     written: u64,
-    /// How long the file is; `None` once the system won't give it room in advance.
+    /// The preallocated length; `None` once the system refuses to preallocate.
     reserved: Option<u64>,
-    /// A write failed: what was written of it doesn't count.
+    /// A write failed: its bytes don't count.
     failed: bool,
-    /// A sync failed: nobody knows what is on the disk, and the file is left as it is.
+    /// A sync failed: the content on disk is unknown, and the file is left as it is.
     unsure: bool,
 }
 
-/// How much room a file is given at a time, in bytes.
+/// The unit of preallocation, in bytes.
 pub(super) const RESERVED: u64 = 1024 * 1024;
 
 impl Growing {
@@ -398,7 +396,7 @@ impl Growing {
     fn reserve(&mut self, end: u64) {
         if let Some(reserved) = self.reserved.filter(|reserved| *reserved < end) {
             if is_scarce(&self.file) {
-                // It is wanted for what is written.
+                // The space is needed for data.
                 self.reserved = None;
                 return;
             }
@@ -409,7 +407,7 @@ impl Growing {
     }
 }
 
-/// Whether there is too little room left to give some in advance.
+/// Returns true if there is too little free space to preallocate.
 #[cfg(unix)]
 fn is_scarce(file: &File) -> bool {
     let free = |it: rustix::fs::StatVfs| it.f_bavail.saturating_mul(it.f_frsize);
@@ -434,7 +432,7 @@ fn allocate(_: &File, _: u64, _: u64) -> bool {
 impl SegmentFile for Growing {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.failed {
-            return Err(io::Error::other("a write to it failed before"));
+            return Err(io::Error::other("an earlier write to the segment failed"));
         }
         self.reserve(self.written + bytes.len() as u64);
         let wrote = self.file.write_all(bytes);

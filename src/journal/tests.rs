@@ -1,4 +1,4 @@
-//! A disk that crashes, fails and lies still under the journal's feet.
+//! The journal on a disk that crashes, fails and stalls.
 
 use std::sync::atomic::Ordering;
 
@@ -34,7 +34,7 @@ fn wait_for<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
 }
 
-/// A journal of so many entries, closed.
+/// A closed journal of n entries.
 fn written(entries: usize) -> (Arc<Disk>, Found) {
     let disk = Arc::new(Disk::default());
     let (journal, ..) = open(&disk);
@@ -51,7 +51,7 @@ fn written(entries: usize) -> (Arc<Disk>, Found) {
 fn what_was_stored_is_there_after_any_crash() {
     let seeds = std::env::var("PEERBUS_SIM_SEEDS").map_or(2000, |text| text.parse().unwrap());
     let (mut torn, mut holes, mut failed, mut unanswered) = (0, 0, 0, 0);
-    // Failures of which nothing may be there later.
+    // Failed appends that must not be present later.
     let mut certain = 0;
     for seed in 0..seeds {
         let mut random = Random(seed);
@@ -72,7 +72,7 @@ fn what_was_stored_is_there_after_any_crash() {
             torn += u64::from(recovery.torn > 0);
             let (sure, more) = found.split_at(stored.len().min(found.len()));
             assert_eq!(sure, stored, "seed {seed}, life {life}");
-            // Of those that failed last or were on their way in the crash, some may be there.
+            // Entries that failed last, or were in flight during the crash, may be present.
             let mut sent = maybe.iter();
             for (_, payload) in more {
                 assert!(sent.any(|(_, sent)| sent == payload), "seed {seed}, life {life}");
@@ -98,7 +98,7 @@ fn what_was_stored_is_there_after_any_crash() {
                 match append(&journal, &payload) {
                     Ok(position) => {
                         stored.push((position, payload));
-                        // What failed before is now out of the way for good.
+                        // Earlier failed entries can't reappear from here on.
                         maybe.clear();
                     }
                     Err(error) => {
@@ -116,7 +116,7 @@ fn what_was_stored_is_there_after_any_crash() {
                 unanswered += usize::from(answer.is_none());
                 maybe.push((answer.is_some_and(|answer| answer.is_ok()), payload));
             }
-            // The machine dies while the writer is anywhere.
+            // The machine dies at any point of the writer's work.
             let crashed = disk.crash(random.next());
             drop(journal);
             disk = crashed;
@@ -175,7 +175,7 @@ fn a_flipped_bit_is_reported_and_costs_one_entry_at_most() {
     }
 }
 
-/// A journal of three writes of so many entries each, whose process was killed.
+/// A journal of three writes of n entries each, whose process was killed.
 fn killed(entries: usize) -> (Arc<Disk>, u64, Found) {
     let disk = Arc::new(Disk::default());
     let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();
@@ -288,7 +288,7 @@ fn a_crash_while_segments_are_removed_leaves_all_of_them_or_none() {
         let (disk, all) = written(60);
         let numbers: Vec<u64> = lock(&disk.files).keys().copied().collect();
         let gone: Vec<u64> = numbers.iter().copied().filter(|_| random.below(2) == 0).collect();
-        // Any of the steps may be the last: those behind the crash are made in vain.
+        // Any step may be the last: later steps have no effect.
         disk.steps_left.store(random.below(12 + gone.len() as u64), Ordering::SeqCst);
         let (journal, ..) = open(&disk);
         journal.remove(gone.clone());
@@ -304,7 +304,7 @@ fn a_crash_while_segments_are_removed_leaves_all_of_them_or_none() {
             kept_all += u64::from(!gone.is_empty());
         } else {
             left_over += u64::from(gone.iter().any(|segment| files.contains(segment)));
-            // Whatever is removed next, they go too.
+            // They are removed along with the next removal.
             journal.remove(Vec::new());
             drop(journal);
             let files = lock(&crashed.files);
@@ -351,7 +351,7 @@ fn a_full_disk_still_takes_what_frees_room() {
         assert_eq!(recovery.damaged, []);
         (journal, found)
     };
-    // What needn't be stored.
+    // An entry that need not be stored.
     let offer = |journal: &Journal| {
         let (waiter, wait) = oneshot::channel();
         let append = Append { need: Need::None, ..Append::new(Done::Waiter(waiter)) };
@@ -370,7 +370,7 @@ fn a_full_disk_still_takes_what_frees_room() {
     all.push((settled, b"settled".to_vec()));
     assert!(offer(&journal).is_err());
 
-    // A restart, with the disk as full as it was.
+    // A restart on an equally full disk.
     drop(journal);
     let (journal, found) = open();
     assert_eq!(found, all);
@@ -390,7 +390,7 @@ fn what_was_written_before_a_failure_and_may_be_gone_is_told_by_the_next_entry()
     assert!(journal.write(entry("may wait for its sync", EntryKind::Note))[0].is_ok());
     disk.write_fails.store(1, Ordering::SeqCst);
     disk.sync_fails.store(1, Ordering::SeqCst);
-    // There is room to spare for it, but who waits for the first one has to hear of it.
+    // The reserve has space for it, but the waiter of the first entry must get an error.
     assert!(journal.write(entry("urgent", EntryKind::Synced))[0].is_err());
     assert!(journal.write(entry("the next", EntryKind::Synced))[0].is_ok());
 }
@@ -535,7 +535,7 @@ fn a_file_has_room_for_more_until_it_is_closed_and_that_is_no_damage() {
     let file = there.join(storage::file_name(last.segment));
     let before = std::fs::read(&file).unwrap();
     assert_eq!(before.len(), 1024 * 1024);
-    // As it would be after a kill.
+    // The state after a kill.
     std::fs::create_dir(&killed).unwrap();
     for name in ["journal.lock", "manifest", &storage::file_name(last.segment)] {
         std::fs::copy(there.join(name), killed.join(name)).unwrap();
@@ -560,7 +560,7 @@ fn what_can_be_written_later_is_written_with_what_comes_next_or_at_the_end() {
         Box::new(move |ended| ended.for_each(|(number, _)| told.send(number).unwrap()));
     let storage = Arc::new(Mount(disk.clone()));
     let (journal, _) = Journal::open_on(storage, &small(), sink, |_| {}).unwrap();
-    // From here on the writer waits for a while only.
+    // From here on, the writer waits with a timeout.
     append(&journal, b"first").unwrap();
     journal.append_for_sink(1, b"later", 0, Persist::Lazy, Need::Urgent);
     journal.append_for_sink(2, b"now", 0, Persist::Sync, Need::Urgent);

@@ -1,4 +1,4 @@
-//! The thread that writes.
+//! The writer thread of a journal.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,14 +14,14 @@ use super::segment::{HEADER, Header, MARK, VERSION, entry_tag, record_size};
 use super::storage::{Gone, SegmentFile, Storage};
 use super::{Done, Durability, NotStored, Options, Persist, Position, Sink, Stored};
 
-/// How much goes in one write, in bytes.
+/// The largest size of a write, in bytes.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
-/// After so long without anything to write, what was written last gets its mark.
+/// The idle time after which a mark is written behind the last write.
 const IDLE: Duration = Duration::from_secs(1);
 
 pub(super) struct Writer {
-    /// `None` after a failure, until the next segment is begun. It goes before what locks the
-    /// directory does: its end is cut off then.
+    /// `None` after a failure, until the next segment is begun. It is dropped before the storage,
+    /// which holds the directory's lock, as dropping it truncates the file.
     file: Option<Box<dyn SegmentFile>>,
     storage: Arc<dyn Storage>,
     manifest: ManifestWriter,
@@ -29,45 +29,45 @@ pub(super) struct Writer {
     durability: Durability,
     segment_size: u64,
     spare: Spare,
-    /// Is told of the disk.
+    /// The callback for news of the disk.
     pub(super) watch: Watch,
     header: Header,
-    /// The number of the segment that was begun last.
+    /// The number of the last segment begun.
     current: u64,
-    /// Those before it that hold no entry.
+    /// The earlier segments without an entry.
     empty: BTreeSet<u64>,
-    /// Where the next record will lie.
+    /// The offset of the next record.
     end: u64,
-    /// How many messages are stored before that.
+    /// The number of messages before `end`.
     messages: u64,
-    /// Up to where the disk has it, and how many messages.
+    /// The synced offset, and the number of messages before it.
     synced: u64,
     synced_messages: u64,
     has_entries: bool,
-    /// The folder was removed, and that was told.
+    /// The folder was removed, and this was logged.
     is_gone: bool,
-    /// Earlier entries that needn't be synced at once may not be on the disk, though the system had
-    /// taken them. Their owner hears of it by an error of the next ones.
+    /// Earlier entries, written without a sync, may not be on the disk. Their owner is notified by
+    /// an error of the next entries.
     is_unsure: bool,
-    /// Up to where a mark says so.
+    /// The synced offset that the last mark records.
     marked: u64,
-    /// When what the disk doesn't have yet has to be synced.
+    /// The deadline for syncing what is not yet synced.
     sync_by: Option<Instant>,
     buf: Vec<u8>,
-    // Room that is used over and over.
+    // Reused buffers.
     results: Results,
     for_sink: Vec<(u64, Stored)>,
 }
 
-/// A write that failed.
+/// The error of a failed write.
 struct Failed {
     error: io::Error,
-    /// Some of it may be on the disk.
+    /// Some of the bytes may be on the disk.
     is_written: bool,
 }
 
 impl From<io::Error> for Failed {
-    /// Before anything was written.
+    /// An error before anything was written.
     fn from(error: io::Error) -> Self {
         Self { error, is_written: false }
     }
@@ -79,11 +79,11 @@ impl From<Failed> for NotStored {
     }
 }
 
-/// What became of entries, in their order.
+/// The outcomes of entries, in order.
 pub(super) type Results = Vec<Stored>;
 
 impl Writer {
-    /// Begins the first segment behind those that are there.
+    /// Begins a segment after the existing ones.
     pub(super) fn begin(
         storage: Arc<dyn Storage>,
         options: &Options,
@@ -96,7 +96,8 @@ impl Writer {
         let (previous, previous_end) = before.map_or((0, HEADER), |it| (it.segment, it.end));
         let header = Header { version: VERSION, salt, number, previous, previous_end };
         let begin = || {
-            // No segment of this version is without a manifest, whatever comes between.
+            // The manifest is written first: every segment of this version has one, even after a
+            // crash.
             let manifest = ManifestWriter::begin(storage.clone(), salt, &resume)?;
             Ok((manifest, begin_segment(&*storage, &header)))
         };
@@ -109,7 +110,7 @@ impl Writer {
             begun = begin();
         }
         let (mut manifest, file) = begun?;
-        // What is full may come free without a word that is written.
+        // Space may be freed without a write: a full disk is no error here.
         let (file, current) = match file {
             Ok(file) => (Some(file), number),
             Err(error) if is_full(&error) => (None, previous),
@@ -147,17 +148,17 @@ impl Writer {
         Ok(writer)
     }
 
-    /// The segment that is being written, or would be if there were room.
+    /// Returns the current segment, or the next one if the disk was too full to begin it.
     pub(super) fn number(&self) -> u64 {
         self.header.number
     }
 
-    /// How much room there is.
+    /// Returns the disk space as last checked.
     pub(super) fn room(&self) -> Room {
         self.spare.room()
     }
 
-    /// Writes what comes, until there won't be more.
+    /// Writes queued batches until the queue is closed.
     pub(super) fn run(mut self, queue: &Queue) {
         let mut batch = Batch::default();
         loop {
@@ -176,37 +177,37 @@ impl Writer {
                 self.look_for_room();
             }
             if let Err(error) = done {
-                tracing::error!(%error, "the journal can't be synced");
+                tracing::error!(%error, "can't sync the journal");
             }
         }
         if self.durability != Durability::OsBuffer
             && let Err(error) = self.sync()
         {
-            tracing::error!(%error, "the journal can't be synced");
+            tracing::error!(%error, "can't sync the journal");
         }
         if let Err(error) = self.mark().and_then(|()| self.sync()) {
-            // What it would have said is on the disk.
-            tracing::debug!(%error, "the journal has no last mark");
+            // Without the mark, the synced data is still on the disk.
+            tracing::debug!(%error, "can't write the journal's last mark");
         }
         self.close();
     }
 
-    /// Has the manifest say where it ends.
+    /// Writes the journal's end to the manifest.
     fn close(&mut self) {
         let closed = self.file.is_some() && self.synced == self.end;
         let witness = Witness { closed, ..self.witness() };
         if let Err(error) = self.manifest.close(witness) {
-            tracing::warn!(%error, "the journal's manifest can't be written");
+            tracing::warn!(%error, "can't write the journal's manifest");
         }
     }
 
-    /// What the disk has of the current segment.
+    /// Returns the synced state of the current segment.
     fn witness(&self) -> Witness {
         let (segment, messages) = (self.current, Some(self.synced_messages));
         Witness { segment, end: self.synced, messages, closed: false }
     }
 
-    /// After how long without anything to write there is something else to do.
+    /// Returns the time to wait for a batch before other work is due.
     fn pause(&self) -> Option<Duration> {
         let due = self.sync_by.into_iter().chain(self.spare.looks_at()).min();
         match due {
@@ -216,7 +217,7 @@ impl Writer {
         }
     }
 
-    /// Takes the room again that was given up when the disk was full, if there is as much.
+    /// Takes the reserve again after a full disk, if there is enough space.
     pub(super) fn look_for_room(&mut self) {
         if self.spare.is_given() {
             self.spare.take();
@@ -252,9 +253,9 @@ impl Writer {
         self.buf.shrink_to(MOST_AT_ONCE);
     }
 
-    /// Stores entries, in as many writes as it takes, and tells after each.
+    /// Stores entries, in as many writes as needed, and reports the outcomes after each.
     fn store_and_tell(&mut self, bytes: &[u8], appends: &mut [Append]) {
-        // A segment is not to be much longer than it should.
+        // A segment must not grow much beyond its size.
         let most = MOST_AT_ONCE.min(self.segment_size as usize);
         let mut size = 0;
         let one_write = |_: &Append, next: &Append| {
@@ -282,8 +283,8 @@ impl Writer {
         }
     }
 
-    /// Writes all of it, or only what is urgent if the disk is full; what became of each is added
-    /// to `results`.
+    /// Writes all entries, or only urgent ones if the disk is full; their outcomes are added to
+    /// `results`.
     pub(super) fn store(&mut self, bytes: &[u8], appends: &[Append], results: &mut Results) {
         for together in appends.chunk_by(|_, next| !next.first) {
             self.store_together(bytes, together, results);
@@ -339,7 +340,7 @@ impl Writer {
         }));
     }
 
-    /// Writes entries; where each lies is added to `results`.
+    /// Writes entries; their positions are added to `results`.
     fn write<'a>(
         &mut self,
         bytes: &[u8],
@@ -348,7 +349,10 @@ impl Writer {
     ) -> Result<(), Failed> {
         let Some(first) = appends.clone().next() else { return Ok(()) };
         if std::mem::take(&mut self.is_unsure) {
-            return Err(io::Error::other("what was written before may not be on the disk").into());
+            return Err(io::Error::other(
+                "earlier entries may be lost after a failed write or sync",
+            )
+            .into());
         }
         let is_over = self.end >= self.segment_size || (first.first && self.end > HEADER);
         if self.file.is_none() || is_over {
@@ -369,8 +373,8 @@ impl Writer {
             end += record_size(u64::from(length));
         }
         if let Err(error) = file.append(&self.buf) {
-            // Some of it may be there. What the file holds beyond `end` doesn't count; what was
-            // written before and needn't be synced at once had better last all the same.
+            // A part may have been written. Bytes in the file beyond `end` don't count; earlier
+            // entries written without a sync should still be preserved.
             let is_written = file.retract().is_err();
             self.is_unsure |= is_written;
             self.file = None;
@@ -382,8 +386,8 @@ impl Writer {
         match self.durability {
             Durability::Sync if appends.clone().any(|append| append.persist == Persist::Sync) => {
                 if let Err(error) = file.sync() {
-                    // Nobody knows what is on the disk; another sync of this file might say that
-                    // all is well though it isn't.
+                    // The content on disk is unknown; another sync of this file could succeed
+                    // although data was lost.
                     self.file = None;
                     return Err(Failed { error, is_written: true });
                 }
@@ -392,13 +396,13 @@ impl Writer {
                 self.manifest.synced(self.witness());
             }
             Durability::Interval(pause) => {
-                // One that no clock will ever show is never due.
+                // A time beyond the clock's range is never due.
                 self.sync_by = self.sync_by.or_else(|| Instant::now().checked_add(pause));
             }
             Durability::Sync | Durability::OsBuffer => {}
         }
         if let Err(error) = self.file.as_ref().map_or(Ok(()), |file| file.check()) {
-            // What is written to a file without a name is gone with the process.
+            // Data written to an unlinked file is lost when the process ends.
             self.file = None;
             return Err(Failed { error: self.told(error), is_written: true });
         }
@@ -413,10 +417,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Says once that the folder is gone, since whatever is tried from then on fails by it.
+    /// Logs once that the folder is gone, as every later write fails for the same reason.
     fn told(&mut self, error: io::Error) -> io::Error {
         if Gone::is(&error) && !std::mem::replace(&mut self.is_gone, true) {
-            tracing::error!(%error, "nothing can be stored any more");
+            tracing::error!(%error, "can't store any more entries");
         }
         error
     }
@@ -425,8 +429,8 @@ impl Writer {
         self.file.is_none() || self.synced <= self.marked || self.spare.is_given()
     }
 
-    /// Says behind what is synced that it is: damage to it can't be taken for a torn write then.
-    /// While there is more to write, the next write says so.
+    /// Writes a mark behind the synced data, so that later damage to it can't be taken for a torn
+    /// write. Under load, the next write contains the mark.
     fn mark(&mut self) -> io::Result<()> {
         let Some(file) = self.file.as_mut().filter(|_| self.synced > self.marked) else {
             return Ok(());
@@ -460,9 +464,9 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on in a new segment.
+    /// Closes the current segment and begins a new one.
     fn turn_over(&mut self) -> io::Result<()> {
-        // A segment that failed is not synced again.
+        // A failed segment is not synced again.
         self.sync()?;
         self.file = None;
         if self.current == self.header.number {
@@ -474,7 +478,7 @@ impl Writer {
                 self.empty.insert(segment);
             }
         }
-        // A number is never used twice, even if the attempt fails.
+        // A number is never reused, even if the attempt fails.
         self.header.number += 1;
         self.file = Some(begin_segment(&*self.storage, &self.header)?);
         self.current = self.header.number;
@@ -493,14 +497,15 @@ impl Writer {
         if self.is_gone {
             return;
         }
-        // What makes them unwanted has to outlast them, however late it may be synced otherwise.
+        // The records that make these segments obsolete must be synced before the removal, even if
+        // their sync is not due.
         let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
-        // A manifest that has outgrown its file needs some room to free more.
+        // A manifest that outgrew its file needs space before more can be freed.
         if removed.as_ref().is_err_and(is_full) && self.spare.give() {
             removed = self.remove_synced(removal);
         }
         if let Err(error) = removed {
-            tracing::warn!(%error, "old segments can't be removed");
+            tracing::warn!(%error, "can't remove old segments");
         }
         if self.spare.is_given() {
             self.spare.take();
@@ -518,14 +523,14 @@ impl Writer {
 impl Writer {
     fn remove_synced(&mut self, removal: &Removal) -> io::Result<()> {
         let there = self.storage.segments()?;
-        // After a failure none is being written.
+        // After a failure, no segment is current.
         let end = self.file.as_ref().map_or(self.header.number, |_| self.current);
         let goes =
             |segment| segment < end && (removal.takes(segment) || self.empty.contains(&segment));
-        // What is missing is reported for as long as there is something older.
+        // A missing segment is reported for as long as an older one exists.
         let oldest = there.iter().copied().find(|segment| !goes(*segment));
         let is_over = |segment| goes(segment) || Some(segment) < oldest;
-        // The manifest goes first: what it doesn't list is not missed.
+        // The manifest is written first: a segment that it does not list is not missed.
         self.manifest.forget(is_over)?;
         self.empty.retain(|segment| self.manifest.lists(*segment));
         let old = there.into_iter().filter(|segment| *segment < end);
@@ -543,7 +548,7 @@ fn begin_segment(storage: &dyn Storage, header: &Header) -> io::Result<Box<dyn S
     let mut file = storage.create(header.number)?;
     let begun = file.append(&header.encode()).and_then(|()| file.sync());
     if let Err(error) = begun.and_then(|()| storage.sync_directory()) {
-        // A full disk would gather empty ones.
+        // Without this, a full disk would gather empty segments.
         drop(file);
         let _best_effort = storage.remove(header.number);
         return Err(error);

@@ -1,4 +1,4 @@
-//! Batches: a preamble, records, and the bodies too long to stand in a record.
+//! Batches: a preamble, records, and the bodies too long for a record.
 
 use bytes::Bytes;
 
@@ -11,7 +11,7 @@ use super::{Control, Envelope, Lane, MAX_BATCH, MAX_FRAMES, PROTOCOL_VERSION, Re
 use crate::identity::NodeId;
 use crate::message::MessageId;
 
-/// A count of messages and what they cost.
+/// A number of messages, and their cost in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
     pub(crate) messages: u64,
@@ -19,7 +19,7 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    /// One message of that cost.
+    /// Returns the totals of one message of that cost.
     pub(crate) fn one(bytes: u64) -> Self {
         Self { messages: 1, bytes }
     }
@@ -32,9 +32,9 @@ impl std::ops::AddAssign for Totals {
     }
 }
 
-/// `[version, messages, bytes, messages, bytes, …]`: what the writer has consumed of
-/// each lane since the link began. So credit travels with every batch, and an empty batch is
-/// both a heartbeat and a credit update.
+/// `[version, messages, bytes, messages, bytes, …]`: the totals that the writer consumed in each
+/// lane since the link began. So every batch carries credit, and an empty batch is both a heartbeat
+/// and a credit update.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Preamble {
     pub(crate) consumed: [Totals; LANES],
@@ -75,19 +75,19 @@ impl Preamble {
     }
 }
 
-/// A batch that is ready for a link.
+/// An encoded batch, ready for a link.
 #[derive(Debug)]
 pub(crate) struct EncodedBatch {
-    /// The records, and behind them the preamble.
+    /// The records, followed by the preamble.
     pub(crate) head: Vec<u8>,
-    /// How long the records are.
+    /// The length of the records, in bytes.
     pub(crate) records: usize,
     /// The long bodies.
     pub(crate) bodies: Vec<Bytes>,
 }
 
 impl EncodedBatch {
-    /// The frames, with the head made into bytes by `own`.
+    /// Returns the frames; `own` turns the head into [`Bytes`].
     pub(crate) fn into_frames(self, own: impl FnOnce(Vec<u8>) -> Bytes) -> Vec<Bytes> {
         let mut frames = Vec::with_capacity(2 + self.bodies.len());
         let mut preamble = own(self.head);
@@ -99,26 +99,26 @@ impl EncodedBatch {
     }
 }
 
-/// Encoded records, and what they share said once.
+/// Encoded records; fields that they share are written once.
 #[derive(Debug, Default)]
 struct Records {
     bytes: Vec<u8>,
     bodies: Vec<Bytes>,
     inherited: Inheritance,
-    /// What the messages among them cost.
+    /// The total cost of the messages.
     cost: u64,
 }
 
 impl Records {
-    /// Whether one more message fits. There is always room for the first.
+    /// Returns true if a message of that cost fits. The first message always fits.
     fn has_room_for(&self, cost: u64) -> bool {
         self.bytes.is_empty()
             || (self.cost + cost <= MAX_BATCH as u64 && self.bodies.len() + 3 <= MAX_FRAMES)
     }
 }
 
-/// Events of one link, encoded when they were published and waiting to be sent. They refer to
-/// nothing before them, so they can go behind other records of a batch.
+/// Events of one link, encoded when published, and waiting to be sent. They inherit nothing from
+/// earlier records, so they can follow other records of a batch.
 #[derive(Debug, Default)]
 pub(crate) struct EventPack {
     records: Records,
@@ -126,13 +126,13 @@ pub(crate) struct EventPack {
 }
 
 impl EventPack {
-    /// A pack that grows in `buffer`.
+    /// Creates a pack that reuses `buffer`.
     pub(crate) fn reusing(mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         Self { records: Records { bytes: buffer, ..Records::default() }, ..Self::default() }
     }
 
-    /// Whether one more fits, if the pack is to cost `most` at most.
+    /// Returns true if the event fits, in a pack of at most the cost `most`.
     pub(crate) fn has_room_for(&self, event: &OutgoingEvent<'_>, most: u64) -> bool {
         self.records.has_room_for(event.cost()) && self.totals.bytes + event.cost() <= most
     }
@@ -144,13 +144,13 @@ impl EventPack {
         prefixed(bytes, |buf| bodies.extend(event.write(buf, inherited)));
     }
 
-    /// The messages in it, and what they cost.
+    /// Returns the totals of the pack's events.
     pub(crate) fn totals(&self) -> Totals {
         self.totals
     }
 }
 
-/// Packs records into one batch.
+/// Encodes records into one batch.
 pub(crate) struct BatchEncoder<'a> {
     me: &'a NodeId,
     preamble: Preamble,
@@ -162,7 +162,7 @@ impl<'a> BatchEncoder<'a> {
         Self { me, preamble, records: Records::default() }
     }
 
-    /// Whether one more message fits. An empty batch takes any.
+    /// Returns true if the message fits. An empty batch takes any message.
     pub(crate) fn has_room_for(&self, envelope: &Envelope) -> bool {
         self.records.has_room_for(envelope.cost())
     }
@@ -188,7 +188,7 @@ impl<'a> BatchEncoder<'a> {
         self.records.has_room_for(pack.records.cost) && bodies + 2 <= MAX_FRAMES
     }
 
-    /// Takes all of a pack; as it is, if it is the first.
+    /// Appends a pack of events; moves it if it is the first content.
     pub(crate) fn push_events(&mut self, pack: EventPack) {
         let mut events = pack.records;
         if self.records.bytes.is_empty() {
@@ -209,7 +209,7 @@ impl<'a> BatchEncoder<'a> {
     }
 }
 
-/// Puts a big-endian u32 length before what `write` appends.
+/// Prefixes the bytes that `write` appends with their length, as a big-endian u32.
 fn prefixed(buf: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let start = buf.len();
     buf.extend_from_slice(&[0; 4]);
@@ -218,7 +218,7 @@ fn prefixed(buf: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     buf[start..start + 4].copy_from_slice(&len.to_be_bytes());
 }
 
-/// A batch as it was received: its preamble, and its records one by one.
+/// A received batch: its preamble, and a reader of its records.
 pub(crate) struct Decoded<'a> {
     pub(crate) preamble: Preamble,
     context: ReadContext<'a>,
@@ -228,10 +228,10 @@ pub(crate) struct Decoded<'a> {
     inherited: Inheritance,
 }
 
-/// Opens a batch that `peer` sent to `me`.
+/// Decodes the preamble of a batch from `peer` to `me`, and returns a reader of its records.
 ///
 /// # Errors
-/// [`WireError`] if it is no batch, or one of another version.
+/// [`WireError`] if the preamble is invalid, or of another version.
 pub(crate) fn decode<'a>(
     frames: Vec<Bytes>,
     me: &'a NodeId,
@@ -252,9 +252,8 @@ pub(crate) fn decode<'a>(
 }
 
 impl Decoded<'_> {
-    /// The id and body of the next record, if it is a plain event on the topic of the one
-    /// before it; else [`Decoded::next_record`]
-    /// has it.
+    /// Returns the id and body of the next record, if that is a plain event on the topic of the
+    /// previous one. Any other record is left to [`Decoded::next_record`].
     pub(crate) fn next_successor(&mut self) -> Option<(MessageId, &[u8])> {
         let (len, rest) = self.records.get(self.at..)?.split_first_chunk::<4>()?;
         let bytes = rest.get(..u32::from_be_bytes(*len) as usize)?;
@@ -263,7 +262,7 @@ impl Decoded<'_> {
         Some(event)
     }
 
-    /// The next record; `None` at the end of a batch that had no fault.
+    /// Returns the next record, or `None` at the end of a valid batch.
     pub(crate) fn next_record(&mut self) -> Result<Option<Record>, WireError> {
         let mut reader = Reader::new(&self.records[self.at..]);
         if reader.is_empty() {

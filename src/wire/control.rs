@@ -1,4 +1,4 @@
-//! Control records: what nodes say about themselves rather than for their users.
+//! Control records: messages between the nodes themselves rather than their users.
 
 use super::LANES;
 use super::WireError;
@@ -10,57 +10,58 @@ use crate::message::MessageId;
 use crate::peer::{Address, ServiceInfo};
 use crate::trust::Action;
 
-/// A record that needs no credit.
+/// A control record. It needs no credit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Control {
     /// `[1, mesh, id, incarnation, name, max_body, windows, seq, patterns, services, addresses]`
     Hello(Box<Hello>),
-    /// `[2]`: the decider takes this link for the pair.
+    /// `[2]`: the deciding node chooses this link for the pair.
     Accept,
     /// `[3, seq, added patterns, removed patterns, added services, removed services]`
     Announce(Box<Announcement>),
-    /// `[4, [reason, count, …]]`: what this side dropped after receipt, cumulative for the link.
+    /// `[4, [[reason, count], …]]`: messages dropped by this side after receipt, in all on the
+    /// link.
     Dropped(Vec<(String, u64)>),
     /// `[5, id]`: the caller no longer wants the reply.
     Cancel(MessageId),
-    /// `[6, code, text]`: the link ends, and why.
+    /// `[6, code, text]`: the link ends, for this reason.
     Bye(Bye),
-    /// `[7, nonce]`: are you there, and how far are you?
+    /// `[7, nonce]`: asks for a sign of life and a credit update.
     Probe(u64),
     /// `[8, nonce]`
     ProbeReply(u64),
-    /// `[9, [[id, addresses], …]]`: where other nodes may be found.
+    /// `[9, [[id, addresses], …]]`: addresses at which other nodes may be found.
     Peers(Vec<Hint>),
-    /// `[10, [answer, …]]`: what became of guaranteed messages.
+    /// `[10, [answer, …]]`: answers to guaranteed messages.
     Answers(Vec<Answer>),
-    /// `[11, [epoch, …]]`: the epochs of which this outbox has messages that are not settled.
+    /// `[11, [epoch, …]]`: the epochs of which this outbox still has unsettled messages.
     Epochs(Vec<u64>),
     /// `[12, epoch, [[name, pattern], …], [ended name, …]]`: this node keeps an inbox.
     Inbox(Box<InboxInfo>),
-    /// `[13, [[action, name], …]]`: what this side does not let the other do.
+    /// `[13, [[action, name], …]]`: actions of the other side that this side denies.
     Denied(Vec<(Action, String)>),
 }
 
 /// The most answers in one record.
 pub(crate) const MAX_ANSWERS: usize = 1024;
 
-/// The most names in a record of what is denied; more are not told.
+/// The most names in a record of denials; further ones are omitted.
 const MAX_DENIED: usize = 256;
 
-/// The longest text that a peer's word may fill in a log, in characters.
+/// The longest text of a peer that is logged, in characters.
 const MAX_TEXT: usize = 255;
 
 /// The most hints in one record.
 pub(crate) const MAX_HINTS: usize = 16;
 
-/// Where a node may be found.
+/// Addresses at which a node may be found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hint {
     pub(crate) id: NodeId,
     pub(crate) addresses: Vec<Address>,
 }
 
-/// Who a node is and what it wants; the first record on a link in each direction.
+/// A node's identity, limits and interests; the first record on a link in each direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hello {
     pub(crate) mesh: MeshName,
@@ -68,15 +69,15 @@ pub(crate) struct Hello {
     pub(crate) incarnation: Incarnation,
     pub(crate) name: String,
     pub(crate) limits: Limits,
-    /// The number of the announcement that the lists below include.
+    /// The number of announcements that follow to complete the lists below.
     pub(crate) seq: u64,
     pub(crate) patterns: Vec<Pattern>,
     pub(crate) services: Vec<ServiceInfo>,
-    /// Where others reach it over a network.
+    /// The addresses at which others reach the node over a network.
     pub(crate) addresses: Vec<Address>,
 }
 
-/// How much a node takes.
+/// A node's limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
     /// The longest body, in bytes.
@@ -85,7 +86,7 @@ pub(crate) struct Limits {
     pub(crate) windows: [u64; LANES],
 }
 
-/// What changed among a node's subscriptions and services.
+/// A change of a node's subscriptions and services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Announcement {
     pub(crate) seq: u64,
@@ -95,14 +96,14 @@ pub(crate) struct Announcement {
     pub(crate) withdrawn: Vec<ServiceName>,
 }
 
-/// Why a link ends.
+/// The reason for which a link ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Bye {
     /// The node shuts down.
     Shutdown,
-    /// There is another link for this pair.
+    /// The pair already has another link.
     Duplicate,
-    /// The nodes are of different meshes.
+    /// The nodes belong to different meshes.
     Mesh,
     /// The other side speaks a newer protocol.
     Version,
@@ -110,9 +111,9 @@ pub(crate) enum Bye {
     IdentityInUse,
     /// The other side broke the protocol.
     Violation(String),
-    /// The other side's key is not trusted any more.
+    /// The other side's key is no longer trusted.
     Distrusted,
-    /// Of a code that this version doesn't know.
+    /// The code is unknown to this version.
     Other(u64, String),
 }
 
@@ -170,14 +171,14 @@ fn push_address(buf: &mut Vec<u8>, address: &Address) {
     push_str(buf, &address.to_string());
 }
 
-/// Addresses, without those of a kind that this version doesn't know.
+/// Reads addresses, without those of an unknown kind.
 fn read_addresses(fields: &mut Fields<'_, '_>) -> Result<Vec<Address>, WireError> {
     let addresses = fields.list(|reader| Ok(reader.str()?.parse().ok()))?;
     Ok(addresses.into_iter().flatten().collect())
 }
 
 impl Control {
-    /// Tells what this side does not let the other do; of very much, a part.
+    /// Returns a record of denials, truncated to the most names.
     pub(crate) fn denied(mut denied: Vec<(Action, String)>) -> Self {
         denied.truncate(MAX_DENIED);
         Self::Denied(denied)
@@ -330,7 +331,7 @@ impl Control {
     }
 }
 
-/// Passes over actions that this version doesn't know.
+/// Reads denials, without those of unknown actions.
 fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, WireError> {
     let denied = fields.list(|reader| {
         let mut pair = reader.array()?;
@@ -342,12 +343,12 @@ fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, Wir
     Ok(denied.into_iter().flatten().take(MAX_DENIED).collect())
 }
 
-/// A peer's words, for logs and terminals: not too many, and none that move a cursor.
+/// Makes a peer's text safe for logs and terminals: truncated, and without control characters.
 fn printable(text: &str) -> String {
     text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-/// The longest human name that is taken, in bytes.
+/// The longest accepted name of a node, in bytes.
 const MAX_NAME: usize = 255;
 
 fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
@@ -356,7 +357,7 @@ fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
     let incarnation = Incarnation(fields.need(Reader::uint)?);
     let name = fields.need(|reader| reader.str().map(str::to_owned))?;
     if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-        return Err(WireError::Unexpected("a node's name that is too long or not printable"));
+        return Err(WireError::Unexpected("the node's name is too long or not printable"));
     }
     let max_body = fields.need(Reader::uint)?;
     let told = fields.list(Reader::uint)?;

@@ -1,11 +1,11 @@
-//! Guaranteed delivery on the wire: what a guaranteed message says of itself, and its answer.
+//! Guaranteed delivery on the wire: the fields of a guaranteed message, and its answer.
 
 use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_uint};
 use crate::address::ServiceName;
 pub(crate) use crate::delivery_id::{Delivery, DeliveryId, Stream};
 
-/// What became of a delivery at its receiver.
+/// The receiver's answer to a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(crate) id: DeliveryId,
@@ -15,28 +15,28 @@ pub(crate) struct Answer {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DeliveryOutcome {
-    /// Its handler returned Ok, now or in an earlier attempt, and that is on the disk.
+    /// The handler returned Ok, now or in an earlier attempt, and the record of that is durable.
     Processed,
-    /// Its handler failed: try again later.
+    /// The handler failed: retry later.
     Failed(String),
-    /// Its handler will never take it.
+    /// The handler rejected the message permanently.
     Rejected(String),
-    /// It was not run, and is not served here now.
+    /// The message was not run, as nothing serves it here now.
     Refused,
-    /// It was not run: the node has no store to remember it in.
+    /// The message was not run, as the node has no store for its inbox.
     NoInbox,
-    /// It was not run: its time ran out before.
+    /// The message was not run, as it had expired.
     Expired,
 }
 
-/// A node's inbox, as it tells of it.
+/// A node's announcement of its inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct InboxInfo {
-    /// Drawn when the inbox was made: another one tells that the old is lost.
+    /// The epoch, drawn when the inbox was created: a new one means that the old inbox is lost.
     pub(crate) epoch: u64,
     /// The durable subscriptions, by name.
     pub(crate) subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
-    /// Those that it has given up for good.
+    /// The durable subscriptions that the node has ended permanently.
     pub(crate) ended: Vec<ServiceName>,
 }
 
@@ -72,7 +72,7 @@ impl DeliveryOutcome {
 }
 
 impl Delivery {
-    /// Whether it was published, for a durable subscription.
+    /// Returns true if the message is an event for a durable subscription.
     pub(crate) fn is_event(&self) -> bool {
         self.id.stream.subscription.is_some()
     }
@@ -99,7 +99,7 @@ impl Delivery {
         let subscription = read_subscription(&mut fields)?;
         fields.finish()?;
         if floor > seq {
-            return Err(WireError::Unexpected("a delivery below its floor"));
+            return Err(WireError::Unexpected("a delivery is below its floor"));
         }
         let id = DeliveryId { stream: Stream { epoch, subscription }, seq };
         let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
@@ -148,7 +148,7 @@ impl Answer {
 }
 
 impl InboxInfo {
-    /// The fields `epoch, [[name, pattern], …], [ended name, …]`
+    /// Writes the fields `epoch, [[name, pattern], …], [ended name, …]`.
     pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
         record.uint(self.epoch);
         record.list(self.subscriptions.iter(), |buf, (name, pattern)| {

@@ -1,4 +1,4 @@
-//! Holds the examples of `protocol.md` against the codec, and the codec against everything.
+//! Checks the examples of `protocol.md` against the codec, and the codec against random records.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +49,7 @@ fn control(control: Control) -> Vec<Record> {
     vec![Record::Control(control)]
 }
 
-/// What alice sends to bob in each example of the page.
+/// The batches that Alice sends to Bob in the examples of `protocol.md`.
 fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
     let fresh = Preamble::default();
     let hello = Hello {
@@ -150,8 +150,8 @@ fn encode(preamble: &Preamble, records: &[Record]) -> Vec<Bytes> {
     batch.finish().into_frames(Bytes::from)
 }
 
-/// Reads a batch record by record, and again with the short cut for runs of events: both must
-/// see the same.
+/// Reads a batch record by record, and again with the fast path for runs of events: both must yield
+/// the same records.
 fn read(frames: Vec<Bytes>) -> Result<(Preamble, Vec<Record>), WireError> {
     let one_by_one = read_with(frames.clone(), false);
     assert_eq!(read_with(frames, true), one_by_one);
@@ -175,7 +175,7 @@ fn read_with(frames: Vec<Bytes>, short_cut: bool) -> Result<(Preamble, Vec<Recor
     }
 }
 
-/// The frames of the page's example of that name: hex, `#` begins a comment, `--` a frame.
+/// Returns the frames of the named example: hex, with `#` for a comment and `--` for a frame.
 fn from_page(name: &str) -> Vec<Bytes> {
     let page = include_str!("protocol.md");
     let head = format!("```hex {name}\n");
@@ -220,7 +220,7 @@ fn a_body_over_4_kib_gets_a_frame_of_its_own() {
     let frames = encode(&Preamble::default(), &records);
     assert_eq!(frames.iter().map(Bytes::len).skip(2).collect::<Vec<_>>(), [4097, 100_000]);
     assert_eq!(read(frames.clone()).unwrap().1, records);
-    // One body frame too few, one too many, one of another length.
+    // One body frame missing, one surplus, one of the wrong length.
     assert_eq!(read(frames[..3].to_vec()), Err(WireError::Bodies));
     let mut surplus = frames.clone();
     surplus.push(Bytes::from_static(b"x"));
@@ -233,7 +233,7 @@ fn a_body_over_4_kib_gets_a_frame_of_its_own() {
 #[test]
 fn what_a_later_version_adds_is_passed_over() {
     let preamble = Bytes::from_static(&[0x9a, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0xa3, b'n', b'e', b'w']);
-    // A record of an unknown type, and an accept with a field more.
+    // A record of an unknown type, and an accept with an extra field.
     let records = Bytes::from_static(&[0, 0, 0, 3, 0x92, 0x63, 0xc0, 0, 0, 0, 4, 0x92, 2, 0x91, 9]);
     let (_, records) = read(vec![preamble, records]).unwrap();
     assert_eq!(records, [Record::Unknown(0x63), Record::Control(Control::Accept)]);
@@ -332,7 +332,7 @@ proptest! {
         let records: Vec<Record> = envelopes.into_iter().map(Record::Message).collect();
         let (_, read) = read(encode(&Preamble::default(), &records)).unwrap();
         prop_assert_eq!(&read, &records);
-        // Both sides count the same credit.
+        // Both sides compute the same cost.
         let read_costs: Vec<u64> = read.iter().map(|record| match record {
             Record::Message(envelope) => envelope.cost(),
             _ => 0,

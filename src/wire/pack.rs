@@ -1,5 +1,5 @@
-//! MessagePack as the records use it: positional arrays, nil for what is absent, trailing nils
-//! left out. A reader skips what it doesn't know and never trusts a length.
+//! The subset of MessagePack that records use: positional arrays, with nil for absent fields and
+//! trailing nils omitted. A reader skips unknown fields and never trusts a length.
 
 use rmp::Marker;
 use rmp::decode::RmpRead;
@@ -10,12 +10,12 @@ use super::WireError;
 const MAX_DEPTH: usize = 16;
 pub(super) const NIL: u8 = 0xc0;
 
-/// Writes one positional array; the count is patched in when the trailing nils are known.
+/// Writes a positional array. Its length is written at the end, without the trailing nils.
 pub(crate) struct ArrayWriter<'a> {
     buf: &'a mut Vec<u8>,
     head: usize,
     fields: u8,
-    /// Where the array ends if only nils follow.
+    /// The end of the array if only nils follow.
     end: usize,
     end_fields: u8,
 }
@@ -79,7 +79,7 @@ impl<'a> ArrayWriter<'a> {
         }
     }
 
-    /// A list, each element written by `write_one`; nil if it is empty.
+    /// Writes a list, each element by `write_one`; nil if it is empty.
     pub(crate) fn list<T>(
         &mut self,
         items: impl ExactSizeIterator<Item = T>,
@@ -96,20 +96,20 @@ impl<'a> ArrayWriter<'a> {
         self.wrote();
     }
 
-    /// Leaves out fields up to the one of that number, from 0.
+    /// Writes nils up to the field of that number, counted from 0.
     pub(crate) fn skip_to(&mut self, field: u8) {
         while self.fields < field {
             self.nil();
         }
     }
 
-    /// A value that `write_one` writes.
+    /// Writes a value by `write_one`.
     pub(crate) fn nested(&mut self, write_one: impl FnOnce(&mut Vec<u8>)) {
         write_one(self.buf);
         self.wrote();
     }
 
-    /// Ends the array; how many fields it has.
+    /// Ends the array; returns its number of fields.
     pub(crate) fn finish(self) -> u8 {
         self.buf.truncate(self.end);
         assert!(self.end_fields < 16, "records have fewer than 16 fields");
@@ -156,13 +156,13 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// A big-endian u32 outside of MessagePack: a record's length.
+    /// Reads a record's length: a big-endian u32 outside of MessagePack.
     pub(crate) fn length_prefix(&mut self) -> Result<usize, WireError> {
         let bytes = self.take(4)?;
         Ok(u32::from_be_bytes(bytes.try_into().expect("four bytes were taken")) as usize)
     }
 
-    /// The fields of an array.
+    /// Reads the head of an array; returns its fields.
     pub(crate) fn array(&mut self) -> Result<Fields<'a, '_>, WireError> {
         let left = self.array_len()?;
         Ok(Fields { reader: self, left })
@@ -173,7 +173,7 @@ impl<'a> Reader<'a> {
             Marker::FixArray(len) => Ok(usize::from(len)),
             Marker::Array16 => Ok(self.be::<2>()? as usize),
             Marker::Array32 => Ok(self.be::<4>()? as usize),
-            _ => Err(WireError::Unexpected("a value that is no array")),
+            _ => Err(WireError::Unexpected("expected an array")),
         }
     }
 
@@ -185,7 +185,7 @@ impl<'a> Reader<'a> {
         self.rest.first().map(|byte| Marker::from_u8(*byte))
     }
 
-    /// A big-endian number of N bytes.
+    /// Reads a big-endian number of N bytes.
     fn be<const N: usize>(&mut self) -> Result<u64, WireError> {
         Ok(self.take(N)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
@@ -197,7 +197,7 @@ impl<'a> Reader<'a> {
             Marker::U16 => self.be::<2>(),
             Marker::U32 => self.be::<4>(),
             Marker::U64 => self.be::<8>(),
-            _ => Err(WireError::Unexpected("a value that is no unsigned integer")),
+            _ => Err(WireError::Unexpected("expected an unsigned integer")),
         }
     }
 
@@ -205,7 +205,7 @@ impl<'a> Reader<'a> {
         match self.marker()? {
             Marker::True => Ok(true),
             Marker::False => Ok(false),
-            _ => Err(WireError::Unexpected("a value that is no boolean")),
+            _ => Err(WireError::Unexpected("expected a boolean")),
         }
     }
 
@@ -215,10 +215,10 @@ impl<'a> Reader<'a> {
             Marker::Str8 => self.be::<1>()? as usize,
             Marker::Str16 => self.be::<2>()? as usize,
             Marker::Str32 => self.be::<4>()? as usize,
-            _ => return Err(WireError::Unexpected("a value that is no string")),
+            _ => return Err(WireError::Unexpected("expected a string")),
         };
         std::str::from_utf8(self.take(len)?)
-            .map_err(|_| WireError::Unexpected("a string that is not UTF-8"))
+            .map_err(|_| WireError::Unexpected("a string is not UTF-8"))
     }
 
     pub(crate) fn bin(&mut self) -> Result<&'a [u8], WireError> {
@@ -226,16 +226,16 @@ impl<'a> Reader<'a> {
             Marker::Bin8 => self.be::<1>()? as usize,
             Marker::Bin16 => self.be::<2>()? as usize,
             Marker::Bin32 => self.be::<4>()? as usize,
-            _ => return Err(WireError::Unexpected("a value that is no byte string")),
+            _ => return Err(WireError::Unexpected("expected a byte string")),
         };
         self.take(len)
     }
 
     pub(crate) fn bin_array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        self.bin()?.try_into().map_err(|_| WireError::Unexpected("a byte string of another length"))
+        self.bin()?.try_into().map_err(|_| WireError::Unexpected("a byte string of wrong length"))
     }
 
-    /// What kind of value comes next.
+    /// Returns the kind of the next value.
     pub(crate) fn next_is(&self) -> Next {
         match self.peek() {
             Some(Marker::True) => Next::True,
@@ -247,14 +247,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Passes over a nil, if one comes next.
+    /// Skips a nil, if one comes next; returns true if so.
     fn take_nil(&mut self) -> bool {
         let rest = self.rest.strip_prefix(&[NIL]);
         self.rest = rest.unwrap_or(self.rest);
         rest.is_some()
     }
 
-    /// Passes over one value of any type.
+    /// Skips one value of any type.
     pub(crate) fn skip(&mut self) -> Result<(), WireError> {
         self.skip_nested(MAX_DEPTH)
     }
@@ -305,7 +305,7 @@ impl<'a> Reader<'a> {
     }
 
     fn skip_many(&mut self, count: usize, depth: usize) -> Result<(), WireError> {
-        // Each value takes a byte at least, so a lying count ends with the bytes.
+        // Each value takes at least one byte, so a false count ends with the bytes.
         for _ in 0..count {
             self.skip_nested(depth)?;
         }
@@ -313,7 +313,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What kind of value comes next in a [`Reader`].
+/// The kind of the next value in a [`Reader`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Next {
     True,
@@ -322,22 +322,22 @@ pub(crate) enum Next {
     Other,
 }
 
-/// The fields of one array, in their order.
+/// The fields of an array, in order.
 pub(crate) struct Fields<'a, 'r> {
     reader: &'r mut Reader<'a>,
     left: usize,
 }
 
 impl<'a> Fields<'a, '_> {
-    /// The next field; an error if it is absent.
+    /// Reads the next field; returns an error if it is absent.
     pub(crate) fn need<T>(
         &mut self,
         read: impl FnOnce(&mut Reader<'a>) -> Result<T, WireError>,
     ) -> Result<T, WireError> {
-        self.opt(read)?.ok_or(WireError::Unexpected("a field that is absent"))
+        self.opt(read)?.ok_or(WireError::Unexpected("a field is missing"))
     }
 
-    /// The next field, or `None` if it is nil or left out.
+    /// Reads the next field; returns `None` if it is nil or omitted.
     pub(crate) fn opt<T>(
         &mut self,
         read: impl FnOnce(&mut Reader<'a>) -> Result<T, WireError>,
@@ -352,14 +352,14 @@ impl<'a> Fields<'a, '_> {
         }
     }
 
-    /// A list; empty if it is nil or left out.
+    /// Reads a list; returns an empty one if it is nil or omitted.
     pub(crate) fn list<T>(
         &mut self,
         mut read_one: impl FnMut(&mut Reader<'a>) -> Result<T, WireError>,
     ) -> Result<Vec<T>, WireError> {
         let items = self.opt(|reader| {
             let len = reader.array_len()?;
-            // No capacity is reserved on the peer's word.
+            // The peer's count is not trusted: no capacity is reserved.
             let mut items = Vec::new();
             for _ in 0..len {
                 items.push(read_one(reader)?);
@@ -369,7 +369,7 @@ impl<'a> Fields<'a, '_> {
         Ok(items.unwrap_or_default())
     }
 
-    /// Drains what a later version may have added.
+    /// Skips fields that a later version may have added.
     pub(crate) fn finish(self) -> Result<(), WireError> {
         self.reader.skip_many(self.left, MAX_DEPTH)
     }

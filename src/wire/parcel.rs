@@ -1,12 +1,11 @@
-//! A message as a broker carries it: a head of ours, and the body apart, as any other program on
+//! A message as carried by a broker: a peerbus head, and the body apart, as any other program on
 //! the broker would write and read it.
 //!
 //! ```text
 //! [1, from, record without its body, expires at, not before]
 //! ```
 //!
-//! The times are of the wall clock, in milliseconds since 1970, and only guaranteed messages have
-//! them.
+//! The times are in ms since the Unix epoch, by the wall clock. Only guaranteed messages have them.
 
 use bytes::Bytes;
 
@@ -15,20 +14,20 @@ use super::record::{Inheritance, ReadContext, read_record, write_message};
 use super::{Envelope, Record, WireError};
 use crate::identity::NodeId;
 
-/// The version of the head.
+/// The format version of the head.
 const VERSION: u64 = 1;
 
-/// What goes over a broker.
+/// A message to be sent over a broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Parcel {
     pub(crate) head: Bytes,
     pub(crate) body: Bytes,
 }
 
-/// What came over a broker.
+/// A message received over a broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Unpacked {
-    /// Who sent it, by its own word: a broker vouches for nobody.
+    /// The sender, as it names itself: a broker authenticates nobody.
     pub(crate) from: NodeId,
     pub(crate) envelope: Envelope,
     pub(crate) expires_at: Option<u64>,
@@ -36,7 +35,7 @@ pub(crate) struct Unpacked {
 }
 
 impl Parcel {
-    /// A message of `me`.
+    /// Packs a message sent by `me`.
     pub(crate) fn pack(
         mut envelope: Envelope,
         me: &NodeId,
@@ -56,8 +55,10 @@ impl Parcel {
         Self { head: head.into(), body }
     }
 
+    /// Unpacks a message.
+    ///
     /// # Errors
-    /// [`WireError`] if the head is none of ours.
+    /// [`WireError`] if the head is invalid, or the body is over the limit.
     pub(crate) fn unpack(self, me: &NodeId, max_body: usize) -> Result<Unpacked, WireError> {
         if self.body.len() > max_body {
             return Err(WireError::BodyTooLarge(self.body.len()));
@@ -81,7 +82,7 @@ impl Parcel {
                 }
                 Ok(Unpacked { from, envelope, expires_at, not_before })
             }
-            _ => Err(WireError::Unexpected("a record that is no message")),
+            _ => Err(WireError::Unexpected("expected a message")),
         }
     }
 

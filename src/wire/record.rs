@@ -1,4 +1,4 @@
-//! Records that carry messages: events, calls, requests, replies and failures.
+//! Message records: events, calls, requests, replies and failures.
 //!
 //! ```text
 //! [type, id, destination, body, kind, correlation, reply_to, ttl, key, content_type, trace, headers, delivery]
@@ -17,19 +17,19 @@ use crate::identity::NodeId;
 use crate::message::MAX_HEADER;
 use crate::message::{BASE_COST, Extra, Header, Kind, MessageId};
 
-/// One of the four flows on a link that have credit of their own. One credit for all would
-/// deadlock: a subscriber that awaits a request in its event loop would block its own reply
-/// behind unread events.
+/// One of the four flows on a link, each with its own credit. A shared credit would deadlock: a
+/// subscriber that awaits a request in its event loop would block its own reply behind unread
+/// events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
     Events,
     Calls,
     Replies,
-    /// What comes from outboxes, so that a backlog of it holds up no call.
+    /// Messages from outboxes, in a lane of their own so that their backlog delays no call.
     Guaranteed,
 }
 
-/// How many lanes there are.
+/// The number of lanes.
 pub(crate) const LANES: usize = 4;
 
 /// The code and text with which a handler, or the node on its behalf, declined a request.
@@ -52,22 +52,22 @@ pub(crate) struct Envelope {
     pub(crate) payload: Payload,
 }
 
-/// What a message is to the protocol.
+/// The payload of a message, by type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Payload {
     Event(Bytes),
     /// A one-way message to a service or node.
     Call(Bytes),
-    /// A call whose sender waits for the reply.
+    /// A call whose sender awaits the reply.
     Request(Bytes),
     Reply(Bytes),
     Failed(Failure),
-    /// A message from an outbox, which is answered when it is processed.
+    /// A message from an outbox, answered once it is processed.
     Guaranteed(Bytes, Arc<Delivery>),
 }
 
 impl Payload {
-    /// The body; `None` for what has none of its user's.
+    /// Returns the body; `None` for a payload without a user's body.
     pub(super) fn body_mut(&mut self) -> Option<&mut Bytes> {
         match self {
             Self::Event(body)
@@ -79,7 +79,7 @@ impl Payload {
         }
     }
 
-    /// Takes the body out; an empty one for what has none of its user's.
+    /// Takes the body out of the payload; empty if there is no user's body.
     pub(crate) fn take_body(&mut self) -> Bytes {
         self.body_mut().map(std::mem::take).unwrap_or_default()
     }
@@ -97,7 +97,7 @@ impl Payload {
 }
 
 impl Envelope {
-    /// A message that nobody replies to: an event if it goes to a topic, else a call.
+    /// Creates a message without a reply: an event if its destination is a topic, else a call.
     pub(crate) fn one_way(header: Header, body: Bytes) -> Self {
         let payload = match header.destination {
             Destination::Topic(_) => Payload::Event(body),
@@ -119,8 +119,8 @@ impl Envelope {
         self.payload.body_len()
     }
 
-    /// What the message takes from its lane's credit, in bytes. Both sides compute it from the
-    /// message alone.
+    /// Returns the credit that the message takes from its lane, in bytes. Both sides compute it
+    /// from the message alone.
     pub(crate) fn cost(&self) -> u64 {
         BASE_COST + self.body_len() as u64 + self.header.extra_len() as u64
     }
@@ -134,13 +134,13 @@ const TYPE_REQUEST: u64 = 20;
 const TYPE_GUARANTEED_CALL: u64 = 21;
 const TYPE_GUARANTEED_EVENT: u64 = 22;
 
-/// What a record may leave unsaid because the message record before it in the batch said it.
+/// The fields that a record may omit because the previous message record of the batch had them.
 #[derive(Debug, Default)]
 pub(crate) struct Inheritance {
     id: Option<MessageId>,
     topic: Option<Topic>,
     service: Option<ServiceName>,
-    /// The record before was an event, on that topic.
+    /// The previous record was an event, on that topic.
     pub(super) event_before: bool,
 }
 
@@ -149,7 +149,7 @@ pub(crate) struct Inheritance {
 pub(crate) enum Record {
     Control(Control),
     Message(Envelope),
-    /// Of a type that this version doesn't know, passed over.
+    /// A record of an unknown type, skipped.
     Unknown(u64),
 }
 
@@ -179,8 +179,8 @@ fn usual_kind(payload: &Payload) -> Kind {
     }
 }
 
-/// Appends the record, without its length prefix; returns the body if that needs a frame of its
-/// own. `me` is the node that writes.
+/// Appends the record, without its length prefix; returns the body if it needs a frame of its own.
+/// `me` is the writing node.
 pub(super) fn write_message(
     buf: &mut Vec<u8>,
     envelope: &Envelope,
@@ -238,7 +238,7 @@ pub(super) fn write_message(
     own_frame
 }
 
-/// The fields behind the body, the same on every link.
+/// Writes the fields after the body, which are the same on every link.
 fn write_rest(record: &mut ArrayWriter<'_>, header: &Header, usual: Kind, me: &NodeId) {
     record.opt_uint((header.kind != usual).then(|| kind_number(header.kind)));
     record.opt_bin(header.correlation_id.map(MessageId::to_bytes).as_ref().map(|id| &id[..]));
@@ -257,34 +257,34 @@ fn write_rest(record: &mut ArrayWriter<'_>, header: &Header, usual: Kind, me: &N
     }
 }
 
-/// An event on its way to any number of links: encoded once, but for what each link's batch has
-/// said already.
+/// An event to be sent on any number of links. It is encoded once, except for the fields that each
+/// link's batch may inherit.
 #[derive(Debug)]
 pub(crate) struct OutgoingEvent<'a> {
     id: MessageId,
     topic: &'a Topic,
     body: &'a Bytes,
-    /// The encoded fields behind the body, and how many there are.
+    /// The encoded fields after the body, and their number.
     rest: Vec<u8>,
     rest_fields: u8,
     cost: u64,
 }
 
 impl<'a> OutgoingEvent<'a> {
-    /// An event with no more than an id, a topic and a body.
+    /// Creates an event with only an id, a topic and a body.
     pub(crate) fn plain(id: MessageId, topic: &'a Topic, body: &'a Bytes) -> Self {
         let cost = BASE_COST + body.len() as u64;
         Self { id, topic, body, rest: Vec::new(), rest_fields: 0, cost }
     }
 
-    /// Any event from `me`.
+    /// Creates an event sent by `me`.
     pub(crate) fn new(header: &Header, topic: &'a Topic, body: &'a Bytes, me: &NodeId) -> Self {
         let mut event = Self::plain(header.id, topic, body);
         if !header.is_plain(Kind::Event) {
             let mut fields = ArrayWriter::new(&mut event.rest);
             write_rest(&mut fields, header, Kind::Event, me);
             event.rest_fields = fields.finish();
-            // They go into the record's own array.
+            // They become fields of the record's own array.
             event.rest.remove(0);
             event.cost += header.extra_len() as u64;
         }
@@ -299,9 +299,9 @@ impl<'a> OutgoingEvent<'a> {
         self.body.len()
     }
 
-    /// Appends the record; returns the body if that needs a frame of its own.
+    /// Appends the record; returns the body if it needs a frame of its own.
     ///
-    /// This runs for every event and link, so it writes what [`ArrayWriter`] would, by hand.
+    /// This runs for every event and link, so it writes by hand what [`ArrayWriter`] would.
     pub(super) fn write(&self, buf: &mut Vec<u8>, inherited: &mut Inheritance) -> Option<Bytes> {
         buf.push(Marker::FixArray(4 + self.rest_fields).to_u8());
         buf.push(TYPE_EVENT as u8);
@@ -348,7 +348,7 @@ fn write_destination(
     inherited: &mut Inheritance,
 ) {
     match (&header.destination, payload) {
-        // A reply goes to the node at the other end of the link, which needn't be said.
+        // A reply's destination is the node at the other end of the link, and is omitted.
         (_, Payload::Reply(_) | Payload::Failed(_)) => record.nil(),
         (Destination::Topic(topic), _) if inherited.topic.as_ref() == Some(topic) => record.nil(),
         (Destination::Topic(topic), _) => {
@@ -364,8 +364,8 @@ fn write_destination(
     }
 }
 
-/// Reads a plain event whose id and topic follow from the one before it, which is what a run of
-/// them consists of: its id and body. `None` if it is anything else.
+/// Reads a plain event whose id and topic follow from the previous one, as in a run of events;
+/// returns its id and body, or `None` for any other record.
 pub(super) fn read_successor<'a>(
     bytes: &'a [u8],
     max_body: usize,
@@ -396,7 +396,7 @@ pub(super) fn read_successor<'a>(
     Some((id, body))
 }
 
-/// Who reads, who wrote, and how large a body may be.
+/// The reading node, the writing peer, and the largest accepted body in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ReadContext<'a> {
     pub(super) me: &'a NodeId,
@@ -404,8 +404,8 @@ pub(super) struct ReadContext<'a> {
     pub(super) max_body: usize,
 }
 
-/// Reads one record. `frame` is the frame that `bytes` is a part of, for bodies to be slices of;
-/// `next_body` hands out the body frames in order.
+/// Reads one record. `bytes` is a part of `frame`, so that bodies can be slices of it; `next_body`
+/// returns the body frames in order.
 pub(super) fn read_record(
     frame: &Bytes,
     bytes: &[u8],
@@ -445,7 +445,7 @@ pub(super) fn read_record(
         TYPE_CALL => Payload::Call(body),
         TYPE_REQUEST => Payload::Request(body),
         TYPE_REPLY => Payload::Reply(body),
-        // What they say of their delivery comes last.
+        // Their delivery is the last field.
         TYPE_GUARANTEED_CALL => Payload::Call(body),
         TYPE_GUARANTEED_EVENT => Payload::Event(body),
         _ => Payload::Failed(read_failure(&body)?),
@@ -475,7 +475,7 @@ pub(super) fn read_record(
     {
         let delivery = fields.need(Delivery::read)?;
         if delivery.is_event() != (record_type == TYPE_GUARANTEED_EVENT) {
-            return Err(WireError::Unexpected("the subscription of a delivery"));
+            return Err(WireError::Unexpected("a mismatched subscription"));
         }
         payload = Payload::Guaranteed(body, Arc::new(delivery));
     }
@@ -502,7 +502,7 @@ fn read_id(
             let later = reader.uint()?;
             let previous = inherited.id.ok_or(WireError::Inheritance)?;
             if later > 127 {
-                return Err(WireError::Unexpected("an id that is more than 127 ms later"));
+                return Err(WireError::Unexpected("an id over 127 ms later"));
             }
             Ok(previous.successor(later))
         }
@@ -562,10 +562,10 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
     Ok(Failure { code, text })
 }
 
-/// About what most headers take at the most, in bytes.
+/// The estimated size of a stored header, in bytes.
 const FROZEN_HEADER: usize = 128;
 
-/// A message as it is kept on a disk; one that nobody replies to.
+/// Encodes a message without a reply, for storage on disk.
 pub(crate) fn encode_stored(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FROZEN_HEADER + envelope.body_len());
     bytes.extend([0; 4]);
@@ -576,7 +576,7 @@ pub(crate) fn encode_stored(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
     bytes
 }
 
-/// What [`encode_stored`] wrote.
+/// Decodes the output of [`encode_stored`].
 pub(crate) fn decode_stored(bytes: &Bytes, me: &NodeId) -> Result<Envelope, WireError> {
     let mut reader = Reader::new(bytes);
     let length = reader.length_prefix()?;
@@ -588,6 +588,6 @@ pub(crate) fn decode_stored(bytes: &Bytes, me: &NodeId) -> Result<Envelope, Wire
         Record::Message(
             envelope @ Envelope { payload: Payload::Event(_) | Payload::Call(_), .. },
         ) => Ok(envelope),
-        _ => Err(WireError::Unexpected("a record that is no message")),
+        _ => Err(WireError::Unexpected("expected a message")),
     }
 }

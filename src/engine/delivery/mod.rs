@@ -6,12 +6,12 @@
 //!            │ bound to a node, numbered in its stream
 //!            └──── message (stream, seq, attempt) ─────────▶ known? else handler
 //!  settled ◀──────── answer (stream, seq, attempt) ◀──────── Ok: journal, synced
-//!  tried again with backoff ◀─ failed                        error: nothing stored
+//!  retried with backoff ◀── failed                           error: nothing stored
 //!  dead letter ◀─ rejected, expired, failed too often
 //! ```
 //!
-//! A message is numbered anew for each node that it is bound to; the pair of stream and number
-//! names that delivery for good, however often it is sent.
+//! A message gets a new sequence number for each node that it is bound to; the pair of stream and
+//! number identifies that delivery permanently, over all attempts.
 
 mod inbox;
 mod numbered;
@@ -38,12 +38,12 @@ use crate::engine::Time;
 use crate::identity::NodeId;
 use crate::wire::Stream;
 
-/// How often a guaranteed message is tried, and how long it is left alone in between.
+/// The retries of guaranteed messages: their number, and the backoff between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RetryPolicy {
-    /// So many failures of its handler make a message a dead letter.
+    /// The number of handler failures that make a message a dead letter.
     pub(crate) max_attempts: u32,
-    /// The pause after the first attempt, at the most. It doubles with each.
+    /// The longest backoff after the first attempt. It doubles with each.
     pub(crate) first: Duration,
     pub(crate) longest: Duration,
 }
@@ -56,30 +56,30 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// How long a message is left alone, at the most, that has been tried so often before.
+    /// Returns the longest backoff after that many earlier attempts.
     pub(crate) fn pause(&self, times_before: u32) -> Duration {
         self.first.saturating_mul(1 << times_before.min(31)).min(self.longest)
     }
 }
 
-/// Now, by the clock that never jumps and by the one on the wall, which only expiry and schedules
-/// go by.
+/// The current time, by the monotonic clock and by the wall clock. Only expiry and schedules use
+/// the wall clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Now {
     pub(crate) time: Time,
-    /// In ms since 1970.
+    /// In ms since the Unix epoch.
     pub(crate) unix_ms: u64,
 }
 
-/// Where a guaranteed message has to go.
+/// The destination of a guaranteed message.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Target {
-    /// To one of the nodes that serve the name.
+    /// One of the nodes that serve the name.
     Service(ServiceName),
-    /// To one node.
+    /// One node.
     Node(NodeId),
-    /// To the durable subscription of that name, of that node.
+    /// The durable subscription of that name, at that node.
     Subscription(NodeId, ServiceName),
 }
 
@@ -93,7 +93,7 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// The node that a message was given to, and its number there.
+/// The node that a message is bound to, and the delivery's stream and number there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Binding {
     pub(crate) node: NodeId,
@@ -101,34 +101,37 @@ pub(crate) struct Binding {
     pub(crate) seq: u64,
 }
 
-/// Why a message is a dead letter.
+/// The reason for which a message is a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum DeadLetterReason {
-    /// It expired before it was processed.
-    #[error("it expired{}", if *.maybe_processed { "; a handler may have had it" } else { "" })]
+    /// The message expired before it was processed.
+    #[error(
+        "expired before it was processed{}",
+        if *.maybe_processed { "; a handler may have received it" } else { "" }
+    )]
     Expired {
-        /// Whether it was sent, so that a handler may have had it.
+        /// True if the message was sent, so that a handler may have received it.
         maybe_processed: bool,
     },
-    /// Its handler failed too often.
-    #[error("its handler failed {failures} times, the last time with: {text}")]
+    /// The handler failed too often.
+    #[error("the handler failed {failures} times; the last error: {text}")]
     Failed {
-        /// How often.
+        /// The number of failures.
         failures: u32,
-        /// What the handler said the last time.
+        /// The handler's last error.
         text: String,
     },
-    /// Its handler rejected it for good, or the receiver's rules don't allow it.
-    #[error("it was rejected: {text}")]
+    /// The handler rejected the message permanently, or the receiver's rules forbid it.
+    #[error("rejected: {text}")]
     Rejected {
-        /// What the handler said.
+        /// The reason given by the receiver.
         text: String,
     },
-    /// It is longer than its receiver takes.
-    #[error("it is longer than its receiver takes")]
+    /// The message is larger than its receiver accepts.
+    #[error("larger than its receiver accepts")]
     TooLarge,
-    /// What is stored of it can't be read any more: its body is lost.
-    #[error("what is stored of it can't be read")]
+    /// The stored message is no longer readable: its body is lost.
+    #[error("the stored message can't be read")]
     Unreadable,
 }

@@ -1,26 +1,26 @@
-//! A map from growing numbers, dense in memory.
+//! A map with ascending numeric keys, stored densely.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
 const CHUNK: u64 = 64;
-/// So many chunks are kept for reuse: what comes and goes by the thousand needs no new memory.
+/// The most emptied chunks kept for reuse, so that entries by the thousand need no new memory.
 const MOST_SPARE: usize = 64;
 
-/// A map whose keys are numbers that grow: neighbours share memory, and a million entries take
-/// little more than their values do. What is left of an old chunk keeps all of it.
+/// A map whose keys are ascending numbers. Neighbours share a chunk, so that a million entries take
+/// little more memory than their values. A chunk keeps all of its memory until it is empty.
 #[derive(Debug)]
 pub(crate) struct Numbered<T> {
-    /// Where the chunks are, by number.
+    /// The places of the chunks, by chunk number.
     places: BTreeMap<u64, usize>,
     chunks: Vec<Chunk<T>>,
-    /// Places that hold no chunk.
+    /// The places without a chunk.
     free: Vec<usize>,
-    /// The memory of some chunks that were emptied, to be used again.
+    /// The memory of emptied chunks, for reuse.
     spare: Vec<Slots<T>>,
-    /// The chunk that was wanted last, which most often is wanted next, and its place.
+    /// The number and place of the chunk used last, which is most often the next one used.
     last: Cell<Option<(u64, usize)>>,
-    /// No number below this one is taken.
+    /// A lower bound of the keys.
     floor: Cell<u64>,
     len: usize,
 }
@@ -76,7 +76,7 @@ impl<T> Numbered<T> {
         self.slot(number).get_or_insert_default()
     }
 
-    /// Where the number's chunk is.
+    /// Returns the place of the number's chunk.
     fn place(&self, number: u64) -> Option<usize> {
         let chunk = number / CHUNK;
         match self.last.get() {
@@ -89,7 +89,7 @@ impl<T> Numbered<T> {
         }
     }
 
-    /// The place of a number, which is about to be taken.
+    /// Returns the slot of a number, which the caller fills.
     fn slot(&mut self, number: u64) -> &mut Option<T> {
         let place = self.place(number).unwrap_or_else(|| self.begin_chunk(number / CHUNK));
         self.floor.set(self.floor.get().min(number));
@@ -131,7 +131,7 @@ impl<T> Numbered<T> {
         Some(value)
     }
 
-    /// The lowest number.
+    /// Returns the lowest key.
     pub(crate) fn first(&self) -> Option<u64> {
         if self.get(self.floor.get()).is_none() {
             self.floor.set(self.iter().next().map_or(u64::MAX, |(number, _)| number));
@@ -139,7 +139,7 @@ impl<T> Numbered<T> {
         Some(self.floor.get()).filter(|_| !self.is_empty())
     }
 
-    /// Those from `first` to `last`, by number.
+    /// Returns the entries from `first` to `last`, in ascending order.
     pub(crate) fn range(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, &T)> {
         let places = self.places.range(first / CHUNK..=last / CHUNK);
         let all = places.flat_map(|(chunk, place)| {
@@ -149,7 +149,7 @@ impl<T> Numbered<T> {
         all.filter(move |(number, _)| (first..=last).contains(number))
     }
 
-    /// All, by number.
+    /// Returns all entries, in ascending order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &T)> {
         self.places.iter().flat_map(|(chunk, place)| {
             let slots = self.chunks[*place].slots.iter().enumerate();
@@ -181,6 +181,6 @@ mod tests {
         assert!(map.is_empty() && map.places.is_empty() && map.remove(3).is_none());
         assert_eq!((map.first(), map.insert(70, 1), map.insert(66, 2)), (None, None, None));
         assert_eq!((map.first(), map.remove(66), map.first()), (Some(66), Some(2), Some(70)));
-        assert_eq!(map.chunks.len(), 3, "what was given back is used again");
+        assert_eq!(map.chunks.len(), 3, "chunks are reused");
     }
 }

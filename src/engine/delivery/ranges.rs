@@ -1,29 +1,29 @@
-//! A set of numbers that are mostly neighbours.
+//! A set of mostly consecutive numbers.
 
 use std::collections::BTreeMap;
 
-/// A set of numbers, kept as ranges: a watermark if there are no holes.
+/// A set of numbers, stored as ranges: a single watermark if there are no gaps.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Ranges {
-    /// By the first of each; the last of each.
+    /// The ranges: the last number of each, by its first.
     ranges: BTreeMap<u64, u64>,
 }
 
 impl Ranges {
     pub(crate) fn contains(&self, number: u64) -> bool {
-        // Most are beyond the last.
+        // Most numbers are beyond the last range.
         self.ranges.last_key_value().is_some_and(|(_, last)| number <= *last)
             && self.ranges.range(..=number).next_back().is_some_and(|(_, last)| number <= *last)
     }
 
-    /// Whether a neighbour of that number is in it, so that adding it makes no new range.
+    /// Returns true if adding the number would create no new range.
     pub(crate) fn touches(&self, number: u64) -> bool {
         self.contains(number.saturating_sub(1)) || self.contains(number.saturating_add(1))
     }
 
-    /// Adds a number; whether it is new.
+    /// Adds a number; returns true if it is new.
     pub(crate) fn insert(&mut self, number: u64) -> bool {
-        // Most often the last range grows.
+        // The common case: the last range grows.
         if let Some(mut last) = self.ranges.last_entry()
             && last.get().checked_add(1) == Some(number)
         {
@@ -37,9 +37,9 @@ impl Ranges {
         true
     }
 
-    /// Adds all from `first` to `last`.
+    /// Adds the numbers from `first` to `last`.
     pub(crate) fn insert_range(&mut self, mut first: u64, mut last: u64) {
-        // What overlaps it or touches it becomes a part of it.
+        // Overlapping and adjacent ranges are merged.
         while let Some((start, end)) = self.ranges.range(..=last.saturating_add(1)).next_back()
             && end.saturating_add(1) >= first
         {
@@ -50,7 +50,7 @@ impl Ranges {
         self.ranges.insert(first, last);
     }
 
-    /// Removes all below `floor`.
+    /// Removes the numbers below `floor`.
     pub(crate) fn remove_below(&mut self, floor: u64) {
         while let Some(entry) = self.ranges.first_entry()
             && *entry.key() < floor
@@ -62,10 +62,10 @@ impl Ranges {
         }
     }
 
-    /// What is in both, as ranges in their order.
+    /// Returns the intersection of two sets, as ranges in ascending order.
     pub(crate) fn overlaps(&self, other: &Self) -> impl Iterator<Item = (u64, u64)> {
         let (mut ours, mut theirs) = (self.ranges.iter(), other.ranges.iter());
-        // Most have nothing in common.
+        // The common case: the sets are disjoint.
         let apart = |low: &Self, high: &Self| match (
             low.ranges.last_key_value(),
             high.ranges.first_key_value(),

@@ -1,4 +1,4 @@
-//! What the journals of outbox and inbox hold: a byte that names the kind, then MessagePack.
+//! The records in the journals of outbox and inbox: a byte for the kind, then MessagePack.
 
 use std::borrow::Cow;
 
@@ -12,26 +12,26 @@ use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::wire::Stream;
 
-/// An entry of a journal that this version can't read.
+/// The error of decoding a journal entry.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RecordError {
-    #[error("it is empty")]
+    #[error("the entry is empty")]
     Empty,
-    #[error("it is of a kind that this version doesn't know ({0})")]
+    #[error("unknown entry kind {0}")]
     Kind(u8),
-    #[error("it can't be decoded: {0}")]
+    #[error("can't decode the entry: {0}")]
     Decode(#[from] rmp_serde::decode::Error),
-    #[error("it holds what is no name: {0}")]
+    #[error("invalid name in the entry: {0}")]
     Name(#[from] crate::address::AddressError),
-    #[error("it holds a message that goes nowhere")]
+    #[error("a message in the entry has no destination")]
     NoTarget,
-    #[error("it holds what is no id")]
+    #[error("invalid message id in the entry")]
     Id,
-    #[error("it names a stream that it doesn't hold")]
+    #[error("the entry refers to a stream that it does not define")]
     Stream,
 }
 
-/// Bytes as such, not as a list of numbers.
+/// Bytes, encoded as such and not as a list of numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Raw<'a>(pub(super) Cow<'a, [u8]>);
 
@@ -74,7 +74,7 @@ mod node_bytes {
     }
 }
 
-/// A service's name, or a durable subscription's.
+/// The name of a service or of a durable subscription.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Name(pub(super) ServiceName);
 
@@ -100,13 +100,13 @@ impl<'de> Deserialize<'de> for Name {
     }
 }
 
-/// A message and where it has to go.
+/// A message and its destinations.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MessageRecord<'a> {
     pub(super) number: u64,
     #[serde(deserialize_with = "few")]
     pub(super) parts: SmallVec<[PartRecord; 1]>,
-    /// In ms since 1970.
+    /// In ms since the Unix epoch.
     pub(super) expires_at: Option<u64>,
     pub(super) not_before: Option<u64>,
     pub(super) order: Option<String>,
@@ -114,7 +114,7 @@ pub(super) struct MessageRecord<'a> {
     pub(super) encoded: Raw<'a>,
 }
 
-/// Most messages are stored alone.
+/// The messages of one entry, mostly one.
 pub(super) type MessageRecords<'a> = SmallVec<[MessageRecord<'a>; 1]>;
 
 /// One destination of a message.
@@ -123,12 +123,12 @@ pub(super) struct PartRecord {
     pub(super) target: TargetRecord,
     pub(super) binding: Option<BindingRecord>,
     pub(super) failures: u32,
-    /// A handler may have had it.
+    /// A handler may have received the message.
     pub(super) redelivered: bool,
     pub(super) settled: bool,
-    /// Why it is a dead letter, if it is one.
+    /// The reason, if it is a dead letter.
     pub(super) dead: Option<DeadLetterReason>,
-    /// Where it was bound to before, and may have been processed.
+    /// Earlier bindings, under which it may have been processed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) former: Vec<BindingRecord>,
 }
@@ -162,7 +162,7 @@ impl TargetRecord {
     }
 }
 
-/// The node that was chosen, and the delivery's id there.
+/// The chosen node, and the delivery's id there: epoch, subscription and number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BindingRecord(NodeBytes, u64, Option<Name>, u64);
 
@@ -181,7 +181,7 @@ impl BindingRecord {
     }
 }
 
-/// What is remembered of a peer: its inbox epoch, and its durable subscriptions.
+/// The remembered state of a peer: its inbox epoch, and its durable subscriptions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PeerRecord {
     pub(super) node: NodeBytes,
@@ -196,21 +196,21 @@ impl PeerRecord {
     }
 }
 
-/// What is still wanted of segments that go.
+/// The records to keep of removed segments.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct KeptRecord<'a> {
-    /// No message has had this number, or a higher one.
+    /// A number above those of all messages so far.
     pub(super) next: u64,
-    /// Messages that are settled for all destinations, from the first to the last of each range.
+    /// The messages settled for all destinations, as the first and last of each range.
     pub(super) settled: Vec<(u64, u64)>,
-    /// The streams that the states name by their places here.
+    /// The streams, which states refer to by index.
     pub(super) streams: Vec<StreamName>,
-    /// How messages stand that lie elsewhere.
+    /// The states of messages stored in other segments.
     pub(super) states: Vec<StateRecord>,
-    /// Ids of messages that are stored once, and their numbers.
+    /// The ids of messages stored once, and their numbers.
     #[serde(borrow)]
     pub(super) ids: Vec<IdsRecord<'a>>,
-    /// All that is remembered of peers.
+    /// The remembered state of all peers.
     pub(super) peers: Option<Vec<PeerRecord>>,
 }
 
@@ -218,11 +218,11 @@ pub(super) struct KeptRecord<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct StreamName(NodeBytes, u64, Option<Name>);
 
-/// How a message stands: its number, whether it still expires, and its destinations in their order.
+/// The state of a message: its number, whether it still expires, and its destinations, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct StateRecord(pub(super) u64, pub(super) bool, pub(super) Vec<PartState>);
 
-/// The same as a [`PartRecord`], without what doesn't change.
+/// The variable fields of a [`PartRecord`], with streams by index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PartState {
     pub(super) binding: Option<(u32, u64)>,
@@ -234,7 +234,7 @@ pub(super) struct PartState {
 }
 
 impl KeptRecord<'_> {
-    /// The place of a binding's stream, and its number there.
+    /// Returns the index of a binding's stream, and the number in it.
     fn shorten(&mut self, binding: &BindingRecord) -> (u32, u64) {
         let BindingRecord(node, epoch, name, seq) = binding;
         let stream = StreamName(node.clone(), *epoch, name.clone());
@@ -245,7 +245,7 @@ impl KeptRecord<'_> {
         (place as u32, *seq)
     }
 
-    /// How a message stands.
+    /// Returns the state of a message.
     pub(super) fn state(&mut self, message: &MessageRecord<'_>) -> StateRecord {
         let parts = message.parts.iter().map(|part| PartState {
             binding: part.binding.as_ref().map(|binding| self.shorten(binding)),
@@ -265,7 +265,7 @@ impl KeptRecord<'_> {
     }
 }
 
-/// Ids that are equally old: so much of the journal was written since, in bytes.
+/// Ids of equal age: the number of journal bytes written since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct IdsRecord<'a> {
     pub(super) age: u64,
@@ -291,26 +291,25 @@ impl IdsRecord<'_> {
 /// An entry of an outbox's journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum OutboxRecord<'a> {
-    /// Messages that are stored together or not at all.
+    /// Messages stored atomically.
     Messages(MessageRecords<'a>),
-    /// Message, part and node: where it is bound to from now on, or that it is free again.
+    /// Message and destination: the new binding, or `None` if it is unbound.
     Bound(Vec<(u64, u32, Option<BindingRecord>)>),
-    /// Message and part: processed, or purged.
+    /// Message and destination: processed, or purged.
     Settled(Vec<(u64, u32)>),
-    /// Message, part, and how often its handler failed.
+    /// Message, destination, and the number of handler failures.
     Failed(u64, u32, u32),
-    /// Message, part, and what it is a dead letter for; `None` if it is tried again.
+    /// Message, destination, and the reason of a dead letter; `None` if it is sent again.
     Dead(u64, u32, Option<DeadLetterReason>),
-    /// All that is remembered of peers.
+    /// The remembered state of all peers.
     Peers(Vec<PeerRecord>),
-    /// Message and part: it was never sent to the node that it was bound to, and is free again.
+    /// Message and destination: never sent to its node, and unbound.
     Freed(Vec<(u64, u32)>),
-    /// The same as [`OutboxRecord::Messages`], with the ids of those that are stored once, and their
-    /// numbers.
+    /// [`OutboxRecord::Messages`], with the ids and numbers of the messages stored once.
     Once(MessageRecords<'a>, Vec<(MessageId, u64)>),
-    /// Message and part: it was taken from its node, which may have processed it.
+    /// Message and destination: unbound from a node that may have processed it.
     Left(Vec<(u64, u32)>),
-    /// What is still wanted of segments that go.
+    /// The records to keep of removed segments.
     Kept(KeptRecord<'a>),
 }
 
@@ -365,7 +364,7 @@ impl<'a> OutboxRecord<'a> {
     }
 }
 
-/// A stream of deliveries that an inbox knows, by a short number.
+/// A stream of deliveries known to an inbox, with a short number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct StreamRecord {
     pub(super) number: u64,
@@ -386,15 +385,15 @@ impl StreamRecord {
 /// An entry of an inbox's journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum InboxRecord {
-    /// All that is known, in place of what was: the epoch, and the streams.
+    /// A snapshot that replaces all earlier entries: the epoch, and the streams.
     Snapshot(u64, Vec<StreamRecord>),
-    /// A stream that is new.
+    /// A new stream.
     Opened(StreamRecord),
-    /// Stream and place: its handler returned Ok.
+    /// Stream and number: the handler returned Ok.
     Processed(u64, u64),
-    /// Stream, place, and how often the handler of a redelivered message was begun.
+    /// Stream, number, and how many times the handler of a redelivered message was begun.
     Begun(u64, u64, u32),
-    /// Streams whose sender has settled all of them.
+    /// Streams whose deliveries the sender has all settled.
     Forgotten(Vec<u64>),
 }
 
@@ -442,7 +441,7 @@ fn write_kind<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, kind: u8, value: &T) {
     rmp_serde::encode::write(bytes, value).expect("writing to memory doesn't fail");
 }
 
-/// In bytes; few records take more.
+/// Returns an estimate of the encoded size in bytes, which few records exceed.
 fn about_size(message: &MessageRecord<'_>) -> usize {
     32 + 128 * message.parts.len() + message.encoded.0.len()
 }
@@ -451,12 +450,12 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, RecordError> {
     Ok(rmp_serde::from_slice(bytes)?)
 }
 
-/// A list that is short, by way of one that makes no room for what its length only claims.
+/// Decodes a short list without preallocating for its claimed length.
 fn few<'de, D: Deserializer<'de>>(from: D) -> Result<SmallVec<[PartRecord; 1]>, D::Error> {
     Ok(Vec::deserialize(from)?.into())
 }
 
-/// Reads bytes as an entry of either journal: for the fuzzer.
+/// Decodes bytes as an entry of either journal, for the fuzzer.
 #[cfg(fuzzing)]
 pub(crate) fn check(bytes: &[u8]) {
     let (_, _) = (OutboxRecord::decode(bytes).is_ok(), InboxRecord::decode(bytes).is_ok());

@@ -1,15 +1,15 @@
-//! How often a peer may change what it announces.
+//! A rate limit for a peer's announcements.
 
 use super::MAX_ANNOUNCED;
 use crate::engine::Time;
 
-/// What a peer may announce and take back at once: all that it may have, twice over.
+/// The number of changes that a peer may make at once: twice the most that it may have announced.
 const BURST: u64 = 2 * MAX_ANNOUNCED as u64;
-/// How much more it may in each second.
+/// The number of further changes per second.
 const A_SECOND: u64 = 1000;
 
-/// A token bucket (as in RFC 2697, with one rate), for a change costs each peer a copy of some of
-/// its routes, and its sender nothing.
+/// A token bucket (as in RFC 2697, with one rate). A change costs each peer a copy of some of its
+/// routes, and its sender nothing.
 #[derive(Debug)]
 pub(super) struct Allowance {
     left: u64,
@@ -21,7 +21,7 @@ impl Allowance {
         Self { left: BURST, since: now }
     }
 
-    /// Takes so many changes from it, if they are there.
+    /// Takes that many changes; returns false if there are not enough left.
     pub(super) fn take(&mut self, now: Time, changes: u64) -> bool {
         let earned = now.since(self.since).as_millis() as u64 * A_SECOND / 1000;
         if earned > 0 {

@@ -1,4 +1,4 @@
-//! What this node wants and serves, and how its peers are told.
+//! Subscriptions and services of this node, and their announcement to peers.
 
 use super::{Mesh, service_info};
 use crate::address::{Pattern, ServiceName};
@@ -44,7 +44,7 @@ impl Mesh {
         }
     }
 
-    /// Says hello, and right behind it what it has no room for.
+    /// Sends a hello, followed by announcements of what does not fit in it.
     pub(super) fn send_hello(&mut self, link: LinkId) {
         let mut listing = self.listing().into_iter();
         let seq = listing.len() as u64 - 1;
@@ -67,8 +67,8 @@ impl Mesh {
         listing.for_each(|rest| self.announce_to(link, rest));
     }
 
-    /// All that this node wants and serves, in parts that have room in one record each; at least
-    /// one part.
+    /// Returns all subscriptions and services of this node, split into at least one part; each fits
+    /// in one record.
     fn listing(&self) -> Vec<Announcement> {
         let mut parts = Vec::new();
         let mut part = Announcement::default();
@@ -92,7 +92,7 @@ impl Mesh {
         parts
     }
 
-    /// Tells everybody who has our hello.
+    /// Announces a change to every peer that has our hello.
     fn announce(&mut self, news: &Announcement) {
         let told = self.links.iter().filter(|(_, link)| link.announced.is_some());
         let told: Vec<LinkId> = told.map(|(id, _)| *id).collect();

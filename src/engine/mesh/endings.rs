@@ -1,11 +1,11 @@
-//! How connections and links end.
+//! Ends of connections and links.
 
 use super::{About, Action, DownReason, Mesh, MeshEvent, Phase};
 use crate::engine::{LinkId, RouteChange, Time};
 use crate::wire::Bye;
 
 impl Mesh {
-    /// A connection that never became a link, and that a user may want to know of.
+    /// Closes a connection that has not become a link, and reports it to the user.
     pub(super) fn refuse(&mut self, now: Time, link: LinkId, reason: String, for_good: bool) {
         self.refuse_as(now, link, DownReason::Refused(reason), for_good);
     }

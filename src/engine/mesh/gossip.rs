@@ -1,12 +1,13 @@
-//! Hearsay: peers tell each other whom they know, so that one reachable peer joins a node to the
-//! whole mesh, across subnets that multicast doesn't cross.
+//! Gossip: peers exchange the addresses of other nodes, so that one reachable peer joins a node to
+//! the whole mesh, across subnets that multicast does not cross.
 //!
-//! What is told are hints, and each node tells only of peers that it is linked to itself. When a
-//! link comes up, both ends tell each other of some peers, and some peers of the new one; later
-//! every node tells one peer after the other, ever more slowly, for what was missed. A telling has a fixed
-//! size, so what a node sends grows with the number of its links. Whom it tells of goes round all
-//! peers in the order of their ids, from its own id on, so that different nodes tell of different
-//! ones.
+//! All gossip consists of hints, and each node sends only hints about peers that it is linked to
+//! itself. When a link comes up, both ends send each other hints about some peers, and some peers a
+//! hint about the new one. Later, every node sends hints to one peer after the other, at growing
+//! intervals, to make up for missed hints. A record of hints has a fixed size, so the traffic of
+//! a node grows with the number of its links. The subjects of hints go round all peers in the order
+//! of their ids, starting from the node's own id, so that different nodes send hints about
+//! different peers.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
@@ -19,21 +20,21 @@ use crate::identity::NodeId;
 use crate::peer::Address;
 use crate::wire::{Control, Hint, MAX_HINTS};
 
-/// How long after a new peer a node tells one of its peers of others; the pause doubles from
-/// telling to telling.
+/// The first and the longest pause before a node sends hints to the next peer. After a new peer the
+/// pause starts anew; it doubles from one to the next.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// How many peers are told of a new one.
+/// The number of peers that get a hint about a new one.
 const TOLD_OF_NEW: usize = 3;
 
-/// How far a node is in telling.
+/// The progress of a node's gossip.
 #[derive(Debug)]
 pub(super) struct Gossip {
-    /// The peer that was told of last.
+    /// The last peer that was the subject of a hint.
     of: NodeId,
-    /// The peer that was told last.
+    /// The last peer that got hints.
     to: NodeId,
-    /// When the next is told, and how long after that the one behind it.
+    /// The time at which the next peer gets hints, and the pause after that.
     next: Time,
     pause: Duration,
 }
@@ -45,7 +46,7 @@ impl Gossip {
 }
 
 impl Mesh {
-    /// A new peer is told of some others, and some others of it.
+    /// Sends a new peer hints about some others, and some others a hint about the new peer.
     pub(super) fn introduce(&mut self, now: Time, link: LinkId, id: NodeId) {
         if !self.me.gossip {
             return;
@@ -65,7 +66,7 @@ impl Mesh {
         }
     }
 
-    /// Tells one peer of some others, now and then.
+    /// Sends hints to the next peer, if due.
     pub(super) fn gossip_due(&mut self, now: Time) {
         if self.gossip_at().is_none_or(|at| at > now) {
             return;
@@ -100,7 +101,7 @@ impl Mesh {
         Some(next)
     }
 
-    /// Where a peer can be reached: what it says itself, and where we reached it.
+    /// Returns a hint about a peer: its announced addresses, and the one that this node dialled.
     fn hint(&self, link: LinkId) -> Option<Hint> {
         let entry = self.links.get(&link)?;
         let about = entry.about.as_ref()?;
@@ -116,7 +117,7 @@ impl Mesh {
         (!addresses.is_empty()).then_some(Hint { id: about.id, addresses })
     }
 
-    /// A peer told of others.
+    /// Handles hints from a peer.
     pub(super) fn handle_hints(&mut self, now: Time, link: LinkId, hints: Vec<Hint>) {
         if !self.me.gossip || !self.dialing {
             return;
@@ -126,7 +127,7 @@ impl Mesh {
             if self.is_linked(&id) {
                 continue;
             }
-            // This host's own addresses mean something else to a peer elsewhere.
+            // Loopback and local addresses have another meaning for a peer on another host.
             addresses.retain(|address| match is_of_this_host(address) {
                 true => from_here,
                 false => may_be_told(address) && !self.me.loopback_only,
@@ -140,7 +141,7 @@ impl Mesh {
     }
 }
 
-/// All of a map, once round from the entry behind `last`.
+/// Iterates over the whole map once, beginning after `last`.
 fn after(peers: &BTreeMap<NodeId, LinkId>, last: NodeId) -> impl Iterator<Item = (NodeId, LinkId)> {
     let behind = peers.range((Excluded(last), Unbounded));
     behind.chain(peers.range(..=last)).map(|(id, link)| (*id, *link))
@@ -164,7 +165,7 @@ fn is_of_this_host(address: &Address) -> bool {
     }
 }
 
-/// Whether an address can mean the same to somebody else, and leads to one node.
+/// Returns true if an address has the same meaning elsewhere, and leads to one node.
 fn may_be_told(address: &Address) -> bool {
     match address {
         Address::Tcp(address) => {

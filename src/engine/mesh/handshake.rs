@@ -1,4 +1,4 @@
-//! From a connection to a link: hello, decision, accept, and what changes afterwards.
+//! The handshake of a link: hello, decision, accept; and the announcements after it.
 
 use super::{
     About, Action, Connection, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent,
@@ -12,7 +12,7 @@ use crate::trust;
 use crate::wire::{Announcement, Bye, Control, Hello};
 
 impl Connection {
-    /// Takes out what the peer may not have.
+    /// Removes the patterns and services that the peer's permissions deny, and returns them.
     fn take_denied(
         &self,
         patterns: &mut Vec<Pattern>,
@@ -38,7 +38,7 @@ impl Mesh {
         let address = entry.connection.address.clone();
         if hello.mesh != self.me.mesh {
             let text =
-                format!("it is of the mesh {:?}, this node of {:?}", hello.mesh, self.me.mesh);
+                format!("it belongs to mesh {:?}, this node to {:?}", hello.mesh, self.me.mesh);
             self.send(link, Control::Bye(Bye::Mesh));
             return self.refuse(now, link, text, true);
         }
@@ -51,7 +51,8 @@ impl Mesh {
         }
         if hello.id == self.me.id {
             if hello.incarnation == self.me.incarnation {
-                // The other end of this connection is ours too, and learns it from our hello.
+                // The other end of this connection is also this node, and finds that out from our
+                // hello.
                 if entry.announced.is_none() {
                     self.send_hello(link);
                 }
@@ -89,7 +90,7 @@ impl Mesh {
         self.decide_when_listed(now, link);
     }
 
-    /// Who hears that a peer is up can publish to it, so all that it wants has to be known.
+    /// Decides once the peer's lists are complete: users may publish to a peer that is up.
     fn decide_when_listed(&mut self, now: Time, link: LinkId) {
         if let Some(about) = self.about(link)
             && about.seq == about.listed_by
@@ -131,7 +132,7 @@ impl Mesh {
     pub(super) fn accept(&mut self, now: Time, link: LinkId) {
         let waiting = |link: &Link| matches!(link.phase, Phase::Deciding { .. });
         if self.links.get(&link).is_some_and(waiting) {
-            // The peer may answer at once, so the link is open before it hears of it.
+            // The peer may answer at once, so the link is opened before the accept is sent.
             self.open(link);
             self.send(link, Control::Accept);
             self.establish(now, link);
@@ -250,7 +251,7 @@ impl Mesh {
         let is_up = self.links.get(&link).is_some_and(|link| matches!(link.phase, Phase::Up));
         match &bye {
             _ if is_up => self.end(now, link, DownReason::Bye(bye)),
-            // The pair has its link, or is about to, or the other side ends: nothing failed.
+            // The pair has a link, or is about to, or the other side shuts down: no failure.
             Bye::Duplicate | Bye::Shutdown => self.end(now, link, DownReason::Bye(bye)),
             Bye::Mesh | Bye::Version | Bye::IdentityInUse => {
                 self.refuse(now, link, bye.to_string(), true);

@@ -1,4 +1,4 @@
-//! Membership: who is there, who wants and serves what.
+//! Membership: links, and the subscriptions and services of peers.
 //!
 //! ```text
 //!  connected ──▶ Greeting ──hello──▶ Deciding ──accept──▶ Up ──▶ closed
@@ -6,7 +6,7 @@
 //!                   └─ 5 s without      └─ bye(duplicate)
 //! ```
 //!
-//! Of two nodes the one with the smaller id decides which connection becomes their one link.
+//! Of two nodes, the one with the smaller id decides which connection becomes their only link.
 
 mod allowance;
 mod announcements;
@@ -27,14 +27,14 @@ use crate::wire::{Bye, Control, Hello, Limits};
 use allowance::Allowance;
 use gossip::Gossip;
 
-/// A connection without a hello ends after this.
+/// The time after which a connection without a hello is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most patterns and services that a peer may announce in all.
 const MAX_ANNOUNCED: usize = 10_000;
-/// How long the old link may take to prove that it is alive.
+/// The time in which an old link must answer a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Who this node is.
+/// The identity and settings of this node.
 #[derive(Debug, Clone)]
 pub(crate) struct MeshConfig {
     pub(crate) id: NodeId,
@@ -42,40 +42,40 @@ pub(crate) struct MeshConfig {
     pub(crate) mesh: MeshName,
     pub(crate) name: String,
     pub(crate) limits: Limits,
-    /// Whether it tells peers of each other, and listens to what they tell.
+    /// The node exchanges hints about other nodes with its peers.
     pub(crate) gossip: bool,
-    /// It dials nobody beyond this host.
+    /// The node dials no address beyond this host.
     pub(crate) loopback_only: bool,
 }
 
-/// Where a connection comes from, as far as the transport has checked it.
+/// The origin of a connection, as verified by the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Origin {
     /// A network, loopback included.
     #[default]
     Network,
-    /// A process of this host that runs as the same user, by the credentials of its socket.
+    /// A process on this host of the same user, by the credentials of its socket.
     SameUser,
     /// This process.
     SameProcess,
 }
 
-/// What is known of a connection from its outside.
+/// The properties of a connection, before its hello.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Connection {
     pub(crate) origin: Origin,
-    /// What the peer may do.
+    /// The permissions of the peer.
     pub(crate) grants: Grants,
-    /// The id that the connection's own handshake claimed; the hello must agree.
+    /// The id claimed in the connection's own handshake; the hello must agree.
     pub(crate) claimed: Option<NodeId>,
-    /// The target that we dialled; `None` if the peer dialled.
+    /// The target that this node dialled; `None` if the peer dialled.
     pub(crate) target: Option<TargetKey>,
-    /// The address that we dialled, or from which the peer did. `None` where the peer dialled
+    /// The address that this node dialled, or that of the dialling peer. `None` if the peer dialled
     /// over a Unix socket: its end has no name.
     pub(crate) address: Option<Address>,
 }
 
-/// Why a link ended.
+/// The reason for which a link ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DownReason {
     Closed,
@@ -83,14 +83,14 @@ pub(crate) enum DownReason {
     Bye(Bye),
     Replaced,
     Violation(String),
-    /// It never became a link, for good reason.
+    /// The connection was refused before it became a link.
     Refused(String),
-    /// Its key was trusted, and is no longer.
+    /// The peer's key is no longer trusted.
     Distrusted,
     ShutDownHere,
 }
 
-/// What the owner of the mesh is to do, in this order.
+/// An action for the owner of the mesh. Actions are carried out in order.
 #[derive(Debug)]
 pub(crate) enum Action {
     Dial {
@@ -99,19 +99,19 @@ pub(crate) enum Action {
     },
     /// Queue a control record.
     Send(LinkId, Control),
-    /// The peer's hello is accepted: what comes from it may be as large as a batch may be.
+    /// The peer's hello is accepted: its messages may now be as large as a batch.
     Admit(LinkId),
     /// The peer's limits are known: messages may flow.
     Open {
         link: LinkId,
         limits: Limits,
     },
-    /// End the connection once what was queued is sent.
+    /// Close the connection once the queued records are sent.
     Close {
         link: LinkId,
         reason: DownReason,
     },
-    /// Take a change into the routing snapshot.
+    /// Apply a change to the routing snapshot.
     Route {
         link: LinkId,
         peer: NodeId,
@@ -120,7 +120,7 @@ pub(crate) enum Action {
     Report(MeshEvent),
 }
 
-/// What a user of the node may want to know.
+/// An event for the node's user.
 #[derive(Debug, Clone)]
 pub(crate) enum MeshEvent {
     PeerUp(Box<PeerInfo>),
@@ -134,7 +134,7 @@ pub(crate) enum MeshEvent {
         address: Option<Address>,
         reason: String,
     },
-    /// A peer does not let this node do something.
+    /// A peer denied an action to this node.
     Denied {
         id: NodeId,
         action: trust::Action,
@@ -152,7 +152,7 @@ enum Phase {
     Greeting {
         deadline: Time,
     },
-    /// Waiting for the decider, be it us after a probe or the peer.
+    /// Waiting for the decision: the peer's, or this node's after a probe.
     Deciding {
         deadline: Time,
     },
@@ -163,11 +163,11 @@ enum Phase {
 struct Link {
     connection: Connection,
     phase: Phase,
-    /// How many announcements followed our hello, once it is sent.
+    /// The number of announcements sent after our hello; `None` before the hello.
     announced: Option<u64>,
-    /// How many changes the peer may announce.
+    /// The rate limit of the peer's changes.
     allowance: Allowance,
-    /// What the peer said of itself.
+    /// The peer's announced state, once its hello has arrived.
     about: Option<Box<About>>,
 }
 
@@ -179,7 +179,7 @@ struct About {
     name: String,
     limits: Limits,
     addresses: Vec<Address>,
-    /// Its last announcement, and the one with which it has told all that it wants and serves.
+    /// The number of its last announcement, and of the one that completes its lists.
     seq: u64,
     listed_by: u64,
     patterns: BTreeSet<Pattern>,
@@ -203,7 +203,7 @@ impl From<Hello> for About {
     }
 }
 
-/// A peer whose old link is being probed for a newcomer's sake.
+/// A probe of a peer's old link, on behalf of a new connection.
 #[derive(Debug)]
 struct Probe {
     newcomer: LinkId,
@@ -211,17 +211,17 @@ struct Probe {
     deadline: Time,
 }
 
-/// A node's view of its mesh, pure.
+/// A node's view of its mesh. Pure.
 #[derive(Debug)]
 pub(crate) struct Mesh {
     me: MeshConfig,
-    /// Where others reach this node over a network.
+    /// The addresses at which others reach this node over a network.
     addresses: Vec<Address>,
-    /// How many local subscriptions ask for each pattern.
+    /// The number of local subscriptions to each pattern.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
     links: HashMap<LinkId, Link>,
-    /// When the connections that are no links yet run out of time.
+    /// The deadlines of connections that are not links yet.
     deadlines: BTreeSet<(Time, LinkId)>,
     peers: BTreeMap<NodeId, LinkId>,
     probes: BTreeMap<NodeId, Probe>,
@@ -251,12 +251,12 @@ impl Mesh {
         }
     }
 
-    /// Where others reach this node over a network; told in hellos from now on.
+    /// Sets the addresses at which others reach this node over a network, for future hellos.
     pub(crate) fn set_addresses(&mut self, addresses: Vec<Address>) {
         self.addresses = addresses;
     }
 
-    // What discovery and the links tell.
+    // Inputs from discovery and links.
 
     pub(crate) fn handle_sighting(&mut self, now: Time, sighting: Sighting) {
         self.dialer.handle_sighting(now, sighting);
@@ -289,10 +289,10 @@ impl Mesh {
         self.dial_due(now);
     }
 
-    /// A control record that is the mesh's to handle.
+    /// Handles a control record that concerns the mesh.
     pub(crate) fn handle_control(&mut self, now: Time, link: LinkId, control: Control) {
         match (control, self.links.get(&link).map(|link| &link.phase)) {
-            // What still arrives on a link that ended is ignored.
+            // Records that arrive on an ended link are ignored.
             (_, None) => {}
             (Control::Hello(hello), Some(Phase::Greeting { .. })) => {
                 self.handle_hello(now, link, *hello);
@@ -322,24 +322,24 @@ impl Mesh {
         }
     }
 
-    /// The peer broke the protocol: it loses its link and is told why.
+    /// Ends the link of a peer that broke the protocol, with the reason.
     pub(crate) fn handle_violation(&mut self, now: Time, link: LinkId, text: String) {
         self.send(link, Control::Bye(Bye::Violation(text.clone())));
         self.end(now, link, DownReason::Violation(text));
     }
 
-    /// The peer speaks a newer protocol than ours.
+    /// Ends a connection to a peer that speaks a newer protocol.
     pub(crate) fn handle_newer_version(&mut self, now: Time, link: LinkId, version: u64) {
         self.send(link, Control::Bye(Bye::Version));
-        let text = format!("it speaks protocol version {version}");
+        let text = format!("the peer speaks protocol version {version}");
         match self.links.get(&link).map(|link| link.phase) {
-            // Its peer has routes and a place in the outbox, which have to go.
+            // The peer has routes and a place in the outbox, which must be removed.
             Some(Phase::Up) => self.end(now, link, DownReason::Refused(text)),
             _ => self.refuse(now, link, text, true),
         }
     }
 
-    /// Of those that came over a network, nodes that are not `trusted` as before lose their links.
+    /// Ends links over a network to nodes that are no longer `trusted`.
     pub(crate) fn handle_trust_changed(&mut self, now: Time, trusted: impl Fn(&NodeId) -> bool) {
         let distrusted = |link: &Link| {
             link.connection.origin == Origin::Network
@@ -352,7 +352,7 @@ impl Mesh {
         }
     }
 
-    /// The connection is gone, or silent for so long that it counts as gone.
+    /// Handles a connection that was closed, or silent for too long.
     pub(crate) fn handle_closed(&mut self, now: Time, link: LinkId, reason: DownReason) {
         self.end(now, link, reason);
     }
@@ -384,14 +384,14 @@ impl Mesh {
         self.actions.pop_front()
     }
 
-    // What the user of the node does.
+    // Inputs from the node's user.
 
-    /// Makes no more links; those that are there stay.
+    /// Stops making new links; existing ones stay.
     pub(crate) fn stop_linking(&mut self) {
         self.dialing = false;
     }
 
-    /// Says goodbye to every peer.
+    /// Sends every peer a bye.
     pub(crate) fn say_goodbye(&mut self) {
         let links: Vec<LinkId> = self.peers.values().copied().collect();
         for link in links {
@@ -411,7 +411,7 @@ impl Mesh {
         self.peers.values().filter_map(|link| self.peer_info(*link)).collect()
     }
 
-    /// Ends whatever connection is left.
+    /// Closes all connections.
     pub(crate) fn close_all(&mut self, now: Time) {
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         for link in links {
@@ -432,7 +432,7 @@ impl Mesh {
         self.peers.contains_key(id)
     }
 
-    // Small parts.
+    // Helpers.
 
     fn dial_due(&mut self, now: Time) {
         if !self.dialing {
@@ -518,13 +518,13 @@ impl std::fmt::Display for DownReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Closed => f.write_str("the connection closed"),
-            Self::Silent => f.write_str("nothing was heard of it for too long"),
+            Self::Silent => f.write_str("no bytes arrived from the peer for too long"),
             Self::Bye(bye) => bye.fmt(f),
-            Self::Replaced => f.write_str("a new link took the place of this one"),
+            Self::Replaced => f.write_str("a new link replaced this one"),
             Self::Refused(text) => f.write_str(text),
-            Self::Violation(text) => write!(f, "it broke the protocol: {text}"),
-            Self::Distrusted => f.write_str("its key is not trusted any more"),
-            Self::ShutDownHere => f.write_str("this node shuts down"),
+            Self::Violation(text) => write!(f, "the peer broke the protocol: {text}"),
+            Self::Distrusted => f.write_str("the peer's key is no longer trusted"),
+            Self::ShutDownHere => f.write_str("this node is shutting down"),
         }
     }
 }

@@ -28,7 +28,7 @@ fn actions(mesh: &mut Mesh) -> Vec<Action> {
     std::iter::from_fn(|| mesh.poll_action()).collect()
 }
 
-/// What a mesh sends on a link, and which links it closes.
+/// Returns the records that a mesh sends, and the links that it closes.
 fn sent(mesh: &mut Mesh) -> (Vec<(LinkId, Control)>, Vec<LinkId>) {
     let (mut sent, mut closed) = (Vec::new(), Vec::new());
     for action in actions(mesh) {
@@ -41,7 +41,7 @@ fn sent(mesh: &mut Mesh) -> (Vec<(LinkId, Control)>, Vec<LinkId>) {
     (sent, closed)
 }
 
-/// Dials what is due; the target.
+/// Returns the next target that a mesh dials.
 fn dialled(mesh: &mut Mesh) -> Option<TargetKey> {
     actions(mesh).into_iter().find_map(|action| match action {
         Action::Dial { target, .. } => Some(target),
@@ -54,7 +54,7 @@ fn connect(mesh: &mut Mesh, link: LinkId, target: Option<TargetKey>, peer: u8) {
     mesh.handle_connected(at(1), link, Connection { claimed, target, ..Connection::default() });
 }
 
-/// Two meshes with one link, whichever decides.
+/// Links two meshes, whichever decides.
 fn linked(a: &mut Mesh, b: &mut Mesh, link: LinkId) {
     let (a_id, b_id) = (a.me.id.as_bytes()[0], b.me.id.as_bytes()[0]);
     a.handle_sighting(at(0), address(u64::from(b_id)));
@@ -65,7 +65,7 @@ fn linked(a: &mut Mesh, b: &mut Mesh, link: LinkId) {
     assert!(a.is_linked(&b.me.id) && b.is_linked(&a.me.id));
 }
 
-/// Hands over control records until both are silent.
+/// Exchanges control records until neither side has any left.
 fn exchange(a: &mut Mesh, b: &mut Mesh) {
     loop {
         let (from_a, _) = sent(a);
@@ -94,7 +94,7 @@ fn a_node_that_dials_itself_learns_it_and_never_does_so_again() {
         }
     }
     sent(&mut me);
-    assert_eq!(me.poll_timeout(), None, "nothing is left to wait for");
+    assert_eq!(me.poll_timeout(), None, "no timeout is pending");
     me.handle_timeout(at(100_000));
     assert_eq!(dialled(&mut me), None);
 }
@@ -155,7 +155,7 @@ fn a_second_life_waits_until_the_first_is_known_to_be_over() {
         hellos.into_iter().for_each(|(link, hello)| a.handle_control(at(3), link, hello));
         sent(a).0
     };
-    // The first life answers: the newcomer is refused.
+    // The first incarnation answers: the newcomer is refused.
     let probes = newcomer(&mut a, &mut again, LinkId(2));
     let nonce = probes.iter().find_map(|(link, control)| match control {
         Control::Probe(nonce) if *link == LinkId(1) => Some(*nonce),
@@ -165,7 +165,7 @@ fn a_second_life_waits_until_the_first_is_known_to_be_over() {
     let (sent_then, closed) = sent(&mut a);
     assert!(sent_then.contains(&(LinkId(2), Control::Bye(Bye::IdentityInUse))));
     assert_eq!(closed, [LinkId(2)]);
-    // The first life is silent: after a second the newcomer takes its place.
+    // The first incarnation is silent: after a second, the newcomer replaces it.
     newcomer(&mut a, &mut again, LinkId(3));
     a.handle_timeout(at(1_500));
     let (sent_then, closed) = sent(&mut a);
@@ -248,7 +248,7 @@ fn a_flood_of_forged_announcements_is_bounded_and_holds_up_nothing_else() {
     a.handle_sighting(at(1), address(77_777));
     assert_eq!(dials(&mut a), [TargetKey::Address(Address::Memory(77_777))]);
 
-    // They fail, and what keeps failing makes room for others.
+    // They fail, and repeated failures make room for others.
     let mut tried = BTreeSet::new();
     for second in 1..4_000 {
         for target in std::mem::take(&mut dialling) {
@@ -275,7 +275,7 @@ fn a_flood_of_forged_announcements_is_bounded_and_holds_up_nothing_else() {
     panic!("the real one was never dialled");
 }
 
-/// The addresses that a mesh dials, once it has been told of node 9 over a link from there.
+/// Returns the addresses that a mesh dials after a hint about node 9 over a link from there.
 fn dialled_after_hint(hinted: &str, from: &str, loopback_only: bool) -> Vec<String> {
     let mut a = mesh(1, 1);
     let mut b = mesh(2, 1);
@@ -315,7 +315,7 @@ fn two_peers_of_one_node_hear_of_each_other() {
     b.set_addresses(vec![address(2)]);
     linked(&mut a, &mut seed, LinkId(1));
     linked(&mut b, &mut seed, LinkId(2));
-    // What the seed said to the first is still in its queue of actions, or was said to it.
+    // The seed's hints to the first node are still queued, or were delivered.
     exchange(&mut a, &mut seed);
     b.handle_timeout(at(400));
     let heard = b.dialer.sighted_by(&a.me.id).or(a.dialer.sighted_by(&b.me.id));
@@ -337,7 +337,7 @@ fn hearsay_is_bounded_and_forgotten() {
     me.handle_timeout(at(1_000));
     let busy = actions(&mut me);
     me.handle_sighting(at(1_000), self::address(7));
-    assert!(dialled(&mut me).is_some(), "hearsay stands in nobody's way");
+    assert!(dialled(&mut me).is_some(), "gossip does not delay other targets");
     let mut now = 1_000;
     let mut attempts = 0;
     for action in busy {
@@ -356,10 +356,10 @@ fn hearsay_is_bounded_and_forgotten() {
         now += 1_000;
         me.handle_timeout(at(now));
     }
-    assert_eq!(attempts, 4096 * 5, "so many targets, so often each");
+    assert_eq!(attempts, 4096 * 5, "each target is tried that often");
     assert!(me.unreachable().is_empty());
     me.dialer.handle_hint(at(now), id(1), address);
-    assert!(me.poll_timeout().is_some(), "there is room again");
+    assert!(me.poll_timeout().is_some(), "a new target is taken");
 }
 
 #[test]
@@ -370,7 +370,7 @@ fn a_forged_announcement_leads_to_its_forger_and_no_further() {
     a.handle_sighting(at(0), Sighting { source: Source::Mdns, id: Some(victim), addresses });
     let target = dialled(&mut a);
     assert_eq!(target, Some(TargetKey::Node(victim)));
-    // Whoever answers there holds another key than the announced one.
+    // The node that answers there holds another key than the announced one.
     let mut forger = mesh(66, 1);
     connect(&mut a, LinkId(1), target, 66);
     connect(&mut forger, LinkId(1), None, 1);

@@ -1,7 +1,7 @@
-//! The inbox: which deliveries were processed here, pure.
+//! The inbox: the record of deliveries processed here. Pure.
 //!
-//! For each stream of each sender it keeps a watermark and what is processed above it. There is
-//! no window of time: a delivery is known until its sender says that it is settled.
+//! For each stream of each sender it keeps a watermark and the numbers processed above it. There is
+//! no time window: a delivery is remembered until its sender reports it as settled.
 
 mod poison;
 mod recover;
@@ -20,57 +20,57 @@ use crate::identity::NodeId;
 use crate::journal::{NotStored, Persist, Position};
 use crate::wire::{Answer, Delivery, DeliveryId, DeliveryOutcome, Stream};
 
-/// A redelivered message whose handler was begun so often, and never ended, kills its process.
+/// The number of unfinished runs at which a redelivered message is rejected: it kills its process.
 const MAX_BEGUN: u32 = 10;
-/// From so often on it runs alone among its like, so that the one that kills is told from those
-/// that only die with it.
+/// The number of unfinished runs from which on a redelivered message is run alone among such
+/// suspects, so that the one that kills is told apart from those that only die with it.
 const SUSPECT: u32 = 3;
-/// So many streams of one sender are remembered: one for each life of its outbox that is not settled,
-/// and each durable subscription.
+/// The most streams remembered per sender: one for each epoch of its outbox with unsettled
+/// deliveries, and one for each durable subscription.
 const MAX_STREAMS: usize = 4096;
-/// So many senders are remembered; a member of the mesh can have as many ids as it likes.
+/// The most senders remembered; a member of the mesh can create any number of ids.
 const MAX_SENDERS: usize = 4096;
-/// The most gaps in what is processed of one; a sender has far fewer messages on their way.
+/// The most ranges of processed numbers per stream; a sender has far fewer messages in flight.
 const MAX_RANGES: usize = 65_536;
-/// After so many bytes a snapshot takes the place of what is in the journal, or after as many as
-/// the last one had: so the next is at most twice as long, and there is room for it on a full disk.
+/// The journal bytes after which a snapshot replaces the earlier entries, unless the last snapshot
+/// was longer than this: then its length. So the next snapshot is at most twice as long as the
+/// last, and a full disk has space for it.
 const SNAPSHOT_AFTER: u64 = 1024 * 1024;
-/// What an entry takes in the journal besides its bytes, at the most: its frame, and the mark
-/// before it.
+/// The most journal bytes of an entry besides its payload: its frame, and the mark before it.
 const ENTRY_COST: u64 = 48;
 
-/// What becomes of a delivery that arrives.
+/// The verdict on an arriving delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Run its handler.
+    /// The handler is to run.
     Run,
-    /// Run its handler when [`InboxAction::Begin`] says so.
+    /// The handler is to run when [`InboxAction::Begin`] is issued.
     RunLater,
-    /// Its handler runs, or its end is being stored: the answer comes when that is done.
+    /// The handler is running, or its outcome is being stored: the answer follows.
     Wait,
-    /// It needn't run.
+    /// The handler need not run; this is the answer.
     Answer(DeliveryOutcome),
 }
 
-/// What the owner of the inbox is to do, in this order.
+/// An action for the owner of the inbox. Actions are carried out in order.
 #[derive(Debug)]
 pub(crate) enum InboxAction {
-    /// Append an entry to the journal, and tell of its end by the number.
+    /// Append an entry to the journal, and report its outcome with the token.
     Append {
         token: u64,
         entry: Vec<u8>,
-        /// How many messages it says to be processed.
+        /// The number of messages that the entry records as processed.
         messages: u32,
         persist: Persist,
     },
-    /// The same for all that is known, as the first entry of a segment.
+    /// Append a snapshot at the start of a new segment.
     AppendSnapshot {
         token: u64,
         entry: Vec<u8>,
         messages: u32,
     },
     Note(Vec<u8>),
-    /// The segments before that one are no longer wanted.
+    /// Remove the segments before this one, which are no longer needed.
     RemoveBefore(u64),
     Answer(NodeId, Answer),
     /// The handler may begin.
@@ -82,39 +82,39 @@ struct Seen {
     node: NodeId,
     stream: Stream,
     number: u64,
-    /// That it was opened has been written; what is said of it later comes behind that.
+    /// The record that opens the stream is written; later records of the stream follow it.
     opened: bool,
     floor: u64,
-    /// Its handler returned Ok.
+    /// The numbers whose handlers returned Ok.
     processed: Ranges,
-    /// How often the handlers of redelivered messages were begun.
+    /// The number of begun runs of each redelivered message.
     begun: BTreeMap<u64, u32>,
-    /// What was not answered yet.
+    /// The deliveries not answered yet.
     open: HashMap<u64, Open>,
 }
 
-/// A delivery that was let in.
+/// An accepted delivery.
 #[derive(Debug)]
 struct Open {
     attempt: u32,
     phase: Phase,
-    /// That its handler begins was counted.
+    /// The start of its handler was counted.
     counted: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Phase {
     Running,
-    /// That it is processed is being stored.
+    /// The processed record is not yet durable.
     Storing,
-    /// That could not be stored. It is processed all the same; storing is tried again.
+    /// The processed record could not be stored, which is retried; the handler does not run again.
     Unstored,
 }
 
 #[derive(Debug)]
 enum Pending {
     Opened(usize),
-    /// Also whether all that is known of its stream is in the entry.
+    /// A processed delivery: place, number, and true if the entry holds the stream's whole state.
     Processed(usize, u64, bool),
     Begun(usize, u64),
     Snapshot,
@@ -124,7 +124,7 @@ enum Pending {
 enum SnapshotPhase {
     Stored,
     Storing,
-    /// It could not be stored, which is tried again.
+    /// The snapshot could not be stored, which is retried.
     Unstored,
 }
 
@@ -134,28 +134,28 @@ pub(crate) struct Inbox {
     streams: BTreeMap<usize, Seen>,
     next_place: usize,
     places: HashMap<(NodeId, Stream), usize>,
-    /// How many streams of each sender there are.
+    /// The number of streams of each sender.
     senders: HashMap<NodeId, usize>,
     next_number: u64,
     pending: Numbered<Pending>,
-    /// What runs later, in the order in which it came from a node; and whether it may.
+    /// Deliveries to be run later, in order of arrival, and whether each may begin; by node.
     later: HashMap<NodeId, VecDeque<(DeliveryId, bool)>>,
-    /// Suspects that wait for the one that runs.
+    /// Suspects queued behind the running one.
     suspects: VecDeque<(usize, u64)>,
     suspect: Option<(usize, u64)>,
-    /// What is in that phase.
+    /// The deliveries in [`Phase::Unstored`].
     unstored: BTreeSet<(usize, u64)>,
     next_token: u64,
     snapshot_after: u64,
     since_snapshot: u64,
-    /// How long the last one was.
+    /// The length of the last snapshot.
     snapshot_size: u64,
     snapshot: SnapshotPhase,
     actions: VecDeque<InboxAction>,
 }
 
 impl Inbox {
-    /// An empty inbox; `epoch` is drawn for it, and stays for as long as its journal does.
+    /// Creates an empty inbox. `epoch` is random, and fixed for the lifetime of the journal.
     pub(crate) fn new(epoch: u64) -> Self {
         Self {
             epoch,
@@ -163,7 +163,7 @@ impl Inbox {
             next_place: 0,
             places: HashMap::default(),
             senders: HashMap::default(),
-            // Never one of an earlier life, whose records may be behind ours if the disk failed.
+            // Not a number of an earlier process, whose records may follow ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
             pending: Numbered::default(),
             later: HashMap::default(),
@@ -179,7 +179,7 @@ impl Inbox {
         }
     }
 
-    /// An inbox that takes snapshots more often.
+    /// Sets a shorter interval between snapshots.
     #[cfg(test)]
     pub(crate) fn with_snapshots_after(self, snapshot_after: u64) -> Self {
         Self { snapshot_after, ..self }
@@ -208,7 +208,7 @@ impl Inbox {
         place
     }
 
-    /// A delivery arrived.
+    /// Handles an arriving delivery.
     pub(crate) fn handle_delivery(&mut self, from: NodeId, delivery: &mut Delivery) -> Verdict {
         let DeliveryId { stream, seq } = &delivery.id;
         let seq = *seq;
@@ -239,7 +239,7 @@ impl Inbox {
             return Verdict::Answer(DeliveryOutcome::Processed);
         }
         if seen.processed.iter().len() >= MAX_RANGES {
-            // The lowest that its sender has is always taken, or the gaps would never close.
+            // The sender's lowest number is always accepted, or the gaps would never close.
             if seq > seen.floor && !seen.processed.touches(seq) {
                 return Verdict::Answer(DeliveryOutcome::Refused);
             }
@@ -247,8 +247,8 @@ impl Inbox {
                 seen.processed.remove_below(seen.floor);
             }
         }
-        // Below the floor it was settled once, and nobody knows how: its sender's outbox is an
-        // older copy.
+        // Below the floor, the delivery was settled once with an unknown outcome: the sender's
+        // outbox is an older copy.
         delivery.redelivered |= seq < seen.floor;
         let (attempt, phase) = (delivery.attempt, Phase::Running);
         if !delivery.redelivered {
@@ -273,7 +273,7 @@ impl Inbox {
         Verdict::RunLater
     }
 
-    /// Whether another stream of that sender may be remembered.
+    /// Returns true if another stream of that sender may be remembered.
     fn has_room_for(&self, from: &NodeId) -> bool {
         match self.senders.get(from) {
             Some(streams) => *streams < MAX_STREAMS,
@@ -281,7 +281,7 @@ impl Inbox {
         }
     }
 
-    /// A handler ended.
+    /// Handles the end of a handler.
     pub(crate) fn handle_ended(&mut self, from: NodeId, id: &DeliveryId, outcome: DeliveryOutcome) {
         let Some((place, seen)) = self.seen(from, &id.stream) else { return };
         let Some(open) = seen.open.get_mut(&id.seq).filter(|open| open.phase == Phase::Running)
@@ -294,7 +294,7 @@ impl Inbox {
         }
         let attempt = open.attempt;
         seen.open.remove(&id.seq);
-        // It ended: it does not kill its process.
+        // The handler ended: it does not kill its process.
         if seen.begun.remove(&id.seq).is_some() {
             let record = InboxRecord::Begun(seen.number, id.seq, 0);
             self.note(&record);
@@ -315,7 +315,7 @@ impl Inbox {
             open.phase = Phase::Storing;
         }
         seen.begun.remove(&seq);
-        // That the stream was opened may have failed to be written.
+        // The record that opens the stream may not have been written.
         let whole = !seen.opened;
         let record = match whole {
             true => InboxRecord::Opened(seen.record()),
@@ -324,12 +324,12 @@ impl Inbox {
         self.append(&record, Pending::Processed(place, seq, whole), Persist::Sync);
     }
 
-    /// A delivery that was to run never will: its link ended while it waited.
+    /// Handles a delivery whose link ended before its handler began: it won't run.
     pub(crate) fn handle_unqueued(&mut self, from: NodeId, id: &DeliveryId) {
         if let Some((place, seen)) = self.seen(from, &id.stream)
             && seen.open.get(&id.seq).is_some_and(|open| open.phase == Phase::Running)
         {
-            // Its handler never began, so it did not kill its process either.
+            // The handler never began, so it did not kill its process either.
             if seen.open.remove(&id.seq).is_some_and(|open| open.counted) {
                 let begun = seen.begun.get(&id.seq).copied().unwrap_or_default();
                 let before = begun.saturating_sub(1);
@@ -344,10 +344,10 @@ impl Inbox {
         }
     }
 
-    /// An entry was stored, or can't be.
+    /// Handles the outcome of an append.
     pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, NotStored>) {
         if result.is_err() {
-            // What was written before may be gone as well, whatever a later sync says.
+            // Earlier unsynced entries may be lost too, even if a later sync succeeds.
             self.streams.values_mut().for_each(|seen| seen.opened = false);
         }
         self.snapshot_if_due();
@@ -361,7 +361,7 @@ impl Inbox {
             Some(Pending::Processed(place, seq, whole)) => {
                 let Some(seen) = self.streams.get_mut(&place) else { return };
                 if result.is_ok() && !whole && !seen.opened {
-                    // What it goes on from may be gone.
+                    // The entry that opens the stream may be lost.
                     return self.store_processed(place, seq);
                 }
                 seen.opened |= whole && result.is_ok();
@@ -378,7 +378,7 @@ impl Inbox {
                 let answer = Answer { id, attempt, outcome: DeliveryOutcome::Processed };
                 self.actions.push_back(InboxAction::Answer(seen.node, answer));
             }
-            // If it can't be written, it is not counted.
+            // The run begins even if the count could not be written.
             Some(Pending::Begun(place, seq)) => {
                 let Some(seen) = self.streams.get(&place) else { return };
                 let (node, stream) = (seen.node, seen.stream.clone());
@@ -399,12 +399,12 @@ impl Inbox {
         }
     }
 
-    /// Whether the disk refused something that is to be tried again.
+    /// Returns true if an append that the disk refused is to be retried.
     pub(crate) fn has_unstored(&self) -> bool {
         !self.unstored.is_empty() || self.snapshot == SnapshotPhase::Unstored
     }
 
-    /// Tries again what the disk refused. To be called a second later.
+    /// Retries the appends that the disk refused. The owner calls this a second later.
     pub(crate) fn handle_timeout(&mut self) {
         if self.snapshot == SnapshotPhase::Unstored {
             self.take_snapshot();
@@ -414,7 +414,7 @@ impl Inbox {
         }
     }
 
-    /// A sender said which epochs it still has messages of.
+    /// Handles a sender's announcement of the epochs of which it still has messages.
     pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64]) {
         let epochs: HashSet<u64> = epochs.iter().copied().collect();
         let numbers = self.forget(|seen| {
@@ -426,7 +426,7 @@ impl Inbox {
         }
     }
 
-    /// Forgets streams; returns their numbers.
+    /// Removes streams; returns their numbers.
     fn forget(&mut self, gone: impl Fn(&Seen) -> bool) -> Vec<u64> {
         let gone = self.streams.iter().filter(|(_, seen)| gone(seen));
         let places: Vec<usize> = gone.map(|(place, _)| *place).collect();
@@ -446,7 +446,7 @@ impl Inbox {
         numbers
     }
 
-    /// Whether nothing waits for the journal.
+    /// Returns true if no append is pending.
     pub(crate) fn is_idle(&self) -> bool {
         self.pending.is_empty()
     }

@@ -1,5 +1,5 @@
-//! How handlers of redelivered messages begin: counted, so that one that kills its process is
-//! found out; suspects one at a time; and in the order in which they came.
+//! Starts of handlers of redelivered messages. They are counted, so that a handler that kills its
+//! process is detected; suspects are run one at a time; all start in the order of arrival.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use crate::journal::Persist;
 use crate::wire::DeliveryId;
 
 impl Inbox {
-    /// Writes that a handler begins; it does when that is done.
+    /// Writes the start of a handler, which begins once that is done.
     pub(super) fn count_begun(&mut self, place: usize, seq: u64) {
         let Some(seen) = self.streams.get_mut(&place) else { return };
         let begun = seen.begun.entry(seq).or_default();
@@ -38,7 +38,7 @@ impl Inbox {
         }
     }
 
-    /// A handler may begin, and those behind it that only waited for that.
+    /// Lets a handler begin, and those queued behind it that were only waiting for that.
     pub(super) fn begin(&mut self, node: NodeId, id: &DeliveryId) {
         let Some(later) = self.later.get_mut(&node) else { return };
         if let Some(found) = later.iter_mut().find(|(waiting, _)| waiting == id) {
@@ -51,7 +51,7 @@ impl Inbox {
         }
     }
 
-    /// What was to begin is with its handlers: from here on the order is theirs.
+    /// Notes that begun deliveries have reached their handlers, which keep the order from here on.
     pub(crate) fn handle_begun(&mut self, node: NodeId) {
         match self.later.get_mut(&node).map(VecDeque::front_mut) {
             Some(None) => _ = self.later.remove(&node),

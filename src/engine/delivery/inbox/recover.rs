@@ -1,10 +1,10 @@
-//! What an earlier life left in the journal.
+//! Recovery of an inbox from its journal.
 
 use super::{Inbox, RecordError, Seen};
 use crate::engine::delivery::record::{InboxRecord, StreamRecord};
 
 impl Inbox {
-    /// Takes in an entry of the journal, in their order.
+    /// Applies a journal entry. Entries must be passed in their order.
     ///
     /// # Errors
     /// [`RecordError`] if this version can't read it.
@@ -61,7 +61,7 @@ impl Inbox {
         self.streams.values_mut().find(|seen| seen.number == number)
     }
 
-    /// The journal has been read. It begins with a snapshot, so that the epoch is in it.
+    /// Completes the recovery with a snapshot, which stores the epoch.
     pub(crate) fn handle_recovered(&mut self) {
         self.take_snapshot();
     }

@@ -1,4 +1,4 @@
-//! Snapshots: all that is known, said again, so that the journal doesn't grow for ever.
+//! Snapshots of the whole inbox, which bound the length of the journal.
 
 use super::{Inbox, InboxAction, Pending, Phase, Seen, SnapshotPhase};
 use crate::engine::delivery::record::{InboxRecord, Name, NodeBytes, StreamRecord};
@@ -11,7 +11,7 @@ impl Inbox {
         }
     }
 
-    /// Says all that is known again, so that what is before can go.
+    /// Writes a snapshot, so that earlier entries can be removed.
     pub(super) fn take_snapshot(&mut self) {
         let streams: Vec<_> = self.streams.values().map(Seen::record).collect();
         let processed = streams.iter().flat_map(|stream| &stream.processed);
@@ -35,7 +35,7 @@ impl Inbox {
 impl Seen {
     pub(super) fn record(&self) -> StreamRecord {
         let mut processed = self.processed.clone();
-        // Their handlers returned Ok: what says so is in the journal before this.
+        // Their handlers returned Ok, and the journal holds their records before this one.
         for (seq, open) in &self.open {
             if open.phase != Phase::Running {
                 processed.insert(*seq);

@@ -1,4 +1,4 @@
-//! Limits, and what the simulator doesn't ask.
+//! Limits, and cases that the simulator does not cover.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn delivery(seq: u64, floor: u64, attempt: u32) -> Delivery {
     Delivery { id, floor, attempt, redelivered: attempt > 1 }
 }
 
-/// An inbox whose journal keeps what it is told at once.
+/// An inbox whose journal stores entries at once.
 struct Bench {
     inbox: Inbox,
     journal: Vec<Vec<u8>>,
@@ -108,12 +108,12 @@ fn an_outbox_that_is_an_older_copy_loses_nothing() {
         bench.deliver(delivery(seq, seq, 1));
         bench.end(seq, DeliveryOutcome::Processed);
     }
-    // It had sent 1 to 3 and heard of their end; the copy has not.
+    // The sender had sent 1 to 3 and been notified of their end; the copy has not.
     let mut old = delivery(1, 1, 1);
     let verdict = bench.inbox.handle_delivery(SENDER, &mut old);
     assert!(matches!(verdict, Verdict::RunLater) && old.redelivered);
     bench.run();
-    // What it stores from now on has an epoch of its own.
+    // Messages that it stores from now on have a new epoch.
     let mut fresh = delivery(1, 1, 1);
     fresh.id.stream.epoch = 6;
     assert_eq!(bench.deliver(fresh), Verdict::Run);
@@ -175,7 +175,7 @@ fn a_failed_write_has_the_whole_stream_written_once_more_and_no_more() {
     for seq in [2, 4] {
         bench.inbox.handle_ended(SENDER, &id(seq), DeliveryOutcome::Processed);
     }
-    // The first fails; the second comes behind it, and goes on from what may be gone.
+    // The first append fails; the second follows it, and depends on an entry that may be lost.
     let appends: Vec<_> = std::iter::from_fn(|| bench.inbox.poll_action()).collect();
     for (failed, append) in [true, false].into_iter().zip(appends) {
         let InboxAction::Append { token, entry, .. } = append else { panic!() };
@@ -215,7 +215,7 @@ fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
         bench.end(seq, DeliveryOutcome::Processed);
     }
     assert_eq!(bench.deliver(delivery(last + 3, 5, 1)), Verdict::Run, "there is room again");
-    // The first of all, though its neighbours are not processed.
+    // The lowest number is accepted, though its neighbours are not processed.
     let mut bench = Bench::new();
     for seq in (3..=last + 1).step_by(2) {
         bench.deliver(delivery(seq, 1, 1));

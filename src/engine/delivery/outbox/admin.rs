@@ -1,5 +1,5 @@
-//! What an operator decides about messages and durable subscriptions: what an outbox at rest is
-//! told changes it, and gives the entry that says so in its journal.
+//! Operator commands for messages and durable subscriptions. Each changes an outbox that is not
+//! running, and returns the journal entry that records the change.
 
 use super::{DeliveryKey, OutboundDelivery, Outbox, State};
 use crate::address::{Pattern, ServiceName};
@@ -7,15 +7,15 @@ use crate::engine::delivery::Target;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
 use crate::identity::NodeId;
 
-/// A durable subscription that is forgotten.
+/// The outcome of removing a durable subscription.
 pub(crate) struct Forgotten {
-    /// How many messages were kept for it.
+    /// The number of messages kept for it.
     pub(crate) messages: u64,
     pub(crate) entries: [Vec<u8>; 2],
 }
 
 impl Outbox {
-    /// Sends a dead letter again when its outbox is opened next; `None` if it is none.
+    /// Replays a dead letter at the next start of the outbox; `None` if it is not a dead letter.
     pub(crate) fn replay(&mut self, key: DeliveryKey) -> Option<Vec<u8>> {
         matches!(self.part(key)?.state, State::Dead(_)).then(|| {
             self.revive_for_good(key);
@@ -23,15 +23,15 @@ impl Outbox {
         })
     }
 
-    /// Removes a message, processed or not; `None` if it isn't there.
+    /// Removes a message, processed or not; returns `None` if it does not exist.
     pub(crate) fn purge(&mut self, key: DeliveryKey) -> Option<Vec<u8>> {
         self.part(key)?;
         self.recover_settled(key);
         Some(OutboxRecord::Settled(vec![(key.number, key.part)]).encode())
     }
 
-    /// Takes a message to a service from the node that it was given to, and gives it to another
-    /// or to whichever comes; `None` if it goes to no service.
+    /// Unbinds a message to a service from its node, and binds it to another or to none; returns
+    /// `None` if its target is not a service.
     pub(crate) fn reassign_to(
         &mut self,
         key: DeliveryKey,
@@ -52,13 +52,13 @@ impl Outbox {
         Some(OutboxRecord::Bound(vec![(number, part, Some(binding))]).encode())
     }
 
-    /// The durable subscriptions that it knows.
+    /// Returns the known durable subscriptions.
     pub(crate) fn subscriptions(&self) -> impl Iterator<Item = (NodeId, &ServiceName, &Pattern)> {
         self.subscriptions.iter().map(|((node, name), pattern)| (*node, name, pattern))
     }
 
-    /// Forgets a durable subscription of an outbox at rest, and what is kept for it; `None` if
-    /// it isn't known. The entries are to be stored in this order.
+    /// Removes a durable subscription and its messages from an outbox that is not running; returns
+    /// `None` if it is unknown. The entries must be stored in this order.
     pub(crate) fn unsubscribe(&mut self, node: NodeId, name: &ServiceName) -> Option<Forgotten> {
         let messages = self.drop_subscription(node, name)?;
         let settled = std::mem::take(&mut self.settled);
@@ -67,15 +67,15 @@ impl Outbox {
         Some(Forgotten { messages, entries: entries.map(|record| record.encode()) })
     }
 
-    /// The same while it runs.
+    /// [`Outbox::unsubscribe`] for a running outbox.
     pub(crate) fn handle_unsubscribed(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
         let messages = self.drop_subscription(node, name)?;
         self.store_peers(true);
         Some(messages)
     }
 
-    /// Settles what is kept for a durable subscription that nobody wants any more; how many
-    /// messages those were. What is being stored for it is settled when it is.
+    /// Removes a durable subscription and settles its messages; returns their number. Messages that
+    /// are still being stored are settled once stored.
     pub(super) fn drop_subscription(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
         self.subscriptions.remove(&(node, name.clone()))?;
         if let Some(peer) = self.peers.get_mut(&node) {

@@ -1,4 +1,4 @@
-//! What becomes of a message that was sent: what its receiver answers, or why it could not go.
+//! Outcomes of sent messages: the receiver's answers, and failures to send.
 
 use std::time::Duration;
 
@@ -9,14 +9,14 @@ use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::wire::{Answer, DeliveryId, DeliveryOutcome};
 
-/// While the queue of a link is full of other messages.
+/// The retry delay while the queue of a link is full of other messages.
 const QUEUE_RETRY: Duration = Duration::from_millis(50);
 
-/// A message that can't be read so often in a row is lost.
+/// The number of consecutive failed reads after which a message is lost.
 pub(super) const MOST_UNREADABLE: u32 = 10;
 
 impl Outbox {
-    /// It could not be handed to its link.
+    /// Handles a message that could not be passed to its link.
     pub(crate) fn handle_not_transmitted(
         &mut self,
         now: Now,
@@ -29,18 +29,18 @@ impl Outbox {
         self.stop(key);
         match reason {
             DropReason::TooLarge => self.dead_letter(key, DeadLetterReason::TooLarge),
-            // Its end is told in a moment.
+            // The end of the link is reported shortly.
             DropReason::LinkLost => self.make_ready(key),
             _ => self.pause_until(key, now.time + QUEUE_RETRY, false),
         }
     }
 
-    /// That attempt is still on its way.
+    /// Returns true if that attempt is still in flight.
     pub(crate) fn is_in_flight(&self, key: DeliveryKey, attempt: u32) -> bool {
         self.part(key).is_some_and(|part| part.state == State::InFlight && part.attempts == attempt)
     }
 
-    /// What is stored of it can't be read. That may pass; if it doesn't, it is a dead letter.
+    /// Handles an unreadable message: it is retried, and finally becomes a dead letter.
     pub(crate) fn handle_unreadable(&mut self, now: Now, key: DeliveryKey) {
         if self.part(key).is_none_or(|part| part.state != State::InFlight) {
             return;
@@ -55,14 +55,14 @@ impl Outbox {
         }
     }
 
-    /// How often in a row it could not be read by now.
+    /// Counts a failed read; returns the number of consecutive ones.
     pub(super) fn count_unreadable(&mut self, number: u64) -> u32 {
         let times = self.unreadable.entry(number).or_default();
         *times = times.saturating_add(1);
         *times
     }
 
-    /// A peer says what became of a delivery; whether it was known.
+    /// Handles a peer's answer to a delivery; returns true if the delivery is known.
     pub(crate) fn handle_answer(&mut self, now: Now, from: NodeId, answer: Answer) -> bool {
         let DeliveryId { stream, seq } = answer.id;
         let Some(number) = self.stream_numbers.get(&(from, stream)).copied() else { return false };
@@ -72,11 +72,11 @@ impl Outbox {
         };
         let Some(part) = self.part(key) else { return false };
         if part.was_never_sent() {
-            // An answer to what was never sent.
+            // The peer answers a delivery that was never sent.
             return true;
         }
         if answer.outcome == DeliveryOutcome::Processed {
-            // Of whichever attempt, also of one before it went to another node.
+            // Any attempt counts, also one from before the message went to another node.
             if !matches!(part.state, State::DeadLettering(_) | State::Dead(_) | State::Settled) {
                 self.settle(key);
             }

@@ -1,13 +1,13 @@
-//! Making room: which segments of the journal can go, and what has to be said again before.
+//! Cleaning: selects journal segments to remove, and rewrites their live records first.
 //!
 //! ```text
 //!   the newest ─▶ Beginning ─▶ Moving ─▶ Keeping ─▶ Removing
-//!   another one ───────────────┘ its      │ what its other entries say of messages elsewhere,
-//!   nothing lies in it ───────── messages ┘ ids, peers
+//!   another one ───────────────┘ its      │ other live records: about messages elsewhere,
+//!   one without messages ──────── messages ┘ ids, peers
 //! ```
 //!
-//! Segments go in any order, those first that free the most for the least that is written again.
-//! What is said again comes behind all that it takes the place of, and is synced before that goes,
+//! Segments are removed in any order, first those that free the most space for the least rewriting.
+//! Rewritten records follow all records that they replace, and are synced before those are removed,
 //! so that a crash at any point leaves one or both.
 
 use std::time::Duration;
@@ -20,45 +20,44 @@ use crate::engine::delivery::record::{IdsRecord, KeptRecord, OutboxRecord};
 use crate::engine::delivery::{DeadLetterReason, Now};
 use crate::journal::{Level, Position, Room};
 
-/// While room is wanted, it is looked for so often.
+/// The interval between searches for a removable segment while space is short.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// So long a full disk waits for a segment of which half can go; then less has to do.
+/// The time a full disk waits for a segment of which half can be freed; then less suffices.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// What a message takes in the journal beside what it counts for in the outbox, in bytes at the most.
+/// The most journal bytes of a message beyond its size in the outbox.
 const MOVE: u64 = 160;
-/// What it takes to say again how a message stands, that a range of them is settled, or an id, in
-/// bytes at the most.
+/// The most bytes to rewrite the state of a message, a settled range, an id, or a peer.
 const STATE: u64 = 32;
 const RANGE: u64 = 24;
 const ID: u64 = 32;
 const PEER: u64 = 64;
-/// The same of what comes once, and of an entry with nothing in it.
+/// The most bytes of a record's fixed part, and of an empty entry.
 const ENTRY: u64 = 256;
 const SHORT_ENTRY: u64 = 160;
-/// So much of the last room is left for other entries: a part of a segment, and in bytes.
+/// The part of the last space left for other entries: a fraction of a segment, and in bytes.
 const LEFT_PART: u64 = 4;
 const LEFT: u64 = 256 * 1024;
-/// So many segments may be kept for nothing but the ids in them.
+/// The number of segments above which none is kept only for its ids.
 const MOST_FOR_IDS: usize = 1024;
 
-/// What is being done to have segments removed.
+/// The progress of a cleaning.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) enum Cleaning {
     #[default]
     Idle,
-    /// Another segment is begun, so that this one is not written any more.
+    /// A new segment is being begun, so that this one is no longer written.
     Beginning(u64),
-    /// Its messages are stored once more; those before `next` have been looked at.
+    /// Its messages are being rewritten; those before `next` are done.
     Moving {
         segment: u64,
         next: u64,
     },
-    /// What else is wanted of them is being stored.
+    /// The other live records are being stored.
     Keeping,
     Removing,
 }
 
-/// What an entry says again so that segments can go.
+/// The live records that an entry rewrites so that segments can be removed.
 #[derive(Debug)]
 pub(super) struct Keeping {
     pub(super) segments: Vec<u64>,
@@ -68,10 +67,10 @@ pub(super) struct Keeping {
     peers: bool,
 }
 
-/// What the entries of a segment say of messages that lie elsewhere.
+/// The records of a segment about messages stored elsewhere.
 #[derive(Debug, Default)]
 struct Facts {
-    /// Messages that are settled, of which another segment still has the bytes.
+    /// Settled messages whose bytes are still in another segment.
     settled: Vec<(u64, u64)>,
     states: Vec<u64>,
 }
@@ -80,19 +79,19 @@ struct Facts {
 struct Candidate {
     number: u64,
     size: u64,
-    /// What has to be written for it, in bytes.
+    /// The bytes to be written for its removal.
     cost: u64,
 }
 
 impl Candidate {
-    /// Bytes freed by a byte that is written.
+    /// Returns the bytes freed for each byte written.
     fn yields(&self) -> f64 {
         self.size.saturating_sub(self.cost) as f64 / (self.cost + ENTRY) as f64
     }
 }
 
 impl Outbox {
-    /// The journal's disk has that much room.
+    /// Handles a change of the free space on the journal's disk.
     pub(crate) fn handle_room(&mut self, now: Now, room: Room) {
         self.now = now.time;
         if room.level == Level::Full && self.room.level != Level::Full {
@@ -102,7 +101,7 @@ impl Outbox {
         self.clean_due |= room.level != Level::Ample;
     }
 
-    /// Of the segments that were to be removed, these are gone.
+    /// Handles the removal of segments: those in `gone` no longer exist.
     pub(crate) fn handle_removed(&mut self, now: Now, gone: &[u64]) {
         self.now = now.time;
         for segment in gone {
@@ -116,23 +115,23 @@ impl Outbox {
         }
         self.clean_due = true;
         if self.segments.iter().any(|(_, segment)| segment.goes) {
-            // Perhaps because a sync failed.
+            // Some remain, perhaps because a sync failed.
             self.doubt_written();
             self.clean_retry = Some(now.time + DISK_RETRY);
         }
     }
 
-    /// A message of that size is no longer in its segment.
+    /// Removes a message from its segment.
     pub(super) fn leave_segment(&mut self, position: Position, size: u32) {
         let was_last = self.segments.leave(position.segment, size);
-        // The one that is being written is empty now and then.
+        // The current segment is empty now and then.
         self.clean_due |= was_last && position.segment < self.segments.newest;
         if self.room.level != Level::Ample {
             self.clean_at.get_or_insert(self.now + LOOK_AGAIN);
         }
     }
 
-    /// Has segments removed that hold little or nothing that counts.
+    /// Starts or continues the removal of segments with few or no live records.
     pub(super) fn clean(&mut self) {
         if let Cleaning::Moving { segment, next } = self.cleaning {
             return self.move_more(segment, next);
@@ -163,7 +162,7 @@ impl Outbox {
         self.move_more(segment, 0);
     }
 
-    /// The newest segment is another one by now, or could not be begun.
+    /// Handles the outcome of beginning a new segment.
     pub(super) fn handle_begun(&mut self, begun: bool) {
         let Cleaning::Beginning(segment) = self.cleaning else { return };
         match begun && segment < self.segments.newest {
@@ -172,18 +171,18 @@ impl Outbox {
         }
     }
 
-    /// The journal refused what is written for a segment to go.
+    /// Postpones the cleaning after a refused append.
     pub(super) fn clean_later(&mut self, now: Now) {
         let is_full = self.room.level == Level::Full;
         self.clean_retry = Some(now.time + if is_full { LOOK_AGAIN } else { DISK_RETRY });
     }
 
-    /// Begins another time.
+    /// Gives up the current cleaning; it is restarted later.
     pub(super) fn give_up_cleaning(&mut self) {
         (self.cleaning, self.clean_due) = (Cleaning::Idle, true);
     }
 
-    /// Whether a segment stays for the ids in it.
+    /// Returns true if a segment is kept for its ids.
     fn stays_for_ids(&self, number: u64) -> bool {
         let (written, size) = (self.segments.written, self.config.segment_size);
         self.room.level == Level::Ample
@@ -191,8 +190,8 @@ impl Outbox {
             && self.once.wants(number, written, size)
     }
 
-    /// The segments in which no message lies any more, and that say little else: as many as what
-    /// they say again has room for, or those first that say nothing.
+    /// Returns the segments without messages and with few other live records: as many as the space
+    /// for rewriting allows, or first those that need no rewriting.
     fn dead_segments(&self) -> Vec<u64> {
         let newest = self.segments.newest;
         let part = if self.room.level == Level::Full { 2 } else { 8 };
@@ -213,7 +212,7 @@ impl Outbox {
         let mut left = room.min(self.config.segment_size / LEFT_PART);
         let mut is_first = true;
         dead.retain(|(cost, _)| {
-            // The cheapest is tried in any case: it may cost less.
+            // The cheapest is tried in any case: its cost is an upper bound.
             let fits = *cost <= left || is_first;
             is_first = false;
             left = left.saturating_sub(*cost);
@@ -222,11 +221,11 @@ impl Outbox {
         dead.into_iter().map(|(_, number)| number).collect()
     }
 
-    /// The one whose cleaning frees the most for what it costs, if any is worth it.
+    /// Returns the segment whose cleaning frees the most for its cost, if one is worth it.
     fn choose_segment(&mut self) -> Option<Candidate> {
         let level = self.room.level;
         let (newest, segment_size) = (self.segments.newest, self.config.segment_size);
-        // When there is room, the journal may take twice what is in it, and some more.
+        // With ample space, the journal may take twice its live bytes, and some more.
         let counted =
             |(number, _): &(u64, &Segment)| *number < newest && !self.stays_for_ids(*number);
         let total = self.segments.iter().filter(counted);
@@ -243,12 +242,12 @@ impl Outbox {
             _ => it.cost <= it.size / 2,
         };
         let least = segment_size / 64;
-        // While others write too, they are left some of what is for them.
+        // Some space is left for other entries.
         let Room { bytes, last, .. } = self.room;
         let left = LEFT.min(segment_size / LEFT_PART);
         let room = last.min(bytes).max(bytes.saturating_sub(left));
         let all = self.segments.iter().filter(|(number, segment)| {
-            // The one that is being written grows, and is worth more later.
+            // The current segment grows, and is worth more later.
             let is_over =
                 *number < newest || level == Level::Full && segment.size >= segment_size / 8;
             is_over && !segment.goes && segment.live_bytes < segment.size
@@ -264,7 +263,7 @@ impl Outbox {
         worth.sort_by(|one, other| other.yields().total_cmp(&one.yields()));
         let mut best = worth.iter().position(|it| it.cost + 2 * ENTRY <= room);
         if level == Level::Full && !patient {
-            // What it costs is less than that, and nothing else is left to be done.
+            // The cost is an upper bound, and nothing else is left to do.
             best = best.or_else(|| worth.iter().position(|it| it.cost <= bytes));
         }
         let best = best.map(|place| worth.swap_remove(place));
@@ -274,7 +273,7 @@ impl Outbox {
         best
     }
 
-    /// What has to be written for a segment to go, in bytes.
+    /// Returns the bytes to be written for a segment's removal.
     fn cost(&self, number: u64, segment: &Segment) -> u64 {
         let facts = self.facts(number, segment);
         let ranges = facts.settled.len() as u64;
@@ -305,10 +304,10 @@ impl Outbox {
         costs.sum()
     }
 
-    /// What its entries say that has to be said again when it goes.
+    /// Returns the records of a segment that must be rewritten when it is removed.
     fn facts(&self, number: u64, segment: &Segment) -> Facts {
-        // A copy of what is settled would come back to life. What says so may be in this segment,
-        // or nowhere yet, if the last copy is in it.
+        // A copy of a settled message would be revived. The record that it is settled may be in
+        // this segment, or nowhere yet if the last copy is here.
         let mut copies = Ranges::default();
         for (_, other) in self.segments.iter().filter(|(other, _)| *other != number) {
             let both = [&segment.told, &segment.messages].map(|own| own.overlaps(&other.messages));
@@ -336,7 +335,7 @@ impl Outbox {
         facts
     }
 
-    /// Says again what is wanted of segments in which no message lies.
+    /// Rewrites the live records of segments without messages.
     pub(super) fn keep(&mut self, segments: Vec<u64>) {
         let (mut settled, mut states) = (Ranges::default(), Ranges::default());
         let mut groups = Vec::new();
@@ -355,7 +354,7 @@ impl Outbox {
             && groups.is_empty()
             && !peers
         {
-            // Also a disk without any room comes free then.
+            // This frees space even on a completely full disk.
             return self.go(segments);
         }
         let states: Vec<u64> = states.iter().flat_map(|(first, last)| first..=last).collect();
@@ -379,7 +378,7 @@ impl Outbox {
         self.append_encoded(record, Pending::Kept(Box::new(keeping)));
     }
 
-    /// It is said again there; what said it before can go.
+    /// The records are rewritten: the segments that held them can be removed.
     pub(super) fn handle_kept(&mut self, position: Position, keeping: Keeping) {
         let Keeping { segments, settled, states, groups, peers } = keeping;
         let here = position.segment;
@@ -392,7 +391,7 @@ impl Outbox {
         self.go(segments);
     }
 
-    /// Nothing is wanted of these any more.
+    /// Marks segments as no longer needed, and removes them.
     fn go(&mut self, segments: Vec<u64>) {
         for segment in segments {
             if let Some(segment) = self.segments.get_mut(segment) {
@@ -402,7 +401,7 @@ impl Outbox {
         self.remove_going();
     }
 
-    /// Removes what is no longer wanted, also what could not be removed before.
+    /// Removes the segments that are no longer needed, also after an earlier failure.
     fn remove_going(&mut self) {
         let going = self.segments.iter().filter(|(_, segment)| segment.goes);
         let going: Vec<u64> = going.map(|(number, _)| number).collect();
@@ -415,7 +414,7 @@ impl Outbox {
 
 #[cfg(test)]
 impl Outbox {
-    /// What keeps it from freeing room, for a test that fails.
+    /// Describes the state of the cleaning, for a failed test.
     pub(crate) fn describe_room(&self) -> String {
         let segments = self.segments.iter().map(|(number, it)| {
             let cost = self.cost(number, it);

@@ -1,4 +1,4 @@
-//! Whom a stored message goes to, and when.
+//! Dispatch of stored messages: to which node, and when.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::wire::{Delivery, DeliveryId};
 
-/// What may be sent to a peer and not be answered, in messages.
+/// The most messages in flight to a peer.
 const WINDOW_MESSAGES: u64 = 8192;
 
 impl Outbox {
-    /// The node that takes a message to `target` now, if there is one.
+    /// Returns the node that currently takes messages to `target`, if there is one.
     pub(super) fn taker(
         &self,
         target: &Target,
@@ -34,7 +34,7 @@ impl Outbox {
         }
     }
 
-    /// Chooses the instance of a service.
+    /// Chooses an instance of a service.
     fn choose(
         &self,
         name: &ServiceName,
@@ -48,7 +48,7 @@ impl Outbox {
         choose(name, order, &load)
     }
 
-    /// It may go, as soon as somebody takes it.
+    /// Lets a message be sent as soon as a node takes it.
     pub(super) fn release(&mut self, key: DeliveryKey) {
         if self.is_behind(key) {
             return self.set_state(key, State::Blocked);
@@ -62,7 +62,7 @@ impl Outbox {
             _ => {
                 self.free(key);
                 if let Some(node) = self.only_taker(target) {
-                    // It is missed from now on, though it may never have been met.
+                    // The peer counts as absent from now on, even if it was never connected.
                     let missed = Peer { down_since: self.now, ..Peer::default() };
                     self.peers.entry(node).or_insert(missed).waiting += 1;
                 }
@@ -73,7 +73,7 @@ impl Outbox {
         }
     }
 
-    /// The only node that may take what goes there.
+    /// Returns the only node that may take messages to a target; `None` for a service.
     fn only_taker(&self, target: u32) -> Option<NodeId> {
         match self.targets[target as usize] {
             Target::Node(node) | Target::Subscription(node, _) => Some(node),
@@ -81,7 +81,7 @@ impl Outbox {
         }
     }
 
-    /// It doesn't wait for somebody to be there any more; the queue finds out by itself.
+    /// Ends the wait of a message for a node. Its entry in the queue is dropped later.
     fn end_waiting(&mut self, key: DeliveryKey) {
         let Some(part) = self.part_mut(key).filter(|part| part.state == State::Waiting) else {
             return;
@@ -104,7 +104,7 @@ impl Outbox {
         self.dirty.insert(node);
     }
 
-    /// Takes it out of what it is in: on its way, or in a pause.
+    /// Takes a message out of its state: waiting, in flight, or paused.
     pub(super) fn stop(&mut self, key: DeliveryKey) {
         let node = self.node_of(key);
         let Some(entry) = self.entries.get(key.number) else { return };
@@ -134,7 +134,7 @@ impl Outbox {
         }
     }
 
-    /// Tries again after a while, doubling with each time before, and with full jitter.
+    /// Retries after a backoff, which doubles with each earlier attempt, with full jitter.
     pub(super) fn pause(&mut self, now: Now, key: DeliveryKey, times_before: u32, refused: bool) {
         let until = now.time + self.config.retry.pause(times_before).mul_f64(self.random.unit());
         self.pause_until(key, until, refused);
@@ -154,7 +154,7 @@ impl Outbox {
         rare.and_then(|rare| rare.expires_at).is_some_and(|at| at <= now.unix_ms)
     }
 
-    /// Sends what can go.
+    /// Sends the messages that can be sent, and performs pending work.
     pub(super) fn pump(&mut self, choose: &mut Choose<'_>) {
         self.store_freed();
         if std::mem::take(&mut self.waiting_dirty) {
@@ -205,7 +205,7 @@ impl Outbox {
         }
     }
 
-    /// The next message for a node, if the node can take one.
+    /// Returns the next message for a node, if the node can take one.
     fn next_for(&mut self, node: NodeId) -> Option<DeliveryKey> {
         let mut asleep = Vec::new();
         let found = loop {
@@ -217,7 +217,7 @@ impl Outbox {
                 break None;
             }
             let Some(key) = peer.ready.pop_front() else { break None };
-            // It may have gone to another node meanwhile, whose queue it is in too.
+            // The message may have been bound to another node since, and queued there too.
             let ready = |part: &&OutboundDelivery| part.state == State::Ready;
             let Some(part) = self.part(key).filter(ready) else { continue };
             if self.node_of(key) != Some(node) {
@@ -232,7 +232,7 @@ impl Outbox {
             break Some(key);
         };
         for key in asleep {
-            // Until the peer tells that it takes them again.
+            // Paused until the peer announces the subscription again.
             let never = Time::after_start(Duration::MAX);
             self.pause_until(key, never, true);
         }
@@ -310,7 +310,7 @@ impl Outbox {
         let Some(part) = self.part(key) else { return };
         let maybe_processed = part.redelivered;
         match part.state {
-            // Its answer decides, or the end of the link.
+            // The answer decides, or the end of the link.
             State::InFlight
             | State::Storing
             | State::DeadLettering(_)

@@ -1,17 +1,17 @@
-//! How messages end: processed, as dead letters, or as if they had never been there.
+//! Ends of messages: processed, dead letter, or discarded without a trace.
 
 use super::{DeliveryKey, OutboundDelivery, Outbox, OutboxAction, OutboxEvent, Pending, State};
 use crate::engine::delivery::DeadLetterReason;
 use crate::engine::delivery::record::OutboxRecord;
 
 impl Outbox {
-    /// One destination has processed it.
+    /// Marks a destination as having processed its message.
     pub(super) fn settle(&mut self, key: DeliveryKey) {
         self.end_part(key, State::Settled);
         self.settled.push((key.number, key.part));
     }
 
-    /// Stores that it is a dead letter; it is one then.
+    /// Stores the dead letter record; the message is a dead letter once that is durable.
     pub(super) fn dead_letter(&mut self, key: DeliveryKey, reason: DeadLetterReason) {
         self.stop(key);
         self.set_state(key, State::DeadLettering(Box::new(reason.clone())));
@@ -37,7 +37,7 @@ impl Outbox {
         self.stop(key);
         for bound in self.take_numbers(key) {
             match state {
-                // Its receiver may forget it when it can't come again.
+                // The receiver must remember the number until the message can't be sent again.
                 State::Settled => self.unreleased.push(bound),
                 _ => self.release_number(bound),
             }
@@ -83,7 +83,7 @@ impl Outbox {
         }
     }
 
-    /// It is as if it had never been there.
+    /// Removes a message without a trace.
     pub(super) fn discard(&mut self, number: u64) {
         let parts = self.entries.get(number).map_or(0, |entry| entry.parts.len() as u32);
         for part in 0..parts {

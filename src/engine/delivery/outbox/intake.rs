@@ -1,4 +1,4 @@
-//! What is submitted: taken in as a whole or not at all.
+//! Intake of submitted messages, atomically.
 
 use std::sync::Arc;
 
@@ -18,17 +18,17 @@ use crate::wire::{Envelope, encode_stored};
 /// A message to be stored.
 #[derive(Debug, Clone)]
 pub(crate) struct NewMessage {
-    /// One that nobody replies to.
+    /// The envelope of a message without a reply.
     pub(crate) envelope: Arc<Envelope>,
     pub(crate) targets: SmallVec<[Target; 1]>,
-    /// In ms since 1970.
+    /// In ms since the Unix epoch.
     pub(crate) expires_at: Option<u64>,
     pub(crate) not_before: Option<u64>,
-    /// It is not stored if another one with its id was.
+    /// The message is not stored if another one with its id was.
     pub(crate) once: bool,
 }
 
-/// Most are stored alone.
+/// Messages submitted together, mostly one.
 pub(crate) type NewMessages = SmallVec<[NewMessage; 1]>;
 
 impl NewMessage {
@@ -36,14 +36,14 @@ impl NewMessage {
         self.envelope.header.id
     }
 
-    /// What it takes in the outbox, in bytes.
+    /// Returns the size that counts against the outbox's limit, in bytes.
     fn size(&self) -> u64 {
         let destinations = BASE_COST * self.targets.len().max(1) as u64;
         destinations + self.envelope.cost() - BASE_COST
     }
 }
 
-/// The outbox holds as much as it may.
+/// The error of submitting to a full outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
 pub(crate) struct Full {
@@ -51,14 +51,14 @@ pub(crate) struct Full {
     pub(crate) bytes: u64,
 }
 
-/// How much is stored together, in bytes; an entry of the journal has to be shorter than 4 GiB.
+/// The most bytes submitted together; a journal entry must be shorter than 4 GiB.
 const MOST_TOGETHER: u64 = 1024 * 1024 * 1024;
 
-/// How much of what was stored just now is kept in memory until it is sent, in bytes.
+/// The most bytes of new messages kept in memory until they are sent.
 const MAX_CACHED: u64 = 16 * 1024 * 1024;
 
 impl Outbox {
-    /// Takes messages: all of them are stored, or none.
+    /// Submits messages: all of them are stored, or none.
     ///
     /// # Errors
     /// [`Full`] if there is no room for them.
@@ -82,7 +82,7 @@ impl Outbox {
         }
         let (mut numbers, mut records, mut ids) = (SmallVec::new(), SmallVec::new(), Vec::new());
         for (message, submitted) in messages.into_iter().zip(&mut submitted) {
-            // One with its id may be before it among these.
+            // An earlier message of this batch may have the same id.
             *submitted = submitted.take().or_else(|| self.submitted_before(&message));
             if submitted.is_some() {
                 continue;
@@ -107,7 +107,7 @@ impl Outbox {
         Ok(submitted.into_iter().flatten().collect())
     }
 
-    /// Takes a new message; what is to be stored of it.
+    /// Adds a new message; returns the record to store.
     fn take_in(
         &mut self,
         now: Now,
@@ -124,8 +124,8 @@ impl Outbox {
         for (part, target) in targets.into_iter().enumerate() {
             let key = DeliveryKey { number, part: part as u32 };
             let in_target = self.target_number(&target);
-            // What is bound may have been sent, as far as the next life knows; and what is
-            // behind its key would keep a number that its receiver waits for.
+            // After a restart, a bound message counts as possibly sent; and one behind its ordering
+            // key would hold a number that its receiver waits for. So neither is bound yet.
             let waits = later
                 || self.waiting.contains_key(&in_target)
                 || order

@@ -1,4 +1,4 @@
-//! Order: messages with one key go one after the other.
+//! Ordering: messages with the same key are sent one after the other.
 
 use std::sync::Arc;
 
@@ -6,19 +6,19 @@ use super::{DeliveryKey, Outbox, State};
 
 impl Outbox {
     pub(super) fn key_queue(&self, key: DeliveryKey) -> Option<(u32, Arc<str>)> {
-        // Most have no key.
+        // Most messages have no key.
         let order = self.order(key.number)?;
         Some((self.part(key)?.target, order.clone()))
     }
 
-    /// Whether another with its key is before it.
+    /// Returns true if another message with its key precedes it.
     pub(super) fn is_behind(&self, key: DeliveryKey) -> bool {
         let first =
             self.key_queue(key).and_then(|key_queue| self.key_queues.get(&key_queue)?.front());
         first.is_some_and(|first| *first != key)
     }
 
-    /// Takes its place among those with its key, which is that of its number.
+    /// Inserts a message into its key's queue, in the order of the numbers.
     pub(super) fn enter_lane(&mut self, key: DeliveryKey) {
         let Some(key_queue) = self.key_queue(key) else { return };
         let key_queue = self.key_queues.entry(key_queue).or_default();
@@ -27,7 +27,7 @@ impl Outbox {
         }
     }
 
-    /// Leaves its key queue; the next there goes on.
+    /// Removes a message from its key's queue; releases the next one.
     pub(super) fn leave_lane(&mut self, key: DeliveryKey) {
         let Some(key_queue) = self.key_queue(key) else { return };
         let Some(queue) = self.key_queues.get_mut(&key_queue) else { return };

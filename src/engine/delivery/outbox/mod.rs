@@ -1,4 +1,4 @@
-//! The outbox: messages that are stored until they are processed, pure.
+//! The outbox: messages stored until they are processed. Pure.
 //!
 //! ```text
 //!  Storing ─▶ Scheduled ─▶ Blocked ─▶ Waiting ─▶ Binding ─▶ Ready ─▶ InFlight ─▶ settled
@@ -44,30 +44,30 @@ use crate::journal::{Level, Need, NotStored, Persist, Position, Room};
 use crate::message::MessageId;
 use crate::wire::{Control, Delivery, Envelope, Stream};
 
-/// How an outbox behaves.
+/// The configuration of an outbox.
 #[derive(Debug, Clone)]
 pub(crate) struct OutboxConfig {
     pub(crate) me: NodeId,
-    /// Drawn each time that it is opened.
+    /// A number drawn each time that the outbox is opened.
     pub(crate) epoch: u64,
     pub(crate) seed: u64,
-    /// What it holds at the most.
+    /// The limits of the outbox.
     pub(crate) max_bytes: u64,
     pub(crate) max_messages: u64,
-    /// What may be sent to a peer and not be answered.
+    /// The most bytes in flight to a peer.
     pub(crate) window_bytes: u64,
     pub(crate) retry: RetryPolicy,
-    /// A dead letter holds up those with its key.
+    /// A dead letter blocks the messages with its ordering key.
     pub(crate) hold_keys: bool,
-    /// After how long without its node a message goes to another one.
+    /// The absence of a node after which its messages are reassigned.
     pub(crate) reassign_after: Option<Duration>,
-    /// About how large a segment of the journal is, in bytes.
+    /// The approximate size of a journal segment, in bytes.
     pub(crate) segment_size: u64,
-    /// After how long a peer that messages wait for is reported.
+    /// The absence of a peer with pending messages after which it is reported.
     pub(crate) gone_after: Duration,
 }
 
-/// Chooses the instance of a service: of those for which the last argument has a load.
+/// Chooses an instance of a service, among those for which the last argument returns a load.
 pub(crate) type Choose<'a> =
     dyn FnMut(&ServiceName, Option<&str>, &dyn Fn(&NodeId) -> Option<u64>) -> Option<NodeId> + 'a;
 
@@ -78,78 +78,78 @@ pub(crate) struct DeliveryKey {
     pub(crate) part: u32,
 }
 
-/// Where a message's bytes are.
+/// The location of a message's bytes.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
     Memory(Arc<Envelope>),
-    /// In the journal's entry at that place, by its number.
+    /// The journal entry at that position, and the message's number in it.
     Journal(Position, u64),
 }
 
-/// What the owner of the outbox is to do, in this order.
+/// An action for the owner of the outbox. Actions are carried out in order.
 #[derive(Debug)]
 pub(crate) enum OutboxAction {
-    /// Append an entry to the journal, and tell of its end by the number.
+    /// Append an entry to the journal, and report its outcome with the token.
     Append {
         token: u64,
         entry: Vec<u8>,
-        /// How many messages it stores.
+        /// The number of messages in the entry.
         messages: u32,
         persist: Persist,
         need: Need,
     },
-    /// The same for one that begins a segment, so that others can go.
+    /// Append an entry at the start of a new segment, so that others can be removed.
     AppendFirst {
         token: u64,
         entry: Vec<u8>,
     },
-    /// Read a message, and tell of it: it is to be stored once more.
+    /// Read a message and report its bytes: it is to be rewritten.
     Read(u64, Position),
-    /// The entries of these segments are no longer wanted: remove them, and tell which are gone.
+    /// Remove these segments, whose entries are no longer needed, and report the removed ones.
     Remove(Vec<u64>),
     Transmit {
         to: NodeId,
         key: DeliveryKey,
         source: Source,
         delivery: Arc<Delivery>,
-        /// In ms since 1970.
+        /// In ms since the Unix epoch.
         expires_at: Option<u64>,
     },
     Send(NodeId, Control),
-    /// The message is stored, or can't be.
+    /// The message is stored, or can't be stored.
     Stored(u64, Result<(), NotStored>),
-    /// All destinations have processed it, or it is a dead letter for one.
+    /// All destinations processed the message, or it is a dead letter for one of them.
     Done(u64, Result<(), DeadLetterReason>),
     Report(OutboxEvent),
 }
 
-/// What a user may want to know.
+/// An event for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum OutboxEvent {
     DeadLetter {
         number: u64,
         reason: DeadLetterReason,
     },
-    /// A peer's inbox is not the one that it was: what it had processed it may process again.
+    /// A peer's inbox was replaced: it may process messages again.
     InboxLost(NodeId),
-    /// It remembers so many peers already that it forgets this one when it goes.
+    /// The peer is forgotten when it disconnects, as too many peers are remembered already.
     NotRemembered(NodeId),
-    /// Messages have waited for a peer for long.
+    /// Messages have been queued for an absent peer for long.
     PeerGone {
         peer: NodeId,
         messages: u64,
     },
 }
 
-/// After the disk refused something.
+/// The retry delay after a refusal by the disk.
 const DISK_RETRY: Duration = Duration::from_secs(1);
 
-/// In one entry of the journal.
+/// The most unbound messages in one journal entry.
 const MOST_FREED: usize = 4096;
 
 #[derive(Debug)]
 struct Entry {
-    /// `None` while it is being stored.
+    /// `None` until the message is stored.
     position: Option<Position>,
     cached: Option<Arc<Envelope>>,
     rare: Option<Box<Rare>>,
@@ -157,7 +157,7 @@ struct Entry {
     size: u32,
 }
 
-/// What few messages have.
+/// The fields that few messages have.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Rare {
     expires_at: Option<u64>,
@@ -172,12 +172,12 @@ struct OutboundDelivery {
     state: State,
     failures: u32,
     attempts: u32,
-    /// A handler may have had it.
+    /// A handler may have received the message.
     redelivered: bool,
 }
 
 impl OutboundDelivery {
-    /// No handler can have had it.
+    /// Returns true if no handler can have received the message.
     fn was_never_sent(&self) -> bool {
         self.attempts == 0 && !self.redelivered
     }
@@ -193,85 +193,85 @@ struct Bound {
 enum State {
     Storing,
     Scheduled,
-    /// Behind another with its key.
+    /// Behind another message with its ordering key.
     Blocked,
-    /// For somebody to be there who takes it.
+    /// Waiting for a node that takes it.
     Waiting,
-    /// The choice of its node is being stored.
+    /// The binding is not yet durable.
     Binding,
-    /// Taken out of what it was in; what is next is about to be decided.
+    /// Between two states: the next one is about to be set.
     Idle,
-    /// In its node's queue.
+    /// In the queue of its node.
     Ready,
     InFlight,
     Paused {
         until: Time,
-        /// It was not run; any change may be a reason to try again.
+        /// The peer refused it without running it: any change of routes may trigger a retry.
         refused: bool,
     },
-    /// That it is a dead letter is being stored.
+    /// The dead letter record is not yet durable.
     DeadLettering(Box<DeadLetterReason>),
     Dead(Box<DeadLetterReason>),
     Settled,
 }
 
-/// The deliveries to a node that are numbered together.
+/// A stream of deliveries to a node, numbered in sequence.
 #[derive(Debug)]
 struct StreamState {
     node: NodeId,
     stream: Stream,
     next: u64,
-    /// What is not settled, and what it was bound to before it went elsewhere.
+    /// The deliveries not settled, including those whose message was since bound to another node.
     outstanding: Numbered<DeliveryKey>,
 }
 
 #[derive(Debug, Default)]
 struct Peer {
     up: bool,
-    /// Its inbox's epoch, while it is up and has one.
+    /// The epoch of its inbox, while the peer is up and has an inbox.
     inbox: Option<u64>,
-    /// The epoch that it had when it was last up.
+    /// The last known epoch of its inbox.
     known_inbox: Option<u64>,
-    /// What it told first over its present link.
+    /// The first epoch that it announced over the current link.
     told_inbox: Option<u64>,
-    /// Its durable subscriptions that take messages now.
+    /// Its durable subscriptions that currently accept messages.
     active: Vec<ServiceName>,
     ready: VecDeque<DeliveryKey>,
     paused: BTreeSet<DeliveryKey>,
     in_flight: u64,
     in_flight_bytes: u64,
-    /// What is bound to it and not settled.
+    /// The number of unsettled deliveries bound to it.
     bound: u64,
-    /// What waits for it to be there, and for no other.
+    /// The number of messages that wait for this peer alone.
     waiting: u64,
     down_since: Time,
-    /// When its messages were last given to others since then.
+    /// The time of the last reassignment of its messages since `down_since`.
     reassigned_at: Option<Time>,
     told_gone: bool,
 }
 
-/// What waits for the journal.
+/// A journal append in progress.
 #[derive(Debug)]
 enum Pending {
-    /// Their numbers, and the ids of those that are stored once.
+    /// New messages: their numbers, and the ids of those stored once.
     Messages(SmallVec<[u64; 2]>, Vec<(MessageId, u64)>),
     Bound(Vec<DeliveryKey>),
     Dead(DeliveryKey),
-    /// Something that is said of messages, and need not be synced.
+    /// A record about messages that needs no sync.
     Noted(SmallVec<[u64; 1]>),
-    /// A message that was in a segment that is to go.
+    /// A message moved out of a segment to be removed.
     Moved(u64),
-    /// What is settled, and the numbers that it had.
+    /// Settled destinations, and their delivery numbers.
     Settled(Vec<(u64, u32)>, Vec<Bound>),
-    /// What is remembered of peers.
+    /// The remembered state of peers.
     Peers,
-    /// A segment is begun.
+    /// The first entry of a new segment.
     Begun,
-    /// What is wanted of segments that go then.
+    /// The records to keep of segments to be removed.
     Kept(Box<cleaning::Keeping>),
 }
 
-/// An entry of what is settled.
+/// A written entry of settled destinations.
 #[derive(Debug)]
 struct Written {
     token: u64,
@@ -282,14 +282,14 @@ struct Written {
 #[derive(Debug)]
 pub(crate) struct Outbox {
     config: OutboxConfig,
-    /// When it was told something last.
+    /// The time of the last input.
     now: Time,
     random: Random,
     entries: Numbered<Entry>,
     next_number: u64,
     bytes: u64,
     cached_bytes: u64,
-    /// Destinations that are not settled: on their way, or dead letters.
+    /// The number of destinations not settled: pending or dead letters.
     open: u64,
     dead: u64,
     targets: Vec<Target>,
@@ -297,62 +297,62 @@ pub(crate) struct Outbox {
     streams: Vec<StreamState>,
     stream_numbers: HashMap<(NodeId, Stream), u32>,
     peers: BTreeMap<NodeId, Peer>,
-    /// Peers to which something may be sent now.
+    /// Peers that may have something to send.
     dirty: BTreeSet<NodeId>,
-    /// What waits for somebody to take it, by target.
+    /// Messages that wait for a node to take them, by target.
     waiting: BTreeMap<u32, VecDeque<DeliveryKey>>,
     waiting_dirty: bool,
-    /// What was refused and is bound to no node.
+    /// Paused messages that are bound to no node.
     paused: BTreeSet<DeliveryKey>,
-    /// Those with one key, in order; only the first is on its way.
+    /// The messages of each ordering key, in order; only the first is sent.
     key_queues: HashMap<(u32, Arc<str>), VecDeque<DeliveryKey>>,
-    /// Other nodes that a message was bound to, and may have processed it.
+    /// Earlier bindings of a message to other nodes, which may have processed it.
     former: HashMap<DeliveryKey, Vec<Bound>>,
-    /// What was taken from its node without ever having been sent, which is to be stored.
+    /// Messages unbound without having been sent; the record of that is still to be written.
     freed: Vec<(u64, u32)>,
-    /// What is remembered of peers is being stored.
+    /// The state of peers is being stored.
     peers_pending: bool,
-    /// It has changed since.
+    /// The state of peers changed since it was last stored.
     peers_dirty: bool,
-    /// There is somebody new in it.
+    /// The changes include a new peer or subscription.
     peers_met: bool,
-    /// When it may be stored again, unless there is somebody new in it.
+    /// The earliest time to store it again, unless it includes a new peer or subscription.
     peers_retry: Option<Time>,
-    /// When the disk, which refused something that can wait, is tried again.
+    /// The time at which to retry an append that the disk refused and that can wait.
     disk_retry: Option<Time>,
     timers: BTreeSet<(Time, DeliveryKey)>,
-    /// By the clock on the wall.
+    /// Timers by the wall clock.
     wall: BTreeSet<(u64, DeliveryKey)>,
     subscriptions: BTreeMap<(NodeId, ServiceName), Pattern>,
     pending: Numbered<Pending>,
     next_token: u64,
     settled: Vec<(u64, u32)>,
-    /// Their numbers, which their receivers have to remember until that is on the disk.
+    /// The delivery numbers of `settled`, which receivers must remember until it is durable.
     unreleased: Vec<Bound>,
-    /// The same, by the entries that say so, which have been written but perhaps not synced.
+    /// Settled entries that are written but perhaps not synced, with their delivery numbers.
     written: VecDeque<Written>,
-    /// Messages that are stored once.
+    /// The ids of messages stored once.
     once: once::Once,
     segments: segments::Segments,
-    /// Where what is remembered of peers was stored last.
+    /// The segment with the latest stored state of peers.
     peers_in: Option<u64>,
-    /// How much room the journal's disk has.
+    /// The free space of the journal's disk.
     room: Room,
-    /// Since when it is full and nothing was removed.
+    /// The time since which the disk is full and nothing was removed.
     full_since: Time,
     cleaning: cleaning::Cleaning,
-    /// The disk is full, and no segment can go before more is processed: what that takes may have
-    /// the last room.
+    /// The disk is full, and no segment can be removed until more messages are settled: records of
+    /// that may use the last space.
     is_at_an_end: bool,
-    /// There may be a segment that can go.
+    /// A segment may be removable.
     clean_due: bool,
-    /// When that is looked for again.
+    /// The time of the next search for a removable segment.
     clean_at: Option<Time>,
-    /// How many messages are being moved out of a segment.
+    /// The number of messages being moved out of a segment.
     moving: u64,
-    /// No segment is cleaned before then, since something could not be read or stored.
+    /// The earliest time of the next cleaning, after a failed read or append.
     clean_retry: Option<Time>,
-    /// How often in a row messages could not be read, by their numbers.
+    /// The number of consecutive failed reads of a message, by its number.
     unreadable: HashMap<u64, u32>,
     actions: VecDeque<OutboxAction>,
 }
@@ -411,14 +411,14 @@ impl Outbox {
         }
     }
 
-    /// The durable subscriptions that a topic's messages go to.
+    /// Returns the durable subscriptions that match a topic.
     pub(crate) fn subscribers(&self, topic: &Topic) -> SmallVec<[Target; 1]> {
         let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
         let targets = all.map(|((node, name), _)| Target::Subscription(*node, name.clone()));
         targets.collect()
     }
 
-    /// Messages that are on their way, once for each destination.
+    /// Returns the number of pending messages, counted once for each destination.
     pub(crate) fn pending(&self) -> u64 {
         self.open
     }
@@ -427,7 +427,7 @@ impl Outbox {
         self.dead
     }
 
-    // Parts and what they are bound to.
+    // Destinations and their bindings.
 
     fn part(&self, key: DeliveryKey) -> Option<&OutboundDelivery> {
         self.entries.get(key.number)?.parts.get(key.part as usize)
@@ -473,8 +473,8 @@ impl Outbox {
         Binding { node: *node, stream: stream.clone(), seq: bound.seq }
     }
 
-    /// Gives a message the next number of its node; the one that it had, if it was there before:
-    /// by that the node knows whether it has processed it.
+    /// Binds a message to a node, under the node's next number; under its former number, if it was
+    /// bound to the node before, so that the node recognises a duplicate.
     fn bind(&mut self, key: DeliveryKey, node: NodeId, target: &Target) -> Bound {
         self.peers.entry(node).or_default().bound += 1;
         if let Some(former) = self.take_former(key, node) {
@@ -493,7 +493,7 @@ impl Outbox {
         bound
     }
 
-    /// The number that a message had at a node before, which it has no longer.
+    /// Removes and returns the former binding of a message to a node.
     fn take_former(&mut self, key: DeliveryKey, node: NodeId) -> Option<Bound> {
         let streams = &self.streams;
         let former = self.former.get_mut(&key)?;
@@ -501,15 +501,14 @@ impl Outbox {
         Some(former.swap_remove(at))
     }
 
-    /// All numbers of a message, of its node and of others that it was bound to before; it has
-    /// none any more.
+    /// Removes and returns all bindings of a message, the current and former ones.
     fn take_numbers(&mut self, key: DeliveryKey) -> impl Iterator<Item = Bound> + use<> {
         let bound = self.part_mut(key).and_then(|part| part.bound.take());
         bound.into_iter().for_each(|bound| self.leave_node(bound));
         bound.into_iter().chain(self.former.remove(&key).into_iter().flatten())
     }
 
-    /// Takes a message from its node: its number there is settled.
+    /// Unbinds a message from its node, and settles its number there.
     fn unbind(&mut self, key: DeliveryKey) {
         if let Some(bound) = self.part_mut(key).and_then(|part| part.bound.take()) {
             self.leave_node(bound);
@@ -517,7 +516,7 @@ impl Outbox {
         }
     }
 
-    /// Takes a message from its node, which may have processed it and still say so.
+    /// Unbinds a message from its node, which may have processed it and may still answer.
     fn leave(&mut self, key: DeliveryKey) {
         let Some(part) = self.part_mut(key) else { return };
         if let Some(bound) = part.bound.take() {
@@ -527,7 +526,7 @@ impl Outbox {
         }
     }
 
-    /// Takes one that was never sent from its node, which the next life is told.
+    /// Unbinds a message that was never sent, and schedules the record of that.
     fn free(&mut self, key: DeliveryKey) {
         if self.node_of(key).is_some() {
             self.unbind(key);
@@ -535,7 +534,7 @@ impl Outbox {
         }
     }
 
-    /// Stores, without a sync, what is free. It comes before what it is bound to next.
+    /// Writes the records of unbound messages, without a sync, before those of their next bindings.
     fn store_freed(&mut self) {
         for freed in std::mem::take(&mut self.freed).chunks(MOST_FREED) {
             let messages = freed.iter().map(|(number, _)| *number);
@@ -558,8 +557,8 @@ impl Outbox {
         Some(self.streams[bound.stream as usize].node)
     }
 
-    /// What is to be done next. It looks for what can go when nothing else is left to be done,
-    /// so once for many actions.
+    /// Returns the next action. Work is looked for only when no action is queued, once for many
+    /// actions.
     pub(crate) fn poll_action(&mut self, choose: &mut Choose<'_>) -> Option<OutboxAction> {
         if self.actions.is_empty() {
             self.pump(choose);
@@ -567,7 +566,7 @@ impl Outbox {
         self.actions.pop_front()
     }
 
-    /// When it has to look at the clock, and at the one on the wall (ms since 1970).
+    /// Returns the next timeouts: by the monotonic clock, and by the wall clock in Unix ms.
     pub(crate) fn poll_timeout(&self) -> (Option<Time>, Option<u64>) {
         let timer = self.timers.first().map(|(at, _)| *at);
         let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);

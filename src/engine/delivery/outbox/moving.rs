@@ -1,4 +1,4 @@
-//! Messages that are stored once more, so that the segment that they lie in can go.
+//! Rewrites messages, so that the segment that holds them can be removed.
 
 use bytes::Bytes;
 use smallvec::smallvec;
@@ -14,11 +14,11 @@ use crate::engine::delivery::record::{
 use crate::engine::delivery::{DeadLetterReason, Now};
 use crate::journal::Position;
 
-/// So much is read and stored once more at a time, in bytes.
+/// The most bytes read and rewritten at a time.
 const MOST_AT_ONCE: u64 = 1024 * 1024;
 
 impl Outbox {
-    /// Goes on with the messages of a segment from number `next` on.
+    /// Continues with the messages of a segment, from number `next` on.
     pub(super) fn move_more(&mut self, segment: u64, next: u64) {
         if self.moving > 0 {
             return;
@@ -48,12 +48,12 @@ impl Outbox {
         }
         match there.live {
             0 => self.keep(vec![segment]),
-            // Some can't be read.
+            // Some messages can't be read.
             _ => self.give_up_cleaning(),
         }
     }
 
-    /// A message that was to be read is this; `None` if it can't be read.
+    /// Handles the bytes of a message that was to be read; `None` if it can't be read.
     pub(crate) fn handle_read(&mut self, now: Now, number: u64, encoded: Option<Bytes>) {
         self.moving -= 1;
         match encoded {
@@ -62,8 +62,8 @@ impl Outbox {
         }
     }
 
-    /// What can't be read is tried some more times, then it is a dead letter without a body, which
-    /// doesn't keep the segment.
+    /// Handles an unreadable message. After some retries it becomes a dead letter without a body,
+    /// which no longer keeps the segment.
     fn give_up_unread(&mut self, now: Now, number: u64) {
         let Some(entry) = self.entries.get(number) else { return };
         let waits = |part: &OutboundDelivery| {
@@ -90,7 +90,7 @@ impl Outbox {
         }
     }
 
-    /// Stores a message once more, as it stands.
+    /// Rewrites a message in its current state.
     fn move_message(&mut self, number: u64, encoded: Bytes) {
         let Some(record) = self.message_record(number, &encoded) else { return };
         let record = OutboxRecord::Messages(smallvec![record]).encode();
@@ -98,7 +98,7 @@ impl Outbox {
         self.append_encoded(record, Pending::Moved(number));
     }
 
-    /// A message as it stands, with these bytes.
+    /// Returns the record of a message in its current state, with these bytes.
     pub(super) fn message_record<'a>(
         &self,
         number: u64,
@@ -111,7 +111,7 @@ impl Outbox {
             let former = self.former.get(&DeliveryKey { number, part: at });
             let former = former.into_iter().flatten().map(record).collect();
             let dead = match &part.state {
-                // What says so is in the journal before this, or will be.
+                // The record of that precedes this one in the journal, or will follow.
                 State::Dead(reason) | State::DeadLettering(reason) => {
                     Some(DeadLetterReason::clone(reason))
                 }
@@ -138,7 +138,7 @@ impl Outbox {
         self.moving -= 1;
         let Some(position) = position else { return };
         let Some(entry) = self.entries.get_mut(number) else {
-            // It was settled meanwhile; its copy is there all the same.
+            // The message was settled meanwhile, but its copy exists.
             return self.segments.store(position.segment, number);
         };
         let size = entry.size;

@@ -1,4 +1,4 @@
-//! Messages that are stored once, however often they are submitted: their ids.
+//! The ids of messages that are stored once, however often they are submitted.
 
 use std::collections::BTreeMap;
 
@@ -6,39 +6,38 @@ use super::{DeadLetterReason, NewMessage, OutboundDelivery, Outbox, State};
 use crate::engine::HashMap;
 use crate::message::MessageId;
 
-/// An id is remembered for as much of the journal as this, in bytes, after its message was stored.
-/// Each start begins a segment, and a process that is killed over and over is the one that needs
-/// the ids, so it is not the number of segments that counts.
+/// The journal bytes for which an id is remembered after its message was stored. The number of
+/// segments would not do: each start begins a segment, and a process that is killed over and over
+/// needs the ids most.
 const REMEMBERED_FOR: u64 = 256 * 1024 * 1024;
-/// But for no more than so many full segments, which is what a small disk holds.
+/// The most full segments for which an id is remembered, which fit a small disk.
 const MOST_SEGMENTS: u64 = 32;
 
-/// What becomes of a message that is to be stored.
+/// The outcome of a submission.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Submitted {
-    /// It is new.
+    /// The message is new.
     New(u64),
-    /// It was submitted before, and is not processed yet.
+    /// The message was submitted before, and is not processed yet.
     Pending { number: u64, stored: bool },
-    /// It was processed.
+    /// The message was processed.
     Processed,
-    /// It is a dead letter.
+    /// The message is a dead letter.
     Dead(DeadLetterReason),
 }
 
-/// The numbers that the messages with these ids were given, and the segments that say so.
+/// The ids of messages stored once, with their numbers, and the segments that record them.
 #[derive(Debug, Default)]
 pub(super) struct Once {
-    /// With the segment that says so last; zero while it is being stored.
+    /// The number of each id, and the segment of its last record; zero while it is being stored.
     numbers: HashMap<MessageId, (u64, u64)>,
     segments: BTreeMap<u64, Vec<Group>>,
 }
 
-/// Ids that are equally old.
+/// Ids of equal age.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Group {
-    /// How much of the journal had been written by then, in bytes. It may have been before this
-    /// life began to count.
+    /// The number of journal bytes written by then. Negative if before this process began to count.
     pub(super) since: i64,
     pub(super) ids: Vec<(MessageId, u64)>,
 }
@@ -49,7 +48,7 @@ impl Group {
         self.age(written) < wanted_for
     }
 
-    /// How much of the journal was written since, in bytes.
+    /// Returns the number of journal bytes written since.
     pub(super) fn age(&self, written: u64) -> u64 {
         (written as i64).saturating_sub(self.since).max(0) as u64
     }
@@ -61,12 +60,12 @@ impl Once {
         wanted.then(|| self.numbers.get(&message.id()).map(|(number, _)| *number)).flatten()
     }
 
-    /// It is being stored.
+    /// Adds the id of a message that is being stored.
     pub(super) fn submit(&mut self, id: MessageId, number: u64) {
         self.numbers.insert(id, (number, 0));
     }
 
-    /// A segment says it.
+    /// Adds ids that a segment records.
     pub(super) fn remember(&mut self, segment: u64, group: Group) {
         for (id, number) in &group.ids {
             self.numbers.insert(*id, (*number, segment));
@@ -78,13 +77,13 @@ impl Once {
         }
     }
 
-    /// It could not be stored.
+    /// Removes the id of a message that could not be stored.
     pub(super) fn forget(&mut self, id: &MessageId) {
         self.numbers.remove(id);
     }
 
-    /// What only that segment says, and is to be remembered for longer; also of messages that
-    /// `is_live` says to be in the outbox.
+    /// Returns the ids whose last record is in that segment and that are still needed, also those
+    /// of messages for which `is_live` is true.
     pub(super) fn wanted(
         &self,
         segment: u64,
@@ -103,20 +102,20 @@ impl Once {
         wanted.filter(|group| !group.ids.is_empty()).collect()
     }
 
-    /// Whether ids in that segment are to be remembered for longer.
+    /// Returns true if ids in that segment are still needed.
     pub(super) fn wants(&self, segment: u64, written: u64, segment_size: u64) -> bool {
         let groups = self.segments.get(&segment);
         groups.into_iter().flatten().any(|group| group.is_wanted(written, segment_size))
     }
 
-    /// How many of them there are.
+    /// Returns the number of ids in that segment that are still needed.
     pub(super) fn count_wanted(&self, segment: u64, written: u64, segment_size: u64) -> u64 {
         let groups = self.segments.get(&segment).into_iter().flatten();
         let wanted = groups.filter(|group| group.is_wanted(written, segment_size));
         wanted.map(|group| group.ids.len() as u64).sum()
     }
 
-    /// That segment is gone.
+    /// Removes the ids of a removed segment.
     pub(super) fn forget_segment(&mut self, segment: u64) {
         for (id, _) in self.segments.remove(&segment).into_iter().flatten().flat_map(|it| it.ids) {
             if self.numbers.get(&id).is_some_and(|(_, said)| *said == segment) {
@@ -127,7 +126,7 @@ impl Once {
 }
 
 impl Submitted {
-    /// The number of a message that was new.
+    /// Returns the number of a new message.
     #[cfg(test)]
     pub(crate) fn number(&self) -> u64 {
         match self {
@@ -138,7 +137,7 @@ impl Submitted {
 }
 
 impl Outbox {
-    /// What became of a message that was submitted before, if it was.
+    /// Returns the outcome of an earlier submission of the message, if there was one.
     pub(super) fn submitted_before(&self, message: &NewMessage) -> Option<Submitted> {
         let number = self.once.number(message)?;
         let Some(entry) = self.entries.get(number) else { return Some(Submitted::Processed) };

@@ -1,4 +1,4 @@
-//! What is known of peers: who is there, who is away and missed, whose subscriptions last.
+//! Known peers: connected ones, absent ones with queued messages, and durable subscriptions.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,31 +12,31 @@ use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::wire::{Control, InboxInfo};
 
-/// So many durable subscriptions of one peer are remembered.
+/// The most durable subscriptions remembered for a peer.
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
-/// So many peers are remembered while they are away and nothing is kept for them; a member of the
-/// mesh can have as many ids as it likes. Each new one has all of them stored again.
+/// The most peers remembered while they are absent and nothing is queued for them. A member of the
+/// mesh can create any number of ids, and each new peer has all of them stored again.
 pub(super) const MAX_PEERS: usize = if cfg!(test) { 64 } else { 4096 };
 
 impl Peer {
-    /// Since when its messages have waited for it, or for others to take them.
+    /// Returns the time since which its messages wait for it, or for another node to take them.
     fn waits_for_others_since(&self) -> Time {
         self.reassigned_at.unwrap_or(self.down_since)
     }
 
-    /// Whether there is anything for it.
+    /// Returns true if messages are bound to it or wait for it.
     fn is_wanted(&self) -> bool {
         self.bound > 0 || self.waiting > 0 || !self.ready.is_empty() || !self.paused.is_empty()
     }
 
-    /// Whether nothing is lost with what is known of it.
+    /// Returns true if it can be forgotten without loss.
     fn is_forgettable(&self) -> bool {
         !self.up && self.known_inbox.is_none() && !self.is_wanted()
     }
 }
 
 impl Outbox {
-    /// A peer can be talked to; whether it has an inbox it tells itself.
+    /// Handles a new link to a peer. The peer announces its inbox itself.
     pub(crate) fn handle_link_up(&mut self, node: NodeId) {
         let mut epochs = vec![self.config.epoch];
         for stream in &self.streams {
@@ -51,7 +51,7 @@ impl Outbox {
         self.actions.push_back(OutboxAction::Send(node, Control::Epochs(epochs)));
     }
 
-    /// What was sent to the peer may have been processed or not.
+    /// Handles the end of a link. Messages in flight may have been processed or not.
     pub(crate) fn handle_link_down(&mut self, now: Now, node: NodeId) {
         self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node) else { return };
@@ -87,10 +87,10 @@ impl Outbox {
         }
     }
 
-    /// A peer told of its inbox, or this node of its own, whose epoch is 0 here.
+    /// Handles the announcement of a peer's inbox, or of this node's own, whose epoch is 0 here.
     pub(crate) fn handle_inbox(&mut self, node: NodeId, info: InboxInfo) {
         let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) else { return };
-        // It stays for as long as a process does.
+        // The epoch is constant for the lifetime of a process.
         if *peer.told_inbox.get_or_insert(info.epoch) != info.epoch {
             return;
         }
@@ -102,7 +102,7 @@ impl Outbox {
         self.resume(node, |_| true);
     }
 
-    /// Keeps in mind what a peer told, for when it is away.
+    /// Remembers a peer's announcement for when the peer is absent.
     fn remember(&mut self, node: NodeId, info: InboxInfo) {
         let Some(before) = self.peers.get(&node).map(|peer| peer.known_inbox) else { return };
         if before.is_none() && !self.has_room_to_remember() {
@@ -138,7 +138,7 @@ impl Outbox {
         }
     }
 
-    /// Whether one more peer may be remembered, when those that nothing is kept for are forgotten.
+    /// Returns true if one more peer may be remembered; may forget peers without messages.
     fn has_room_to_remember(&mut self) -> bool {
         let known = |peers: &BTreeMap<_, Peer>| {
             peers.values().filter(|peer| peer.known_inbox.is_some()).count()
@@ -151,7 +151,7 @@ impl Outbox {
         known(&self.peers) < MAX_PEERS
     }
 
-    /// Stores what is remembered of peers: whom it has met at once, what changes once a second.
+    /// Stores the state of peers: at once for a new peer or subscription, otherwise once a second.
     pub(super) fn store_peers(&mut self, met: bool) {
         self.peers_dirty = true;
         self.peers_met |= met;
@@ -177,7 +177,7 @@ impl Outbox {
             .collect()
     }
 
-    /// Who serves what is not what it was: what was refused may be tried again.
+    /// Handles a change of routes: refused messages are retried.
     pub(crate) fn handle_routes_changed(&mut self) {
         self.waiting_dirty = true;
         for key in std::mem::take(&mut self.paused) {
@@ -190,7 +190,7 @@ impl Outbox {
         nodes.into_iter().for_each(|node| self.resume(node, |refused| refused));
     }
 
-    /// Ends the pause of what is bound to a node.
+    /// Ends the pauses of messages bound to a node.
     fn resume(&mut self, node: NodeId, wanted: impl Fn(bool) -> bool) {
         let Some(peer) = self.peers.get(&node) else { return };
         for key in peer.paused.clone() {
@@ -213,7 +213,7 @@ impl Outbox {
         due.flatten().min()
     }
 
-    /// The peers that are away and that messages wait for.
+    /// Returns the absent peers with queued messages.
     pub(super) fn missed(&self) -> impl Iterator<Item = (&NodeId, &Peer)> {
         let away = self.peers.iter().filter(|(_, peer)| !peer.up);
         away.filter(|(_, peer)| peer.bound > 0 || peer.waiting > 0)

@@ -1,4 +1,4 @@
-//! What a journal tells of the outbox that it belongs to.
+//! Recovery of an outbox from its journal.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::identity::NodeId;
 use crate::journal::Position;
 use crate::message::BASE_COST;
 
-/// A message of an outbox, for those who look into it.
+/// A message of an outbox and one of its destinations, for inspection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Contents {
     pub(crate) number: u64,
@@ -31,7 +31,7 @@ pub(crate) struct Contents {
 }
 
 impl Outbox {
-    /// Takes in an entry of the journal, in their order.
+    /// Applies a journal entry. Entries must be passed in their order.
     ///
     /// # Errors
     /// [`RecordError`] if this version can't read it.
@@ -55,7 +55,7 @@ impl Outbox {
                 for (number, part, binding) in bound {
                     let key = DeliveryKey { number, part };
                     match binding {
-                        // What took it from its node before may not have been written.
+                        // The record that unbound it before may be missing.
                         Some(binding) => self.rebind(key, &binding.binding()),
                         None => self.unbind(key),
                     }
@@ -103,7 +103,7 @@ impl Outbox {
             OutboxRecord::Peers(peers) => self.recover_peers(here, &peers)?,
             OutboxRecord::Kept(kept) => self.recover_kept(here, &kept)?,
         }
-        // What says that they are settled is on the disk.
+        // The settled records are on the disk.
         for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
             self.streams[stream as usize].outstanding.remove(seq);
         }
@@ -112,7 +112,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// What was still wanted of segments that went.
+    /// Applies the kept records of removed segments.
     fn recover_kept(&mut self, here: u64, kept: &KeptRecord<'_>) -> Result<(), RecordError> {
         let ids = kept.ids.iter().flat_map(|group| &group.ids).map(|(_, number)| *number);
         let next = ids.map(|number| number.saturating_add(1)).max().unwrap_or_default();
@@ -139,7 +139,7 @@ impl Outbox {
         kept: &KeptRecord<'_>,
         StateRecord(number, expires, states): &StateRecord,
     ) -> Result<(), RecordError> {
-        // The message itself may be gone by now, or be another with its number.
+        // The message itself may be gone, or replaced by another with its number.
         let Some(entry) = self.entries.get(*number) else { return Ok(()) };
         let Some(position) = entry.position.filter(|_| entry.parts.len() == states.len()) else {
             return Ok(());
@@ -186,7 +186,7 @@ impl Outbox {
         self.recover_as(position, destinations + record.encoded.0.len() as u32, record)
     }
 
-    /// A message that lies there stands as the record says.
+    /// Restores a stored message in the state of the record.
     fn recover_as(
         &mut self,
         position: Position,
@@ -195,7 +195,7 @@ impl Outbox {
     ) -> Result<(), RecordError> {
         let number = record.number;
         if self.entries.get(number).is_some() {
-            // It was moved to here; what is said is how it stood then.
+            // The message was moved here; the record holds its state at that time.
             self.discard(number);
         }
         let order: Option<Arc<str>> = record.order.as_deref().map(Arc::from);
@@ -225,7 +225,7 @@ impl Outbox {
             if let Some(binding) = &part.binding {
                 self.rebind(key, &binding.binding());
             }
-            // What was moved comes later than it was stored.
+            // A moved message comes later in the journal than in its key's order.
             self.enter_lane(key);
             match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
@@ -238,20 +238,20 @@ impl Outbox {
         Ok(())
     }
 
-    /// Binds a message as an earlier life did, and takes it from the node that it was bound to.
+    /// Restores a binding, and unbinds the message from its previous node.
     fn rebind(&mut self, key: DeliveryKey, binding: &Binding) {
         self.leave(key);
         let stream = self.stream_number(binding.node, binding.stream.clone());
         let bound = Bound { stream, seq: binding.seq };
         let Some(part) = self.part_mut(key) else { return };
         part.bound = Some(bound);
-        // That it was sent is written nowhere.
+        // The journal does not record whether it was sent.
         part.redelivered = true;
         let number = &mut self.streams[stream as usize];
         number.next = number.next.max(binding.seq + 1);
         number.outstanding.insert(binding.seq, key);
         self.peers.entry(binding.node).or_default().bound += 1;
-        // It has one number at a node: that it gave up another may not have been written.
+        // A message has one number at a node; the record that gave up another may be missing.
         let former = self.take_former(key, binding.node).filter(|former| *former != bound);
         former.into_iter().for_each(|given_up| self.release_number(given_up));
     }
@@ -274,8 +274,8 @@ impl Outbox {
         }
     }
 
-    /// The same for one that is to be sent again. Its message expires no more: that time may have
-    /// come, and it would be dead at once.
+    /// Revives a dead letter to be sent again. Its message no longer expires: its expiry may have
+    /// passed, and it would become a dead letter at once.
     pub(super) fn revive_for_good(&mut self, key: DeliveryKey) {
         self.revive(key);
         if let Some(rare) = self.entries.get_mut(key.number).and_then(|entry| entry.rare.as_mut()) {
@@ -294,13 +294,13 @@ impl Outbox {
         Ok(())
     }
 
-    /// The segments of the journal that has been read, and how long each is, in bytes.
+    /// Sets the existing segments and their lengths in bytes, once the journal is read.
     pub(crate) fn handle_segments(&mut self, segments: &[(u64, u64)]) {
         self.segments.found(segments);
         self.clean_due = true;
     }
 
-    /// The journal has been read: what is in it goes on its way.
+    /// Completes the recovery: the recovered messages are dispatched.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
         self.now = now.time;
         let parts = self.entries.iter().flat_map(|(number, entry)| {
@@ -313,7 +313,7 @@ impl Outbox {
         self.peers.values_mut().for_each(|peer| peer.down_since = now.time);
     }
 
-    /// What the outbox holds, in the order in which it was stored.
+    /// Returns the contents of the outbox, in the order in which they were stored.
     pub(crate) fn contents(&self) -> impl Iterator<Item = Contents> {
         self.entries.iter().flat_map(move |(number, entry)| {
             let parts = entry.parts.iter().enumerate();
@@ -336,13 +336,13 @@ impl Outbox {
         })
     }
 
-    /// The bytes of a message, from the journal's entry that it is in; `encoded` as it was stored.
+    /// Returns the encoded bytes of a message, as stored, from its journal entry.
     pub(crate) fn stored_message(entry: &[u8], number: u64) -> Result<Option<Bytes>, RecordError> {
         let mut all = Self::stored_messages(entry)?.into_iter();
         Ok(all.find(|(other, _)| *other == number).map(|(_, encoded)| encoded))
     }
 
-    /// The same of all messages that are in an entry, by their numbers.
+    /// Returns the encoded bytes of all messages in an entry, by their numbers.
     pub(crate) fn stored_messages(entry: &[u8]) -> Result<Vec<(u64, Bytes)>, RecordError> {
         let messages = match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) | OutboxRecord::Once(messages, _) => messages,
@@ -354,7 +354,7 @@ impl Outbox {
         Ok(messages.into_iter().map(encoded).collect())
     }
 
-    /// An entry of so many messages, as a transaction stores them.
+    /// Returns an entry of n messages, as a transaction stores them.
     #[cfg(test)]
     pub(crate) fn example_transaction(messages: u64) -> (Position, Vec<u8>) {
         let message = |number: u64| MessageRecord {

@@ -1,36 +1,36 @@
-//! What lies in which segment of the journal, and what its entries say of messages elsewhere.
+//! The content of each journal segment: its messages, and its records about messages elsewhere.
 
 use std::collections::BTreeMap;
 
 use crate::engine::delivery::ranges::Ranges;
 use crate::journal::Position;
 
-/// What a segment takes without an entry, in bytes.
+/// The size of a segment without entries, in bytes.
 const EMPTY: u64 = 48;
 
-/// A segment that is on the disk.
+/// A segment on the disk.
 #[derive(Debug, Default)]
 pub(super) struct Segment {
-    /// How long it is, as far as is known, in bytes.
+    /// The known length, in bytes.
     pub(super) size: u64,
-    /// How many messages lie in it that are not settled, and their bytes.
+    /// The number of unsettled messages stored here, and their bytes.
     pub(super) live: u64,
     pub(super) live_bytes: u64,
-    /// All messages that are stored in it, also those that lie elsewhere by now or are settled.
+    /// All messages stored here, also those since moved or settled.
     pub(super) messages: Ranges,
-    /// Those of which its other entries say something.
+    /// The messages about which its other entries hold records.
     pub(super) told: Ranges,
-    /// It is no longer wanted, and will be removed.
+    /// The segment is no longer needed, and is to be removed.
     pub(super) goes: bool,
 }
 
-/// The segments that are on the disk, by number.
+/// The segments on the disk, by number.
 #[derive(Debug, Default)]
 pub(super) struct Segments {
     all: BTreeMap<u64, Segment>,
-    /// The one that is being written, as far as is known; zero before there is one.
+    /// The newest known segment; zero before there is one.
     pub(super) newest: u64,
-    /// How much was written to them by now, in bytes.
+    /// The bytes written so far.
     pub(super) written: u64,
 }
 
@@ -51,7 +51,7 @@ impl Segments {
         self.all.get_mut(&number)
     }
 
-    /// There is an entry in the journal there; whether it is in a segment that is new.
+    /// Records an entry at a position; returns true if its segment is new.
     pub(super) fn reach(&mut self, position: Position) -> bool {
         let is_new = position.segment > self.newest;
         self.newest = self.newest.max(position.segment);
@@ -63,14 +63,14 @@ impl Segments {
         is_new
     }
 
-    /// The segments before that one, which is new, may be there too: a write to them failed.
+    /// Adds the segments between `last` and `new`, which may exist after failed writes.
     pub(super) fn suspect(&mut self, last: u64, new: u64) {
         for number in last + 1..new {
             self.all.entry(number).or_default().size += EMPTY;
         }
     }
 
-    /// These are on the disk, with their lengths; the last is the one that is being written.
+    /// Sets the existing segments and their lengths; the last is the current one.
     pub(super) fn found(&mut self, segments: &[(u64, u64)]) {
         let mut known = std::mem::take(&mut self.all);
         for (number, length) in segments {
@@ -81,7 +81,7 @@ impl Segments {
         self.newest = self.all.last_key_value().map_or(0, |(number, _)| *number);
     }
 
-    /// A message of that size lies there.
+    /// Adds an unsettled message to a segment.
     pub(super) fn enter(&mut self, number: u64, message: u64, size: u32) {
         let segment = self.all.entry(number).or_default();
         segment.live += 1;
@@ -89,12 +89,12 @@ impl Segments {
         segment.messages.insert(message);
     }
 
-    /// A message is stored there that is settled by now.
+    /// Adds a message to a segment that is settled by now.
     pub(super) fn store(&mut self, number: u64, message: u64) {
         self.all.entry(number).or_default().messages.insert(message);
     }
 
-    /// It is settled, or lies elsewhere; whether it was the last.
+    /// Removes a settled or moved message; returns true if it was the last.
     pub(super) fn leave(&mut self, number: u64, size: u32) -> bool {
         let Some(segment) = self.all.get_mut(&number) else { return false };
         segment.live -= 1;
@@ -102,13 +102,13 @@ impl Segments {
         segment.live == 0
     }
 
-    /// An entry there says something of messages.
+    /// Records that an entry of a segment holds records about messages.
     pub(super) fn tell(&mut self, number: u64, messages: impl Iterator<Item = u64>) {
         let segment = self.all.entry(number).or_default();
         messages.for_each(|message| _ = segment.told.insert(message));
     }
 
-    /// The same of all from `first` to `last`.
+    /// Records the same for the messages from `first` to `last`.
     pub(super) fn tell_range(&mut self, number: u64, first: u64, last: u64) {
         self.all.entry(number).or_default().told.insert_range(first, last);
     }

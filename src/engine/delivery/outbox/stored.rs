@@ -1,4 +1,4 @@
-//! What goes to the journal, and what it says of it.
+//! Appends to the journal, and their outcomes.
 
 use super::once::Group;
 use super::{
@@ -16,7 +16,7 @@ impl Outbox {
 
     pub(super) fn append_encoded(&mut self, entry: Vec<u8>, pending: Pending) {
         let persist = match pending {
-            // If it is lost, what it tells of comes once more, and is known there.
+            // If the record is lost, the messages are sent again, and the receiver recognises them.
             Pending::Settled(..) => Persist::Lazy,
             Pending::Noted(_) => Persist::Flush,
             _ => Persist::Sync,
@@ -36,7 +36,7 @@ impl Outbox {
         self.actions.push_back(OutboxAction::Append { token, entry, messages, persist, need });
     }
 
-    /// Appends an entry as the first of a segment.
+    /// Appends an entry at the start of a new segment.
     pub(super) fn append_first(&mut self, record: &OutboxRecord<'_>, pending: Pending) {
         let (token, entry) = (self.token_for(pending), record.encode());
         self.actions.push_back(OutboxAction::AppendFirst { token, entry });
@@ -49,7 +49,7 @@ impl Outbox {
         token
     }
 
-    /// Stores, without a sync, what was settled since the last time.
+    /// Writes, without a sync, the destinations settled since the last call.
     pub(super) fn store_settled(&mut self) {
         if self.settled.is_empty() || self.disk_retry.is_some() {
             return;
@@ -60,7 +60,7 @@ impl Outbox {
         self.append(&record, Pending::Settled(settled, numbers));
     }
 
-    /// Stores, without a sync, what is said of messages.
+    /// Writes a record about messages, without a sync.
     pub(super) fn note(
         &mut self,
         record: &OutboxRecord<'_>,
@@ -69,7 +69,7 @@ impl Outbox {
         self.append(record, Pending::Noted(messages.into_iter().collect()));
     }
 
-    /// An entry was stored, or can't be.
+    /// Handles the outcome of an append.
     pub(crate) fn handle_appended(
         &mut self,
         now: Now,
@@ -81,7 +81,7 @@ impl Outbox {
             let last = self.segments.newest;
             if self.segments.reach(*position) {
                 self.segments.suspect(last, position.segment);
-                // The one before it may be worth cleaning.
+                // The previous segment may be worth cleaning.
                 self.clean_due = true;
             }
         }
@@ -130,7 +130,7 @@ impl Outbox {
                     if part.state == State::Binding {
                         match part.redelivered {
                             true => self.leave(key),
-                            // An entry of its own may say that it is bound.
+                            // An entry of its own may record the binding.
                             false => self.free(key),
                         }
                         self.pause(now, key, 0, true);
@@ -154,7 +154,7 @@ impl Outbox {
                 self.written.push_back(Written { token, settled, numbers });
             }
             (Some(Pending::Settled(settled, numbers)), Err(_)) => {
-                // With what is settled next.
+                // The next record of settled destinations includes these.
                 self.settled.extend(settled);
                 self.unreleased.extend(numbers);
                 self.disk_retry = Some(now.time + DISK_RETRY);
@@ -189,7 +189,7 @@ impl Outbox {
         }
     }
 
-    /// What was written before may be gone, whatever a later sync says: it is said again.
+    /// Repeats unsynced settled records, which may be lost even if a later sync succeeds.
     pub(super) fn doubt_written(&mut self) {
         for Written { settled, numbers, .. } in std::mem::take(&mut self.written) {
             self.settled.extend(settled);
@@ -197,7 +197,7 @@ impl Outbox {
         }
     }
 
-    /// A segment says that these ids are those of messages that are stored once.
+    /// Remembers the ids of messages stored once, which a segment records.
     pub(super) fn remember_ids(&mut self, segment: u64, ids: Vec<(MessageId, u64)>) {
         if ids.is_empty() {
             return;
@@ -224,7 +224,7 @@ impl Outbox {
         }
     }
 
-    /// Sets a stored message on its way, as far as it may go.
+    /// Advances a stored message through its states as far as possible.
     pub(super) fn activate(&mut self, now: Now, key: DeliveryKey) {
         let Some(entry) = self.entries.get(key.number) else { return };
         let rare = entry.rare.as_deref();
@@ -241,7 +241,7 @@ impl Outbox {
         }
     }
 
-    /// Whether it is for a durable subscription that was given up meanwhile.
+    /// Returns true if the message is for a durable subscription that has since ended.
     pub(super) fn is_unwanted(&self, key: DeliveryKey) -> bool {
         match self.part(key).map(|part| &self.targets[part.target as usize]) {
             Some(Target::Subscription(node, name)) => {

@@ -1,11 +1,11 @@
-//! Which segments go, in which order, and what is said again before.
+//! The choice and order of removed segments, and the records rewritten before.
 
 use super::*;
 
 const FULL: Room = Room { level: Level::Full, bytes: 1 << 20, last: 0 };
 const SCARCE: Room = Room { level: Level::Scarce, ..FULL };
 
-/// A bench with room for many messages, whose segments are short.
+/// A bench with space for many messages, and short segments.
 fn bench() -> Bench {
     let mut bench = Bench::new(None);
     let config = &mut bench.outbox.config;
@@ -20,12 +20,12 @@ impl Bench {
         self.run();
     }
 
-    /// Messages for a node that isn't there.
+    /// Submits messages for an absent node.
     fn wait(&mut self, messages: usize) {
         (0..messages).for_each(|_| _ = self.submit(Target::Node(CAROL)).unwrap());
     }
 
-    /// Goes on in a segment of its own.
+    /// Continues in a new segment.
     fn turn_over(&mut self) {
         self.segment += 1;
         self.process(1);
@@ -40,7 +40,7 @@ fn with_room_enough_nothing_is_written_again() {
     bench.turn_over();
     bench.process(9);
     bench.turn_over();
-    assert!(bench.removed.contains(&2), "nothing lies in it: {:?}", bench.removed);
+    assert!(bench.removed.contains(&2), "it holds no message: {:?}", bench.removed);
     assert!(!bench.removed.contains(&1));
     let moved = |bench: &Bench| {
         let all = bench.journal.iter().filter(|(at, _)| at.segment > 1);
@@ -48,7 +48,7 @@ fn with_room_enough_nothing_is_written_again() {
     };
     assert_eq!(moved(&bench), 0);
     bench.room(SCARCE);
-    assert_eq!(moved(&bench), 1, "there is little room");
+    assert_eq!(moved(&bench), 1, "space is scarce");
     assert!(bench.removed.contains(&1));
     let bench = bench.restart();
     assert_eq!(bench.outbox.pending(), 1);
@@ -77,7 +77,7 @@ fn the_segment_goes_first_that_frees_the_most_for_what_it_costs() {
 #[test]
 fn what_says_that_a_message_is_settled_is_said_again_while_its_bytes_are_there() {
     let mut bench = bench();
-    // Its bytes stay: too much lies beside it.
+    // Its segment stays: too many live messages are in it.
     bench.wait(9);
     bench.submit(Target::Node(BOB)).unwrap();
     let id = bench.sent.last().unwrap().1.id.clone();
@@ -124,7 +124,7 @@ fn a_copy_of_what_is_settled_meanwhile_does_not_come_back() {
     bench.submit(Target::Node(BOB)).unwrap();
     let id = bench.sent.last().unwrap().1.id.clone();
     bench.process(90);
-    // It is moved, and the first copy stays on the disk.
+    // The message is moved, and its first copy stays on the disk.
     bench.kept = Some(1);
     bench.turn_over();
     bench.room(SCARCE);
@@ -132,7 +132,7 @@ fn a_copy_of_what_is_settled_meanwhile_does_not_come_back() {
     let copies = |bench: &Bench| bench.journal.iter().filter(copy).count();
     let last = bench.segment;
     assert_eq!(copies(&bench), 2);
-    // That it is settled is not stored before its last copy goes.
+    // The settled record is not stored before the last copy is removed.
     bench.process(90);
     bench.forgetful = true;
     bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);

@@ -1,4 +1,4 @@
-//! Which of several instances a message goes to, and when to another.
+//! The choice among instances of a service, and reassignment.
 
 use super::*;
 
@@ -22,7 +22,7 @@ fn a_message_stays_with_its_node_unless_reassigning_is_wanted() {
         };
         assert_eq!((to, wanted), (CAROL, Some(HOUR / 2)));
         assert!(delivery.redelivered);
-        // Whoever says first that it is processed settles it.
+        // The first answer that it is processed settles it.
         bench.meet(BOB);
         assert!(bench.answer(BOB, &first, 1, DeliveryOutcome::Processed));
         assert_eq!(bench.done, [(1, Ok(()))]);
@@ -58,7 +58,7 @@ fn what_was_never_sent_goes_to_whoever_is_there_also_after_a_restart() {
     bench.meet(CAROL);
     let [(to, second)] = &bench.sent[..] else { panic!("{:?}", bench.sent) };
     assert_eq!((*to, second.redelivered), (CAROL, false));
-    // Of the first nobody knows whether it was processed.
+    // The first message may or may not have been processed.
     bench.meet(BOB);
     let (to, first) = bench.sent.last().unwrap();
     assert_eq!((*to, first.redelivered), (BOB, true));
@@ -74,7 +74,7 @@ fn what_is_behind_its_key_goes_to_others_with_what_it_is_behind() {
     bench.key = Some("in order");
     bench.submit(service()).unwrap();
     let second = bench.submit(service()).unwrap();
-    // An earlier version gave it to him when it was stored.
+    // An earlier version bound it to him when it was stored.
     let key = DeliveryKey { number: second, part: 0 };
     let bound = bench.outbox.reassign_to(key, Some(BOB)).unwrap();
     bench.journal.push((Position { segment: 1, offset: 99, length: 0 }, bound));
@@ -103,7 +103,7 @@ fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
         bench.sleep(2 * minute);
         assert_eq!(bench.sent.last().unwrap().0, CAROL);
         if restarts {
-            // What was stored first is in a segment that is removed.
+            // The first copy is in a segment that is removed.
             let old = bench.journal.len();
             bench.outbox.moving = 1;
             bench.outbox.handle_read(bench.now(), number, Some(Bytes::from_static(b"encoded")));
@@ -114,7 +114,7 @@ fn what_comes_back_to_a_node_has_the_number_that_it_had_there() {
         } else {
             bench.lose(CAROL);
         }
-        // He may have processed it, and knows it by its number.
+        // He may have processed it, and recognises it by its number.
         bench.meet(BOB);
         bench.sleep(2 * minute);
         let (to, again) = bench.sent.last().unwrap().clone();
@@ -137,7 +137,7 @@ fn a_number_that_was_given_up_is_not_taken_again_even_if_nothing_says_so() {
     bench.sleep(minute);
     let (to, second) = bench.sent.last().unwrap().clone();
     assert!(to == BOB && second.id != refused.id);
-    // The disk refused the entry that he is rid of the first.
+    // The disk refused the entry that unbinds him from the first.
     let given_up = OutboxRecord::Bound(vec![(1, 0, None)]).encode();
     let before = bench.journal.len();
     bench.journal.retain(|(_, entry)| *entry != given_up);
@@ -167,7 +167,7 @@ fn what_was_reassigned_is_not_sent_to_its_old_node_under_its_new_number() {
     bench.lose(BOB);
     bench.serving = vec![CAROL];
     bench.meet(CAROL);
-    // Her window is full of another.
+    // Her window is full with another message.
     bench.submit(service()).unwrap();
     assert_eq!(bench.sent.last().unwrap().0, CAROL);
     bench.sleep(2 * minute);

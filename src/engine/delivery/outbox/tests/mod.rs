@@ -1,4 +1,4 @@
-//! What the simulator doesn't ask: wrong answers, absences, limits.
+//! Cases that the simulator does not cover: wrong answers, absences, limits.
 
 mod cleaning;
 mod instances;
@@ -21,7 +21,7 @@ const BOB: NodeId = NodeId::from_bytes([2; 32]);
 const CAROL: NodeId = NodeId::from_bytes([3; 32]);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// An outbox whose journal keeps what it is told at once.
+/// An outbox whose journal stores entries at once.
 struct Bench {
     outbox: Outbox,
     now: Duration,
@@ -31,25 +31,25 @@ struct Bench {
     sent: Vec<(NodeId, Delivery)>,
     done: Vec<(u64, Result<(), DeadLetterReason>)>,
     events: Vec<OutboxEvent>,
-    /// The disk refuses everything.
+    /// The disk refuses all appends.
     full: bool,
     refused: usize,
-    /// What is to be sent can't be read.
+    /// Messages to be sent can't be read.
     damaged: bool,
-    /// That message can't be read to be stored once more.
+    /// The message that can't be read to be rewritten.
     unreadable: Option<u64>,
     reads: usize,
-    /// What is appended lies there.
+    /// The segment of appended entries.
     segment: u64,
     removed: Vec<u64>,
-    /// That segment can't be removed.
+    /// The segment that can't be removed.
     kept: Option<u64>,
-    /// What can be written later is never written.
+    /// Entries that may be written later are never written.
     forgetful: bool,
 }
 
 impl NewMessage {
-    /// Has it stored once, under that id.
+    /// Marks the message as stored once, with that id.
     fn once_as(&mut self, id: MessageId) {
         Arc::make_mut(&mut self.envelope).header.id = id;
         self.once = true;
@@ -139,7 +139,7 @@ impl Bench {
         }
     }
 
-    /// There is little room, and segments are short.
+    /// Makes space scarce, and segments short.
     fn scarce(&mut self) {
         let config = &mut self.outbox.config;
         (config.max_messages, config.max_bytes, config.segment_size) = (1000, 1 << 20, 1000);
@@ -147,7 +147,7 @@ impl Bench {
         self.outbox.handle_room(self.now(), room);
     }
 
-    /// So many messages come and are processed.
+    /// Submits n messages and has them processed.
     fn process(&mut self, messages: usize) {
         for _ in 0..messages {
             self.submit(Target::Node(BOB)).unwrap();
@@ -169,7 +169,7 @@ impl Bench {
         Outbox::stored_message(entry, number).unwrap()
     }
 
-    /// The next life, from what is in the journal.
+    /// Restarts the outbox from its journal.
     fn restart(self) -> Self {
         let mut next = Self { journal: self.journal, ..Self::new(None) };
         let epoch = self.outbox.config.epoch + 1;
@@ -251,7 +251,7 @@ fn an_answer_to_no_message_or_from_another_peer_changes_nothing() {
     other.stream.epoch += 1;
     assert!(!bench.answer(BOB, &other, 1, DeliveryOutcome::Processed));
     assert!(!bench.answer(CAROL, &id, 1, DeliveryOutcome::Processed));
-    // An attempt that never was can't fail.
+    // An attempt that was never made can't fail.
     bench.answer(BOB, &id, 2, DeliveryOutcome::Rejected("no".into()));
     assert!(bench.done.is_empty() && bench.outbox.pending() == 1);
     assert!(
@@ -322,7 +322,7 @@ fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
     for _ in 0..20 {
         bench.sleep(minute);
     }
-    assert_eq!(bench.reads, MOST_UNREADABLE as usize, "and not for ever");
+    assert_eq!(bench.reads, MOST_UNREADABLE as usize, "a limited number of times");
     assert_eq!(bench.done, [(1, Err(DeadLetterReason::Unreadable))]);
     assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
     bench.damaged = false;
@@ -335,7 +335,7 @@ fn a_message_that_cannot_be_read_becomes_a_dead_letter_and_keeps_no_segment() {
         bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
     }
     bench.sleep(minute);
-    assert!(bench.removed.contains(&1), "the segment that it was in can go");
+    assert!(bench.removed.contains(&1), "its segment can be removed");
     bench = bench.restart();
     assert_eq!((bench.outbox.pending(), bench.outbox.dead_letters()), (0, 1));
 }
@@ -375,7 +375,7 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
         bench.answer(BOB, &id, 1, DeliveryOutcome::Rejected("no".into()));
         assert_eq!(bench.sent.len(), if hold { 1 } else { 2 });
 
-        // After a restart, and after that once more with the dead letter replayed.
+        // After a restart, then after another one with the dead letter replayed.
         let first = DeliveryKey { number: 1, part: 0 };
         for replayed in [false, true] {
             if replayed {
@@ -391,7 +391,7 @@ fn a_dead_letter_holds_up_its_key_if_that_is_wanted_until_it_is_replayed() {
             }
             assert_eq!(bench.outbox.dead_letters(), u64::from(!replayed));
         }
-        // The replayed one is before the other again.
+        // The replayed message precedes the other again.
         let id = bench.sent[0].1.id.clone();
         bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
         assert_eq!(bench.done, [(1, Ok(()))]);
@@ -450,7 +450,7 @@ fn an_answer_to_what_is_still_being_stored_settles_nothing() {
     bench.full = true;
     let mut next = first.id.clone();
     next.seq += 1;
-    // As `submit` does, but for the journal's word.
+    // As in `submit`, but without the journal's outcome.
     let message = bench.message(Target::Node(BOB));
     bench.outbox.submit(bench.now(), smallvec![message], &mut |_, _, _| None).unwrap();
     let answer = Answer { id: next, attempt: 1, outcome: DeliveryOutcome::Processed };
@@ -525,7 +525,7 @@ fn an_id_is_remembered_for_so_many_full_segments_and_any_number_of_short_ones() 
         bench.run();
         for segment in 1..=100 {
             bench.segment = segment;
-            // As long as the segment is to be.
+            // The entry is as long as the segment.
             let position = Position { segment, offset: 0, length };
             bench.outbox.segments.reach(position);
             for sent in std::mem::take(&mut bench.sent) {

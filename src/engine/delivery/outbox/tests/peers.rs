@@ -1,4 +1,4 @@
-//! What is known of peers, and for how long.
+//! Known peers, and how long they are remembered.
 
 use super::*;
 
@@ -22,7 +22,7 @@ fn a_peer_whose_messages_go_to_others_is_reported_too() {
     }
     assert_eq!(bench.events, [OutboxEvent::PeerGone { peer: BOB, messages: 1 }]);
     let due = bench.outbox.peer_timeout().unwrap();
-    assert!(due > bench.now().time, "and is not looked at all the time");
+    assert!(due > bench.now().time, "no busy loop");
 }
 
 #[test]
@@ -62,13 +62,13 @@ fn peers_that_nothing_is_kept_for_are_forgotten_when_they_go() {
     let name: ServiceName = "billing".parse().unwrap();
     bench.outbox.handle_link_up(BOB);
     bench.lose(BOB);
-    assert_eq!(bench.outbox.peers.len(), 1, "he told of no inbox");
+    assert_eq!(bench.outbox.peers.len(), 1, "he announced no inbox");
     bench.submit(Target::Node(BOB)).unwrap();
     bench.outbox.handle_link_up(BOB);
     bench.lose(BOB);
     assert!(bench.outbox.peers[&BOB].waiting == 1, "one waits for him");
 
-    // Those with nothing are forgotten for others, those with a subscription are not.
+    // Peers without messages are forgotten in favour of others; peers with a subscription are not.
     for number in 0..MAX_PEERS + 10 {
         bench.meet(minted(number));
         bench.lose(minted(number));
@@ -93,7 +93,7 @@ fn who_was_never_met_is_missed_from_when_something_waits_for_it() {
     assert_eq!(bench.events, []);
     bench.sleep(HOUR);
     assert_eq!(bench.events.len(), 1);
-    // Once he is there, nothing waits.
+    // Once he is connected, no message waits.
     bench.meet(BOB);
     assert_eq!(bench.outbox.peers[&BOB].waiting, 0);
 }
@@ -108,8 +108,8 @@ fn a_subscription_that_is_ended_leaves_nothing_behind() {
     let kept = bench.submit(subscription.clone()).unwrap();
     let message = bench.message(subscription.clone());
     bench.subscribe(BOB, &[&name], &[]);
-    assert_eq!(bench.sent.len(), 1, "it is on its way");
-    // One more is being stored.
+    assert_eq!(bench.sent.len(), 1, "it is in flight");
+    // One more message is being stored.
     let choose: &mut Choose<'_> = &mut |_, _, _| None;
     let storing = bench.outbox.submit(bench.now(), smallvec![message], choose).unwrap()[0].number();
     bench.subscribe(BOB, &[], &[&name]);
@@ -167,14 +167,14 @@ fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
         bench.outbox.handle_inbox(BOB, info);
         bench.run();
     }
-    assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "it has one for each life");
+    assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "a process has one inbox");
     for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
         let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
         let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ended: Vec::new() };
         bench.outbox.handle_inbox(BOB, info);
         bench.run();
     }
-    assert_eq!(bench.journal.len(), stored + 1, "whom it meets is stored, and no more for now");
+    assert_eq!(bench.journal.len(), stored + 1, "a new peer is stored at once, nothing else yet");
     bench.sleep(2 * DISK_RETRY);
-    assert_eq!(bench.journal.len(), stored + 2, "what it is now");
+    assert_eq!(bench.journal.len(), stored + 2, "the current state");
 }
