@@ -226,8 +226,8 @@ impl Config {
         /// The longest accepted body, in bytes: 1 MiB by default, and never more than half of
         /// [`Config::window`].
         max_body: usize;
-        /// The credit of a peer in each lane (events, calls, replies), in bytes in flight or
-        /// unread: 4 MiB by default, at least 512 KiB.
+        /// The credit of a peer in each lane (events, calls, replies, guaranteed messages), in
+        /// bytes in flight or unread: 4 MiB by default, at least 512 KiB.
         window: u64;
         /// The limit of the send queue of each peer and lane, in bytes: 4 MiB by default. Beyond
         /// it, messages for that peer are dropped and counted.
