@@ -61,7 +61,7 @@ class Client:
         self.send(hello)
 
     def send(self, *records):
-        """One batch: what was consumed, then records. Without records it is a heartbeat."""
+        """Sends a batch: the consumed counts, then the records. Without records it is a heartbeat."""
         packed = [msgpack.packb(record) for record in records]
         framed = b"".join(struct.pack(">I", len(record)) + record for record in packed)
         self.socket.send_multipart([msgpack.packb([1] + self.consumed), framed])
@@ -76,7 +76,7 @@ class Client:
         self.send([REQUEST, request, service, body, None, None, True, 5000])
 
     def run(self):
-        """Handles what comes, until the peer says goodbye."""
+        """Handles incoming batches until the peer sends a bye."""
         while True:
             if self.socket.poll(100):
                 preamble, *frames = self.socket.recv_multipart()
@@ -89,7 +89,7 @@ class Client:
 
     def handle_batch(self, frames):
         records, bodies = frames[0] if frames else b"", iter(frames[1:])
-        last = (None, None)  # the id and destination that later records leave out
+        last = (None, None)  # the id and destination that later records omit
         while records:
             (size,) = struct.unpack_from(">I", records)
             record = msgpack.unpackb(records[4 : 4 + size])
@@ -113,7 +113,7 @@ class Client:
         if record[0] == HELLO:
             self.peer, name, services = record[2], record[4], [name for name, _ in record[9] or []]
             print(f"met {name}, which serves {services}", flush=True)
-            if self.id < self.peer:  # the smaller id decides, and there is but one link
+            if self.id < self.peer:  # the smaller id decides which link stays; here there is only one
                 self.send([ACCEPT])
                 self.handle_link()
         elif record[0] == ACCEPT:

@@ -5,7 +5,7 @@ use std::time::Duration;
 use peerbus::{Call, HandlerError, MeshName, Node, RequestError};
 
 async fn square_root(call: Call) -> Result<String, HandlerError> {
-    // Any error turns into one that the caller sees, so `?` works.
+    // Any error becomes one that the caller receives, so `?` works.
     let number: f64 = call.message.text().parse()?;
     if number < 0.0 {
         return Err(HandlerError::new("negative", format!("{number} has no real square root")));
@@ -30,7 +30,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
 
-    // A rolling deploy: take no more calls, finish those that run.
+    // A rolling deploy: accept no more calls, finish the running ones.
     service.drain().await;
     client.shutdown().await;
     server.shutdown().await;

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use common::private_dir;
 use tempfile::TempDir;
 
-/// A host of its own for the processes of one test.
+/// A host for the processes of one test.
 struct Shell {
     dir: TempDir,
 }
@@ -37,7 +37,7 @@ impl Shell {
     }
 }
 
-/// A process that is ended with the test.
+/// A process that is killed at the end of the test.
 struct Running {
     child: Child,
     lines: BufReader<ChildStdout>,
@@ -120,7 +120,7 @@ fn wrong_input_is_explained_and_fails() {
     let shell = Shell::new();
     fails(&shell.run(&["pub", "a..b", "x"]), "empty token");
     fails(&shell.run(&["sub", "a.>.b"]), "wildcard");
-    fails(&shell.run(&["pub", "lonely", "x", "--wait", "50ms"]), "nobody subscribes to lonely");
+    fails(&shell.run(&["pub", "lonely", "x", "--wait", "50ms"]), "no node subscribes to lonely");
     fails(&shell.run(&["request", "nobody", "x", "--wait", "50ms"]), "no node serves nobody");
     fails(&shell.run(&["send", "--node", "xyz", "x"]), "not a node id");
     fails(&shell.run(&["peers", "--mesh", "a/b"]), "mesh name");
@@ -164,7 +164,7 @@ fn each_benchmark_runs_and_names_its_reference() {
         &["bench", "restart", "--pending=100", "--dir", dir],
         &["bench", "scale", "--rounds=1", "--rest=1", "--nodes=3", "--by=gossip"],
     ];
-    // What a process takes can only be measured on Linux.
+    // CPU time and memory of a process can be measured on Linux only.
     let here =
         |args: &&&[&str]| cfg!(target_os = "linux") || !matches!(args[1], "scale" | "restart");
     for args in quick.iter().filter(here) {
@@ -180,7 +180,7 @@ fn each_benchmark_runs_and_names_its_reference() {
     }
     let nobody_reads = shell.run(&["bench", "throughput", "--subscribers=2", "--stalled=2"]);
     let error = String::from_utf8_lossy(&nobody_reads.stderr).into_owned();
-    assert!(!nobody_reads.status.success() && error.contains("has to read"), "{error}");
+    assert!(!nobody_reads.status.success() && error.contains("--stalled must be less"), "{error}");
 }
 
 const COMPARED: &str = r#"
@@ -233,13 +233,13 @@ fn the_comparison_counts_what_each_system_does_and_makes_a_page() {
     }
     assert!(of(0, "outbox").is_none(), "a request is not guaranteed");
     let kept = of(2, "outbox").unwrap();
-    // Those that the receiver had handled, and not yet stored that it had, come again.
+    // Messages that were handled, but whose processed records were not stored, are redelivered.
     assert_eq!(&kept["lost"], &0, "{kept}");
     let page = std::fs::read_to_string(page).unwrap();
     assert!(page.contains("the receiver is killed") && page.ends_with("</html>\n"));
 }
 
-/// The processes that one has started.
+/// The child processes of a process.
 #[cfg(target_os = "linux")]
 fn children(pid: u32) -> Vec<(u32, String)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
@@ -268,7 +268,7 @@ fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The second broker, once its nodes are there.
+    // The second broker, once its nodes are running.
     let mut first = None;
     let second = loop {
         let children = children(bench.id());
@@ -291,7 +291,7 @@ fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
     assert_eq!(report["workloads"][0]["results"][0]["system"], "embedded");
     assert_eq!(report["workloads"][1]["results"], serde_json::json!([]));
     assert!(report["cut_short"].as_str().unwrap().contains("the broker ended"));
-    // Nothing of it is left.
+    // None of its processes are left.
     let left: Vec<_> = std::fs::read_dir(shell.dir.path()).unwrap().flatten().collect();
     assert_eq!(left.len(), 1, "{left:?}");
 }
@@ -306,7 +306,7 @@ fn a_wrong_broker_or_workload_is_explained() {
     if !cfg!(feature = "rabbitmq") {
         fails(&shell.run(&["pub", "a", "b", "--broker", "amqp://x"]), "feature `rabbitmq`");
     }
-    // Nobody listens where somebody did.
+    // No process listens on this address any more.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let nowhere = format!("peerbus://{}", listener.local_addr().unwrap());
     drop(listener);
@@ -318,7 +318,7 @@ fn a_wrong_broker_or_workload_is_explained() {
     fails(&shell.run(&["bridge", "--export", "a"]), "--broker URL");
     fails(&shell.run(&["bridge", "--broker", &nowhere]), "nothing to bridge");
     fails(&shell.run(&["bench", "tradeoff", "nofile.toml"]), "nofile.toml");
-    fails(&shell.run(&["bench", "tradeoff", "--workload", "nope"]), "there are request,");
+    fails(&shell.run(&["bench", "tradeoff", "--workload", "nope"]), "choose one of request,");
     let file = shell.dir.path().join("w.toml");
     for (line, wanted) in [
         ("sized = 5", "unknown field `sized`"),
@@ -365,7 +365,7 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     fails(&shell.run(&["outbox", "list", &receiver]), "another process uses it");
     assert!(stdout(&shell.run(&["outbox", "list", &sender])).contains("no messages in"));
 
-    // What expires is a dead letter, which can be tried again.
+    // An expired message is a dead letter, which can be replayed.
     let args = ["send", "nobody", "late", "--no-mdns", "--outbox", &sender];
     let expired = shell.run(&[&args[..], &["--expires", "1ms", "--wait", "30s"]].concat());
     fails(&expired, "it expired");
@@ -458,7 +458,7 @@ fn a_reader_that_goes_away_and_a_full_disk_are_no_reason_to_panic() {
         let told = String::from_utf8(output.stderr).unwrap();
         assert!(told.contains("standard output") && told.contains("No space"), "{args:?}: {told}");
         assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
-        // Nor is there a way to say so.
+        // The error can't be printed either.
         let mut command = shell.command(args);
         let output = command.stdout(full.try_clone().unwrap()).stderr(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{args:?}");
@@ -489,7 +489,7 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
     second.child.wait().unwrap();
 
-    // Of many it takes as many as it was asked for, and leaves the rest for the next run.
+    // It receives only as many messages as requested, and leaves the rest for the next run.
     for kept in ["1 kept", "2 kept"] {
         assert!(stdout(&publish("again", "0s")).contains(kept));
     }
@@ -498,7 +498,7 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     for (count, bodies) in [("1", &["again"][..]), ("2", &["again", "last"])] {
         let mut taking = sub(count);
         for body in bodies {
-            // What was on its way when the first run ended may have been handled there.
+            // A message in flight when the first run ended may have been handled there.
             let line = taking.line().replace(" (redelivered)", "");
             assert_eq!(line, format!("orders.new {body}\n"));
         }
@@ -571,7 +571,7 @@ fn a_reader_that_goes_away_makes_no_dead_letter() {
     });
 }
 
-/// A node's keys, and all that it and others have written about them.
+/// A node's keys, and all that it and other nodes have logged about them.
 #[test]
 fn secrets_are_in_no_log_at_any_level() {
     let shell = Shell::new();

@@ -182,7 +182,10 @@ impl To {
                 return anyhow::anyhow!(trouble);
             }
             let met = node.peers().len();
-            anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
+            anyhow::anyhow!(
+                "timed out after {}: no node serves {service} (met {met} nodes)",
+                self.wait
+            )
         })?;
         Ok(Recipient::Service(service))
     }

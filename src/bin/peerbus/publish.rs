@@ -68,10 +68,10 @@ impl Publish {
             }
             let who = match self.subscribers {
                 1 if durable => "no durable subscription is known".to_owned(),
-                1 => "nobody subscribes".to_owned(),
+                1 => "no node subscribes".to_owned(),
                 wanted => format!("fewer than {wanted} nodes subscribe"),
             };
-            bail!("{who} to {} (waited {}, met {met} nodes)", self.topic, self.wait);
+            bail!("timed out after {}: {who} to {} (met {met} nodes)", self.wait, self.topic);
         }
         let (mut queued, mut dropped, mut receipts) = (0, 0, Vec::new());
         for _ in 0..self.count {

@@ -209,7 +209,7 @@ impl Sender {
 
 /// The times at which a sender's messages are due.
 struct Schedule {
-    /// Nanoseconds of the wall clock.
+    /// Nanoseconds of the monotonic clock.
     start: u64,
     end: u64,
     rate: Option<f64>,

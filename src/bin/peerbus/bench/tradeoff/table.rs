@@ -2,7 +2,7 @@
 
 use super::report::{Outcome, Report, Spread};
 
-/// Of the column with the systems' names.
+/// The width of the column with the systems' names.
 const WIDE: usize = 17;
 
 pub(super) fn text(report: &Report) -> String {
