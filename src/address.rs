@@ -287,8 +287,8 @@ impl ServiceName {
 
 /// The name that separates meshes which share a network or a host; `default` unless set.
 ///
-/// It consists of 1 to 24 of the characters `a-z A-Z 0-9 - _`, since it is also a folder's name and
-/// must leave room in the path of a Unix socket, which macOS limits to 104 bytes.
+/// A name consists of 1 to 24 of the characters `a-z A-Z 0-9 - _`, since it is also a folder's name
+/// and must leave room in the path of a Unix socket, which macOS limits to 104 bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeshName(Arc<str>);
 checked_text!(MeshName);

@@ -57,7 +57,7 @@ pub struct BridgeBuilder {
 /// The direction of a crossing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Way {
-    /// From the inner node's side to the outer one's.
+    /// Inner side to outer side.
     Export,
     Import,
 }
@@ -290,9 +290,9 @@ struct Seen(Mutex<(HashMap<MessageId, Way>, VecDeque<MessageId>)>);
 #[derive(Debug, PartialEq, Eq)]
 enum Sight {
     New,
-    /// It has come from this side before.
+    /// A message that came from this side before.
     Again,
-    /// It has come from the other side before.
+    /// A message that came from the other side before.
     Echo,
 }
 

@@ -213,7 +213,7 @@ mod guaranteed {
         }
     }
 
-    /// How often each message arrived, once all have.
+    /// The number of arrivals of each message, once all have arrived.
     async fn take(
         mut messages: mpsc::UnboundedReceiver<peerbus::Message>,
         wanted: usize,

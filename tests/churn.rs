@@ -41,7 +41,7 @@ async fn take_part(name: &str, dir: &str) {
     let node = Node::builder().name(name).runtime_dir(dir).mdns(false).start().await.unwrap();
     let mut heard = node.subscribe("churn.>").unwrap();
     tokio::spawn(async move { while heard.recv().await.is_some() {} });
-    // It answers once it is linked to all others and to the requester.
+    // The service answers once the node is linked to all others and to the requester.
     let asked = node.clone();
     let answer = move |_: Call| {
         let asked = asked.clone();

@@ -489,7 +489,8 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
     second.child.wait().unwrap();
 
-    // It receives only as many messages as requested, and leaves the rest for the next run.
+    // The subscriber receives only as many messages as requested, and leaves the rest for the next
+    // run.
     for kept in ["1 kept", "2 kept"] {
         assert!(stdout(&publish("again", "0s")).contains(kept));
     }

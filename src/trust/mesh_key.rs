@@ -14,9 +14,9 @@ use crate::private::{self, LoosePermissions};
 
 /// A mesh key: 256 random bits, shared by the nodes of a mesh.
 ///
-/// As text it is `peerbus-mesh-` and 58 characters of base32 (RFC 4648, lower case), which end in a
-/// checksum, so that a typo is detected. It is always generated, never chosen: anyone who made one
-/// connection could guess a short secret offline.
+/// The text form is `peerbus-mesh-` and 58 characters of base32 (RFC 4648, lower case), which end
+/// in a checksum, so that a typo is detected. A key is always generated, never chosen: anyone who
+/// made one connection could guess a short secret offline.
 ///
 /// Neither `Debug` nor any error shows it.
 #[derive(Clone, PartialEq, Eq)]

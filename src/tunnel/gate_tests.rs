@@ -38,7 +38,7 @@ fn a_frame_that_claims_the_memory_of_the_world_is_cut_at_its_header() {
     let mut header = vec![FLAG_LONG];
     header.extend_from_slice(&(1u64 << 45).to_be_bytes());
     assert_eq!(pass(&mut Gate::new(LIMITS), &header), Err(Refusal::TooLarge));
-    // The same header right after the greeting, in place of READY.
+    // The same header right after the greeting, instead of READY.
     let bytes = [&greeting()[..], &header].concat();
     assert_eq!(bytes.len(), 73);
     assert_eq!(Gate::new(LIMITS).handshake(&mut bytes[..].into()), Err(Refusal::Ready));

@@ -111,7 +111,7 @@ async fn a_proof_that_is_handed_back_proves_nothing() {
     stream.write_all(&theirs).await.unwrap();
     stream.flush().await.unwrap();
     assert_eq!(scene.refused.recv().await, Some(Refusal::MeshKey));
-    // It receives this verdict, and nothing else.
+    // The peer receives this verdict, and nothing else.
     let mut verdict = Vec::new();
     let _reset = stream.read_to_end(&mut verdict).await;
     assert_eq!(verdict, [Verdict::NoMeshKey as u8]);

@@ -104,7 +104,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Bridge(bridge) => bridge.run().await,
         Command::Keygen(keygen) => keygen.run(),
         Command::Peers(peers) => peers.run().await,
-        // It blocks on the disk.
+        // The command blocks on the disk.
         Command::Outbox(outbox) => tokio::task::spawn_blocking(|| outbox.run()).await?,
         Command::Bench(bench) => bench.run().await,
     }

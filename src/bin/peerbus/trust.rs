@@ -31,7 +31,7 @@ pub(crate) struct TrustOptions {
     /// all may do everything; with --trusted-keys, nothing]
     #[arg(long, value_name = "FILE", env = "PEERBUS_RULES")]
     rules: Option<PathBuf>,
-    /// How peers are authenticated [default: by the given keys; without keys, this-host]
+    /// Authentication of peers [default: by the given keys; without keys, this-host]
     #[arg(long, value_name = "MODE", env = "PEERBUS_TRUST")]
     trust: Option<Mode>,
     /// With --trust open: accept connections from beyond this host

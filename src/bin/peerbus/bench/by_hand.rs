@@ -31,7 +31,7 @@ pub(super) fn store_twice(
     })
 }
 
-/// The far side of [`store_twice`], one connection after the other.
+/// The remote side of [`store_twice`], one connection after the other.
 pub(super) fn answer(listener: &TcpListener, path: &Path) -> anyhow::Result<()> {
     loop {
         let (mut stream, _) = listener.accept()?;

@@ -52,15 +52,15 @@ pub(crate) struct Durable {
 enum What {
     /// The reference: the same bytes, written and synced by hand.
     Sync,
-    /// The same here and then in another process, which answers: the lower bound.
+    /// The reference in two processes, the second of which answers: a lower bound for processing.
     SyncTwice,
     /// A request without guarantees, from a node without a store.
     Bare,
-    /// The same from a node with a store.
+    /// A request without guarantees, from a node with a store.
     Request,
-    /// Until it is stored here. No node accepts it.
+    /// The time until a message is stored here. No node accepts it.
     Stored(u32),
-    /// Until it is processed there.
+    /// The time until a message is processed there.
     Processed(u32),
 }
 
@@ -270,7 +270,7 @@ impl Bench {
     }
 }
 
-/// The far side.
+/// The remote side.
 #[derive(Args)]
 pub(crate) struct Keeper {
     #[arg(long)]

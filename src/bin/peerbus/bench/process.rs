@@ -114,7 +114,7 @@ impl Far {
         args: impl IntoIterator<Item = A>,
     ) -> anyhow::Result<Self> {
         let mut far = Self::spawn(subcommand, args)?;
-        far.address = far.line().await.context("the far side did not start")?;
+        far.address = far.line().await.context("the remote side did not start")?;
         Ok(far)
     }
 
@@ -127,7 +127,7 @@ impl Far {
     ) -> anyhow::Result<Self> {
         let mut far = Self::spawn(subcommand, args)?;
         far.tell(task).await?;
-        far.address = far.line_within(within).await.context("the far side did not start")?;
+        far.address = far.line_within(within).await.context("the remote side did not start")?;
         Ok(far)
     }
 
@@ -144,8 +144,8 @@ impl Far {
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
-        let stdin = child.stdin.take().context("the far side has no input")?;
-        let stdout = child.stdout.take().context("the far side has no output")?;
+        let stdin = child.stdin.take().context("the remote side has no input")?;
+        let stdout = child.stdout.take().context("the remote side has no output")?;
         let lines = BufReader::new(stdout).lines();
         Ok(Self { child, stdin, lines, address: String::new() })
     }
@@ -173,9 +173,9 @@ impl Far {
 
     pub(crate) async fn line_within(&mut self, limit: Duration) -> anyhow::Result<String> {
         let line = tokio::time::timeout(limit, self.lines.next_line()).await;
-        match line.context("timed out: the far side printed nothing")?? {
+        match line.context("timed out: the remote side printed nothing")?? {
             Some(line) => Ok(line),
-            None => bail!("the far side ended"),
+            None => bail!("the remote side ended"),
         }
     }
 
@@ -183,7 +183,7 @@ impl Far {
     pub(crate) async fn usage(&mut self) -> anyhow::Result<(Duration, u64)> {
         self.tell("usage").await?;
         let line = self.line().await?;
-        let (cpu, resident) = line.split_once(' ').context("the far side reported no usage")?;
+        let (cpu, resident) = line.split_once(' ').context("the remote side reported no usage")?;
         Ok((Duration::from_nanos(cpu.parse()?), resident.parse()?))
     }
 

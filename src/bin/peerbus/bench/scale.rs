@@ -31,7 +31,7 @@ impl By {
         match self {
             Self::Local => "peerbus, by this host's folder",
             Self::Mdns => "peerbus, by mDNS",
-            Self::Gossip => "peerbus, by one address and hearsay",
+            Self::Gossip => "peerbus, by one address and gossip",
         }
     }
 }

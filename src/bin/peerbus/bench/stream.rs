@@ -173,7 +173,7 @@ impl Stream {
         let line = self.sinks[0].line().await?;
         let mut numbers = line.split(' ').map(str::parse::<f64>);
         let mut next =
-            || numbers.next().context("the far side reported no delays")?.context("delays");
+            || numbers.next().context("the remote side reported no delays")?.context("delays");
         Ok(Delays { p50: next()?, p99: next()?, p999: next()? })
     }
 }

@@ -59,7 +59,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
 
     let mesh: MeshName = mesh.parse()?;
     let node = Node::builder().name("you").mesh(mesh).mdns(false).start().await?;
-    node.wait_for_peers(3, STEP).await.context("the demo did not meet its nodes")?;
+    node.wait_for_peers(3, STEP).await.context("the demo did not find its nodes")?;
     let names: BTreeMap<_, _> = node.peers().into_iter().map(|peer| (peer.id, peer.name)).collect();
     say("This command joins them as a fourth node, called \"you\".")?;
 

@@ -103,8 +103,8 @@ fn contents(workloads: &[Compared]) -> String {
 fn notice(cut_short: Option<&str>) -> String {
     cut_short.map_or_else(String::new, |reason| {
         format!(
-            "<p class=\"notice\" role=\"note\"><b>This run ended before its time:</b> {}. \
-             What was finished is shown.</p>\n",
+            "<p class=\"notice\" role=\"note\"><b>This run ended early:</b> {}. \
+             The finished results are shown.</p>\n",
             escape(reason.trim_end_matches('.'))
         )
     })

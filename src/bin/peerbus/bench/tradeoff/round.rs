@@ -19,7 +19,7 @@ use crate::scratch::Scratch;
 const WARM_UP: Duration = Duration::from_millis(500);
 /// The silence after the last message from which a round counts as complete.
 const QUIET: Duration = Duration::from_millis(1500);
-/// The same for guaranteed messages after a fault: they are redelivered when their lease ends,
+/// The silence for guaranteed messages after a fault: they are redelivered when their lease ends,
 /// after 30 s.
 const QUIET_AFTER_FAULT: Duration = Duration::from_secs(35);
 /// The time limit for a process to start, or to answer.

@@ -74,9 +74,9 @@ impl Default for Workload {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Pattern {
-    /// From publishers to every subscriber.
+    /// Events from publishers to every subscriber.
     Publish,
-    /// From publishers to one of the workers, one way.
+    /// One-way messages from publishers to one of the workers.
     Work,
     /// Requests of publishers, answered by one of the workers.
     Request,
