@@ -333,14 +333,14 @@ impl Config {
             return problem("name takes at most 255 bytes and no control characters".into());
         }
         if self.lease.is_zero() {
-            return problem("lease is zero; no handler could ever end in time".into());
+            return problem("lease is zero; set a positive duration".into());
         }
         self.check_trust()?;
         self.check_broker()?;
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
-            return problem(format!("{addr} can't be advertised; a TCP address can"));
+            return problem(format!("{addr} can't be advertised; give a TCP address"));
         }
         Ok(())
     }
@@ -372,11 +372,11 @@ impl Config {
         let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
         match (beyond, &self.trust) {
             (Some(addr), Trust::ThisHost) => problem(format!(
-                "{addr} is beyond this host, which takes a mesh key (--mesh-key) or trusted keys \
+                "{addr} is beyond this host; that requires a mesh key (--mesh-key) or trusted keys \
                  (--trusted-keys); `peerbus keygen --mesh` makes a mesh key"
             )),
             (Some(addr), Trust::Open { anywhere: false }) => problem(format!(
-                "{addr} is beyond this host; anybody there could read, forge and join \
+                "{addr} is beyond this host; anyone there could read, forge and join \
                  (--trust open --anywhere allows it)"
             )),
             _ => Ok(()),

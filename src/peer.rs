@@ -80,18 +80,18 @@ pub enum Source {
     Fixed,
     /// An announcement by another peer.
     Gossip,
-    /// The peer dialled us.
+    /// An inbound connection from the peer.
     Inbound,
 }
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Local => "this host",
+            Self::Local => "socket folder",
             Self::Mdns => "mDNS",
             Self::Fixed => "address",
-            Self::Gossip => "a peer told of it",
-            Self::Inbound => "it dialled us",
+            Self::Gossip => "gossip",
+            Self::Inbound => "inbound connection",
         })
     }
 }

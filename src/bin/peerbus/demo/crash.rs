@@ -22,7 +22,7 @@ const KILL_AFTER: usize = 100;
 pub(super) async fn show() -> anyhow::Result<()> {
     title("A receiver is killed in mid-stream")?;
     say(&format!(
-        "You send {MESSAGES} messages; after {KILL_AFTER} of them dave is killed, and started again."
+        "You send {MESSAGES} messages; after {KILL_AFTER} of them dave is killed, and restarted."
     ))?;
     for guaranteed in [false, true] {
         let scene = Scene::begin(guaranteed).await?;
@@ -32,10 +32,10 @@ pub(super) async fn show() -> anyhow::Result<()> {
         let how = if guaranteed { "With an outbox on both sides" } else { "Without an outbox" };
         let mut text = format!("  {how}: {} handled, {lost} lost", handled.len());
         if refused > 0 {
-            text += &format!(", {refused} of these refused at once, while nobody was there");
+            text += &format!(", {refused} of these refused at once, while no receiver was running");
         }
         if again > 0 {
-            text += &format!(", {again} handled twice, since dave died before he could note it");
+            text += &format!(", {again} handled twice, since dave died before he could record it");
         }
         say(&text)?;
         anyhow::ensure!(!guaranteed || lost == 0, "guaranteed messages were lost");

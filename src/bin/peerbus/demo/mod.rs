@@ -49,7 +49,7 @@ impl Demo {
         result?;
         crash::show().await?;
         say("")?;
-        say("That was the mesh. `peerbus --help` lists what else there is.")?;
+        say("That was the mesh. `peerbus --help` lists the other commands.")?;
         Ok(())
     }
 }
@@ -91,7 +91,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     let carol = &mut processes[2];
     carol.child.start_kill().context("carol can't be killed")?;
     carol.child.wait().await?;
-    say("carol is killed, without a chance to say goodbye.")?;
+    say("carol is killed, without a goodbye.")?;
     let mut noticed = 0;
     while noticed < 2 {
         let (name, line) = next(lines, "peer_down").await?;
@@ -103,7 +103,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     while node.peers().len() > 2 {
         tokio::task::yield_now().await;
     }
-    say("The work goes on with those who are left:")?;
+    say("The remaining nodes continue the work:")?;
     share(&node, &names).await?;
     let report = node.shutdown().await;
     say(&format!(
