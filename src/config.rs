@@ -246,7 +246,7 @@ impl Config {
         /// The time that a request waits for an instance of its service: 1 s by default.
         service_grace: Duration;
         /// Fails a request for a service without instances at once when any peer is up; true by
-        /// default. Otherwise the request waits for the whole grace period.
+        /// default. Otherwise the request waits up to the grace period.
         fail_fast: bool;
         /// The time limit of the handshake of a connection from a network: 5 s by default.
         handshake_timeout: Duration;

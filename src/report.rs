@@ -37,8 +37,8 @@ pub enum DropReason {
     HandlerFailed,
     /// The reply came after its request had ended.
     Late,
-    /// The receiver's inbox remembers as many senders as it may, and this sender is not among
-    /// them. A guaranteed message is retried.
+    /// The receiver's inbox remembers its maximum number of senders, or of streams of this sender.
+    /// A guaranteed message is retried.
     InboxFull,
     /// The receiver gave a reason that this version doesn't know.
     Other,

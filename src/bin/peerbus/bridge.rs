@@ -37,8 +37,8 @@ impl BridgeCommand {
         let chosen = self.export.len() + self.import.len();
         ensure!(
             chosen + self.export_service.len() + self.import_service.len() > 0,
-            "nothing to bridge; choose topics or services by --export, --import, --export-service or \
-             --import-service"
+            "nothing to bridge; choose topics or services by --export, --import, \
+             --export-service or --import-service"
         );
         let (mesh, broker) = self.node.start_both().await?;
         let (mut mesh_events, mut broker_events) = (mesh.events(), broker.events());

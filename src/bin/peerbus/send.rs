@@ -25,7 +25,7 @@ pub(crate) struct Send {
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = crate::publish::header)]
     headers: Vec<(String, String)>,
-    /// Store the message until it is processed: in the outbox, or at the broker; implied by --outbox
+    /// Store the message until it is processed, in the outbox or at the broker; implied by --outbox
     #[arg(long)]
     guaranteed: bool,
     /// Expiry of a guaranteed message, from now [default: never]
