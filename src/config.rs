@@ -14,7 +14,7 @@ use crate::tunnel::MAX_PROOFS;
 
 /// A node's configuration. [`Node::builder`] makes one; [`Config::start`] starts the node.
 ///
-/// The defaults make a node that talks to the nodes of the same user on this host. A LAN takes
+/// The defaults make a node that talks to the nodes of the same user on this host. A LAN needs
 /// one setting: [`Config::mesh_key`].
 #[derive(Clone)]
 #[must_use = "a configuration does nothing until it is started"]

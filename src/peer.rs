@@ -47,7 +47,7 @@ impl Serialize for Address {
     "{text:?} is not an address: write HOST:PORT, such as 192.168.1.7:4000 or node.example:4000"
 )]
 pub struct ParseAddressError {
-    /// The text as it was given.
+    /// The text as given.
     pub text: String,
 }
 

@@ -63,7 +63,7 @@ impl fmt::Display for Action {
 ///
 /// ```
 /// let rules: peerbus::Rules = "
-///     ## who    action     pattern
+///     ## subject action    pattern
 ///     tills     publish    orders.>
 ///     billing   subscribe  orders.*
 ///     billing   serve      invoices
