@@ -1,4 +1,4 @@
-//! A message outlives its sender's process and waits for its receiver:
+//! A guaranteed message outlives its sender's process and is queued for its receiver:
 //! `cargo run --example durable_send`
 
 use peerbus::{Call, MeshName, Node};
@@ -11,7 +11,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let node = shop().start().await?;
     let receipt = node.send("billing", "charge 17").guaranteed().await?;
-    println!("{} is on the disk; nobody is there to take it", receipt.id());
+    println!("{} is on the disk; no receiver is running", receipt.id());
     let report = node.shutdown().await;
     println!("the shop closes, with {} message in its outbox", report.pending);
 

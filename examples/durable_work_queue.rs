@@ -35,11 +35,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     println!("ben crashes in the midst of his work");
     drop((of_ben, ben));
-    // What ben may have had waits for him: he comes back, with what he remembers.
+    // Messages that ben may have received are queued for him: he restarts with his store.
     let ben = loop {
         match worker("ben").start().await {
             Ok(ben) => break ben,
-            // His old life still has his store.
+            // The previous run still holds the store.
             Err(peerbus::StartError::Store(_)) => {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Has a node do jobs, two at a time.
+/// Serves jobs on a node, two at a time.
 fn work(node: &Node, name: &'static str, done: &Done) -> Result<Service, peerbus::ServeError> {
     let done = done.clone();
     let resize = move |call: Call| {

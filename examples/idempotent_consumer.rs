@@ -16,7 +16,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = std::env::temp_dir().join(format!("peerbus-sqlite-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
 
-    // The shop notes an order and what is to be charged in one transaction.
+    // The shop records an order and the charge for it in one transaction.
     let shop = Node::builder().name("shop").mesh(mesh.clone()).outbox(dir.join("shop")).start();
     let shop = shop.await?;
     let mut orders = Connection::open(dir.join("orders.db"))?;
@@ -29,7 +29,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let relay = Connection::open(dir.join("orders.db"))?;
     let relay = tokio::spawn(sqlite::relay(shop.clone(), relay, DEFAULT_POLL));
 
-    // Billing charges and notes that it has seen the message in one transaction.
+    // Billing charges and records the message as seen in one transaction.
     let billing = Node::builder().name("billing").mesh(mesh).outbox(dir.join("billing"));
     let billing = billing.start().await?;
     let accounts = Connection::open(dir.join("accounts.db"))?;
@@ -42,8 +42,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         async move {
             let total = charge(&accounts, &call);
             let total = total.map_err(|error| HandlerError::from_error(&*error))?;
-            // The message is processed in the database, and the handler fails all the same, as
-            // if it had been killed just then: so it is delivered again.
+            // The message is processed in the database, but the handler fails, as if it had been
+            // killed at that point: so the message is redelivered.
             if call.message.attempt() == 1 {
                 return Err(HandlerError::new("unlucky", "it was done before it failed"));
             }
@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Charges what the message says, unless that has been done; all that was charged.
+/// Makes the charge, unless it was made before; returns the total charged.
 fn charge(accounts: &Mutex<Connection>, call: &Call) -> Result<i64, Failed> {
     let mut accounts = accounts.lock().expect("no handler panics while it holds it");
     let transaction = accounts.transaction()?;

@@ -1,18 +1,18 @@
-"""A plain ZeroMQ client that joins a mesh: it subscribes, publishes, serves and asks.
+"""A plain ZeroMQ client that joins a mesh: it subscribes, publishes, serves and makes requests.
 
-Written by the protocol page alone (src/wire/protocol.md). It takes a mesh that lets anybody in:
+Written from the protocol page alone (src/wire/protocol.md). It requires a mesh in open mode:
 
     peerbus node --trust open --listen 127.0.0.1:4000 --serve echo --publish news.tick
     pip install pyzmq msgpack
     python plain_zeromq_client.py 127.0.0.1:4000
 
-or, as the user of a node of this host, its Unix socket, which any node has that meets others here:
+or with the Unix socket of a node that the same user runs on this host:
 
     python plain_zeromq_client.py ipc://$XDG_RUNTIME_DIR/peerbus/default/k3vq7a2m.sock
 
-It serves `double` and asks `echo`; what it hears under `news.>` it publishes again as
-`heard.python`. What it leaves out: ordering keys, guaranteed messages, and limits on what it sends
-(the peer's windows, 4 MiB unless told otherwise, are far off here).
+It serves `double` and calls `echo`; it publishes the events of `news.>` again as
+`heard.python`. It leaves out ordering keys, guaranteed messages, and limits on what it sends
+(the peer's windows, 4 MiB by default, are far larger than its traffic).
 """
 
 import os
@@ -40,7 +40,7 @@ def new_id():
 
 
 def cost(body, *texts):
-    """What a message counts in its lane."""
+    """The cost of a message in its lane."""
     return 128 + len(body) + sum(len(text) for text in texts if text)
 
 
@@ -61,7 +61,7 @@ class Client:
         self.send(hello)
 
     def send(self, *records):
-        """One batch: what was consumed, then records. Without records it is a heartbeat."""
+        """Sends the consumed counts, then the records. Without records it is a heartbeat."""
         packed = [msgpack.packb(record) for record in records]
         framed = b"".join(struct.pack(">I", len(record)) + record for record in packed)
         self.socket.send_multipart([msgpack.packb([1] + self.consumed), framed])
@@ -76,7 +76,7 @@ class Client:
         self.send([REQUEST, request, service, body, None, None, True, 5000])
 
     def run(self):
-        """Handles what comes, until the peer says goodbye."""
+        """Handles incoming batches until the peer sends a bye."""
         while True:
             if self.socket.poll(100):
                 preamble, *frames = self.socket.recv_multipart()
@@ -89,7 +89,7 @@ class Client:
 
     def handle_batch(self, frames):
         records, bodies = frames[0] if frames else b"", iter(frames[1:])
-        last = (None, None)  # the id and destination that later records leave out
+        last = (None, None)  # the id and destination that later records omit
         while records:
             (size,) = struct.unpack_from(">I", records)
             record = msgpack.unpackb(records[4 : 4 + size])
@@ -113,7 +113,7 @@ class Client:
         if record[0] == HELLO:
             self.peer, name, services = record[2], record[4], [name for name, _ in record[9] or []]
             print(f"met {name}, which serves {services}", flush=True)
-            if self.id < self.peer:  # the smaller id decides, and there is but one link
+            if self.id < self.peer:  # the smaller id chooses the link; there is only one
                 self.send([ACCEPT])
                 self.handle_link()
         elif record[0] == ACCEPT:

@@ -1,4 +1,4 @@
-//! Typed events on topics, and what becomes of them: `cargo run --example publish_subscribe`
+//! Typed events on topics, and the reports on them: `cargo run --example publish_subscribe`
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let europe = Node::builder().name("europe").mesh(mesh.clone()).start().await?;
     let audit = Node::builder().name("audit").mesh(mesh).start().await?;
 
-    // `*` stands for one token of the topic, `>` for the rest.
+    // `*` matches one token of the topic, `>` the rest.
     let mut european = europe.subscribe("orders.eu.*")?;
     let mut all = audit.subscribe("orders.>")?;
     shop.wait_for_subscribers("orders.eu.placed", 2, Duration::from_secs(5)).await?;

@@ -40,7 +40,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
 
-    // A rolling deploy: take no more calls, finish those that run.
+    // A rolling deploy: accept no more calls, finish the running ones.
     service.drain().await;
     client.shutdown().await;
     server.shutdown().await;

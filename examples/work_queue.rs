@@ -20,7 +20,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 Ok(())
             }
         };
-        // One job at a time; the boss sends the next one to whoever is least loaded.
+        // One job at a time; the boss sends the next job to the least loaded worker.
         let service = node.serve("resize", work).concurrency(1).start()?;
         workers.push((node, service));
     }

@@ -12,52 +12,52 @@ pub const MAX_ADDRESS_LEN: usize = 255;
 /// The most tokens of a topic, pattern or service name.
 pub const MAX_TOKENS: usize = 32;
 
-/// Why a topic, pattern, service name or mesh name was refused.
+/// The error with which a topic, pattern, service name or mesh name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddressError {
-    /// Nothing was given.
+    /// The text is empty.
     #[error("{what} is empty")]
     Empty {
-        /// What was parsed: "topic", "pattern", "service name" or "mesh name".
+        /// The kind of name: "topic", "pattern", "service name" or "mesh name".
         what: &'static str,
     },
-    /// Longer than allowed.
+    /// The text is longer than allowed.
     #[error("{what} is {len} bytes long; at most {max} are allowed")]
     TooLong {
-        /// What was parsed.
+        /// The kind of name.
         what: &'static str,
-        /// Its length in bytes.
+        /// The length in bytes.
         len: usize,
-        /// The most that is allowed.
+        /// The maximum length in bytes.
         max: usize,
     },
-    /// More tokens than allowed.
+    /// The text has more tokens than allowed.
     #[error("{what} has {tokens} tokens; at most {MAX_TOKENS} are allowed")]
     TooManyTokens {
-        /// What was parsed.
+        /// The kind of name.
         what: &'static str,
-        /// How many it has.
+        /// The number of tokens.
         tokens: usize,
     },
-    /// Two dots in a row, or one at either end.
+    /// Two dots stand side by side, or one at either end.
     #[error("{what} {text:?} has an empty token: no dot may stand first, last or beside another")]
     EmptyToken {
-        /// What was parsed.
+        /// The kind of name.
         what: &'static str,
-        /// The text as it was given.
+        /// The text as given.
         text: String,
     },
-    /// A character that has no place there.
+    /// A character that is not allowed.
     #[error("{what} {text:?} has the character {found:?}; {allowed}")]
     Character {
-        /// What was parsed.
+        /// The kind of name.
         what: &'static str,
-        /// The text as it was given.
+        /// The text as given.
         text: String,
         /// The first offending character.
         found: char,
-        /// What would have been allowed.
+        /// The allowed characters.
         allowed: &'static str,
     },
     /// `*` or `>` beside other characters, or `>` before the end.
@@ -65,19 +65,19 @@ pub enum AddressError {
         "pattern {text:?} has a misplaced wildcard: `*` stands for one whole token, `>` for the rest, at the end"
     )]
     Wildcard {
-        /// The text as it was given.
+        /// The text as given.
         text: String,
     },
 }
 
-/// What is parsed already can be given wherever text can.
+/// Lets a parsed value stand wherever text is accepted.
 impl From<std::convert::Infallible> for AddressError {
     fn from(never: std::convert::Infallible) -> Self {
         match never {}
     }
 }
 
-const TOKENS: &str = "tokens take any printable characters but blanks, `*`, `>` and `$`";
+const TOKENS: &str = "tokens may hold any printable character except blanks, `*`, `>` and `$`";
 
 fn is_token_char(c: char) -> bool {
     !(c.is_whitespace() || c.is_control() || matches!(c, '*' | '>' | '$'))
@@ -111,11 +111,11 @@ fn check_count(what: &'static str, text: &str) -> Result<(), AddressError> {
     }
 }
 
-/// Implements what a checked, cheaply cloned text has in common.
+/// Implements the common methods and conversions of a checked, cheaply cloned text.
 macro_rules! checked_text {
     ($name:ident) => {
         impl $name {
-            /// The text as it was given.
+            /// The text as given.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -166,8 +166,8 @@ macro_rules! checked_text {
 
 /// A publish-subscribe channel: dot-separated tokens, `orders.eu.placed`.
 ///
-/// At most 255 bytes and 32 tokens; tokens are not empty and hold no blanks, control characters, `*`, `>` or
-/// `$`. Cloning is cheap.
+/// A topic has at most 255 bytes and 32 tokens. Tokens are not empty and hold no blanks, control
+/// characters, `*`, `>` or `$`. Cloning is cheap.
 ///
 /// ```
 /// # use peerbus::Topic;
@@ -185,8 +185,8 @@ impl Topic {
     }
 }
 
-/// What a subscriber asks for: a topic in which `*` stands for one token and a last `>` for one
-/// token or more.
+/// A filter of topics, for subscriptions: `*` matches one token, and a `>` at the end matches one
+/// or more.
 ///
 /// ```
 /// # use peerbus::{Pattern, Topic};
@@ -220,12 +220,12 @@ impl Pattern {
         check_count(what, text)
     }
 
-    /// Whether a message on `topic` is wanted.
+    /// Returns true if the pattern matches `topic`.
     pub fn matches(&self, topic: &Topic) -> bool {
         self.matches_text(&topic.0)
     }
 
-    /// The same for any name of dotted tokens.
+    /// Returns true if the pattern matches `name`, a name of dotted tokens.
     pub(crate) fn matches_text(&self, name: &str) -> bool {
         let mut tokens = name.split('.');
         for want in self.0.split('.') {
@@ -241,7 +241,7 @@ impl Pattern {
 }
 
 impl Pattern {
-    /// Whether all that `other` wants is wanted by this pattern too.
+    /// Returns true if this pattern matches every topic that `other` matches.
     pub(crate) fn covers(&self, other: &Self) -> bool {
         let mut theirs = other.0.split('.');
         for ours in self.0.split('.') {
@@ -263,7 +263,7 @@ impl From<Topic> for Pattern {
 }
 
 /// A point-to-point channel: each message goes to exactly one of the nodes that serve the name
-/// (competing consumers). The same rules as for a [`Topic`].
+/// (competing consumers). The rules are those of a [`Topic`].
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceName(Arc<str>);
 checked_text!(ServiceName);
@@ -273,13 +273,13 @@ impl ServiceName {
         check_tokens("service name", text)
     }
 
-    /// The name under which a node announces that it takes messages addressed to itself. Users
-    /// can't claim it: `$` is not allowed in what is parsed.
+    /// The name under which a node announces that it accepts messages addressed to itself. Users
+    /// can't claim it, since `$` is not allowed in parsed names.
     pub(crate) fn node_inbox() -> Self {
         Self("$node".into())
     }
 
-    /// Parses a name from the wire, where the inbox's own name is allowed too.
+    /// Parses a name from the wire, where the node inbox's name is allowed too.
     pub(crate) fn from_wire(text: &str) -> Result<Self, AddressError> {
         if text == "$node" { Ok(Self::node_inbox()) } else { text.parse() }
     }
@@ -287,8 +287,8 @@ impl ServiceName {
 
 /// The name that separates meshes which share a network or a host; `default` unless set.
 ///
-/// 1 to 24 of the characters `a-z A-Z 0-9 - _`, since it is also a folder's name and must leave
-/// room in a Unix socket's path, which macOS limits to 104 bytes.
+/// A name consists of 1 to 24 of the characters `a-z A-Z 0-9 - _`, since it is also a folder's name
+/// and must leave room in the path of a Unix socket, which macOS limits to 104 bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeshName(Arc<str>);
 checked_text!(MeshName);
@@ -316,15 +316,15 @@ impl Default for MeshName {
     }
 }
 
-/// Where a message goes.
+/// The destination of a message.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Destination {
-    /// To every node with a matching subscription.
+    /// Every node with a matching subscription.
     Topic(Topic),
-    /// To one of the nodes that serve the name.
+    /// One of the nodes that serve the name.
     Service(ServiceName),
-    /// To one node, by its id.
+    /// One node, by its id.
     Node(NodeId),
 }
 
@@ -338,15 +338,15 @@ impl fmt::Display for Destination {
     }
 }
 
-/// Where a one-way message or a request goes: a service, or one node by its id.
+/// The recipient of a one-way message or a request: a service, or one node by its id.
 ///
-/// A plain string is a service's name.
+/// A plain string is the name of a service.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Recipient {
     /// One of the nodes that serve the name.
     Service(ServiceName),
-    /// This node, if it takes messages addressed to itself.
+    /// This node, if it accepts messages addressed to itself.
     Node(NodeId),
 }
 
@@ -368,12 +368,12 @@ impl fmt::Display for Recipient {
     }
 }
 
-/// What can be turned into a [`Recipient`].
+/// Conversion into a [`Recipient`].
 pub trait IntoRecipient {
-    /// Checks and converts.
+    /// Checks and converts the value.
     ///
     /// # Errors
-    /// [`AddressError`] if it is a service's name and can't be parsed.
+    /// [`AddressError`] if the value is text that is not a valid service name.
     fn into_recipient(self) -> Result<Recipient, AddressError>;
 }
 

@@ -1,4 +1,4 @@
-//! A bridge: chosen topics and services of one mesh or broker, also on another (the Messaging
+//! Bridges: they copy chosen topics and services of one mesh or broker to another (the Messaging
 //! Bridge of Hohpe and Woolf).
 
 use std::collections::{HashMap, VecDeque};
@@ -21,33 +21,33 @@ use crate::node::{
 use crate::opaque::opaque;
 use crate::sync::{Mutex, lock};
 
-/// How long an event waits for room on the other side before it is dropped, and counted.
+/// The time that an event waits for room on the other side before it is dropped and counted.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How many messages are remembered by the side that they came from.
+/// The number of message ids remembered, with the side that they came from.
 const REMEMBERED: usize = 65_536;
 
-/// Why a bridge can't be opened.
+/// The error with which a bridge can't be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BridgeError {
     /// A pattern or name can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// A service is to cross in both directions.
+    /// A service is both exported and imported.
     #[error("the service {0} can't be exported and imported: requests for it would go in circles")]
     BothWays(ServiceName),
     /// A node can't subscribe.
     #[error(transparent)]
     Subscribe(#[from] SubscribeError),
-    /// A node can't serve, or consume durably.
+    /// A node can't serve, or have a durable subscription.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// A node can't take guaranteed messages.
+    /// A node can't accept guaranteed messages.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
 }
 
-/// What is to cross. [`BridgeBuilder::start`] opens the bridge.
+/// The configuration of a bridge. [`BridgeBuilder::start`] opens it.
 #[must_use = "a bridge is open once it is started"]
 pub struct BridgeBuilder {
     inner: Node,
@@ -59,16 +59,16 @@ pub struct BridgeBuilder {
 
 opaque!(BridgeBuilder, |it| inner: it.inner, outer: it.outer);
 
-/// Which way something crosses.
+/// The direction of a crossing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Way {
-    /// From the inner node's side to the outer one's.
+    /// Inner side to outer side.
     Export,
     Import,
 }
 
 impl BridgeBuilder {
-    /// Publishes on the outer side what is published on the inner one.
+    /// Publishes the inner side's matching events on the outer side.
     pub fn export<P>(mut self, pattern: P) -> Self
     where
         P: TryInto<Pattern>,
@@ -78,7 +78,7 @@ impl BridgeBuilder {
         self
     }
 
-    /// Publishes on the inner side what is published on the outer one.
+    /// Publishes the outer side's matching events on the inner side.
     pub fn import<P>(mut self, pattern: P) -> Self
     where
         P: TryInto<Pattern>,
@@ -88,7 +88,7 @@ impl BridgeBuilder {
         self
     }
 
-    /// Serves on the outer side what is served on the inner one.
+    /// Serves a service of the inner side on the outer side.
     pub fn export_service<N>(mut self, name: N) -> Self
     where
         N: TryInto<ServiceName>,
@@ -98,7 +98,7 @@ impl BridgeBuilder {
         self
     }
 
-    /// Serves on the inner side what is served on the outer one.
+    /// Serves a service of the outer side on the inner side.
     pub fn import_service<N>(mut self, name: N) -> Self
     where
         N: TryInto<ServiceName>,
@@ -108,9 +108,9 @@ impl BridgeBuilder {
         self
     }
 
-    /// Whether guaranteed events cross too: by durable subscriptions of both nodes, which need
-    /// what those need ([`Node::consume`]). Guaranteed messages to services cross in any case, if
-    /// the nodes can take them. Not by default.
+    /// Bridges guaranteed events too, by durable subscriptions of both nodes, with the
+    /// requirements of [`Node::consume`]. False by default. Guaranteed messages to services cross
+    /// in any case, if the nodes can accept them.
     pub fn guaranteed(mut self, guaranteed: bool) -> Self {
         self.guaranteed = guaranteed;
         self
@@ -119,8 +119,8 @@ impl BridgeBuilder {
     /// Opens the bridge.
     ///
     /// # Errors
-    /// [`BridgeError`] if something can't be parsed, can't be taken by one of the nodes, or would
-    /// go in circles.
+    /// [`BridgeError`] if a name or pattern can't be parsed, a node can't accept it, or a service
+    /// is both exported and imported.
     pub fn start(self) -> Result<Bridge, BridgeError> {
         let id = self.inner.id();
         let seen = Arc::new(Seen::default());
@@ -169,24 +169,24 @@ impl BridgeBuilder {
     }
 }
 
-/// What has crossed a bridge, and what has not.
+/// The messages that have crossed a bridge, and those that have not.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Crossed {
-    /// Events, one-way messages and requests that were handed on to the other side.
+    /// Events, one-way messages and requests passed to the other side.
     pub passed: u64,
-    /// Messages that had crossed this bridge before, or came from the other side: left where they
-    /// are.
+    /// Messages that had crossed this bridge before, or came from the other side. They were not
+    /// passed.
     pub echoes: u64,
-    /// Events that the other side had no room for, or could not take. Others are told to their
-    /// senders.
+    /// Events for which the other side had no room, or which it could not accept. The senders of
+    /// other messages receive an error.
     pub dropped: u64,
 }
 
 /// An open bridge. Dropping it closes it; the nodes live on.
 #[must_use = "dropping it closes the bridge"]
 pub struct Bridge {
-    /// They end when the bridge is dropped.
+    /// The tasks that carry events. They end when the bridge is dropped.
     tasks: JoinSet<()>,
     consumers: Vec<Consumer>,
     services: Vec<Service>,
@@ -197,15 +197,15 @@ pub struct Bridge {
 opaque!(Bridge, |_it|);
 
 impl Bridge {
-    /// The user header with the ids of the bridges that a message came by, the first one first: of
-    /// their inner nodes, with commas between.
+    /// The user header with the ids of the bridges that a message has crossed, in order: the ids
+    /// of their inner nodes, separated by commas.
     pub const VIA: &str = "peerbus-via";
-    /// The user header with the id of the node that sent a message, before it crossed any bridge.
+    /// The user header with the id of the node that sent a message, before any bridge.
     pub const FROM: &str = "peerbus-from";
 
-    /// A bridge between the sides of two nodes, which both belong to it: `inner` on a mesh, say,
-    /// and `outer` on a broker ([`Config::broker`](crate::Config::broker)), or in a mesh of another
-    /// name.
+    /// Builds a bridge between the sides of two nodes, which both belong to it: for example
+    /// `inner` on a mesh, and `outer` on a broker ([`Config::broker`](crate::Config::broker)) or in
+    /// a mesh of another name.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -214,27 +214,27 @@ impl Bridge {
     /// let mesh = Node::builder().start().await?;
     /// let broker = Node::builder().broker("nats://localhost:4222").start().await?;
     /// let bridge = Bridge::between(&mesh, &broker)
-    ///     .export("orders.>") // what the mesh publishes, the broker's subscribers hear
+    ///     .export("orders.>") // the mesh's events, to the broker's subscribers
     ///     .import("prices.>")
-    ///     .export_service("stock") // whoever is at the broker may ask the mesh's instances
+    ///     .export_service("stock") // clients of the broker may call the mesh's instances
     ///     .start()?;
     /// # Ok(()) }
     /// ```
     ///
-    /// A message that crosses is the bridge's on the other side: that is who sent it, who is
-    /// allowed to by the other side's rules, and whom its sender may trust. Header, key and body
-    /// cross as they are, and the id too, except that of a request; what has no meaning on the other
-    /// side, the address for an answer, doesn't. The user headers [`Bridge::FROM`] and
+    /// On the other side, the bridge is the sender of a message that crosses: the other side's
+    /// rules apply to the bridge, and receivers can authenticate only the bridge. Header, key and
+    /// body cross unchanged, and so does the id, except that of a request. The reply address has
+    /// no meaning on the other side and is left out. The user headers [`Bridge::FROM`] and
     /// [`Bridge::VIA`] name the first sender and the bridges.
     ///
-    /// **No loops.** A message never crosses a bridge that it came by, however many bridges there
-    /// are and however they are restarted. Among the last 65,536, one that has come from one side
-    /// is left alone when it comes back from the other, as by a second bridge beside this one.
+    /// **No loops.** A message never crosses a bridge twice, however many bridges there are and
+    /// however often they restart. Of the last 65,536 messages, one that came from one side is
+    /// ignored when it comes back from the other, for example by a second bridge beside this one.
     ///
-    /// **Guaranteed messages** are stored on the other side before they count as processed on
-    /// this one. A bridge that is killed in between gets them again; an outbox and NATS store each
-    /// only once ([`Guaranteed::once`](crate::builder::Guaranteed::once)), while RabbitMQ can't, and its
-    /// consumers then see one id twice.
+    /// **Guaranteed messages** are stored on the other side before they count as processed on this
+    /// side. A bridge that is killed in between receives them again. An outbox and NATS store each
+    /// only once ([`Guaranteed::once`](crate::builder::Guaranteed::once)); RabbitMQ can't, and its consumers
+    /// then receive one id twice.
     pub fn between(inner: &Node, outer: &Node) -> BridgeBuilder {
         BridgeBuilder {
             inner: inner.clone(),
@@ -245,18 +245,18 @@ impl Bridge {
         }
     }
 
-    /// What has crossed from the inner to the outer side; calls of a service that is imported do.
+    /// The messages passed from the inner to the outer side, calls of imported services included.
     pub fn exported(&self) -> Crossed {
         self.export.counts.crossed()
     }
 
-    /// What has crossed from the outer to the inner side; calls of a service that is exported do.
+    /// The messages passed from the outer to the inner side, calls of exported services included.
     pub fn imported(&self) -> Crossed {
         self.import.counts.crossed()
     }
 
-    /// Closes the bridge, and waits until the calls and the guaranteed events that are on it have
-    /// crossed; of other events, those that wait for it are dropped.
+    /// Closes the bridge, and waits until the calls and the guaranteed events on it have crossed.
+    /// Other events that are still queued for it are dropped.
     ///
     /// # Cancel safety
     /// Dropping the future closes the bridge at once.
@@ -289,17 +289,17 @@ impl Counts {
     }
 }
 
-/// From which side messages have come, for the last of them.
+/// The sides from which the last messages came.
 #[derive(Default)]
 struct Seen(Mutex<(HashMap<MessageId, Way>, VecDeque<MessageId>)>);
 
-/// What is known of a message that has come.
+/// The result of looking up a message.
 #[derive(Debug, PartialEq, Eq)]
 enum Sight {
     New,
-    /// It has come from this side before.
+    /// A message that came from this side before.
     Again,
-    /// It has come from the other side before.
+    /// A message that came from the other side before.
     Echo,
 }
 
@@ -322,7 +322,7 @@ impl Seen {
     }
 }
 
-/// One of the two ways across.
+/// One direction of a bridge.
 struct Crossing {
     way: Way,
     from: Node,
@@ -333,8 +333,8 @@ struct Crossing {
 }
 
 impl Crossing {
-    /// The message as it is to be sent on the other side; `None` if it is not. One that comes again
-    /// is tried again, if it is not an event that two patterns match.
+    /// The draft to send on the other side; `None` if the message must not cross. A message that
+    /// comes again from the same side is sent again, unless it is an event that two patterns match.
     fn admit(&self, message: &Message) -> Option<Draft> {
         let extra = message.header.extra.as_deref();
         let headers = extra.map_or(&[][..], |extra| &extra.headers);
@@ -374,11 +374,11 @@ impl Crossing {
         }
     }
 
-    /// Takes guaranteed events.
+    /// Subscribes durably to events.
     fn consume(self: Arc<Self>, pattern: Pattern) -> Result<Consumer, BridgeError> {
         self.can_keep()?;
         let from = self.from.clone();
-        // The same name whenever it is opened, whatever else crosses.
+        // The name depends on the pattern alone, so that it is the same after a restart.
         let name = format!("bridge-{:08x}", crc32c::crc32c(pattern.as_str().as_bytes()));
         let handler = move |call: Call| {
             let crossing = self.clone();
@@ -392,12 +392,12 @@ impl Crossing {
         Ok(from.consume(name, pattern, handler).start()?)
     }
 
-    /// Whether the other side keeps guaranteed messages.
+    /// Returns an error if the other side can't keep guaranteed messages.
     fn can_keep(&self) -> Result<(), BridgeError> {
         Ok(self.to.inner().carrier.check_store().map_err(ServeError::from)?)
     }
 
-    /// Has the other side keep a message.
+    /// Stores a message on the other side.
     async fn keep(&self, message: &Message, draft: Draft) -> Result<(), HandlerError> {
         let destination = message.header.destination.clone();
         let kept = Guaranteed::new(self.to.inner(), Ok(destination), draft);
@@ -411,7 +411,7 @@ impl Crossing {
                 self.count_passed();
                 Ok(())
             }
-            // Trying again changes nothing.
+            // A retry would change nothing.
             Err(error @ (OutboxError::Unsupported(_) | OutboxError::TooLarge(_))) => {
                 Err(HandlerError::reject("bridge", error.to_string()))
             }
@@ -419,7 +419,7 @@ impl Crossing {
         }
     }
 
-    /// Takes calls to a service of the other side.
+    /// Accepts calls to a service of the other side.
     fn serve(self: Arc<Self>, name: ServiceName) -> Result<Service, BridgeError> {
         let from = self.from.clone();
         let served = name.clone();
@@ -430,7 +430,7 @@ impl Crossing {
         Ok(from.serve(name, handler).start()?)
     }
 
-    /// Hands a call on to who serves that name there, and brings back the reply.
+    /// Forwards a call to an instance on the other side, and returns its reply.
     async fn call(&self, call: Call, name: ServiceName) -> Result<Reply, HandlerError> {
         let Some(draft) = self.admit(&call.message) else {
             return Err(HandlerError::reject("bridge", "the call has crossed this bridge before"));
@@ -459,7 +459,7 @@ impl Crossing {
         }
         let reply = tokio::select! {
             reply = request => reply,
-            // Dropped, a request is taken back.
+            // A dropped request is cancelled.
             () = call.cancelled() => return Err(HandlerError::new("cancelled", "the caller gave up")),
         };
         match reply {

@@ -1,14 +1,14 @@
-//! The clock on the wall, as milliseconds since 1970.
+//! The wall clock, as milliseconds since 1970.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What it shows.
+/// The current time.
 pub(crate) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
-/// The same by the copy that the kernel keeps for those who want it cheap: it moves once a tick,
-/// every 1 to 10 ms, and takes a fifth of the time to read.
+/// The current time from the kernel's cached clock: it advances once per tick, every 1 to 10 ms,
+/// and takes a fifth of the time to read.
 #[cfg(target_os = "linux")]
 pub(crate) fn coarse_unix_ms() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);

@@ -14,9 +14,10 @@ use crate::peer::Address;
 use crate::trust::{MeshKey, Rules, Trust};
 use crate::tunnel::MAX_PROOFS;
 
-/// How a node starts. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`] uses it.
+/// A node's configuration. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`]
+/// starts the node.
 ///
-/// The defaults make a node that talks to the nodes of the same user on this host. A LAN takes
+/// The defaults make a node that talks to the nodes of the same user on this host. A LAN needs
 /// one setting: [`Config::mesh_key`].
 #[derive(Clone)]
 #[must_use = "a configuration does nothing until it is started"]
@@ -138,16 +139,15 @@ impl Config {
         self
     }
 
-    /// Keeps the node's identity in this file, which is created if it is missing. Without it an
-    /// identity is drawn for this run.
+    /// Keeps the node's identity in this file, which is created if it is missing. Without a file,
+    /// each start draws a new identity.
     pub fn identity(mut self, path: impl Into<PathBuf>) -> Self {
         self.identity = Some(path.into());
         self
     }
 
-    /// Talks to whoever else holds this key, on any network: [`Trust::MeshKey`]. May be called
-    /// several times while a mesh goes from one key to the next; takes the place of another
-    /// mode.
+    /// Connects to every node that holds this key, on any network: [`Trust::MeshKey`]. May be
+    /// called several times, to rotate a mesh's key. Replaces any other trust mode.
     pub fn mesh_key(mut self, key: MeshKey) -> Self {
         self.trust = match self.trust {
             Trust::MeshKey(mut keys) => {
@@ -159,36 +159,36 @@ impl Config {
         self
     }
 
-    /// What peers may do with this node over a network: publish, subscribe, send, serve. Without
-    /// rules they may do everything; but in the mode [`Trust::TrustedKeys`] nothing.
+    /// Limits what peers may do with this node over a network: publish, subscribe, send, serve.
+    /// Without rules they may do everything, or nothing in the mode [`Trust::TrustedKeys`].
     pub fn rules(mut self, rules: Rules) -> Self {
         self.rules = Some(rules);
         self
     }
 
-    /// Listens on this TCP address; may be called several times. Port 0 takes a free one.
+    /// Listens on this TCP address; may be called several times. Port 0 picks a free port.
     ///
     /// Without it, a node whose trust mode reaches networks listens on a free port of all IPv4
-    /// interfaces. One that is for this host alone can listen on loopback only.
+    /// interfaces. A node in the mode [`Trust::ThisHost`] can listen on loopback only.
     pub fn listen(mut self, addr: SocketAddr) -> Self {
         self.listen.push(addr);
         self
     }
 
-    /// Dials this address, and again whenever the link is lost; may be called several times.
+    /// Dials this address, and redials whenever the link is lost; may be called several times.
     pub fn peer(mut self, address: Address) -> Self {
         self.peers.push(address);
         self
     }
 
-    /// Announces this address by mDNS in place of the interfaces' own: for containers and port
+    /// Announces this address by mDNS instead of the interfaces' own, for containers and port
     /// mappings. May be called several times.
     pub fn advertise(mut self, address: Address) -> Self {
         self.advertise.push(address);
         self
     }
 
-    /// Uses this network interface for mDNS, and no other that is not named as well.
+    /// Restricts mDNS to this network interface; may be called several times.
     pub fn interface(mut self, name: impl Into<String>) -> Self {
         self.interfaces.push(name.into());
         self
@@ -200,117 +200,119 @@ impl Config {
         self
     }
 
-    /// Joins a network within this process, in place of sockets and discovery: for tests.
+    /// Joins an in-memory network instead of using sockets and discovery: for tests.
     pub fn memory(mut self, network: &MemoryNetwork) -> Self {
         self.memory = Some(network.clone());
         self
     }
 
-    /// Has all messages carried by a broker, in place of links to other nodes: the address is
-    /// that of a [`BrokerUrl`](crate::BrokerUrl), with user and password if it takes any. The
+    /// Sends all messages through a broker instead of links to other nodes. The address is a
+    /// [`BrokerUrl`](crate::BrokerUrl), with user and password if the broker requires them. The
     /// mesh's name still separates nodes that share a broker.
     ///
-    /// What the broker has no means for is an error that says so
-    /// ([`Unsupported`](crate::Unsupported)). The broker keeps guaranteed messages, so there is no
-    /// outbox; and it knows who may connect, so there are no keys.
+    /// An operation that the broker can't perform fails with [`Unsupported`](crate::Unsupported).
+    /// The broker keeps guaranteed messages, so there is no outbox, and it decides who may connect,
+    /// so there are no keys.
     pub fn broker(mut self, url: impl Into<String>) -> Self {
         self.broker = Some(url.into());
         self
     }
 
-    /// A file of certificates (PEM) by which a broker's own is checked, besides the system's.
+    /// A PEM file of CA certificates that the broker's certificate may chain to, besides the
+    /// system's.
     pub fn broker_ca(mut self, path: impl Into<PathBuf>) -> Self {
         self.broker_ca = Some(path.into());
         self
     }
 
     setters! {
-        /// Whom the node talks to: [`Trust::ThisHost`] by default.
+        /// The peers that the node accepts: [`Trust::ThisHost`] by default.
         trust: Trust;
         /// The mesh to join; `default` unless set. Nodes of different meshes never talk.
         mesh: MeshName;
-        /// Whether to find the nodes of the same user on this host by their socket directory;
-        /// true by default, except on Windows.
+        /// Finds the nodes of the same user on this host by their socket directory; true by
+        /// default, except on Windows.
         local: bool;
-        /// Whether to announce this node, and to find others, by multicast DNS; true by
-        /// default. It needs a TCP address to listen on.
+        /// Announces this node, and finds others, by multicast DNS; true by default. Requires a TCP
+        /// address to listen on.
         mdns: bool;
-        /// Whether to tell peers of each other and to dial whom they tell of; true by default.
-        /// So one reachable peer is enough to join a mesh.
+        /// Announces peers to each other, and dials announced peers; true by default. With gossip,
+        /// one reachable peer is enough to join a mesh.
         gossip: bool;
-        /// The longest body that this node takes, in bytes: 1 MiB by default, and never more
-        /// than half of [`Config::window`].
+        /// The longest accepted body, in bytes: 1 MiB by default, and never more than half of
+        /// [`Config::window`].
         max_body: usize;
-        /// The credit that a peer has in each lane (events, calls, replies), in bytes: what may
-        /// be on its way or unread. 4 MiB by default, 512 KiB at the least.
+        /// The credit of a peer in each lane (events, calls, replies, guaranteed messages), in
+        /// bytes in flight or unread: 4 MiB by default, at least 512 KiB.
         window: u64;
-        /// What may wait here for each peer and lane, in bytes: 4 MiB by default. Beyond it
-        /// messages for that peer are dropped and counted.
+        /// The limit of the send queue of each peer and lane, in bytes: 4 MiB by default. Beyond
+        /// it, messages for that peer are dropped and counted.
         send_queue: u64;
-        /// What may wait in each local subscription, in bytes: 2 MiB by default. Beyond it the
+        /// The limit of each local subscription's queue, in bytes: 2 MiB by default. Beyond it, the
         /// newest message is dropped, and counted at its sender.
         subscription_queue: u64;
-        /// After how much silence in a direction an empty batch is sent: 1 s by default.
+        /// The silence in a direction after which an empty batch is sent: 1 s by default.
         heartbeat: Duration;
-        /// After how much silence a peer is suspected: 3 s by default.
+        /// The silence after which a peer is suspected: 3 s by default.
         suspect_after: Duration;
-        /// After how much silence a peer is dead: 5 s by default.
+        /// The silence after which a peer is dead: 5 s by default.
         dead_after: Duration;
-        /// How long a request may take unless it says so itself: 10 s by default.
+        /// The deadline of a request that sets none itself: 10 s by default.
         request_deadline: Duration;
-        /// How long a request waits for an instance of its service: 1 s by default.
+        /// The time that a request waits for an instance of its service: 1 s by default.
         service_grace: Duration;
-        /// Whether a request for a service that nobody offers fails at once when any peer is
-        /// up; true by default. Otherwise it waits out the grace.
+        /// Fails a request for a service without instances at once when any peer is up; true by
+        /// default. Otherwise the request waits up to the grace period.
         fail_fast: bool;
-        /// How long a connection from a network may take for its handshake: 5 s by default.
+        /// The time limit of the handshake of a connection from a network: 5 s by default.
         handshake_timeout: Duration;
-        /// The most connections from networks in their handshake at once: 128 by default.
-        /// Processes of the same user on this host, over Unix sockets, have limits of their own:
-        /// 1,024 handshakes and 4,096 connections.
+        /// The maximum number of connections from networks in their handshake: 128 by default.
+        /// Connections over Unix sockets, from processes of the same user on this host, have limits
+        /// of their own: 1,024 handshakes and 4,096 connections.
         max_pending_handshakes: usize;
-        /// How many of those from one address: 8 by default.
+        /// The maximum number of those from one address: 8 by default.
         max_pending_per_address: usize;
-        /// The most accepted connections from networks: 1,024 by default.
+        /// The maximum number of accepted connections from networks: 1,024 by default.
         max_connections: usize;
-        /// When a guaranteed message counts as stored: [`Durability::Sync`] by default.
+        /// The point at which a guaranteed message counts as stored: [`Durability::Sync`] by
+        /// default.
         durability: Durability;
-        /// How much the outbox holds, in bytes of messages that are not processed or are dead
-        /// letters: 1 GiB by default. Beyond it guaranteed messages are refused.
+        /// The capacity of the outbox, in bytes of messages that are unprocessed or dead letters:
+        /// 1 GiB by default. Beyond it, guaranteed messages are refused.
         outbox_bytes: u64;
-        /// How many messages the outbox holds: 1,000,000 by default.
+        /// The capacity of the outbox, in messages: 1,000,000 by default.
         outbox_messages: u64;
-        /// How long the handler of a guaranteed message may take, unless it extends that
+        /// The time limit of the handler of a guaranteed message, unless it extends that
         /// ([`Call::extend`](crate::Call::extend)): 30 s by default.
         lease: Duration;
-        /// Whether a dead letter holds up the guaranteed messages with its key, until it is
-        /// replayed or purged (`peerbus outbox`); false by default: they go on without it.
+        /// Holds back the guaranteed messages with the key of a dead letter until that is replayed
+        /// or purged (`peerbus outbox`); false by default: they are delivered without it.
         hold_keys: bool;
-        /// After how long without its node a guaranteed message to a service, which that node
-        /// may have had, goes to another instance; never by default, since both may process it,
-        /// each of them once.
+        /// The absence of a node after which a guaranteed message to a service, which that node may
+        /// have received, is reassigned to another instance. Never by default, since both may
+        /// process it, each once.
         reassign_after: Option<Duration>;
-        /// After how long without a peer that guaranteed messages wait for it is reported
-        /// ([`Event::PeerGone`](crate::Event::PeerGone)): an hour by default. They are kept.
+        /// The absence of a peer after which its queued guaranteed messages are reported
+        /// ([`Event::PeerGone`](crate::Event::PeerGone)): one hour by default. They are kept.
         gone_after: Duration;
     }
 
-    /// Keeps guaranteed messages in this folder, which is created if it is missing: those that
-    /// this node sends until they are processed, and what it needs to know of those that it has
-    /// processed. One process uses it at a time. Without it the node can neither send nor take
-    /// guaranteed messages.
+    /// Keeps guaranteed messages in this folder, which is created if it is missing: sent messages
+    /// until they are processed, and the record of the received messages that were processed. One
+    /// process uses it at a time. Without it, the node can neither send nor receive guaranteed
+    /// messages.
     ///
-    /// It also keeps the node's identity, unless [`Config::identity`] names another file: who
-    /// comes back with another identity is another node, for which nothing was kept.
+    /// The folder also keeps the node's identity, unless [`Config::identity`] names another file: a
+    /// node that restarts with another identity is another node, for which nothing was kept.
     pub fn outbox(mut self, dir: impl Into<PathBuf>) -> Self {
         self.outbox = Some(dir.into());
         self
     }
 
-    /// How often the handler of a guaranteed message may fail before the message is a dead letter:
-    /// 10 times by default, at least once. 1 tries each message once.
+    /// The number of handler failures that make a guaranteed message a dead letter: 10 by default,
+    /// at least 1, which tries each message once.
     ///
-    /// It counts for the messages that this node sends. Over a broker it counts for those that it
+    /// It applies to the messages that this node sends. Over a broker it applies to those that it
     /// handles; with RabbitMQ it is a setting of the queue, so all nodes that send or handle such
     /// messages need the same.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
@@ -318,26 +320,25 @@ impl Config {
         self
     }
 
-    /// How long a guaranteed message is left alone before it is tried again: `first` after the
-    /// first attempt, twice as long after each one more, and never longer than `longest`. By
-    /// default from 200 ms to 60 s; `first` is 1 ms at the least. Over links these are the most,
-    /// and each pause is drawn at random below it, so that what failed together does not come
-    /// together again.
+    /// The backoff of guaranteed messages: `first` after the first attempt, twice as long after
+    /// each further one, and never longer than `longest`. By default from 200 ms to 60 s; `first`
+    /// is at least 1 ms. Over links these are upper bounds, and each pause is drawn at random
+    /// below them, so that messages that failed together are not retried together.
     ///
-    /// It counts for the same messages as [`Config::max_attempts`].
+    /// It applies to the same messages as [`Config::max_attempts`].
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.retry.first, self.retry.longest) = (first, longest);
         self
     }
 
-    /// The folder under which the meshes of this host keep their sockets, in place of
-    /// `peerbus` in `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
+    /// The folder under which the meshes of this host keep their sockets, instead of `peerbus` in
+    /// `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
     pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.runtime_dir = Some(dir.into());
         self
     }
 
-    /// What no node could work with.
+    /// Rejects settings with which no node can work.
     pub(crate) fn check(&self) -> Result<(), String> {
         let problem = |text: String| Err(text);
         if self.window < 512 * 1024 {
@@ -362,7 +363,7 @@ impl Config {
             return problem("name takes at most 255 bytes and no control characters".into());
         }
         if self.lease.is_zero() {
-            return problem("lease is zero; no handler could ever end in time".into());
+            return problem("lease is zero; set a positive duration".into());
         }
         self.check_retry()?;
         self.check_trust()?;
@@ -370,7 +371,7 @@ impl Config {
         if let Some(addr) =
             self.advertise.iter().find(|addr| !matches!(addr, Address::Tcp(_) | Address::Host(..)))
         {
-            return problem(format!("{addr} can't be advertised; a TCP address can"));
+            return problem(format!("{addr} can't be advertised; give a TCP address"));
         }
         Ok(())
     }
@@ -424,11 +425,11 @@ impl Config {
         let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
         match (beyond, &self.trust) {
             (Some(addr), Trust::ThisHost) => problem(format!(
-                "{addr} is beyond this host, which takes a mesh key (--mesh-key) or trusted keys \
+                "{addr} is beyond this host; that requires a mesh key (--mesh-key) or trusted keys \
                  (--trusted-keys); `peerbus keygen --mesh` makes a mesh key"
             )),
             (Some(addr), Trust::Open { anywhere: false }) => problem(format!(
-                "{addr} is beyond this host; anybody there could read, forge and join \
+                "{addr} is beyond this host; anyone there could read, forge and join \
                  (--trust open --anywhere allows it)"
             )),
             _ => Ok(()),

@@ -1,4 +1,4 @@
-//! What the fuzz targets feed: whatever reads what strangers write. Nothing here may panic.
+//! Entry points of the fuzz targets: all parsers of untrusted input. Nothing here may panic.
 
 use bytes::Bytes;
 
@@ -6,7 +6,7 @@ use crate::discovery::mdns;
 use crate::identity::NodeId;
 use crate::wire;
 
-/// A connection's bytes, from the first one on.
+/// The bytes of a connection, from the first one on.
 pub fn stream(bytes: &[u8]) {
     crate::tunnel::check_stream(bytes);
 }

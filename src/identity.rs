@@ -1,4 +1,4 @@
-//! Who a node is.
+//! Node identities: Ed25519 key pairs and the ids made of them.
 
 use std::fmt;
 use std::fs;
@@ -17,8 +17,8 @@ use crate::private::{self, LoosePermissions};
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
 /// lower-case characters.
 ///
-/// Stable across restarts when the node has an identity file, drawn anew at each start
-/// otherwise.
+/// The id is stable across restarts if the node has an identity file; otherwise it is drawn anew at
+/// each start.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId([u8; 32]);
 
@@ -26,8 +26,8 @@ impl NodeId {
     /// The length in bytes.
     pub const LEN: usize = 32;
 
-    /// Stands for the broker in broker mode ([`Config::broker`](crate::Config::broker)); no
-    /// node's, since no key pair has it.
+    /// The id of the broker in broker mode ([`Config::broker`](crate::Config::broker)). No node has
+    /// it, since no key pair does.
     pub const BROKER: Self = Self([0; Self::LEN]);
 
     /// An id from the bytes of a public key.
@@ -71,7 +71,7 @@ impl Serialize for NodeId {
 
 /// The text is not a node id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a node id: it takes 52 characters of base32 (a-z, 2-7)")]
+#[error("not a node id: expected 52 characters of base32 (a-z, 2-7)")]
 #[non_exhaustive]
 pub struct NodeIdError;
 
@@ -84,8 +84,8 @@ impl FromStr for NodeId {
     }
 }
 
-/// A random number drawn at every start of a node, so that an old life is never mistaken for
-/// the new one.
+/// A random number drawn at each start of a node, so that an earlier run is never mistaken for the
+/// current one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub(crate) u64);
 
@@ -95,7 +95,7 @@ impl fmt::Display for Incarnation {
     }
 }
 
-/// The key pair that a node is known by.
+/// The key pair of a node.
 pub struct Identity {
     id: NodeId,
     /// The private key, PKCS#8 DER.
@@ -113,10 +113,10 @@ pub enum IdentityError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The file is there, but holds no Ed25519 key.
+    /// The file exists, but holds no Ed25519 key.
     #[error(
         "identity file {path} holds no Ed25519 private key in PKCS#8 PEM; \
          to start with a new identity, name a file that does not exist yet",
@@ -126,12 +126,12 @@ pub enum IdentityError {
         /// The file.
         path: PathBuf,
     },
-    /// The file can be read by others.
+    /// Other users can read the file.
     #[error("identity file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
     Mode {
         /// The file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits.
         mode: u32,
     },
 }
@@ -140,17 +140,17 @@ const PEM_HEAD: &str = "-----BEGIN PRIVATE KEY-----";
 const PEM_TAIL: &str = "-----END PRIVATE KEY-----";
 
 impl Identity {
-    /// A fresh identity for this run only.
+    /// Draws a new identity, for this run only.
     pub fn ephemeral() -> Self {
         Self::from_pkcs8(&generate()).expect("a key that was just generated parses")
     }
 
-    /// The identity kept in `path` (PKCS#8 PEM); a missing file is created with a fresh key and
+    /// Loads the identity kept in `path` (PKCS#8 PEM). A missing file is created with a new key and
     /// mode 0600.
     ///
     /// # Errors
-    /// [`IdentityError`] if the file can't be read or written, is readable by others, or holds
-    /// something else.
+    /// [`IdentityError`] if the file can't be read or written, is readable by other users, or holds
+    /// no Ed25519 key.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
         match Self::load(path) {
             Err(IdentityError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -160,11 +160,11 @@ impl Identity {
         }
     }
 
-    /// The identity kept in `path` (PKCS#8 PEM).
+    /// Loads the identity kept in `path` (PKCS#8 PEM).
     ///
     /// # Errors
-    /// [`IdentityError`] if the file can't be read, is readable by others, or holds something
-    /// else.
+    /// [`IdentityError`] if the file can't be read, is readable by other users, or holds no Ed25519
+    /// key.
     pub fn load(path: &Path) -> Result<Self, IdentityError> {
         let file_error = |source| IdentityError::File { path: path.into(), source };
         let format = || IdentityError::Format { path: path.into() };
@@ -178,10 +178,10 @@ impl Identity {
         decode_pem(&pem).and_then(|der| Self::from_pkcs8(&der)).ok_or_else(format)
     }
 
-    /// A fresh identity, kept in a new file with mode 0600 (PKCS#8 PEM).
+    /// Draws a new identity and keeps it in a new file with mode 0600 (PKCS#8 PEM).
     ///
     /// # Errors
-    /// [`IdentityError::File`] if the file can't be written, or is there already.
+    /// [`IdentityError::File`] if the file can't be written, or exists.
     pub fn create(path: &Path) -> Result<Self, IdentityError> {
         let der = generate();
         private::create_file(path, &encode_pem(&der))
@@ -189,12 +189,12 @@ impl Identity {
         Ok(Self::from_pkcs8(&der).expect("a key that was just generated parses"))
     }
 
-    /// The public half.
+    /// The public key.
     pub fn node_id(&self) -> NodeId {
         self.id
     }
 
-    /// The private half, PKCS#8 DER.
+    /// The private key, PKCS#8 DER.
     pub(crate) fn pkcs8(&self) -> &[u8] {
         &self.pkcs8
     }
@@ -224,7 +224,7 @@ fn decode_pem(pem: &str) -> Option<Vec<u8>> {
 }
 
 impl IdentityError {
-    /// There is no such file.
+    /// Returns true if the file does not exist.
     pub(crate) fn is_missing(&self) -> bool {
         matches!(self, Self::File { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }

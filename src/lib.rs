@@ -1,8 +1,8 @@
-//! Brokerless messaging: nodes that find each other and talk directly.
+//! Brokerless messaging: nodes that find each other and exchange messages directly.
 //!
 //! Each process embeds a [`Node`]. Nodes of one mesh find each other on this host by a folder of
 //! Unix sockets, on a LAN by multicast DNS, elsewhere by an address; then they publish,
-//! subscribe, send, serve and ask, with no server between them.
+//! subscribe, send, serve and make requests, with no server between them.
 //!
 //! ```text
 //!    service A                      service B                     service C
@@ -48,31 +48,31 @@
 //!
 //! # What is promised
 //!
-//! * **No silent loss.** Every send says what became of it. What is dropped is counted, with a
-//!   reason, at its sender: [`Node::counters`], [`Event::Dropped`]. What was on its way when a
-//!   link broke is counted as in doubt.
+//! * **No silent loss.** Every send reports its outcome. Every drop is counted, with a reason, at
+//!   its sender: [`Node::counters`], [`Event::Dropped`]. Messages in flight when a link broke are
+//!   counted as in doubt.
 //! * **At most once, in order.** On one link a message is delivered at most once, and messages
-//!   of one topic come in the order in which they were published. A link that breaks may lose
-//!   messages; they are not sent again.
+//!   of one topic arrive in the order in which they were published. A link that breaks may lose
+//!   messages; they are not resent.
 //! * **Bounded memory.** Every queue has a limit in bytes. A slow peer loses messages, costs a
-//!   fixed amount, and holds nobody up.
+//!   fixed amount of memory, and holds up no other peer.
 //!
-//! `Queued` is what an awaited send promises: the message is accepted here and on its way. A
-//! reply to a [`request`](Node::request) tells that a handler ran.
+//! An awaited send promises `Queued`: the message is accepted here and on its way. A reply to a
+//! [`request`](Node::request) confirms that a handler ran.
 //!
 //! **Guaranteed messages** ([`builder::Send::guaranteed`], [`builder::Publish::guaranteed`],
 //! [`Config::outbox`])
-//! promise more, and cost more: awaiting one tells that it is `Stored`, synced to this node's
-//! disk, and [`Receipt::processed`] that the far handler returned Ok. They are delivered at least
-//! once, in order for each key, and duplicates are suppressed while the stores of both sides
-//! survive. This is the guaranteed delivery, the durable subscriber and the dead letter channel
+//! promise more, and cost more: awaiting one confirms that it is `Stored`, synced to this node's
+//! disk, and [`Receipt::processed`] that the remote handler returned Ok. They are delivered at
+//! least once, in order for each key, and duplicates are suppressed while the stores of both sides
+//! survive. These are the guaranteed delivery, the durable subscriber and the dead letter channel
 //! of Hohpe and Woolf's *Enterprise Integration Patterns*.
 //!
 //! # Security
 //!
-//! Out of the box a node talks to processes of the same user on this host only. A mesh key
-//! ([`Config::mesh_key`]) or a file of public keys ([`Trust::TrustedKeys`]) lets it onto networks,
-//! where everything is encrypted and both sides are authenticated: TLS 1.3, between the key pairs
+//! By default a node connects only to processes of the same user on this host. A mesh key
+//! ([`Config::mesh_key`]) or a file of public keys ([`Trust::TrustedKeys`]) admits it to networks,
+//! where all traffic is encrypted and both sides are authenticated: TLS 1.3, between the key pairs
 //! that are the nodes' ids. [`Trust::Open`] turns that off.
 
 mod address;

@@ -15,7 +15,7 @@ use crate::clock::coarse_unix_ms;
 use crate::delivery_id::Delivery;
 use crate::identity::NodeId;
 
-/// A message's unique id: a UUIDv7 (RFC 9562), which also tells when it was sent.
+/// A message's unique id: a UUIDv7 (RFC 9562), which also carries the time of sending.
 ///
 /// ```text
 ///  48 bits          4   12       2   30       32 bits
@@ -37,8 +37,8 @@ impl MessageId {
         self.0.to_be_bytes()
     }
 
-    /// When the message was made, by its sender's clock, to a few milliseconds (on Linux the
-    /// kernel's tick; elsewhere one).
+    /// The time at which the message was made, by its sender's clock, to a few milliseconds (on
+    /// Linux the kernel's tick, elsewhere 1 ms).
     pub fn sent_at(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.unix_ms())
     }
@@ -60,14 +60,14 @@ impl MessageId {
         )
     }
 
-    /// The id of the sender's next message, if that is made `later_ms` after this one.
+    /// The id of the sender's next message, if made `later_ms` after this one.
     pub(crate) const fn successor(self, later_ms: u64) -> Self {
         let counter = (self.0 as u32).wrapping_add(1) as u128;
         let rest = self.0 & 0xffff_ffff_ffff_ffff_0000_0000;
         Self(((self.unix_ms() + later_ms) as u128) << 80 | rest | counter)
     }
 
-    /// How much later than `previous` this was made, if it is its successor within 127 ms.
+    /// The milliseconds between `previous` and this id, if it is the successor within 127 ms.
     pub(crate) fn follows(self, previous: Self) -> Option<u8> {
         let later = self.unix_ms().checked_sub(previous.unix_ms())?;
         (later < 128 && previous.successor(later) == self).then_some(later as u8)
@@ -86,9 +86,9 @@ impl fmt::Debug for MessageId {
     }
 }
 
-/// The text is no message id.
+/// The text is not a message id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a message id: it is a UUID")]
+#[error("not a message id: expected a UUID")]
 #[non_exhaustive]
 pub struct MessageIdError;
 
@@ -105,7 +105,7 @@ impl Serialize for MessageId {
     }
 }
 
-/// Draws the ids of one node's messages.
+/// The source of the ids of one node's messages.
 #[derive(Debug)]
 pub(crate) struct IdSource {
     stem: u64,
@@ -118,9 +118,9 @@ impl IdSource {
         Self { stem, counter: AtomicU32::new(0), last_ms: AtomicU64::new(0) }
     }
 
-    /// The next id. A clock that goes back does not take the ids back with it.
+    /// The next id. Ids stay in order even if the clock goes back.
     pub(crate) fn next(&self, unix_ms: u64) -> MessageId {
-        // Most find the millisecond that the one before them found.
+        // Mostly the millisecond is the same as at the previous call.
         let unix_ms = match self.last_ms.load(Ordering::Relaxed) {
             last if last >= unix_ms => last,
             _ => self.last_ms.fetch_max(unix_ms, Ordering::Relaxed).max(unix_ms),
@@ -133,20 +133,20 @@ impl IdSource {
     }
 }
 
-/// What a message is to its receiver (Hohpe and Woolf, *Enterprise Integration Patterns*).
+/// The intent of a message (Hohpe and Woolf, *Enterprise Integration Patterns*).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Kind {
-    /// Something happened. What `publish` sends, unless it is told otherwise.
+    /// Something happened. The kind of a published message, unless set otherwise.
     Event,
-    /// Do this. What `send` and `request` send, unless they are told otherwise.
+    /// Do this. The kind of a sent message or a request, unless set otherwise.
     Command,
-    /// Data; the receiver decides. What a reply is.
+    /// Data; the receiver decides. The kind of a reply.
     Document,
 }
 
-/// What travels with a body.
+/// The metadata that travels with a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Header {
@@ -154,29 +154,29 @@ pub struct Header {
     pub id: MessageId,
     /// Event, command or document.
     pub kind: Kind,
-    /// Where it was sent to.
+    /// The topic, service or node that it was sent to.
     pub destination: Destination,
-    /// The id of the message that this one answers.
+    /// The id of the message that this message answers.
     pub correlation_id: Option<MessageId>,
     /// The return address: the node to which an answer should go.
     pub reply_to: Option<NodeId>,
-    /// How much longer it is worth handling; counted from its receipt, in whole milliseconds,
-    /// so that clocks needn't agree.
+    /// The remaining time in which it is worth handling, counted from its receipt, in whole
+    /// milliseconds, so that clocks needn't agree.
     pub time_to_live: Option<Duration>,
-    /// What few messages have; `None` where this one has none of it.
+    /// The rarer fields; `None` if the message has none of them.
     pub(crate) extra: Option<Box<Extra>>,
 }
 
 /// The parts of a header that few messages need.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Extra {
-    /// Messages with the same key belong in one order.
+    /// Messages with the same key are handled in order.
     pub(crate) ordering_key: Option<String>,
     /// The body's media type, such as `application/json`.
     pub(crate) content_type: Option<String>,
-    /// The trace that it is part of: a W3C `traceparent`.
+    /// The trace that the message belongs to: a W3C `traceparent`.
     pub(crate) traceparent: Option<String>,
-    /// Whatever the users of the mesh agree on.
+    /// User-defined headers.
     pub(crate) headers: Vec<(String, String)>,
 }
 
@@ -193,13 +193,13 @@ impl Header {
         }
     }
 
-    /// When the message was made, by its sender's clock, to a few milliseconds (on Linux the
-    /// kernel's tick; elsewhere one).
+    /// The time at which the message was made, by its sender's clock, to a few milliseconds (on
+    /// Linux the kernel's tick, elsewhere 1 ms).
     pub fn sent_at(&self) -> SystemTime {
         self.id.sent_at()
     }
 
-    /// The user header of that name; the first, if there are several.
+    /// The user header of that name; the first one, if there are several.
     pub fn user_header(&self, name: &str) -> Option<&str> {
         self.user_headers().find(|(key, _)| *key == name).map(|(_, value)| value)
     }
@@ -210,22 +210,22 @@ impl Header {
         headers.map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// The body's media type, if its sender named one.
+    /// The body's media type, if its sender set one.
     pub fn content_type(&self) -> Option<&str> {
         self.extra.as_ref()?.content_type.as_deref()
     }
 
-    /// The ordering key, if its sender gave one.
+    /// The ordering key, if its sender set one.
     pub fn ordering_key(&self) -> Option<&str> {
         self.extra.as_ref()?.ordering_key.as_deref()
     }
 
-    /// The W3C `traceparent`, if its sender gave one.
+    /// The W3C `traceparent`, if its sender set one.
     pub fn traceparent(&self) -> Option<&str> {
         self.extra.as_ref()?.traceparent.as_deref()
     }
 
-    /// Whether it has nothing beyond what every message of that kind has.
+    /// Returns true if the header holds nothing beyond what every message of `usual` has.
     pub(crate) fn is_plain(&self, usual: Kind) -> bool {
         self.kind == usual
             && self.correlation_id.is_none()
@@ -234,14 +234,14 @@ impl Header {
             && self.extra.is_none()
     }
 
-    /// What the user put into the header, in bytes as flow control counts them.
+    /// The length of the optional fields in bytes, as flow control counts them.
     pub(crate) fn extra_len(&self) -> usize {
         self.extra.as_ref().map_or(0, |extra| extra.counted_len())
     }
 }
 
 impl Extra {
-    /// Its length in bytes, as flow control counts it.
+    /// The length in bytes, as flow control counts it.
     pub(crate) fn counted_len(&self) -> usize {
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let pair = |(name, value): &(String, String)| HEADER_COST + name.len() + value.len();
@@ -250,19 +250,19 @@ impl Extra {
     }
 }
 
-/// A message as it was received.
+/// A received message.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Message {
-    /// The node that sent it: the peer at the other end of the link, or this node itself.
+    /// The sending node: the peer at the other end of the link, or this node itself.
     pub from: NodeId,
-    /// What travels with the body.
+    /// The metadata that travels with the body.
     pub header: Header,
     /// The body's bytes.
     pub body: Bytes,
-    /// Its sender made a request and waits.
+    /// The sender made a request and awaits the reply.
     pub(crate) wants_reply: bool,
-    /// It is from an outbox, whose owner waits for its end.
+    /// The delivery from an outbox, which awaits the outcome; `None` if not guaranteed.
     pub(crate) delivery: Option<Arc<Delivery>>,
 }
 
@@ -275,7 +275,7 @@ impl Message {
         Self { from, header, body, wants_reply: true, delivery: None }
     }
 
-    /// The topic that it was published on, or `None` if it was sent point to point.
+    /// The topic that it was published on; `None` if it was sent point to point.
     pub fn topic(&self) -> Option<&Topic> {
         match &self.header.destination {
             Destination::Topic(topic) => Some(topic),
@@ -283,38 +283,38 @@ impl Message {
         }
     }
 
-    /// Whether it is a guaranteed message that a handler may have had before, here or elsewhere.
+    /// Returns true if a handler may have received this guaranteed message before, on any node.
     pub fn is_redelivered(&self) -> bool {
         self.delivery.as_ref().is_some_and(|delivery| delivery.redelivered)
     }
 
-    /// How often it was sent to this node, this time included; 1 if it is not guaranteed.
+    /// The number of times it was sent to this node, this time included; 1 if not guaranteed.
     pub fn attempt(&self) -> u32 {
         self.delivery.as_ref().map_or(1, |delivery| delivery.attempt)
     }
 
-    /// What it counts for in queues and flow control, in bytes.
+    /// The cost in queues and flow control, in bytes.
     pub(crate) fn cost(&self) -> u64 {
         BASE_COST + self.body.len() as u64 + self.header.extra_len() as u64
     }
 
-    /// Copies a body that is much smaller than the transport's 64 KiB read buffer, of which it is
-    /// a slice: waiting in a queue, it would pin the whole buffer.
+    /// Copies a body that is much smaller than the transport's 64 KiB read buffer, of which it is a
+    /// slice: while queued, it would keep the whole buffer alive.
     pub(crate) fn unpin(&mut self) {
         if self.body.len() < COPY_BELOW {
             self.body = Bytes::copy_from_slice(&self.body);
         }
     }
 
-    /// The body as text; what is not UTF-8 is replaced.
+    /// The body as text; invalid UTF-8 is replaced.
     pub fn text(&self) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.body)
     }
 
-    /// The body as a serde type, from the MessagePack that [`Body::encode`] writes.
+    /// Decodes the body from the MessagePack that [`Body::encode`] writes.
     ///
     /// # Errors
-    /// [`DecodeError`] if the body is something else.
+    /// [`DecodeError`] if the body is not MessagePack of that type.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         let mut rest = &self.body[..];
         let value = rmp_serde::from_read(&mut rest).map_err(|error| DecodeError(error.into()))?;
@@ -325,16 +325,16 @@ impl Message {
     }
 }
 
-/// What the fixed part of a message counts for in flow control.
+/// The cost of a message's fixed part in flow control, in bytes.
 pub(crate) const BASE_COST: u64 = 128;
 
-/// What a user header counts for besides its name and value, since an empty one takes memory too.
+/// The cost of a user header besides its name and value: an empty one takes memory too.
 const HEADER_COST: usize = 32;
 
 /// A quarter of the transport's read buffer.
 const COPY_BELOW: usize = 16 * 1024;
 
-/// The media type that [`Body::encode`] names.
+/// The media type of bodies made by [`Body::encode`].
 pub const MESSAGEPACK: &str = "application/msgpack";
 
 /// A body to send: raw bytes, or any serde type as MessagePack.
@@ -352,13 +352,13 @@ pub struct Body {
 }
 
 impl Body {
-    /// No bytes at all.
+    /// A body without bytes.
     pub const fn empty() -> Self {
         Self { bytes: Bytes::new(), content_type: None }
     }
 
-    /// `value` as MessagePack with named fields, so that both sides may add fields in their own
-    /// time. Its content type is `application/msgpack`.
+    /// Encodes `value` as MessagePack with named fields, so that each side may add fields
+    /// independently. The content type is `application/msgpack`.
     ///
     /// # Errors
     /// [`EncodeError`] if the type's `Serialize` fails.
@@ -372,7 +372,7 @@ impl Body {
         self.bytes.len()
     }
 
-    /// Whether there are no bytes.
+    /// Returns true if there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
@@ -423,8 +423,7 @@ pub enum BodyError {
 #[error("the body can't be encoded")]
 pub struct EncodeError(#[source] rmp_serde::encode::Error);
 
-/// The body is not the MessagePack of the wanted type. Its [source](std::error::Error::source) says
-/// why.
+/// The body is not MessagePack of the wanted type. Its [source](std::error::Error::source) says why.
 #[derive(Debug, thiserror::Error)]
 #[error("the body can't be decoded")]
 pub struct DecodeError(#[source] Undecodable);

@@ -1,4 +1,4 @@
-//! An outbox whose node doesn't run: to look into it, and to decide about dead letters.
+//! Access to the outbox of a stopped node: to inspect it, and to replay or purge dead letters.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -22,21 +22,21 @@ use crate::wire::{Envelope, decode_stored};
 pub struct StoredMessage {
     /// Its number in this outbox.
     pub number: u64,
-    /// Which of its destinations, from 0.
+    /// The index of its destination, from 0.
     pub part: u32,
-    /// Where it has to go.
+    /// The destination.
     pub target: Target,
-    /// The node that it was given to, if any.
+    /// The node that it was assigned to, if any.
     pub node: Option<NodeId>,
-    /// How often its handler failed.
+    /// The number of times its handler failed.
     pub failures: u32,
-    /// Until when it is tried.
+    /// The time of its expiry, if any.
     pub expires_at: Option<SystemTime>,
-    /// Until when it is held back.
+    /// The time until which it is held back, if any.
     pub not_before: Option<SystemTime>,
-    /// What it takes, in bytes.
+    /// The space it occupies, in bytes.
     pub size: u32,
-    /// Why it is a dead letter, if it is one.
+    /// The reason, if it is a dead letter.
     pub dead: Option<DeadLetterReason>,
     position: Option<Position>,
 }
@@ -59,22 +59,21 @@ impl From<Contents> for StoredMessage {
     }
 }
 
-/// What reading an inbox found: the record of what its node has processed.
+/// The state of an inbox: the record of the messages that its node has processed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InboxReport {
-    /// How many entries it has.
+    /// The number of entries.
     pub entries: u64,
-    /// What of it can't be read. What it said to be processed may be processed once more.
+    /// The unreadable parts. The messages recorded there may be processed once more.
     pub damaged: Vec<DamagedPart>,
-    /// How many messages that are, at the most; `None` if nobody knows, as of
-    /// [`ClosedOutbox::lost`].
+    /// The maximum number of such messages; `None` if unknown, as of [`ClosedOutbox::lost`].
     pub forgotten: Option<u64>,
-    /// Bytes at its end that a crash tore, as of [`ClosedOutbox::torn`].
+    /// Bytes at the end of a write that a crash tore, as of [`ClosedOutbox::torn`].
     pub torn: u64,
 }
 
-/// An outbox that is opened while its node doesn't run.
+/// The outbox of a node that isn't running.
 ///
 /// ```no_run
 /// let mut outbox = peerbus::ClosedOutbox::open("shop.store")?;
@@ -103,11 +102,11 @@ enum Access {
 }
 
 impl ClosedOutbox {
-    /// Opens the outbox of a store's folder ([`Config::outbox`](crate::Config::outbox)), which
-    /// has to exist.
+    /// Opens the outbox of a store's folder ([`Config::outbox`](crate::Config::outbox)), which must
+    /// exist.
     ///
     /// # Errors
-    /// [`StoreError`] if a process uses it, or there is none.
+    /// [`StoreError`] if a process uses the outbox, or it does not exist.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::open_with(dir.as_ref(), |folder, take| {
             let (journal, recovery) =
@@ -116,12 +115,12 @@ impl ClosedOutbox {
         })
     }
 
-    /// Opens it to look into it only: nothing is written, so that it may lie on a medium that can't
-    /// be. No node can open it meanwhile; others may look too. [`replay`](Self::replay),
+    /// Opens the outbox for reading only. Nothing is written, so it may lie on a read-only medium.
+    /// Meanwhile no node can open it, but other readers can. [`replay`](Self::replay),
     /// [`purge`](Self::purge), [`reassign`](Self::reassign) and [`forget`](Self::forget) fail.
     ///
     /// # Errors
-    /// [`StoreError`] if a process uses it, or there is none.
+    /// [`StoreError`] if a process uses the outbox, or it does not exist.
     pub fn look(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::open_with(dir.as_ref(), |folder, take| {
             let (reader, recovery) = Journal::look_at(folder, take)?;
@@ -140,7 +139,7 @@ impl ClosedOutbox {
         }
         let (identity, problem) = match Identity::load(&path.join(store::IDENTITY)) {
             Ok(identity) => (Some(identity), None),
-            // The node may have it elsewhere.
+            // The node may keep it elsewhere.
             Err(error) if error.is_missing() => (None, None),
             Err(error) => (None, Some(error)),
         };
@@ -173,42 +172,42 @@ impl ClosedOutbox {
         Ok(Self { path, me, outbox, journal, damaged, lost, torn, identity: problem })
     }
 
-    /// Why the identity file in the store can't be used, if it is there and can't be: the node won't
-    /// start with it.
+    /// The error of the identity file in the store, if that exists but can't be used: the node
+    /// can't start with it.
     pub fn identity_problem(&self) -> Option<&IdentityError> {
         self.identity.as_ref()
     }
 
-    /// What of it can't be read.
+    /// The unreadable parts.
     pub fn damaged(&self) -> &[DamagedPart] {
         &self.damaged
     }
 
-    /// How many messages that may have cost, at the most: so many were stored in what can't be read.
-    /// Those among them that were processed already, or stored once more elsewhere, are counted
-    /// too. `None` if nobody knows: the manifest is damaged itself, the damaged part was written in
-    /// the last seconds before a power cut, or by a version that didn't count.
+    /// The maximum number of messages lost in the unreadable parts: the number stored there,
+    /// including those that were processed already or stored once more elsewhere. `None` if it is
+    /// unknown: the manifest itself is damaged, or the damaged part was written in the last seconds
+    /// before a power cut, or by a version that didn't count.
     pub fn lost(&self) -> Option<u64> {
         self.lost
     }
 
-    /// Bytes of the last write, which a crash tore before anybody was told that it was stored.
-    /// They are told until the outbox is opened to write.
+    /// Bytes of the last write that a crash tore before the messages were reported as stored. They
+    /// are reported until the outbox is opened for writing.
     pub fn torn(&self) -> u64 {
         self.torn
     }
 
-    /// Reads the inbox that lies beside it, and changes nothing; `None` if there is none.
+    /// Reads the inbox of the same store, and changes nothing; `None` if there is none.
     ///
     /// # Errors
-    /// [`StoreError`] if it can't be read, or a newer version wrote it.
+    /// [`StoreError`] if the inbox can't be read, or a newer version wrote it.
     pub fn check_inbox(&self) -> Result<Option<InboxReport>, StoreError> {
         let failed = |problem| StoreError { path: self.path.clone(), problem };
         let folder = self.path.join(store::INBOX);
         if !folder.is_dir() {
             return Ok(None);
         }
-        // Whoever wants to open it opens the outbox first, which is locked.
+        // Any process opens the outbox before the inbox, and the outbox is locked.
         let (mut inbox, mut unreadable) = (Inbox::new(random_u64()), None);
         let take = |entry: Entry<'_>| {
             if let Err(error) = inbox.recover(entry.payload) {
@@ -225,7 +224,7 @@ impl ClosedOutbox {
         Ok(Some(InboxReport { entries, damaged, forgotten, torn }))
     }
 
-    /// What it holds, in the order in which it was stored.
+    /// The messages in the outbox, in the order in which they were stored.
     pub fn messages(&self) -> impl Iterator<Item = StoredMessage> {
         self.outbox.contents().map(Into::into)
     }
@@ -233,7 +232,7 @@ impl ClosedOutbox {
     /// Reads a message: its header and its body.
     ///
     /// # Errors
-    /// [`StoreError`] if it can't be read.
+    /// [`StoreError`] if the message can't be read.
     pub fn read(&self, message: &StoredMessage) -> Result<(Header, Bytes), StoreError> {
         let unreadable = || self.failed("the message can't be read");
         let position = message.position.ok_or_else(unreadable)?;
@@ -249,31 +248,31 @@ impl ClosedOutbox {
         Ok((header, payload.take_body()))
     }
 
-    /// Has a dead letter tried again, from the node's next start on; whether it was one. Its
-    /// message expires no more.
+    /// Retries a dead letter, from the node's next start on. Its message no longer expires.
+    /// Returns false if the message is not a dead letter.
     ///
     /// # Errors
-    /// [`StoreError`] if that can't be stored.
+    /// [`StoreError`] if the change can't be stored.
     pub fn replay(&mut self, message: &StoredMessage) -> Result<bool, StoreError> {
         let entry = self.outbox.replay(key(message));
         self.store(entry)
     }
 
-    /// Removes a message for good; whether it was there.
+    /// Removes a message for good. Returns false if it is not in the outbox.
     ///
     /// # Errors
-    /// [`StoreError`] if that can't be stored.
+    /// [`StoreError`] if the change can't be stored.
     pub fn purge(&mut self, message: &StoredMessage) -> Result<bool, StoreError> {
         let entry = self.outbox.purge(key(message));
         self.store(entry)
     }
 
-    /// Takes a message from the node that it was given to, which may have processed it, and
-    /// gives it to another instance of its service, or to whichever comes. Whether it could: a
-    /// message to a node or a durable subscription goes nowhere else.
+    /// Takes a message from the node that it was assigned to, which may have processed it, and
+    /// assigns it to another instance of its service, or to the first one available. Returns false
+    /// if that is impossible: a message to a node or a durable subscription can't be reassigned.
     ///
     /// # Errors
-    /// [`StoreError`] if that can't be stored.
+    /// [`StoreError`] if the change can't be stored.
     pub fn reassign(
         &mut self,
         message: &StoredMessage,
@@ -283,17 +282,16 @@ impl ClosedOutbox {
         self.store(entry)
     }
 
-    /// The durable subscriptions that the outbox knows: the node of each, its name, and its
-    /// pattern.
+    /// The durable subscriptions that the outbox knows: the node, name and pattern of each.
     pub fn subscriptions(&self) -> impl Iterator<Item = (NodeId, &ServiceName, &Pattern)> {
         self.outbox.subscriptions()
     }
 
-    /// Forgets a durable subscription of a node that is gone for good, with the messages that are
-    /// kept for it: how many, or `None` if there is no such subscription.
+    /// Forgets a durable subscription of a node that is gone for good, and drops the messages kept
+    /// for it. Returns their number, or `None` if there is no such subscription.
     ///
     /// # Errors
-    /// [`StoreError`] if that can't be stored.
+    /// [`StoreError`] if the change can't be stored.
     pub fn forget(&mut self, node: &NodeId, name: &ServiceName) -> Result<Option<u64>, StoreError> {
         let Some(forgotten) = self.outbox.unsubscribe(*node, name) else { return Ok(None) };
         for entry in forgotten.entries {
@@ -305,7 +303,7 @@ impl ClosedOutbox {
     fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
         let Some(entry) = entry else { return Ok(false) };
         let Access::Write(journal) = &self.journal else {
-            return Err(self.failed("it was opened to be looked at only"));
+            return Err(self.failed("it was opened for reading only"));
         };
         journal.append_blocking(&entry).map_err(|error| self.failed(&error.to_string()))?;
         Ok(true)

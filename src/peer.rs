@@ -1,4 +1,4 @@
-//! What is known of a node's peers: where they are, how they were found.
+//! Peers: their addresses, services and subscriptions, and how they were found.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -42,14 +42,14 @@ impl Serialize for Address {
     }
 }
 
-/// The text is no address to dial.
+/// The text is not an address to dial.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is not an address: write HOST:PORT, such as 192.168.1.7:4000 or node.example:4000"
 )]
 #[non_exhaustive]
 pub struct ParseAddressError {
-    /// The text as it was given.
+    /// The text as given.
     pub text: String,
 }
 
@@ -70,7 +70,7 @@ impl FromStr for Address {
     }
 }
 
-/// By which means a peer was found.
+/// The means by which a peer was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -81,20 +81,20 @@ pub enum Source {
     Mdns,
     /// An address in the configuration.
     Fixed,
-    /// Another peer told of it.
+    /// An announcement by another peer.
     Gossip,
-    /// The peer dialled us.
+    /// An inbound connection from the peer.
     Inbound,
 }
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Local => "this host",
+            Self::Local => "socket folder",
             Self::Mdns => "mDNS",
             Self::Fixed => "address",
-            Self::Gossip => "a peer told of it",
-            Self::Inbound => "it dialled us",
+            Self::Gossip => "gossip",
+            Self::Inbound => "inbound connection",
         })
     }
 }
@@ -105,7 +105,7 @@ impl fmt::Display for Source {
 pub struct ServiceInfo {
     /// Its name.
     pub name: ServiceName,
-    /// How many calls the peer runs at once.
+    /// The number of calls that the peer runs at once.
     pub concurrency: u32,
 }
 
@@ -113,37 +113,37 @@ pub struct ServiceInfo {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct PeerInfo {
-    /// Who it is.
+    /// Its node id.
     pub id: NodeId,
-    /// Which of its lives this is.
+    /// Its incarnation: which start of the node this is.
     pub incarnation: Incarnation,
     /// Its human name; names may repeat.
     pub name: String,
-    /// How it was found.
+    /// The means by which it was found.
     pub source: Source,
-    /// Where the link leads, as far as this side knows.
+    /// The remote address of the link, as far as this side knows it.
     pub address: Option<Address>,
     /// The patterns that it subscribes to.
     pub patterns: Vec<Pattern>,
     /// The services that it offers.
     pub services: Vec<ServiceInfo>,
-    /// How long nothing has been heard of it, if that is worrying (3 s by default).
+    /// The duration of its silence, if long enough to suspect it (3 s by default).
     pub suspect_for: Option<Duration>,
 }
 
-/// An address that is known, but behind which no peer could be reached.
+/// A known address at which no peer could be reached.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Unreachable {
-    /// Where it should be.
+    /// The address.
     pub address: Address,
-    /// Who it should be, if that is known.
+    /// The id of the expected node, if known.
     pub id: Option<NodeId>,
-    /// How it was found.
+    /// The means by which it was found.
     pub source: Source,
-    /// Attempts since the last success.
+    /// The number of failed attempts since the last success.
     pub failures: u32,
-    /// What went wrong the last time.
+    /// The error of the last attempt.
     pub last_error: String,
 }
 

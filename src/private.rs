@@ -1,15 +1,15 @@
-//! Files and folders that are for this user alone.
+//! Files and folders with access for this user only.
 
 use std::io;
 use std::path::Path;
 
-/// The mode of a file that others may read or write.
+/// The permission bits of a file that are looser than wanted.
 pub(crate) struct LoosePermissions(pub(crate) u32);
 
 /// Creates a file with mode 0600.
 ///
 /// # Errors
-/// What the system says; also if it is there already.
+/// The system's error; also if the file exists.
 #[cfg(unix)]
 pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
@@ -21,8 +21,8 @@ pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     sync_folder_of(path)
 }
 
-/// Makes a name last that is new in its folder: neither the file's own sync nor that of a folder
-/// beneath does.
+/// Makes a new name in a folder durable: neither the sync of the file itself nor that of a folder
+/// inside does.
 #[cfg(unix)]
 fn sync_folder_of(path: &Path) -> io::Result<()> {
     let folder = match path.parent() {
@@ -32,7 +32,7 @@ fn sync_folder_of(path: &Path) -> io::Result<()> {
     };
     match std::fs::File::open(folder) {
         Ok(folder) => folder.sync_all(),
-        // One that may be written to but not read can't be synced.
+        // A folder that is writable but not readable can't be synced.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         Err(error) => Err(error),
     }
@@ -46,14 +46,14 @@ pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     file.sync_all()
 }
 
-/// The mode of a file that others than this user may read or write.
+/// The permission bits of a file, if other users may read or write it.
 #[cfg(unix)]
 pub(crate) fn looser(path: &Path) -> io::Result<Option<LoosePermissions>> {
     let mode = mode(path)?;
     Ok((mode & 0o077 != 0).then_some(LoosePermissions(mode)))
 }
 
-/// The mode of a file that others than this user may write.
+/// The permission bits of a file, if other users may write it.
 #[cfg(unix)]
 pub(crate) fn writable_by_others(path: &Path) -> io::Result<Option<LoosePermissions>> {
     let mode = mode(path)?;
@@ -76,10 +76,11 @@ pub(crate) fn looser(_: &Path) -> io::Result<Option<LoosePermissions>> {
     Ok(None)
 }
 
-/// Makes a folder with mode 0700, and those above it, unless it is there. What is made lasts.
+/// Creates a folder with mode 0700, and its missing parents, unless it exists. The result is
+/// durable.
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 #[cfg(unix)]
 pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;

@@ -1,4 +1,4 @@
-//! What became of what was sent: reasons, reports and counters.
+//! The outcome of sends: reasons, reports and counters.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,38 +7,38 @@ use serde::Serialize;
 
 use crate::identity::NodeId;
 
-/// Why a message was dropped. Every drop is counted under one of these at its sender.
+/// The reason for which a message was dropped. Its sender counts every drop under its reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum DropReason {
-    /// The queue for the peer is full: it takes messages more slowly than they are sent.
+    /// The queue for the peer is full: the peer reads more slowly than this node sends.
     SlowPeer,
     /// The link ended while the message was still queued here.
     LinkLost,
-    /// The body is longer than that peer takes.
+    /// The body is longer than the peer accepts.
     TooLarge,
     /// A subscription's queue was full at the receiver.
     SlowSubscriber,
-    /// A later message of its topic took its place before it was read
+    /// A later message of its topic replaced it before it was read
     /// ([`Overflow::KeepLatest`](crate::Overflow::KeepLatest)).
     Superseded,
     /// No subscription was left when the message arrived.
     NoSubscriber,
-    /// Nobody served the name any more when the message arrived.
+    /// No node served the name any more when the message arrived.
     NoService,
-    /// The receiver's rules don't let this node do that.
+    /// The receiver's rules don't allow it.
     NotAllowed,
-    /// Its time to live ran out before it could be handled.
+    /// Its time to live ran out before it was handled.
     Expired,
-    /// Its sender took it back.
+    /// Its sender cancelled it.
     Cancelled,
-    /// Its handler failed, and nobody waited for a reply.
+    /// Its handler failed, and no reply was wanted.
     HandlerFailed,
-    /// A reply that nobody waited for any more.
+    /// The reply came after its request had ended.
     Late,
-    /// The receiver's inbox remembers as much as it may, and not what came from this sender. A
-    /// guaranteed message is tried again.
+    /// The receiver's inbox remembers its maximum number of senders, or of streams of this sender.
+    /// A guaranteed message is retried.
     InboxFull,
     /// The receiver gave a reason that this version doesn't know.
     Other,
@@ -62,7 +62,7 @@ impl DropReason {
         Self::Other,
     ];
 
-    /// The name as it stands in reports and on the wire.
+    /// The name used in reports and on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::SlowPeer => "slow_peer",
@@ -93,72 +93,71 @@ impl fmt::Display for DropReason {
     }
 }
 
-/// What a publish did, at the time it returned. It counts nodes, not subscriptions; the
+/// The outcome of a publish, at the time it returned. It counts nodes, not subscriptions; the
 /// publishing node itself is one of them if it subscribes.
 ///
-/// `Queued` is the promise: the message is on its way, and what is lost later is counted in
-/// [`Counters`] and told as an event.
+/// The promise is `Queued`: the message is on its way, and later losses are counted in [`Counters`]
+/// and reported as events.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PublishReport {
-    /// For how many nodes the message was queued.
+    /// The number of nodes for which the message was queued.
     pub queued: usize,
-    /// For which nodes it was dropped, and why.
+    /// The nodes for which it was dropped, and the reasons.
     pub dropped: Vec<(NodeId, DropReason)>,
 }
 
 impl PublishReport {
-    /// Whether nobody subscribes to the topic.
+    /// Returns true if no node subscribes to the topic.
     pub fn is_unheard(&self) -> bool {
         self.queued == 0 && self.dropped.is_empty()
     }
 }
 
-/// All that a node has sent, received and dropped since its start.
+/// The messages that a node has sent, received and dropped since its start.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Counters {
-    /// Calls of `publish` that were accepted.
+    /// Accepted calls of `publish`.
     pub published: u64,
     /// Messages queued for peers: events once for each node, one-way messages, requests,
     /// replies.
     pub queued: u64,
     /// Messages received from peers.
     pub received: u64,
-    /// Messages handed to local subscriptions, once for each subscription.
+    /// Messages delivered to local subscriptions, once for each subscription.
     pub delivered: u64,
-    /// Calls that local handlers ended, with or without success.
+    /// Calls that local handlers finished, successfully or not.
     pub handled: u64,
-    /// Requests sent, to peers or to this node itself.
+    /// Requests sent to peers or to this node itself.
     pub requests: u64,
-    /// Messages of ours that were dropped, here or at the receiver, by reason.
+    /// Messages from this node that were dropped, here or at the receiver, by reason.
     pub dropped: BTreeMap<DropReason, u64>,
-    /// Messages that had been sent when their link was lost, and of which nobody can say
-    /// whether they were handled.
+    /// Messages in flight when their link was lost: it is unknown if they were handled.
     pub in_doubt: u64,
-    /// Messages of others that this node dropped after receipt, by reason; their senders count
+    /// Messages from peers that this node dropped after receipt, by reason; their senders count
     /// them as dropped.
     pub dropped_for_others: BTreeMap<DropReason, u64>,
-    /// Ordering keys whose messages went to another instance of their service than before.
+    /// Ordering keys whose messages moved to another instance of their service.
     pub moved_keys: u64,
-    /// Guaranteed messages that were stored here.
+    /// Guaranteed messages stored here.
     pub stored: u64,
-    /// Guaranteed messages of ours that all their destinations have processed.
+    /// Guaranteed messages from this node that all their destinations have processed.
     pub settled: u64,
-    /// Guaranteed messages of ours that became dead letters.
+    /// Guaranteed messages from this node that became dead letters.
     pub dead_lettered: u64,
-    /// Guaranteed messages of others that came again after they had been processed, and were not
+    /// Duplicates of guaranteed messages from peers that were processed before; they were not
     /// processed again.
     pub duplicates: u64,
-    /// Links that were up at some time.
+    /// Links that have been up.
     pub links: u64,
-    /// Connections that were refused or cut by the front door, by reason; and, as
-    /// `too_many_subscribers`, peers that the outbox doesn't remember.
+    /// Connections that the front door refused or cut, by reason; and, as `too_many_subscribers`,
+    /// peers that the outbox doesn't remember.
     pub refused: BTreeMap<String, u64>,
 }
 
 impl Counters {
-    /// All messages of ours that were dropped.
+    /// The number of messages from this node that were dropped.
     pub fn dropped_total(&self) -> u64 {
         self.dropped.values().fold(0, |total, count| total.saturating_add(*count))
     }

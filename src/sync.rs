@@ -1,13 +1,13 @@
-//! Locks of this crate: held briefly, taken in one order, with nobody else's code beneath them.
+//! The crate's locks: held briefly, taken in one order, and never during a call out of the crate.
 //!
-//! Whoever holds a lock may take those that stand below it in [`Rank`], and may call only what
-//! queues or wakes: a [`Link`](crate::link::Link)'s methods, tokio's sends and notifications. A
-//! handler, a subscriber of `tracing`, a file and another crate's lock are outside: whatever they
-//! wait for, every thread that wants the lock would wait for too.
+//! The holder of a lock may take those below it in [`Rank`], and may call only what queues or
+//! wakes: a [`Link`](crate::link::Link)'s methods, tokio's sends and notifications. A handler, a
+//! subscriber of `tracing`, a file and another crate's lock are out of bounds: if they block, every
+//! thread that wants the lock blocks too.
 //!
-//! A debug build checks it: a lock out of order and a [`calling_out`] under a lock panic, and a
-//! lock that was held for more than 100 ms is logged. The holders leave nothing half done, so a
-//! panic doesn't spread by poisoning.
+//! A debug build checks this: taking a lock out of order, or a [`calling_out`] under a lock,
+//! panics, and a lock that was held for more than 100 ms is logged. Holders leave no state half
+//! changed, so locks ignore poisoning.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::PoisonError;
@@ -15,27 +15,27 @@ use std::sync::PoisonError;
 /// The order of the locks, the outermost first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
-    /// Local subscriptions change one at a time.
+    /// Serialises changes of local subscriptions.
     Subscribing,
-    /// [`Mesh`](crate::engine::Mesh): its actions are performed before another thread's.
+    /// [`Mesh`](crate::engine::Mesh): its actions are carried out before another thread's.
     Mesh,
-    /// Durable subscriptions that were given up, while peers are told.
+    /// Ended durable subscriptions, while peers are notified.
     EndedConsumers,
-    /// [`Outbox`](crate::engine::delivery::Outbox): its actions are performed in order.
+    /// [`Outbox`](crate::engine::delivery::Outbox): its actions are carried out in order.
     Outbox,
     /// [`Inbox`](crate::engine::delivery::Inbox), likewise.
     Inbox,
-    /// Tables that are looked at for a moment, and tell nobody.
+    /// Tables that are locked for a lookup or a change only.
     Table,
     /// The calls of a service.
     Calls,
-    /// A link's [`Flow`](crate::engine::Flow): what it yields is handed on in order.
+    /// A link's [`Flow`](crate::engine::Flow): its output is passed on in order.
     Flow,
-    /// What is taken for a moment from any place, and nothing is called from within.
+    /// Locks taken briefly anywhere, under which nothing is called.
     Leaf,
 }
 
-/// A mutex with its place in the order.
+/// A mutex with a rank in the order.
 #[derive(Debug)]
 pub(crate) struct Mutex<T: ?Sized> {
     #[cfg(debug_assertions)]
@@ -55,7 +55,7 @@ impl<T> Mutex<T> {
     }
 }
 
-/// A leaf.
+/// The default rank is [`Rank::Leaf`].
 impl<T: Default> Default for Mutex<T> {
     fn default() -> Self {
         Self::new(Rank::Leaf, T::default())
@@ -65,7 +65,7 @@ impl<T: Default> Default for Mutex<T> {
 /// Locks a mutex, poisoned or not.
 ///
 /// # Panics
-/// In a debug build, if this thread holds a lock that isn't above it.
+/// In a debug build, if this thread holds a lock that is not above it in the order.
 #[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> Guard<'_, T> {
     #[cfg(debug_assertions)]
@@ -77,18 +77,18 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> Guard<'_, T> {
     }
 }
 
-/// Locks a mutex that is no part of the order: its holder takes no other, and one waits on a
-/// condition variable with it.
+/// Locks a mutex outside the order: its holder takes no other lock, and waits on a condition
+/// variable with it.
 pub(crate) fn lock_unranked<T: ?Sized>(
     mutex: &std::sync::Mutex<T>,
 ) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Holds a lock.
+/// A held lock, released on drop.
 #[must_use]
 pub(crate) struct Guard<'a, T: ?Sized> {
-    // The lock is released before it counts as released.
+    // Dropped first: the lock is released before it counts as released.
     inner: std::sync::MutexGuard<'a, T>,
     #[cfg(debug_assertions)]
     _held: checks::Held,
@@ -107,7 +107,7 @@ impl<T: ?Sized> DerefMut for Guard<'_, T> {
     }
 }
 
-/// Code that isn't this crate's is about to run, or a wait is about to begin.
+/// Marks a call out of the crate, or the start of a wait.
 ///
 /// # Panics
 /// In a debug build, if this thread holds a lock.
@@ -119,7 +119,7 @@ pub(crate) fn calling_out() {
     }
 }
 
-/// Whether this thread holds a lock of this crate. For the crate's own tests.
+/// Returns true if this thread holds a lock of this crate. For the crate's own tests.
 #[cfg(debug_assertions)]
 #[doc(hidden)]
 pub fn holds_lock() -> bool {
@@ -134,14 +134,14 @@ mod checks {
 
     use super::Rank;
 
-    /// A lock that is held for longer is logged.
+    /// The duration from which a held lock is logged.
     pub(super) const LONG: Duration = Duration::from_millis(100);
 
     thread_local! {
         static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// A lock of this thread.
+    /// A record of a lock that this thread holds.
     pub(super) struct Held {
         rank: Rank,
         since: Instant,
@@ -168,7 +168,8 @@ mod checks {
                 }
                 held.is_empty()
             });
-            // Who writes the log is nobody to call under an outer lock, which was held for longer.
+            // The log must not be written under an outer lock, which would then be held even
+            // longer.
             let held_for = self.since.elapsed();
             if is_last && held_for > LONG && !std::thread::panicking() {
                 tracing::warn!(lock = ?self.rank, ?held_for, at = %self.at, "a lock was held for long");
@@ -213,7 +214,7 @@ mod tests {
         calling_out();
     }
 
-    /// Counts what is logged, and whether a lock is held meanwhile.
+    /// Counts the log events, separately with and without a lock held.
     #[derive(Default, Clone)]
     struct Counting(std::sync::Arc<[std::sync::atomic::AtomicUsize; 2]>);
 

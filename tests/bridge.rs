@@ -1,6 +1,6 @@
 //! Bridges between a mesh and a broker.
 //!
-//! The real brokers are tested where `./brokers run cargo test …` says where they are.
+//! Real brokers are tested if `./brokers run cargo test …` sets their addresses.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -15,7 +15,7 @@ use peerbus::{
 };
 use world::World;
 
-/// A mesh, a broker, and a node of each that make a bridge.
+/// A mesh, a broker, and a node of each that form a bridge.
 struct Sides {
     mesh: World,
     broker: World,
@@ -31,7 +31,7 @@ impl Sides {
     }
 }
 
-/// What a subscription gets before a message says that it is the last.
+/// The messages of a subscription up to a message that is marked as the last.
 async fn until_last(subscription: &mut Subscription) -> Vec<String> {
     let mut got = Vec::new();
     loop {
@@ -46,13 +46,13 @@ async fn until_last(subscription: &mut Subscription) -> Vec<String> {
 async fn chosen_events_cross_in_the_chosen_direction_and_never_come_back() {
     let sides = Sides::new().await;
     let (inner, outer) = sides.ends().await;
-    // What two patterns match crosses once.
+    // An event that two patterns match crosses once.
     let bridge = Bridge::between(&inner, &outer).export("a.>").export("a.x");
     let bridge = bridge.import("a.>").import("b.>");
     let bridge = bridge.start().unwrap();
     let (alice, bob) = (sides.mesh.node("alice").await, sides.broker.node("bob").await);
     let (mut here, mut there) = (alice.subscribe(">").unwrap(), bob.subscribe(">").unwrap());
-    // The inner node subscribes to what is exported, and the outer one to what is imported.
+    // The inner node subscribes to exported topics, and the outer one to imported topics.
     alice.wait_for_subscribers("a.x", 2, SOON).await.unwrap();
     bob.wait_for_subscribers("a.x", 2, SOON).await.unwrap();
     bob.wait_for_subscribers("b.x", 2, SOON).await.unwrap();
@@ -74,7 +74,7 @@ async fn chosen_events_cross_in_the_chosen_direction_and_never_come_back() {
     assert_eq!(original.header.id, crossed.header.id);
 
     bob.publish("b.x", "from the broker").await.unwrap();
-    // On one topic, so that it comes behind.
+    // On the same topic, so that it arrives after the others.
     bob.publish("b.x", "last").await.unwrap();
     assert_eq!(until_last(&mut there).await, ["from the broker"]);
     let got = until_last(&mut here).await;
@@ -101,7 +101,7 @@ async fn two_bridges_beside_each_other_make_no_loop() {
         inner.wait_for_subscribers("a.x", 3, SOON).await.unwrap();
     }
     alice.publish("a.x", "round and round").await.unwrap();
-    // Whatever goes on being passed about would go on before this.
+    // A message that loops would go on crossing before this one.
     for _ in 0..3 {
         bob.publish("a.x", "last").await.unwrap();
         let mut got = until_last(&mut here).await;
@@ -184,7 +184,7 @@ mod guaranteed {
     const MESSAGES: usize = 1500;
     const KILLS: usize = 8;
 
-    /// `peerbus bridge`, as a process.
+    /// A `peerbus bridge` process.
     struct Process {
         command: Command,
         child: Child,
@@ -218,7 +218,7 @@ mod guaranteed {
         }
     }
 
-    /// How often each message came, until all have.
+    /// The number of arrivals of each message, once all have arrived.
     async fn take(
         mut messages: mpsc::UnboundedReceiver<peerbus::Message>,
         wanted: usize,
@@ -235,13 +235,13 @@ mod guaranteed {
         times
     }
 
-    /// Sends guaranteed messages both ways across a bridge that is killed again and again.
+    /// Sends guaranteed messages in both directions across a bridge that is killed repeatedly.
     async fn nothing_is_lost_and_nothing_doubled(broker: World, may_double: bool) {
-        // One name for both sides, as the command has it.
+        // One mesh name for both sides, as in the command.
         let mut sides = Sides { mesh: World::mesh().await.unwrap(), broker };
         sides.broker.mesh = sides.mesh.mesh.clone();
         let mut bridge = Process::start(&sides);
-        // Where the command looks for others on this host.
+        // The folder in which the command finds other nodes of this host.
         let alice = sides.mesh.config("alice").runtime_dir(sides.mesh.host.path().join("peerbus"));
         let alice = alice.outbox(sides.mesh.host.path().join("alice")).start().await.unwrap();
         let bob = sides.broker.durable("bob").await;
@@ -253,7 +253,7 @@ mod guaranteed {
         let _stock = alice.serve("stock", handler).start().unwrap();
         alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
         bob.wait_for_consumers("prices.new", 1, SOON).await.unwrap();
-        // Nothing is promised to whom the bridge has not met.
+        // A durable subscription that the bridge has not met is promised nothing.
         soon(async {
             loop {
                 bob.publish("prices.first", "").guaranteed().await.unwrap();
@@ -281,7 +281,7 @@ mod guaranteed {
         let mut sending = std::pin::pin!(sending);
         let mut sent = false;
         for round in 0..KILLS {
-            // Not an event to wait for: the kill is to come at any moment.
+            // Not an event to wait for: the kill must come at any moment.
             let moment = std::time::Duration::from_millis(150 + 90 * round as u64);
             tokio::select! {
                 _ = &mut sending, if !sent => sent = true,
@@ -294,7 +294,7 @@ mod guaranteed {
             sending.await;
         }
         let (orders, stock) = tokio::join!(take(orders, MESSAGES), take(stock, MESSAGES));
-        // The first ones may still come.
+        // The first ones may still arrive.
         let prices = take(prices, MESSAGES).await;
         for (what, times) in [("orders", orders), ("stock", stock), ("prices", prices)] {
             let doubled = times.values().filter(|times| **times > 1).count();
@@ -311,7 +311,7 @@ mod guaranteed {
         }
     }
 
-    /// RabbitMQ keeps a message twice that was sent twice.
+    /// RabbitMQ keeps two copies of a message that was sent twice.
     #[cfg(feature = "rabbitmq")]
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn nothing_is_lost_by_a_bridge_to_rabbitmq_that_is_killed() {

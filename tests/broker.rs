@@ -1,6 +1,6 @@
-//! One behaviour, whatever carries the messages: the mesh, or a broker.
+//! The same behaviour over every carrier of messages: the mesh, or a broker.
 //!
-//! The real brokers are tested where `./brokers run cargo test …` says where they are.
+//! Real brokers are tested if `./brokers run cargo test …` sets their addresses.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -44,7 +44,7 @@ async fn subscribers_get_what_they_ask_for(world: World) {
     assert_eq!(first.header.ordering_key(), Some("customer-7"));
     assert_eq!(first.header.content_type(), Some("application/msgpack"));
     assert_eq!(first.header.user_header("colour"), Some("red"));
-    // Who asks twice gets each once for each.
+    // A node that subscribes twice receives each event once per subscription.
     for subscription in [&mut all, &mut european] {
         for text in ["second", "third"] {
             assert_eq!(soon(subscription.recv()).await.unwrap().text(), text);
@@ -150,7 +150,7 @@ async fn nobody_serves_is_told_at_once(world: World) {
     alice.wait_for_peers(1, SOON).await.unwrap();
     let error = alice.request("nothing", "").await.unwrap_err();
     assert!(matches!(error, RequestError::NoService(_)), "{error}");
-    // What was served and is no longer.
+    // A service that was withdrawn.
     let service = bob.serve("echo", echo).start().unwrap();
     alice.wait_for_service("echo", SOON).await.unwrap();
     service.drain().await;
@@ -158,7 +158,7 @@ async fn nobody_serves_is_told_at_once(world: World) {
         loop {
             match alice.request("echo", "").deadline(Duration::from_millis(500)).await {
                 Err(RequestError::NoService(_)) => return,
-                // The withdrawal is on its way.
+                // The withdrawal is still in flight.
                 Err(RequestError::Handler(error)) if error.code == "no_service" => {}
                 Err(RequestError::DeadlineExceeded(_)) => {}
                 other => panic!("{other:?}"),
@@ -243,7 +243,7 @@ async fn meshes_do_not_mix(world: World) {
 }
 
 async fn many_messages_come_in_order_and_none_is_lost(world: World) {
-    // No more than a subscription holds: the two sides take turns in one task.
+    // No more than a subscription holds: the two sides alternate in one task.
     const COUNT: u32 = 5_000;
     let (alice, bob) = (world.node("alice").await, world.node("bob").await);
     let mut numbers = bob.subscribe("n").unwrap();
@@ -392,7 +392,7 @@ async fn what_has_expired_is_not_delivered(world: World) {
     assert_eq!(soon(taken.recv()).await.unwrap().text(), "fresh");
 }
 
-// Only where there is a broker.
+// Tests for brokers only.
 
 async fn what_a_broker_cannot_do_is_an_error_that_names_it(world: World) {
     let node = world.durable("node").await;
@@ -423,7 +423,7 @@ async fn what_a_broker_cannot_do_is_an_error_that_names_it(world: World) {
 }
 
 async fn a_broker_that_is_not_there_is_told_and_tried_again(world: World) {
-    // A port on which nobody listens yet.
+    // A port on which no broker listens yet.
     let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = socket.local_addr().unwrap();
     drop(socket);
@@ -485,7 +485,7 @@ async fn a_queue_that_is_there_with_other_settings_is_named(world: World) {
     let node = world.durable("node").await;
     let error = node.send("billing", "x").guaranteed().await.unwrap_err();
     assert!(error.to_string().contains(&queue), "{error}");
-    // And nothing else suffers.
+    // The other queues are not affected.
     node.send("shipping", "x").guaranteed().await.unwrap();
 }
 

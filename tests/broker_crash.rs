@@ -1,5 +1,5 @@
-//! Brokers that crash under their nodes, and come back. Apart from the other tests, since those
-//! share the real brokers.
+//! Brokers that crash under their nodes, and restart. Separate from the other tests, which share
+//! the real brokers.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -14,7 +14,7 @@ use common::{SOON, echo, soon, wait_for};
 use peerbus::{DownCause, EmbeddedBroker, Event, NodeId};
 use world::{Carrier, World, collect};
 
-/// Ends the broker as a crash does, and has it back.
+/// Kills the broker, as in a crash, and restarts it.
 async fn restart(world: &mut World) {
     match std::mem::replace(&mut world.carrier, Carrier::Mesh) {
         Carrier::Embedded(broker) => {
@@ -24,7 +24,7 @@ async fn restart(world: &mut World) {
                 loop {
                     match EmbeddedBroker::start(addr).await {
                         Ok(fresh) => return fresh,
-                        // Its connections have yet to end.
+                        // Its connections still have to close.
                         Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                     }
                 }
@@ -32,7 +32,7 @@ async fn restart(world: &mut World) {
             world.carrier = Carrier::Embedded(fresh.await);
         }
         Carrier::Real(url) => {
-            // RabbitMQ 3.10 can't lead a quorum queue again that was made seconds before a kill.
+            // RabbitMQ 3.10 can't recover a quorum queue that was created seconds before a kill.
             let (name, end) = match url.starts_with("nats") {
                 true => ("nats", "kill"),
                 false => ("rabbitmq", "end"),
@@ -70,7 +70,7 @@ async fn a_broker_that_crashes_is_told_and_what_was_promised_is_kept(mut world: 
     };
     restart(&mut world).await;
     assert_eq!(down(&mut events).await, (NodeId::BROKER, DownCause::Lost));
-    // All that was wanted is restored.
+    // All subscriptions and services are restored.
     alice.wait_for_subscribers("a", 1, SOON * 2).await.unwrap();
     alice.wait_for_service("echo", SOON).await.unwrap();
     alice.publish("a", "again").await.unwrap();
@@ -95,13 +95,13 @@ async fn nats_crashes() {
     if let Some(world) = World::nats().await {
         a_broker_that_crashes_is_told_and_what_was_promised_is_kept(world).await;
     }
-    // Both kill the one server.
+    // Both tests kill the same server.
     if let Some(world) = World::nats().await {
         what_nats_has_forgotten_to_have_delivered_is_marked_as_redelivered(world).await;
     }
 }
 
-/// A server that is killed may forget what it had delivered.
+/// A killed server may forget which messages it had delivered.
 #[cfg(feature = "nats")]
 async fn what_nats_has_forgotten_to_have_delivered_is_marked_as_redelivered(mut world: World) {
     use std::collections::HashSet;
@@ -117,7 +117,7 @@ async fn what_nats_has_forgotten_to_have_delivered_is_marked_as_redelivered(mut 
         let first = begun.lock().unwrap().insert(text.clone());
         began.send((text.clone(), first, again)).unwrap();
         async move {
-            // Those of the server's first life never end.
+            // Calls of the server's first run never end.
             if first && text.starts_with("early") {
                 std::future::pending::<()>().await;
             }

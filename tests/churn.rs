@@ -1,5 +1,5 @@
-//! Real nodes, each a process with two workers, that publish while others are killed and come
-//! back: none may hang. `PEERBUS_CHURN_SECONDS=n` goes on for so long in place of 20 s.
+//! Real nodes, each a process with two workers, publish while others are killed and restarted: none
+//! may hang. `PEERBUS_CHURN_SECONDS=n` runs for n seconds instead of 20.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -17,14 +17,14 @@ use tokio::time::{Instant, interval, sleep_until};
 const DIR: &str = "PEERBUS_TEST_DIR";
 const NAME: &str = "PEERBUS_TEST_NAME";
 const NODES: usize = 24;
-/// So often a quarter of the nodes is killed and started again.
+/// The interval at which a quarter of the nodes is killed and restarted.
 const KILL_EVERY: Duration = Duration::from_secs(2);
-/// Each node publishes so often.
+/// The interval at which each node publishes.
 const PUBLISH_EVERY: Duration = Duration::from_millis(10);
-/// How long a node may take to answer, and to find all others, after the last kill.
+/// The time limit for a node to answer, and to find all others, after the last kill.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the processes of this test run: the same program, told its name. Each ends with its
+/// The role of this test's processes: the same program, started with a name. Each ends with its
 /// parent.
 #[test]
 fn member() {
@@ -41,7 +41,7 @@ async fn take_part(name: &str, dir: &str) {
     let node = Node::builder().name(name).runtime_dir(dir).mdns(false).start().await.unwrap();
     let mut heard = node.subscribe("churn.>").unwrap();
     tokio::spawn(async move { while heard.recv().await.is_some() {} });
-    // It answers when it has all others for peers, and the one who asks.
+    // The service answers once the node is linked to all others and to the requester.
     let asked = node.clone();
     let answer = move |_: Call| {
         let asked = asked.clone();
@@ -58,7 +58,7 @@ async fn take_part(name: &str, dir: &str) {
     }
 }
 
-/// A node's process.
+/// The process of a node.
 struct Member(Child);
 
 impl Member {

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use common::private_dir;
 use tempfile::TempDir;
 
-/// A host of its own for the processes of one test.
+/// A host for the processes of one test.
 struct Shell {
     dir: TempDir,
 }
@@ -37,7 +37,7 @@ impl Shell {
     }
 }
 
-/// A process that is ended with the test.
+/// A process that is killed at the end of the test.
 struct Running {
     child: Child,
     lines: BufReader<ChildStdout>,
@@ -120,7 +120,7 @@ fn wrong_input_is_explained_and_fails() {
     let shell = Shell::new();
     fails(&shell.run(&["pub", "a..b", "x"]), "empty token");
     fails(&shell.run(&["sub", "a.>.b"]), "wildcard");
-    fails(&shell.run(&["pub", "lonely", "x", "--wait", "50ms"]), "nobody subscribes to lonely");
+    fails(&shell.run(&["pub", "lonely", "x", "--wait", "50ms"]), "no node subscribes to lonely");
     fails(&shell.run(&["request", "nobody", "x", "--wait", "50ms"]), "no node serves nobody");
     fails(&shell.run(&["send", "--node", "xyz", "x"]), "not a node id");
     fails(&shell.run(&["peers", "--mesh", "a/b"]), "mesh name");
@@ -164,7 +164,7 @@ fn each_benchmark_runs_and_names_its_reference() {
         &["bench", "restart", "--pending=100", "--dir", dir],
         &["bench", "scale", "--rounds=1", "--rest=1", "--nodes=3", "--by=gossip"],
     ];
-    // What a process takes can only be measured on Linux.
+    // CPU time and memory of a process can be measured on Linux only.
     let here =
         |args: &&&[&str]| cfg!(target_os = "linux") || !matches!(args[1], "scale" | "restart");
     for args in quick.iter().filter(here) {
@@ -180,7 +180,7 @@ fn each_benchmark_runs_and_names_its_reference() {
     }
     let nobody_reads = shell.run(&["bench", "throughput", "--subscribers=2", "--stalled=2"]);
     let error = String::from_utf8_lossy(&nobody_reads.stderr).into_owned();
-    assert!(!nobody_reads.status.success() && error.contains("has to read"), "{error}");
+    assert!(!nobody_reads.status.success() && error.contains("--stalled must be less"), "{error}");
 }
 
 const COMPARED: &str = r#"
@@ -233,13 +233,13 @@ fn the_comparison_counts_what_each_system_does_and_makes_a_page() {
     }
     assert!(of(0, "outbox").is_none(), "a request is not guaranteed");
     let kept = of(2, "outbox").unwrap();
-    // Those that the receiver had handled, and not yet stored that it had, come again.
+    // Messages that were handled, but whose processed records were not stored, are redelivered.
     assert_eq!(&kept["lost"], &0, "{kept}");
     let page = std::fs::read_to_string(page).unwrap();
     assert!(page.contains("the receiver is killed") && page.ends_with("</html>\n"));
 }
 
-/// The processes that one has started.
+/// The child processes of a process.
 #[cfg(target_os = "linux")]
 fn children(pid: u32) -> Vec<(u32, String)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
@@ -268,7 +268,7 @@ fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The second broker, once its nodes are there.
+    // The second broker, once its nodes are running.
     let mut first = None;
     let second = loop {
         let children = children(bench.id());
@@ -291,7 +291,7 @@ fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
     assert_eq!(report["workloads"][0]["results"][0]["system"], "embedded");
     assert_eq!(report["workloads"][1]["results"], serde_json::json!([]));
     assert!(report["cut_short"].as_str().unwrap().contains("the broker ended"));
-    // Nothing of it is left.
+    // None of its processes are left.
     let left: Vec<_> = std::fs::read_dir(shell.dir.path()).unwrap().flatten().collect();
     assert_eq!(left.len(), 1, "{left:?}");
 }
@@ -306,7 +306,7 @@ fn a_wrong_broker_or_workload_is_explained() {
     if !cfg!(feature = "rabbitmq") {
         fails(&shell.run(&["pub", "a", "b", "--broker", "amqp://x"]), "feature `rabbitmq`");
     }
-    // Nobody listens where somebody did.
+    // No process listens on this address any more.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let nowhere = format!("peerbus://{}", listener.local_addr().unwrap());
     drop(listener);
@@ -316,9 +316,9 @@ fn a_wrong_broker_or_workload_is_explained() {
     assert_eq!(told, 2, "once in the log, and by the command: {output:?}");
     fails(&shell.run(&["broker", "--listen", "0.0.0.0:0"]), "loopback only");
     fails(&shell.run(&["bridge", "--export", "a"]), "--broker URL");
-    fails(&shell.run(&["bridge", "--broker", &nowhere]), "nothing is to cross");
+    fails(&shell.run(&["bridge", "--broker", &nowhere]), "nothing to bridge");
     fails(&shell.run(&["bench", "tradeoff", "nofile.toml"]), "nofile.toml");
-    fails(&shell.run(&["bench", "tradeoff", "--workload", "nope"]), "there are request,");
+    fails(&shell.run(&["bench", "tradeoff", "--workload", "nope"]), "choose one of request,");
     let file = shell.dir.path().join("w.toml");
     for (line, wanted) in [
         ("sized = 5", "unknown field `sized`"),
@@ -358,8 +358,8 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
         let args = ["send", "billing", "x", "--no-mdns", "--outbox", &sender, flag, value];
         fails(&shell.run(&args), wanted);
     }
-    fails(&shell.run(&["outbox", "show", &sender, "9"]), "there is no message 9");
-    fails(&shell.run(&["outbox", "replay", &sender, "1"]), "is no dead letter");
+    fails(&shell.run(&["outbox", "show", &sender, "9"]), "no message 9");
+    fails(&shell.run(&["outbox", "replay", &sender, "1"]), "is not a dead letter");
     fails(&shell.run(&["outbox", "list", &folder("nothing")]), "there is no outbox");
     assert!(stdout(&shell.run(&["outbox", "verify", &sender])).contains("2 messages"));
     assert_eq!(
@@ -374,9 +374,9 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     calls.sort();
     assert_eq!(calls, ["call to billing: one\n", "call to billing: three\n"]);
     fails(&shell.run(&["outbox", "list", &receiver]), "another process uses it");
-    assert!(stdout(&shell.run(&["outbox", "list", &sender])).contains("nothing waits"));
+    assert!(stdout(&shell.run(&["outbox", "list", &sender])).contains("no messages in"));
 
-    // What expires is a dead letter, which can be tried again.
+    // An expired message is a dead letter, which can be replayed.
     let args = ["send", "nobody", "late", "--no-mdns", "--outbox", &sender];
     let expired = shell.run(&[&args[..], &["--expires", "1ms", "--wait", "30s"]].concat());
     fails(&expired, "expired before it was processed");
@@ -386,7 +386,7 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     assert_eq!(listed["messages"][0]["body"], "late");
     assert_eq!(stdout(&shell.run(&["outbox", "replay", &sender, "--all"])), "replayed 1\n");
     assert_eq!(stdout(&shell.run(&["outbox", "reassign", &sender, "4"])), "reassigned 1\n");
-    fails(&shell.run(&["outbox", "reassign", &sender, "5"]), "there is no message 5");
+    fails(&shell.run(&["outbox", "reassign", &sender, "5"]), "no message 5");
 }
 
 #[test]
@@ -398,7 +398,7 @@ fn damage_to_an_inbox_is_found_as_that_to_an_outbox_is() {
     stdout(&shell.run(&args));
     let verify = || shell.run(&["outbox", "verify", dir]);
     let sound = stdout(&verify());
-    assert_eq!(sound, "1 messages, all can be read\nthe inbox: 1 entries, all can be read\n");
+    assert_eq!(sound, "1 messages, all readable\nthe inbox: 1 entries, all readable\n");
 
     let segment = store.join("inbox/0000000000000001.segment");
     let mut bytes = std::fs::read(&segment).unwrap();
@@ -429,17 +429,17 @@ fn what_is_damaged_is_told_with_what_it_costs() {
     let verified = verify();
     fails(&verified, "the outbox is damaged");
     let text = String::from_utf8(verified.stdout).unwrap();
-    assert!(text.contains("1 messages") && text.contains("1 messages at the most"), "{text}");
+    assert!(text.contains("1 messages") && text.contains("at most 1 messages"), "{text}");
     std::fs::remove_file(&last).unwrap();
     let text = String::from_utf8(verify().stdout).unwrap();
-    assert!(text.contains("which is missing; 1 messages at the most are lost"), "{text}");
+    assert!(text.contains("which is missing; at most 1 messages are lost"), "{text}");
     std::fs::write(&last, &whole).unwrap();
 
     let identity = store.join("identity");
     std::fs::write(&identity, "").unwrap();
     fails(&verify(), "the identity file can't be used");
     let listed = shell.run(&["outbox", "list", dir]);
-    assert!(String::from_utf8(listed.stderr).unwrap().contains("its node won't start"));
+    assert!(String::from_utf8(listed.stderr).unwrap().contains("the node can't start"));
     assert!(String::from_utf8(listed.stdout).unwrap().contains("#2"));
 }
 
@@ -469,7 +469,7 @@ fn a_reader_that_goes_away_and_a_full_disk_are_no_reason_to_panic() {
         let told = String::from_utf8(output.stderr).unwrap();
         assert!(told.contains("standard output") && told.contains("No space"), "{args:?}: {told}");
         assert_eq!((output.status.code(), told.lines().count()), (Some(1), 1), "{told}");
-        // Nor is there a way to say so.
+        // The error can't be printed either.
         let mut command = shell.command(args);
         let output = command.stdout(full.try_clone().unwrap()).stderr(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{args:?}");
@@ -500,7 +500,8 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     assert_eq!([second.line(), second.line()], ["orders.new two\n", "orders.new three\n"]);
     second.child.wait().unwrap();
 
-    // Of many it takes as many as it was asked for, and leaves the rest for the next run.
+    // The subscriber receives only as many messages as requested, and leaves the rest for the next
+    // run.
     for kept in ["1 kept", "2 kept"] {
         assert!(stdout(&publish("again", "0s")).contains(kept));
     }
@@ -509,7 +510,7 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     for (count, bodies) in [("1", &["again"][..]), ("2", &["again", "last"])] {
         let mut taking = sub(count);
         for body in bodies {
-            // What was on its way when the first run ended may have been handled there.
+            // A message in flight when the first run ended may have been handled there.
             let line = taking.line().replace(" (redelivered)", "");
             assert_eq!(line, format!("orders.new {body}\n"));
         }
@@ -526,12 +527,12 @@ fn a_durable_subscription_takes_what_was_published_while_it_was_away() {
     assert!(known.starts_with("durable subscription billing to orders.> of "), "{listed}");
     let node = known.rsplit(' ').next().unwrap();
     let forget = |node: &str| shell.run(&["outbox", "forget", &publisher, node, "billing"]);
-    fails(&forget("nobody"), "there is no subscription billing of a node nobody");
+    fails(&forget("nobody"), "no subscription billing of a node nobody");
     let forgot = stdout(&forget(&node[..8]));
     assert!(forgot.starts_with("forgot billing of ") && forgot.ends_with(", with 1 messages\n"));
     assert_eq!(
         stdout(&shell.run(&["outbox", "list", &publisher])).lines().next(),
-        Some(&*format!("nothing waits in {publisher}"))
+        Some(&*format!("no messages in {publisher}"))
     );
     fails(&publish("five", "0s"), "no durable subscription is known");
 }
@@ -582,7 +583,7 @@ fn a_reader_that_goes_away_makes_no_dead_letter() {
     });
 }
 
-/// A node's keys, and all that it and others have written about them.
+/// A node's keys, and all that it and other nodes have logged about them.
 #[test]
 fn secrets_are_in_no_log_at_any_level() {
     let shell = Shell::new();

@@ -18,7 +18,7 @@ use tokio_postgres::{Client, NoTls};
 
 const POLL: Duration = Duration::from_millis(5);
 
-/// Two nodes with stores; what the second is sent.
+/// Two nodes with stores, and the messages that the second one receives.
 async fn pair(
     host: &Host,
     stores: &TempDir,
@@ -30,7 +30,7 @@ async fn pair(
         told.send((call.message.text().into_owned(), call.message.header.id)).unwrap();
         std::future::ready(Ok::<_, HandlerError>(()))
     };
-    // Its end withdraws the service; here that is the end of the test.
+    // Dropping it would withdraw the service, which must last until the end of the test.
     std::mem::forget(bob.serve("work", handler).concurrency(1).start().unwrap());
     (alice, bob, came)
 }
@@ -72,7 +72,7 @@ async fn sqlite_sends_what_is_committed_and_nothing_else() {
         }
     })
     .await;
-    // The node's end is the relay's.
+    // The relay ends with its node.
     let path = stores.path().join("empty.db");
     let empty = Connection::open(&path).unwrap();
     sqlite::create_tables(&empty).unwrap();
@@ -80,7 +80,7 @@ async fn sqlite_sends_what_is_committed_and_nothing_else() {
     let ending = tokio::spawn(sqlite::relay(idle.clone(), empty, POLL));
     idle.shutdown().await;
     soon(ending).await.unwrap().unwrap();
-    // What is no message stops the relay, and stays.
+    // A row that is not a message stops the relay, and stays in the table.
     let bad = "INSERT INTO peerbus_outbox (message_id, kind, name, body) VALUES (x'00', 'service', 'a', x'')";
     connection.execute(bad, []).unwrap();
     assert!(matches!(soon(relay).await.unwrap(), Err(RelayError::Row(_))));
@@ -105,7 +105,7 @@ async fn sqlite_knows_what_it_has_seen_once_that_is_committed() {
     assert_eq!(sqlite::forget_seen(&connection, Duration::from_secs(60)).unwrap(), 0);
 }
 
-/// A connection to the database of this test, in a schema of its own.
+/// A connection to the database of this test, in its own schema.
 async fn connect(schema: &str) -> Option<Client> {
     let Ok(address) = std::env::var("PEERBUS_TEST_POSTGRES") else {
         eprintln!("skipped: PEERBUS_TEST_POSTGRES names no server; try .ci/with-postgres");

@@ -35,19 +35,19 @@ impl Place {
         self.config(name).start().await.unwrap()
     }
 
-    /// A node whose handlers have hardly any time.
+    /// A node whose handlers have a very short lease.
     async fn hasty_node(&self, name: &str) -> Node {
         self.config(name).lease(Duration::from_millis(50)).start().await.unwrap()
     }
 }
 
-/// How many messages of a node are not processed, and how many are dead letters.
+/// The numbers of unprocessed messages and of dead letters of a node.
 fn sizes(node: &Node) -> (u64, u64) {
     let size = node.outbox_size();
     (size.pending, size.dead_letters)
 }
 
-/// What a handler was given: the text, the attempt, and whether it was redelivered.
+/// A handler's message: the text, the attempt, and whether it was redelivered.
 type Seen = (String, u32, bool);
 
 fn seen(call: &Call) -> Seen {
@@ -58,7 +58,7 @@ fn fresh(text: &str) -> Seen {
     (text.into(), 1, false)
 }
 
-/// A handler that tells what it is given, and returns Ok.
+/// A handler that passes its message on to the test, and returns Ok.
 fn sender(
     told: &UnboundedSender<Seen>,
 ) -> impl Fn(Call) -> std::future::Ready<Result<(), HandlerError>> + Send + Sync + 'static {
@@ -87,7 +87,7 @@ async fn a_message_waits_for_its_service_and_is_processed_once() {
     assert_eq!(next(&mut seen).await, fresh("one"));
     assert_eq!(sizes(&alice), (0, 0));
 
-    // With the instance there, and to a node by its id, and to itself.
+    // To the running instance, to a node by its id, and to itself.
     let receipt = alice.send("work", "two").guaranteed().await.unwrap();
     soon(receipt.processed()).await.unwrap();
     let _inbox = bob.serve_node(sender(&told)).start().unwrap();
@@ -286,7 +286,7 @@ async fn a_durable_subscription_gets_what_was_published_while_it_was_away() {
     let other = alice.publish("news.today", "no").guaranteed().await.unwrap();
     let counts = [&two, &three, &other].map(peerbus::Receipt::destinations);
     assert_eq!(counts, [1, 1, 0]);
-    // The publisher remembers the subscription too.
+    // The publisher remembers the subscription across its restart.
     alice.shutdown().await;
     let alice = place.node("alice").await;
     alice.publish("orders.new", "four").guaranteed().await.unwrap();
@@ -317,7 +317,7 @@ async fn a_durable_subscription_that_has_ended_is_kept_by_nobody() {
     assert_eq!(sizes(&alice), (0, 0));
     assert!(seen.try_recv().is_err());
 
-    // It may begin anew, and end while its publisher is away for good.
+    // The subscription may be opened anew, and end while its publisher is away for good.
     let consumer = bob.consume("billing", "orders.*", sender(&told)).start().unwrap();
     alice.wait_for_consumers("orders.new", 1, SOON).await.unwrap();
     soon(bob.shutdown()).await;
@@ -391,7 +391,7 @@ async fn a_node_without_a_store_takes_and_sends_nothing_guaranteed() {
     let _service = bare.serve("work", sender(&told)).start().unwrap();
     alice.wait_for_service("work", SOON).await.unwrap();
     let receipt = alice.send("work", "waits").guaranteed().await.unwrap();
-    // Who has a store gets it, though the other was there first.
+    // The instance with a store receives it, though the other one was there first.
     let bob = place.node("bob").await;
     let _service = bob.serve("work", |_| async { Ok("") }).start().unwrap();
     soon(receipt.processed()).await.unwrap();
@@ -467,7 +467,7 @@ async fn a_handler_that_hangs_loses_its_lease() {
             if count.fetch_add(1, Ordering::SeqCst) == 0 {
                 std::future::pending::<()>().await;
             }
-            // Longer than its lease, which it extends.
+            // Longer than the lease, which the handler extends.
             for _ in 0..4 {
                 tokio::time::sleep(Duration::from_millis(25)).await;
                 call.extend();
@@ -512,7 +512,7 @@ async fn a_handler_that_panics_as_its_lease_ends_leaves_its_place_to_others() {
     assert_eq!(times.load(Ordering::SeqCst), 2);
 }
 
-/// Copies a store, as a backup does.
+/// Copies a store, like a backup.
 fn copy(from: &std::path::Path, to: &std::path::Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
@@ -578,7 +578,7 @@ async fn an_outbox_that_is_wiped_has_nothing_new_dropped_as_a_duplicate() {
     assert_eq!(bob.counters().duplicates, 0);
 }
 
-/// The files of a store, and what is in them.
+/// The files of a store, with their contents.
 fn files(dir: &std::path::Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -651,7 +651,7 @@ async fn a_receiver_whose_store_is_lost_is_reported_and_gets_what_is_not_settled
     assert!(text == "again" && redelivered);
 }
 
-/// On one thread, so that nothing of the node has run when the service begins.
+/// One thread, so that no task of the node has run when the service starts.
 #[tokio::test]
 async fn what_waited_for_a_service_of_its_own_node_goes_there_after_a_restart() {
     let stores = private_dir();
@@ -757,7 +757,7 @@ async fn a_node_that_is_dropped_gives_its_store_back() {
     for receipt in [first, second] {
         assert_eq!(soon(receipt.processed()).await, Err(DeliveryError::ShutDown));
     }
-    // The service is still held here; the store is not.
+    // The service is still held here; the store is released.
     let again = async {
         loop {
             let config = place.config("alice");

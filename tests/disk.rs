@@ -1,5 +1,5 @@
-//! Stores on disks that are full, or can't be written. These tests mount small ones of their own,
-//! which only root can.
+//! Stores on disks that are full or read-only. These tests mount small disks of their own, which
+//! requires root.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(target_os = "linux")]
 
@@ -17,7 +17,7 @@ use peerbus::{
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
-/// A disk in memory, which is gone with this.
+/// A disk in memory, unmounted on drop.
 struct Disk(TempDir);
 
 impl Disk {
@@ -40,7 +40,7 @@ impl Disk {
         self.0.path()
     }
 
-    /// Takes all the room that there is.
+    /// Fills all free space.
     fn fill(&self) {
         let mut file = std::fs::File::create(self.path().join("filler")).unwrap();
         for size in [64 * 1024, 1] {
@@ -66,7 +66,7 @@ async fn a_full_disk_takes_no_message_and_lets_go_of_those_that_it_has() {
         receipts.push(alice.send("work", format!("{n}")).guaranteed().await.unwrap());
     }
     disk.fill();
-    // There may be some bytes left in the last block.
+    // The last block may have some free bytes.
     let refused = loop {
         match alice.send("work", vec![0; 4096]).guaranteed().await {
             Ok(receipt) => receipts.push(receipt),
@@ -124,7 +124,7 @@ async fn a_folder_that_is_read_only_is_refused() {
     }
 }
 
-/// What alice's folder lies on a small disk for, and bob's elsewhere.
+/// Two nodes: alice has her folder on a small disk, bob his elsewhere.
 struct Pair {
     host: Host,
     disk: Disk,
@@ -147,7 +147,7 @@ impl Pair {
         config.start().await.unwrap()
     }
 
-    /// Alice's next life; what was processed is not there any more.
+    /// Restarts alice; processed messages are no longer in her store.
     async fn restart(&self, alice: Node, pending: u64, dead_letters: u64) -> Node {
         alice.shutdown().await;
         let alice = self.alice().await;
@@ -157,13 +157,13 @@ impl Pair {
         alice
     }
 
-    /// Fills the disk while nobody takes the messages, has bob process them all, and then a few
-    /// more, which the disk has to have room for again.
+    /// Fills the disk while no node accepts the messages, lets bob process them all, and then sends
+    /// a few more, for which the disk must have room again.
     async fn fill_and_empty(&self, alice: &Node, body: usize) {
         self.fill_further_and_empty(alice, body, Vec::new()).await;
     }
 
-    /// The same with messages that are there already.
+    /// Does the same with messages that are stored already.
     async fn fill_further_and_empty(&self, alice: &Node, body: usize, mut receipts: Vec<Receipt>) {
         while let Ok(receipt) = alice.send("work", vec![1; body]).guaranteed().await {
             receipts.push(receipt);
@@ -219,7 +219,7 @@ async fn dead_letters_on_a_small_disk_leave_the_rest_of_it_to_others() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_that_wait_leave_the_rest_of_a_disk_to_others() {
-    // One short one, and as much as fills the oldest segments.
+    // One short message, and enough to fill the oldest segments.
     for (waiting, body) in [(1, 5), (20, 500_000)] {
         let Some(pair) = Pair::new("48m") else { return };
         let alice = pair.alice().await;
@@ -266,7 +266,7 @@ async fn ids_that_are_remembered_keep_no_bodies_on_a_small_disk() {
         )
     };
     for life in 0..3u16 {
-        // More than the disk holds.
+        // More than the disk can hold.
         for number in life * 1200..(life + 1) * 1200 {
             let receipt = soon(async {
                 loop {
@@ -281,7 +281,7 @@ async fn ids_that_are_remembered_keep_no_bodies_on_a_small_disk() {
             assert_eq!(soon(came.recv()).await, Some(id(number)));
         }
         alice = pair.restart(alice, 0, 0).await;
-        // Those that were sent last are remembered.
+        // The ids of the last messages are remembered.
         for number in (life + 1) * 1200 - 100..(life + 1) * 1200 {
             let again = alice.send("work", "again").guaranteed().once(id(number)).await.unwrap();
             soon(again.processed()).await.unwrap();

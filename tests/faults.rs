@@ -1,4 +1,4 @@
-//! Links that break: over the in-memory network, where they break on demand.
+//! Broken links, over the in-memory network, where they break on demand.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 

@@ -1,4 +1,4 @@
-//! Bad input from a network, and a node that goes on working.
+//! Invalid input from a network, and a node that must keep working.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -11,7 +11,7 @@ use peerbus::{Call, Event, Node, Trust};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// A node with a front door, and a peer that must not suffer.
+/// A node with a front door, and a peer that must not be affected.
 struct Target {
     node: Node,
     friend: Node,
@@ -20,7 +20,7 @@ struct Target {
     host: Host,
 }
 
-/// What lets a test speak to a node without TLS.
+/// The trust mode in which a test can talk to a node without TLS.
 const OPEN: Trust = Trust::Open { anywhere: false };
 
 impl Target {
@@ -44,7 +44,7 @@ impl Target {
         TcpStream::connect(self.addr).await.unwrap()
     }
 
-    /// The rest of the node works, and counted the refusal.
+    /// The rest of the node works, and the node counted the refusal.
     async fn is_unharmed(&self, counted: &str) {
         assert_eq!(
             self.friend.request("echo", "still there?").await.unwrap().text(),
@@ -91,7 +91,7 @@ fn frame(more: bool, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A connection that is past the ZMTP handshake.
+/// A connection after its ZMTP handshake.
 async fn shaken(target: &Target) -> TcpStream {
     let mut stream = target.connect().await;
     stream.write_all(&[&GREETING[..], &ready(&[5; 48])].concat()).await.unwrap();
@@ -125,7 +125,7 @@ fn hello(mesh: &str, id: [u8; 32]) -> Vec<u8> {
 /// Says hello and accepts the link: the smallest of ids decides.
 const MEMBER: [u8; 32] = [0; 32];
 
-/// A peer with a link of its own. Its hello asks for the topic `bait`.
+/// A peer with a link of its own. Its hello subscribes to the topic `bait`.
 async fn member(target: &Target) -> TcpStream {
     let mut events = target.node.events();
     let mut stream = target.connect().await;
@@ -158,7 +158,7 @@ fn announcement(seq: u32, subscribed: &[String], unsubscribed: &[String]) -> Vec
     record
 }
 
-/// Waits until the hostile member has lost its link; why.
+/// Waits until the hostile member has lost its link; returns the reason.
 async fn lost(target: &Target, events: &mut peerbus::Events) -> String {
     let reason = wait_for(events, |event| match event {
         Event::PeerDown { id, reason, .. } if id.as_bytes() == &MEMBER => Some(reason),
@@ -188,7 +188,7 @@ async fn a_member_whose_credit_goes_backwards_loses_its_link() {
     let mut stream = member(&target).await;
     let mut events = target.node.events();
     target.node.publish("bait", "").await.unwrap();
-    // One event of 128 bytes is consumed; then it isn't.
+    // One event of 128 bytes is consumed; then the counter goes back.
     for consumed in [&[0x97, 1, 1, 0xcc, 128, 0, 0, 0, 0][..], &PREAMBLE] {
         stream.write_all(&batch(consumed, &[0x92, 8, 0])).await.unwrap();
     }
@@ -227,7 +227,7 @@ async fn a_member_that_floods_with_announcements_loses_its_link() {
             }
         }
     };
-    // What the target answers has to go somewhere.
+    // The target's answers must be read.
     let drain = async move { _ = tokio::io::copy(&mut reading, &mut tokio::io::sink()).await };
     let hostile = tokio::spawn(async move { tokio::join!(flood, drain) });
     let reason = lost(&target, &mut events).await;
@@ -302,7 +302,7 @@ async fn garbage_and_other_protocols_are_cut() {
 
 #[tokio::test]
 async fn a_client_that_shows_its_signature_first_is_greeted() {
-    // As libzmq does: the rest of the greeting follows when it has seen ours.
+    // Like libzmq, which sends the rest of its greeting once it has received ours.
     let target = Target::new().await;
     let mut stream = target.connect().await;
     stream.write_all(&GREETING[..10]).await.unwrap();
@@ -340,7 +340,7 @@ async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
     let target = Target::new().await;
     let records: [&[u8]; 6] = [
         b"not messagepack",
-        // A hello cut short, a message before its time, an array that claims 2^32 values.
+        // A truncated hello, a message before the hello, an array that claims 2^32 values.
         &hello("default", [5; 32])[..20],
         &[0x94, 16, 0xc4, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa1, b'a', 0xc4, 0],
         &[0xdd, 0xff, 0xff, 0xff, 0xff],
@@ -352,7 +352,7 @@ async fn garbage_in_place_of_a_hello_ends_the_link_with_a_reason() {
         stream.write_all(&batch(&PREAMBLE, record)).await.unwrap();
         cut(&mut stream).await;
     }
-    // A record length beyond its frame, a body frame that nobody announced.
+    // A record length beyond its frame, an unannounced body frame.
     let mut lying = batch(&PREAMBLE, b"x");
     let at = lying.len() - 5;
     lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
@@ -395,7 +395,7 @@ async fn strangers_are_refused_with_a_reason_that_an_operator_sees() {
         assert!(reason.contains(want), "{reason}");
         cut(&mut stream).await;
     }
-    // A hello that names another node than its connection did.
+    // A hello whose node id is not that of its connection.
     let mut stream = shaken(&target).await;
     stream.write_all(&batch(&PREAMBLE, &hello("default", [6; 32]))).await.unwrap();
     cut(&mut stream).await;
@@ -424,7 +424,7 @@ async fn a_thousand_slow_handshakes_do_not_keep_a_real_peer_out() {
                 cut(&mut stream).await;
             });
         }
-        // From one address no more than 8 may be in their handshake; the rest are turned away.
+        // At most 8 handshakes may be pending from one address; others are refused.
         let late = change(target.host.tcp_config("late"));
         let late = late.peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
         late.wait_for_service("echo", SOON).await.unwrap();
@@ -470,7 +470,7 @@ async fn a_port_in_use_and_a_name_that_does_not_resolve_are_named() {
 #[tokio::test]
 async fn nothing_beyond_loopback_is_dialled_or_listened_on_without_keys() {
     let host = Host::new();
-    // TEST-NET-1 (RFC 5737) leads nowhere; the refusal comes before any packet.
+    // TEST-NET-1 (RFC 5737) is unreachable; the refusal comes before any packet is sent.
     let node =
         host.config("careful").peer("192.0.2.1:4000".parse().unwrap()).start().await.unwrap();
     soon(async {
@@ -500,8 +500,8 @@ async fn what_makes_no_sense_in_a_configuration_is_refused() {
     assert!(error.to_string().contains("control characters"), "{error}");
 }
 
-/// A process of another user, which got at the socket all the same: what it runs is this program,
-/// told where the socket is.
+/// A process of another user that has reached the socket all the same: this program, started with
+/// the path of the socket.
 #[test]
 fn stranger() {
     use std::io::{Read, Write};

@@ -1,5 +1,5 @@
-//! Sender and receiver are real processes that are killed again and again.
-//! `PEERBUS_KILL_ROUNDS=n` kills so often in place of 200 times.
+//! Sender and receiver are real processes that are killed repeatedly. `PEERBUS_KILL_ROUNDS=n` kills
+//! n times instead of 200 times.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -19,16 +19,16 @@ use peerbus::{Call, HandlerError, Node};
 const ROLE: &str = "PEERBUS_TEST_ROLE";
 const DIR: &str = "PEERBUS_TEST_DIR";
 const LIFE: &str = "PEERBUS_TEST_LIFE";
-/// So many messages are stored at least.
+/// The minimum number of stored messages.
 const MESSAGES: usize = 100_000;
-/// No more is stored while so many wait, or a store would take longer to open than a process lives.
+/// The limit of queued messages: a larger store would take longer to open than a process lives.
 const BACKLOG: u64 = 2_000;
 
 fn env(name: &str) -> String {
     std::env::var(name).unwrap()
 }
 
-/// A file that many lives append to, whole lines at a time.
+/// A file to which many runs append whole lines.
 fn log(dir: &Path, name: &str) -> File {
     OpenOptions::new().create(true).append(true).open(dir.join(name)).unwrap()
 }
@@ -47,7 +47,7 @@ async fn start(dir: &Path, name: &str) -> Node {
     node
 }
 
-/// What the processes of this test run: the same program, told its role.
+/// The role of this test's processes: the same program, started with a role.
 #[test]
 fn role() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -62,8 +62,8 @@ fn role() {
     });
 }
 
-/// Stores messages and notes each of which it has the receipt, until it is killed; or sends only
-/// what is there, until nothing is left.
+/// Stores messages and records each receipt, until it is killed; or only sends stored messages,
+/// until none is left.
 async fn send(dir: &Path, more: bool) {
     let node = start(dir, "sender").await;
     let mut stored = log(dir, "stored");
@@ -92,7 +92,7 @@ async fn send(dir: &Path, more: bool) {
     }
 }
 
-/// Notes each message when its handler begins and when it ends.
+/// Records the begin and the end of each message's handler.
 async fn receive(dir: &Path) {
     let node = start(dir, "receiver").await;
     let handled = Arc::new(log(dir, "handled"));
@@ -150,7 +150,7 @@ fn processes_that_are_killed_lose_nothing_and_process_nothing_twice_unknowingly(
     while life < rounds || lines(dir, "stored").len() < MESSAGES {
         life += 1;
         assert!(life < 50 * rounds, "the sender stores too little: {}", lines(dir, "stored").len());
-        // Long enough for some of them to do something; what they do meanwhile is any.
+        // Long enough for some of them to make progress, at any point.
         std::thread::sleep(Duration::from_millis(20 + random(150)));
         let which = random(3);
         if which != 0 {
@@ -172,7 +172,7 @@ fn processes_that_are_killed_lose_nothing_and_process_nothing_twice_unknowingly(
 
 fn check(stored: &[String], handled: &[String], lives: usize) {
     let mut ended = HashSet::new();
-    // The life in which each message was begun last, and whether it ended there.
+    // The run in which each message was last begun, and whether it ended there.
     let mut begun = HashMap::<&str, (&str, bool)>::new();
     let (mut again, mut after_its_end) = (0, 0);
     for line in handled {
@@ -190,7 +190,7 @@ fn check(stored: &[String], handled: &[String], lives: usize) {
                 begun.insert(body, (life, true));
                 ended.insert(body);
             }
-            // The last line of a life that was killed while it wrote.
+            // The last line of a run that was killed while writing.
             _ => {}
         }
     }

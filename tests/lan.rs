@@ -1,6 +1,6 @@
-//! Hosts on real networks: namespaces, veth, a bridge with multicast DNS, a router without.
+//! Hosts on real networks: namespaces, veth, a bridge with multicast DNS, and a router without.
 //!
-//! Needs root and `ip netns`; where that isn't possible, the test says so and passes.
+//! Requires root and `ip netns`; otherwise the test prints that it is skipped, and passes.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(all(target_os = "linux", feature = "cli"))]
 
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// Longer than a dead peer and a late redial take together.
+/// Longer than the detection of a dead peer and a late redial together.
 const SOON: Duration = Duration::from_secs(60);
 
 fn ip(line: &str) -> Result<(), String> {
@@ -23,10 +23,10 @@ fn ip(line: &str) -> Result<(), String> {
     }
 }
 
-/// Hosts and what lies between them, each a namespace; removed in the end.
+/// Hosts and the network between them, each a namespace; removed on drop.
 struct Lan {
     between: String,
-    /// What the nodes of the test prove to each other.
+    /// The mesh key of the test's nodes.
     mesh_key: String,
     hosts: Vec<Host>,
 }
@@ -74,7 +74,7 @@ impl Lan {
         Ok(lan)
     }
 
-    /// Three hosts, each in a subnet of its own, and a router that no multicast crosses.
+    /// Three hosts, each in a subnet of its own, and a router that doesn't forward multicast.
     fn routed() -> Result<Self, String> {
         let lan = Self::new("r", &["10.77.1.2", "10.77.2.2", "10.77.3.2"])?;
         let router = &lan.between;
@@ -92,7 +92,7 @@ impl Lan {
         Ok(lan)
     }
 
-    /// Pulls or plugs in the first host's cable.
+    /// Unplugs or plugs in the first host's cable.
     fn cable(&self, state: &str) {
         ip(&format!("-n {} link set port0 {state}", self.between)).unwrap();
     }
@@ -165,7 +165,7 @@ fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
         assert_eq!(up["name"], other);
         means.push(up["found_by"].as_str().unwrap().to_owned());
     }
-    // One saw the other's announcement and dialled it; the other may not have seen one yet.
+    // One node saw the other's announcement and dialled; the other may not have seen one yet.
     assert!(means.contains(&"mdns".to_owned()), "{means:?}");
     assert!(means.iter().all(|by| by == "mdns" || by == "inbound"), "{means:?}");
     let reply =

@@ -1,4 +1,4 @@
-//! Nodes that find each other and talk, over real sockets.
+//! Nodes that find each other and exchange messages, over real sockets.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -135,7 +135,7 @@ async fn a_handlers_error_and_panic_reach_the_caller() {
     let told = "the handler declined: decode: the body can't be decoded: ";
     assert!(error.len() > told.len() && error.starts_with(told), "with its cause: {error}");
     assert_eq!(alice.request("orders", "ok").await.unwrap().text(), "fine");
-    // One way, a failure is counted at the sender.
+    // The failure of a one-way message is counted at the sender.
     let mut events = alice.events();
     alice.send("orders", "decline").await.unwrap();
     let dropped = wait_for(&mut events, |event| match event {
@@ -192,7 +192,7 @@ async fn a_request_ends_by_its_deadline_and_its_handler_hears_of_it() {
     let request = alice.request("sleepy", "").deadline(Duration::from_millis(50));
     assert!(matches!(soon(async { request.await }).await, Err(RequestError::DeadlineExceeded(_))));
     soon(heard.notified()).await;
-    // Dropping a request tells its handler as well.
+    // Dropping a request notifies its handler as well.
     let dropped = tokio::time::timeout(Duration::from_millis(50), async {
         alice.request("sleepy", "").await
     });
@@ -319,7 +319,7 @@ async fn a_slow_subscriber_loses_counted_messages_and_stalls_nobody() {
     .await;
     let dropped = publisher.counters().dropped_total();
     assert!(dropped > 0, "2 MB don't fit into two queues of 512 KiB");
-    // Reading on, the slow one gets exactly what was not dropped.
+    // Reading on, the slow subscriber receives exactly the messages that were not dropped.
     let mut got = 0;
     soon(async {
         while got + publisher.counters().dropped_total() < rounds {

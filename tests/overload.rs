@@ -1,4 +1,5 @@
-//! More than a subscriber takes: what is lost, what waits, and that all of it is counted.
+//! More events than a subscriber can handle: what is dropped or queued, and that all of it is
+//! counted.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -12,7 +13,7 @@ use futures_util::StreamExt;
 use peerbus::{Config, Counters, DropReason, MemoryNetwork, Node, Overflow};
 use proptest::prelude::*;
 
-/// The least that a node can be configured to take.
+/// The minimum limits of a node's configuration.
 const WINDOW: u64 = 512 * 1024;
 
 fn small(network: &MemoryNetwork) -> Config {
@@ -35,7 +36,7 @@ async fn a_publisher_that_waits_loses_nothing_to_a_subscription_that_holds_back(
     let inbox = reader.subscribe_with("load", Overflow::HoldBack).unwrap();
     soon(publisher.wait_for_subscribers("load", 1, SOON)).await.unwrap();
 
-    // As long as nobody reads, the peer's window and the queue here fill, and then it waits.
+    // While the subscriber doesn't read, the peer's window and the queue here fill, then it waits.
     let mut sent = 0;
     let report = loop {
         let report = publisher.publish("load", body(sent)).now().unwrap();
@@ -77,15 +78,15 @@ async fn a_publisher_that_waits_for_a_peer_that_is_lost_hears_of_it() {
     assert_eq!(report.dropped, [(reader.id(), DropReason::LinkLost)]);
 }
 
-/// What a subscription of the publishing node itself has after `count` messages on `topics`
-/// topics in turn, of which its queue holds few.
+/// The messages in a subscription of the publishing node itself after `count` messages on `topics`
+/// topics in turn, more than its queue holds.
 async fn after_overflow(overflow: Overflow, count: u32, topics: u32) -> (Vec<u32>, Counters) {
     let network = MemoryNetwork::default();
     let node = small(&network).subscription_queue(1400).start().await.unwrap();
     let mut inbox = node.subscribe_with("load.*", overflow).unwrap();
     for n in 0..count {
         let report = node.publish(format!("load.{}", n % topics), body(n)).await.unwrap();
-        // What makes room for this message is no reason of its own.
+        // Dropping an older message for this one is not a drop of this one.
         assert!(overflow == Overflow::DropNewest || report.queued == 1, "{report:?}");
     }
     let counters = node.counters();
@@ -122,8 +123,8 @@ fn overflow() -> impl Strategy<Value = Overflow> {
     ])
 }
 
-/// Publishes at random to one subscription that reads at random; what was sent, taken, counted
-/// as dropped.
+/// Publishes at random to one subscription that reads at random; returns the numbers of messages
+/// sent, received, and counted as dropped.
 async fn overload(overflow: Overflow, queue: u64, sends: Vec<(u8, u16, bool)>) -> (u64, u64, u64) {
     let network = MemoryNetwork::default();
     let publisher = small(&network).start().await.unwrap();
@@ -142,7 +143,7 @@ async fn overload(overflow: Overflow, queue: u64, sends: Vec<(u8, u16, bool)>) -
             taken += 1;
         }
     }
-    // What is left is read until both sides have shut down.
+    // The remaining messages are read until both sides have shut down.
     let rest = tokio::spawn(inbox.count());
     soon(publisher.shutdown()).await;
     soon(reader.shutdown()).await;

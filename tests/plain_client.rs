@@ -1,7 +1,7 @@
 //! A plain ZeroMQ client in another language joins an open mesh.
 //!
-//! Needs a Python with pyzmq and msgpack; `PEERBUS_PYTHON` names one, and `.ci/with-python` makes
-//! one. Without it the test says so and passes.
+//! Requires a Python with pyzmq and msgpack; `PEERBUS_PYTHON` names one, and `.ci/with-python`
+//! creates one. Without it, the test prints that it is skipped, and passes.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use common::private_dir;
 
-/// Tells the frame around it what the browser made of the page.
+/// A script that reports the page's layout to the frame around it.
 const LOOK: &str = r#"<script>
 addEventListener('load', () => {
     const page = document.documentElement, told = {};
@@ -26,7 +26,7 @@ addEventListener('load', () => {
 });
 </script>"#;
 
-/// Where the browser is, if it is.
+/// The path of the browser, if there is one.
 fn browser() -> Option<PathBuf> {
     let named = std::env::var_os("PEERBUS_BROWSER").map(PathBuf::from);
     if named.is_none() {
@@ -86,7 +86,7 @@ fn the_page_fits_a_phone_and_a_desk_and_prints() {
     let looked_at = dir.path().join("looked-at.html");
     std::fs::write(&looked_at, page.replace("</body>", &format!("{LOOK}</body>"))).unwrap();
     let url = format!("file://{}", looked_at.display());
-    // The narrowest window that it has is 500 px wide: a frame stands for a phone.
+    // The browser's minimum window width is 500 px: a frame stands in for a phone.
     for width in [360, 1280] {
         let frame = dir.path().join("frame.html");
         let framed = format!(

@@ -1,4 +1,4 @@
-//! A store's files: what is missing, damaged, deleted or old in them.
+//! A store's files: missing, damaged, deleted or old ones.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -26,7 +26,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// All files below a folder, and what is in them.
+/// All files below a folder, with their contents.
 fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
@@ -44,7 +44,7 @@ fn segments(journal: &Path) -> Vec<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|it| it == "segment")).collect()
 }
 
-/// Whether damage to the outbox is told, and what it costs; also the bodies that can be read.
+/// Verifies an outbox: whether damage is reported, the reported loss, and the readable bodies.
 fn look(store: &Path) -> (bool, Option<u64>, Vec<String>) {
     let outbox = ClosedOutbox::look(store).unwrap();
     assert_eq!(outbox.torn(), 0);
@@ -53,8 +53,8 @@ fn look(store: &Path) -> (bool, Option<u64>, Vec<String>) {
     (!outbox.damaged().is_empty(), outbox.lost(), bodies)
 }
 
-/// The store of a node that had three lives, was closed each time, and keeps 30 messages. It
-/// remembers that it has processed as many.
+/// The store of a node that was started and closed three times. It keeps 30 messages, and the
+/// record of 30 processed ones.
 async fn kept(host: &Host, store: &Path) -> Vec<String> {
     let mut bodies = Vec::new();
     for life in 0..3 {
@@ -83,7 +83,7 @@ async fn nothing_of_a_closed_store_is_lost_without_a_word() {
     assert_eq!(outbox.len(), 3);
 
     let missing = |found: &[String]| bodies.iter().filter(|it| !found.contains(it)).count() as u64;
-    // Of the 20 messages in each segment 10 were processed.
+    // Each segment has 20 messages, of which 10 were processed.
     for segment in &outbox {
         let whole = fs::read(segment).unwrap();
         for cut in (0..whole.len()).step_by(whole.len() / 60) {
@@ -138,7 +138,7 @@ async fn nothing_of_a_closed_inbox_is_lost_without_a_word() {
     fs::remove_file(last).unwrap();
     let report = check();
     assert!(report.damaged[0].missing && report.forgotten >= Some(10), "{report:?}");
-    // The node tells of it too.
+    // The node reports it too.
     let node = host.config("alice").outbox(&store).start().await.unwrap();
     let told = node.store_report().unwrap();
     assert!(told.damaged[0].missing && told.forgotten >= Some(10) && told.lost == Some(0));
@@ -250,7 +250,7 @@ async fn nothing_is_stored_in_a_folder_that_was_removed() {
         let error = send().await.unwrap_err();
         assert!(is_gone(&error), "{error}");
     }
-    // Nor in another one that lies there now.
+    // Nor in another folder at the same path.
     fs::create_dir_all(store.join("outbox")).unwrap();
     let error = send().await.unwrap_err();
     assert!(is_gone(&error), "{error}");
@@ -260,7 +260,7 @@ async fn nothing_is_stored_in_a_folder_that_was_removed() {
     let node = host.config("alice").outbox(&store).start().await.unwrap();
     assert_eq!(node.store_report().unwrap().pending, 0);
     node.send("nobody", "stored").guaranteed().await.unwrap();
-    // What is only moved away and comes back is the same.
+    // A folder that is moved away and back is the same.
     let aside = dir.path().join("aside");
     fs::rename(&store, &aside).unwrap();
     let error = node.send("nobody", "not stored").guaranteed().await.unwrap_err();

@@ -1,4 +1,4 @@
-//! Who is let in over a network, and what others can see there.
+//! Authentication over a network, and what eavesdroppers can see there.
 #![allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 #![cfg(unix)]
 
@@ -37,7 +37,7 @@ async fn can_ask(node: &Node) {
     assert_eq!(node.request("echo", "hello").await.unwrap().text(), "hello");
 }
 
-/// What a node says of the address that it can't link to.
+/// The error with which a node can't link to an address.
 async fn unreachable(node: &Node) -> String {
     soon(async {
         loop {
@@ -95,7 +95,7 @@ async fn a_mesh_goes_from_one_key_to_the_next_without_a_pause() {
     assert_eq!(moved.peers()[0].id, both.id());
 }
 
-/// Everybody may do everything.
+/// Rules that allow everything to every peer.
 fn anything() -> Rules {
     "* * >".parse().unwrap()
 }
@@ -139,7 +139,7 @@ async fn trusted_keys_are_let_in_by_name_and_lose_their_link_when_they_are_remov
     assert!(refusal(&mut events).await.contains("not among the trusted keys"));
 }
 
-/// Passes bytes on between whoever connects and a node, and keeps a copy of them.
+/// A proxy in front of a node, which keeps a copy of the bytes.
 struct Tap {
     addr: SocketAddr,
     dialler_said: Arc<Mutex<Vec<u8>>>,
@@ -239,8 +239,8 @@ async fn a_recorded_handshake_opens_nothing_when_it_is_played_again() {
     assert!(node.peers().iter().all(|peer| peer.id == friend.id()));
 }
 
-/// A server with these rules for the role `tills`, and a node that has the role and lets the
-/// server do everything.
+/// A server with these rules for the role `tills`, and a node that has the role and allows the
+/// server everything.
 async fn till_and_server(host: &Host, rules: Option<&str>) -> (Node, Node) {
     let (server_file, server_id) = identity(host, "server.id");
     let (till_file, till_id) = identity(host, "till.id");
@@ -279,7 +279,7 @@ async fn a_role_may_do_what_the_rules_say_and_nothing_else() {
     let error = soon(receipt.processed()).await.unwrap_err();
     assert!(error.to_string().contains("rules don't allow it"), "{error}");
 
-    // What it publishes arrives, or is counted here.
+    // Its published events arrive, or their drops are counted here.
     let mut heard = server.subscribe(">").unwrap();
     till.wait_for_subscribers("orders.new", 1, SOON).await.unwrap();
     till.publish("secrets.all", "psst").await.unwrap();
@@ -293,7 +293,7 @@ async fn a_role_may_do_what_the_rules_say_and_nothing_else() {
     };
     wait_for(&mut events, dropped).await;
 
-    // What it wants and offers is taken note of, or it hears that it isn't.
+    // Its subscriptions and services are accepted, or it is notified that they are denied.
     let (mut prices, mut all) =
         (till.subscribe("prices.*").unwrap(), till.subscribe("prices.>").unwrap());
     let _drawer = till.serve("drawer.1", secret).start().unwrap();
@@ -312,7 +312,7 @@ async fn a_role_may_do_what_the_rules_say_and_nothing_else() {
     for price in ["2", "4"] {
         assert_eq!(soon(prices.recv()).await.unwrap().text(), price);
     }
-    // One link carries it for both, so the wider one hears what it may and no more.
+    // One link serves both subscriptions, so the wider one receives only the allowed events.
     assert_eq!(soon(all.recv()).await.unwrap().text(), "2");
     assert_eq!(soon(all.recv()).await.unwrap().text(), "4");
 }

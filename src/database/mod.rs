@@ -1,12 +1,11 @@
-//! The transactional outbox and inbox in a database of the user's own.
+//! The transactional outbox and inbox in the user's own database.
 //!
-//! A service that changes its database and sends a message wants both or none. It
-//! inserts the message into a table in the transaction of its change; a relay takes what is
-//! committed and hands it to the node's outbox, which sends it until it is processed
-//! (the *transactional outbox* of Richardson's *Microservices Patterns*). On the other
-//! side a handler notes in the transaction of its own change that it has seen a message, so that
-//! one that comes again changes nothing (Hohpe and Woolf's *idempotent receiver*). With both, effects
-//! happen exactly once.
+//! A service that changes its database and sends a message needs both or neither. It inserts the
+//! message into a table in the transaction of its change. A relay hands committed messages to the
+//! node's outbox, which sends them until they are processed (the *transactional outbox* of
+//! Richardson's *Microservices Patterns*). On the receiving side, a handler records the message's
+//! id in the transaction of its own change, so that a duplicate changes nothing (Hohpe and Woolf's
+//! *idempotent receiver*). With both, effects happen exactly once.
 //!
 //! ```text
 //!  user's transaction            relay                       handler's transaction
@@ -16,9 +15,9 @@
 //!  └────────────────────┘                                   └─────────────────────┘
 //! ```
 //!
-//! A relay that crashes between the two hands a message to the outbox again, with the same id, and
-//! that stores it once ([`Guaranteed::once`]). The far side needs the inbox still: for a handler
-//! that was killed before its Ok was stored, and whose message comes again.
+//! A relay that crashes in between hands the message to the outbox again, with the same id, and the
+//! outbox stores it once ([`Guaranteed::once`]). The receiver still needs its inbox table, for a
+//! handler that was killed before its Ok was stored: its message is redelivered.
 
 #[cfg(feature = "postgres")]
 pub mod postgres;
@@ -33,13 +32,13 @@ use crate::identity::{NodeId, random_u64};
 use crate::message::{Body, IdSource, MessageId};
 use crate::node::{Guaranteed, Node};
 
-/// How many messages a relay takes at once.
+/// The maximum number of messages that a relay takes at once.
 const BATCH: i64 = 256;
 
-/// How often a relay looks for messages when nobody tells it to.
+/// A default for the polling interval of a relay.
 pub const DEFAULT_POLL: Duration = Duration::from_millis(100);
 
-/// A message to be inserted.
+/// A message to insert.
 ///
 /// ```
 /// use peerbus::database::NewMessage;
@@ -69,7 +68,7 @@ impl NewMessage {
         Self { destination: Destination::Node(node), body: body.into(), key: None }
     }
 
-    /// An event for the durable subscriptions that the relay's node knows when it takes it.
+    /// An event for the durable subscriptions that the relay's node knows at the hand-over.
     ///
     /// # Errors
     /// [`AddressError`] if the topic can't be parsed.
@@ -78,7 +77,7 @@ impl NewMessage {
         Ok(Self { destination, body: body.into(), key: None })
     }
 
-    /// Messages with the same key belong in one order.
+    /// Sets the ordering key: messages with the same key are handled in order.
     pub fn key(mut self, key: impl Into<String>) -> Self {
         self.key = Some(key.into());
         self
@@ -101,7 +100,7 @@ impl NewMessage {
     }
 }
 
-/// A message in the table.
+/// A row of the outbox table.
 struct Row {
     message_id: Vec<u8>,
     /// `topic`, `service` or `node`.
@@ -112,16 +111,16 @@ struct Row {
     body: Vec<u8>,
 }
 
-/// A row that no message can be made of, or one that no outbox of this size can hold. The relay
-/// stops there, so that nothing is lost; somebody has to mend the row or delete it. What was
-/// inserted before it has been handed over.
+/// A row that is not a valid message, or that is too large for this outbox. The relay stops there,
+/// so that nothing is lost; the row must be corrected or deleted by hand. The rows before it have
+/// been handed over.
 #[derive(Debug, thiserror::Error)]
-#[error("row {id} of the outbox table is no message: {problem}")]
+#[error("row {id} of the outbox table is not a message: {problem}; correct or delete the row")]
 #[non_exhaustive]
 pub struct BadRow {
     /// The row's id.
     pub id: i64,
-    /// What is wrong with it.
+    /// The fault of the row.
     pub problem: String,
 }
 
@@ -132,7 +131,7 @@ impl Row {
 
     fn message<'a>(&self, node: &'a Node, row: i64) -> Result<Guaranteed<'a>, BadRow> {
         let bad = |problem: String| BadRow { id: row, problem };
-        let id = self.id().ok_or_else(|| bad("the message id has not 16 bytes".into()))?;
+        let id = self.id().ok_or_else(|| bad("the message id does not have 16 bytes".into()))?;
         let destination = match self.kind.as_str() {
             "topic" => self.name.parse::<Topic>().map(Destination::Topic),
             "service" => self.name.parse::<ServiceName>().map(Destination::Service),
@@ -140,7 +139,9 @@ impl Row {
                 Ok(node) => Ok(Destination::Node(node)),
                 Err(error) => return Err(bad(error.to_string())),
             },
-            other => return Err(bad(format!("its kind is {other:?}"))),
+            other => {
+                return Err(bad(format!("the kind {other:?} is none of topic, service and node")));
+            }
         };
         let destination = destination.map_err(|error| bad(error.to_string()))?;
         let key = self.key.clone();
@@ -155,11 +156,11 @@ impl Row {
     }
 }
 
-/// Stores messages in a node's outbox, in one transaction: as many of the first as it takes at
-/// once, and how many those are.
+/// Stores as many of the first rows as the node's outbox accepts at once, in one transaction, and
+/// returns their number.
 async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<usize, RelayError> {
     let mut messages = rows.iter().map(|(id, row)| row.message(node, *id));
-    // What comes before a bad row goes ahead.
+    // The rows before a bad row are stored first.
     let mut count = messages.by_ref().take_while(Result::is_ok).count();
     loop {
         let mut transaction = node.transaction();
@@ -188,28 +189,28 @@ async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<usize, RelayError
     }
 }
 
-/// A relay that can't go on.
+/// The error with which a relay ends.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RelayError {
-    /// A row is no message.
+    /// A row is not a message.
     #[error(transparent)]
     Row(#[from] BadRow),
-    /// The node's outbox refuses.
+    /// The node's outbox failed or refused a message.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
-    /// SQLite refuses.
+    /// SQLite failed.
     #[cfg(feature = "sqlite")]
     #[error(transparent)]
     Sqlite(#[from] rusqlite::Error),
-    /// PostgreSQL refuses.
+    /// PostgreSQL failed.
     #[cfg(feature = "postgres")]
     #[error(transparent)]
     Postgres(#[from] tokio_postgres::Error),
 }
 
 impl RelayError {
-    /// Whether it is the outbox that is full, which passes.
+    /// Returns true if the outbox is full, which is temporary.
     fn is_full(&self) -> bool {
         matches!(self, Self::Outbox(OutboxError::OutboxFull { .. }))
     }

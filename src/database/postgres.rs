@@ -1,4 +1,4 @@
-//! In PostgreSQL.
+//! The outbox and inbox tables in PostgreSQL.
 //!
 //! ```no_run
 //! use peerbus::database::{NewMessage, postgres};
@@ -21,10 +21,10 @@ use crate::carrier::OutboxError;
 use crate::message::MessageId;
 use crate::node::Node;
 
-/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they are there.
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist.
 ///
 /// # Errors
-/// What PostgreSQL says.
+/// The error of PostgreSQL.
 pub async fn create_tables(client: &impl GenericClient) -> Result<(), tokio_postgres::Error> {
     client
         .batch_execute(
@@ -47,12 +47,12 @@ pub async fn create_tables(client: &impl GenericClient) -> Result<(), tokio_post
         .await
 }
 
-/// Inserts a message in the user's own transaction; its id.
+/// Inserts a message in the user's own transaction; returns its id.
 ///
-/// Messages of transactions that run at the same time come in no order.
+/// The order of messages from concurrent transactions is undefined.
 ///
 /// # Errors
-/// What PostgreSQL says.
+/// The error of PostgreSQL.
 pub async fn insert(
     transaction: &impl GenericClient,
     message: &NewMessage,
@@ -68,16 +68,18 @@ pub async fn insert(
     Ok(row.id().expect("it was drawn with 16 bytes"))
 }
 
-/// Whether a consumer has seen a message before; from this transaction's commit on it has.
+/// Records that a consumer has seen a message, from this transaction's commit on; returns true if
+/// it had seen the message before.
 ///
-/// `consumer` names what handles it: a service, a durable subscription. One event comes with one id
-/// to all of them, and each is to have it once.
+/// `consumer` names the handler: a service or a durable subscription. An event has the same id for
+/// all of them, and each handles it once.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
-/// message comes. While another transaction that has just seen it is open, this waits for its end.
+/// message is delivered. While another open transaction has just recorded the message, this waits
+/// for its end.
 ///
 /// # Errors
-/// What PostgreSQL says.
+/// The error of PostgreSQL.
 pub async fn inbox_seen(
     transaction: &impl GenericClient,
     consumer: &str,
@@ -93,11 +95,11 @@ pub async fn inbox_seen(
     Ok(new == 0)
 }
 
-/// Forgets the messages that were seen longer ago than that; how many they were. One that comes
-/// again after that is not recognised.
+/// Forgets the messages seen longer ago than that; returns their number. Later duplicates of them
+/// are not recognised.
 ///
 /// # Errors
-/// What PostgreSQL says.
+/// The error of PostgreSQL.
 pub async fn forget_seen(
     client: &impl GenericClient,
     longer_ago: Duration,
@@ -111,16 +113,16 @@ pub async fn forget_seen(
         .await
 }
 
-/// Hands what is committed to the node's outbox, and looks for more every `poll`, until it fails
-/// or the node shuts down. Of several relays on one table one works, so that the order of the
-/// messages holds; another takes its place when its connection ends.
+/// Hands committed messages to the node's outbox, and polls for more every `poll`, until it fails
+/// or the node shuts down. Of several relays on one table one is active, which keeps the order of
+/// the messages; another takes over when the connection of the active one ends.
 ///
 /// # Errors
-/// [`RelayError`]. A full outbox is waited for; a lost connection is an error, after which a new
-/// relay goes on where this one was.
+/// [`RelayError`]. A full outbox is retried; a lost connection is an error, after which a new relay
+/// continues where this one stopped.
 ///
 /// # Cancel safety
-/// Dropping the future loses nothing; a batch that it was at may be handed over again.
+/// Dropping the future loses nothing; the current batch may be handed over again.
 pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(), RelayError> {
     let mut leads = false;
     while !node.is_stopping() {
@@ -143,11 +145,11 @@ pub async fn relay(node: Node, mut client: Client, poll: Duration) -> Result<(),
     Ok(())
 }
 
-/// Takes the lock of the table's relay for the session: of the two halves of its number, one says
-/// `peer`, and one is the table's.
+/// Takes the session's advisory lock for the table's relay. The high half of the lock's number
+/// spells `peer`, the low half is the table's oid.
 const LEAD: &str = "SELECT pg_try_advisory_lock((x'70656572'::int::bigint << 32) | 'peerbus_outbox'::regclass::oid::bigint)";
 
-/// How many messages were handed over.
+/// Hands over one batch; returns the number of messages.
 async fn relay_batch(node: &Node, client: &mut Client) -> Result<usize, RelayError> {
     let transaction = client.transaction().await?;
     let found = transaction

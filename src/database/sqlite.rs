@@ -1,4 +1,4 @@
-//! In SQLite.
+//! The outbox and inbox tables in SQLite.
 //!
 //! ```no_run
 //! use peerbus::database::{NewMessage, sqlite};
@@ -21,10 +21,10 @@ use super::{BATCH, NewMessage, RelayError, Row, hand_over};
 use crate::message::MessageId;
 use crate::node::Node;
 
-/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they are there.
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist.
 ///
 /// # Errors
-/// What SQLite says.
+/// The error of SQLite.
 pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(
         "CREATE TABLE IF NOT EXISTS peerbus_outbox (
@@ -45,10 +45,10 @@ pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
     )
 }
 
-/// Inserts a message in the user's own transaction; its id.
+/// Inserts a message in the user's own transaction; returns its id.
 ///
 /// # Errors
-/// What SQLite says.
+/// The error of SQLite.
 pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Result<MessageId> {
     let row = message.row();
     let mut insert = transaction.prepare_cached(
@@ -66,16 +66,17 @@ pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Resul
     Ok(row.id().expect("it was drawn with 16 bytes"))
 }
 
-/// Whether a consumer has seen a message before; from this transaction's commit on it has.
+/// Records that a consumer has seen a message, from this transaction's commit on; returns true if
+/// it had seen the message before.
 ///
-/// `consumer` names what handles it: a service, a durable subscription. One event comes with one id
-/// to all of them, and each is to have it once.
+/// `consumer` names the handler: a service or a durable subscription. An event has the same id for
+/// all of them, and each handles it once.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
-/// message comes.
+/// message is delivered.
 ///
 /// # Errors
-/// What SQLite says.
+/// The error of SQLite.
 pub fn inbox_seen(
     transaction: &Connection,
     consumer: &str,
@@ -89,31 +90,30 @@ pub fn inbox_seen(
     Ok(insert.execute(params![consumer, &id.to_bytes()[..], now as i64])? == 0)
 }
 
-/// Forgets the messages that were seen longer ago than that; how many they were. One that comes
-/// again after that is not recognised.
+/// Forgets the messages seen longer ago than that; returns their number. Later duplicates of them
+/// are not recognised.
 ///
 /// # Errors
-/// What SQLite says.
+/// The error of SQLite.
 pub fn forget_seen(connection: &Connection, longer_ago: Duration) -> rusqlite::Result<usize> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let before = now.saturating_sub(longer_ago).as_secs();
     connection.execute("DELETE FROM peerbus_inbox WHERE seen_at < ?", [before as i64])
 }
 
-/// Hands what is committed to the node's outbox, and looks for more every `poll`, until it fails
-/// or the node shuts down. It has a connection of its own, and a thread of its own while it uses
-/// it.
+/// Hands committed messages to the node's outbox, and polls for more every `poll`, until it fails
+/// or the node shuts down. It owns the connection, and occupies a thread of the blocking pool.
 ///
 /// # Errors
-/// [`RelayError`]. A full outbox is waited for.
+/// [`RelayError`]. A full outbox is retried.
 ///
 /// # Cancel safety
-/// Dropping the future ends it after what it is at; nothing is lost.
+/// Dropping the future ends the relay after its current batch; nothing is lost.
 pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result<(), RelayError> {
     let (stop, stopped) = mpsc::channel::<()>();
     let runtime = tokio::runtime::Handle::current();
     let working = tokio::task::spawn_blocking(move || {
-        // Dropping the future drops the other end, which ends the relay.
+        // Dropping the future drops the sender, which ends the relay.
         while !node.is_stopping() && stopped.try_recv() != Err(TryRecvError::Disconnected) {
             let rows = match pending(&connection) {
                 Ok(rows) => rows,
@@ -163,7 +163,8 @@ fn pending(connection: &Connection) -> rusqlite::Result<Vec<(i64, Row)>> {
     rows.collect()
 }
 
-/// They are in the node's outbox: until this succeeds they must not be handed over again.
+/// Deletes rows that are in the node's outbox; until it succeeds, they must not be handed over
+/// again.
 fn delete(connection: &Connection, rows: &[(i64, Row)]) -> rusqlite::Result<()> {
     loop {
         let deleted = connection.unchecked_transaction().and_then(|transaction| {

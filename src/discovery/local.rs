@@ -1,10 +1,10 @@
-//! This host: nodes of the same user and mesh find each other by the sockets in one folder.
+//! Discovery on this host: nodes of one user and mesh find each other by the sockets in a folder.
 //!
 //! ```text
 //!  $XDG_RUNTIME_DIR/peerbus/        mode 0700
 //!    default/                       the mesh's name
-//!      k3vq7a2m.sock                one node; a fresh name at each start
-//!    host.key                       what they prove to each other over loopback TCP
+//!      k3vq7a2m.sock                one node; a new name at each start
+//!    host.key                       the key that they prove over loopback TCP
 //! ```
 
 use std::collections::HashSet;
@@ -21,15 +21,15 @@ use crate::engine::{Sighting, TargetKey};
 use crate::identity::random_bytes;
 use crate::peer::{Address, Source};
 
-/// A newcomer dials whom it finds, so looking again is for the rare race only.
+/// The scan interval. A new node dials the sockets that it finds, so rescans catch rare races only.
 const RESCAN: Duration = Duration::from_secs(2);
-/// A socket that refuses and is older than this belongs to a process that is gone.
+/// The age from which a socket that refuses connections counts as left behind by a dead process.
 const STALE_AFTER: Duration = Duration::from_secs(5);
 
 /// Creates the mesh's folder, for this user alone.
 ///
 /// # Errors
-/// The folder, and why it can't be used: it belongs to another user, or is open to others.
+/// The folder, and the reason it can't be used: it belongs to another user, or others may enter.
 pub(crate) fn prepare(
     root: Option<&Path>,
     mesh: &MeshName,
@@ -42,7 +42,7 @@ pub(crate) fn prepare(
     Ok(dir)
 }
 
-/// A path for a new socket in a mesh's folder.
+/// The path of a new socket in a mesh's folder.
 pub(crate) fn fresh_socket(dir: &Path) -> PathBuf {
     let name = data_encoding::BASE32_NOPAD.encode(&random_bytes::<5>()).to_ascii_lowercase();
     dir.join(format!("{name}.sock"))
@@ -61,7 +61,7 @@ fn default_root() -> PathBuf {
     }
 }
 
-/// Reports the sockets that come and go, except `own`. Runs until it is dropped.
+/// Reports sockets that appear and disappear, except `own`. Runs until it is dropped.
 pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
     let mut known = HashSet::new();
     let mut ticks = interval(RESCAN);
@@ -80,12 +80,12 @@ pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
     }
 }
 
-/// Removes a socket that refused a connection, once it is old enough to be of a process that is
-/// gone: a fresh one may be about to listen.
+/// Removes a socket that refused a connection, if it is old enough that its process must be dead: a
+/// new one may be about to listen.
 pub(crate) fn remove_if_stale(path: &Path) {
     let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     if age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER) {
-        tracing::debug!(path = %path.display(), "removing the socket of a process that is gone");
+        tracing::debug!(path = %path.display(), "removing the socket of a dead process");
         let _gone_already = fs::remove_file(path);
     }
 }
@@ -158,7 +158,7 @@ mod tests {
         assert!(!dead.exists());
     }
 
-    /// A socket can't be opened, so its time is set from outside.
+    /// Sets the time by a command, since a socket can't be opened.
     fn set_modified(path: &Path, at: std::time::SystemTime) {
         let stamp = at.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
         let set = std::process::Command::new("touch")

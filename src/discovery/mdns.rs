@@ -1,10 +1,10 @@
-//! Multicast DNS: announces this node, and watches for others (RFC 6762, RFC 6763).
+//! Multicast DNS: announces this node, and finds others (RFC 6762, RFC 6763).
 //!
-//! The instance's name is the node id, so that names never conflict; the TXT record says which
-//! mesh it is, the trust mode, the human name, and addresses where the interfaces' own won't do.
-//! Under a mesh key it also has a tag for each key, which only its holders can make: who sees no
-//! tag of its own keys doesn't dial. A record can be repeated by anybody, so it is a hint; who is
-//! there is settled in the handshake.
+//! The instance's name is the node id, so that names never conflict. The TXT record holds the mesh,
+//! the trust mode, the human name, and addresses that replace the interfaces' own. Under a mesh key
+//! it also holds a tag for each key, which only holders of the key can make; a node that sees no
+//! tag of its own keys doesn't dial. Anyone can repeat a record, so it is a hint; the handshake
+//! establishes the peer's identity.
 //!
 //! This is the only file that names the mdns-sd crate.
 
@@ -25,19 +25,19 @@ use crate::trust::LetIn;
 use crate::trust::MeshKey;
 
 const SERVICE: &str = "_peerbus._tcp.local.";
-/// Of what is announced here. Another version's records mean something else.
+/// The version of the TXT record. Records of another version have another meaning.
 const VERSION: &str = "1";
-/// What the keys of advertised addresses begin with.
+/// The prefix of the keys of advertised addresses.
 const ADDRESS: &str = "addr";
-/// What the keys of the mesh keys' tags begin with.
+/// The prefix of the keys of the mesh keys' tags.
 const TAG: &str = "tag";
-/// How long the goodbye may hold up a shutdown.
+/// The time limit for the goodbye at shutdown.
 const GOODBYE: Duration = Duration::from_millis(200);
-/// How soon changed interfaces are noticed, in seconds.
+/// The interval at which changed interfaces are detected, in seconds.
 const INTERFACE_CHECK: u32 = 2;
 const BROWSE_AGAIN: Duration = Duration::from_secs(1);
 
-/// What is announced of a node.
+/// The announcement of a node.
 #[derive(Clone)]
 pub(crate) struct Beacon {
     pub(crate) id: NodeId,
@@ -53,16 +53,16 @@ pub(crate) struct Beacon {
 }
 
 impl Beacon {
-    /// Whether it listens on loopback only.
+    /// Returns true if the node listens on loopback only.
     fn is_for_loopback(&self) -> bool {
         self.listening.iter().all(|addr| addr.ip().is_loopback())
     }
 }
 
-/// Announces the node; the returned future reports others until it is dropped.
+/// Announces the node; the returned future reports other nodes until it is dropped.
 ///
 /// # Errors
-/// Why multicast can't be used, in words.
+/// The reason multicast can't be used, as text.
 pub(crate) fn start(
     beacon: Beacon,
     sink: Sink,
@@ -72,7 +72,7 @@ pub(crate) fn start(
         .unwrap_or_default();
     if let Some(missing) = beacon.interfaces.iter().find(|name| !known.contains(name)) {
         return Err(format!(
-            "there is no network interface {missing:?} (there are {})",
+            "no network interface {missing:?}; choose one of {}",
             known.join(", ")
         ));
     }
@@ -105,10 +105,10 @@ fn choose_interfaces(daemon: &ServiceDaemon, beacon: &Beacon) -> mdns_sd::Result
 fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     let id = beacon.id.to_string();
     let host = format!("{id}.local.");
-    // An SRV record has one port: that of the first address that others can reach.
+    // An SRV record has one port: that of the first address that other hosts can reach.
     let beyond = beacon.listening.iter().find(|addr| !addr.ip().is_loopback());
     let port = beyond.or(beacon.listening.first()).map_or(0, SocketAddr::port);
-    // A TXT string takes 255 bytes in all.
+    // A TXT string is limited to 255 bytes.
     let name: String = beacon.name.chars().take(60).collect();
     let mut txt = vec![
         ("mesh".to_owned(), beacon.mesh.to_string()),
@@ -116,7 +116,7 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
         ("trust".to_owned(), beacon.trust.to_owned()),
         ("name".to_owned(), name),
     ];
-    // A key counts once (RFC 6763, section 6.4), so each address has its own.
+    // Only a key's first value counts (RFC 6763, section 6.4), so each address has its own key.
     for (number, address) in beacon.advertise.iter().enumerate() {
         txt.push((format!("{ADDRESS}{number}"), address.to_string()));
     }
@@ -135,7 +135,7 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
     } else {
         ServiceInfo::new(SERVICE, &id, &host, ips.as_slice(), port, txt.as_slice())?
     };
-    // Nobody else has this name.
+    // No other node has this name.
     info.set_requires_probe(false);
     Ok(info)
 }
@@ -159,7 +159,7 @@ async fn watch(guard: Guard, beacon: Beacon, sink: Sink) {
                 }
             }
         }
-        // The daemon closes a channel that it found full.
+        // The daemon closes a full channel.
         sleep(BROWSE_AGAIN).await;
     }
 }
@@ -197,7 +197,7 @@ fn sighting(service: &ResolvedService, beacon: &Beacon) -> Option<Sighting> {
             .extend(service.get_addresses().iter().map(|ip| Address::Tcp(socket_addr(ip, port))));
     }
     if !beacon.is_for_loopback() {
-        // Others have no business telling what is on this host.
+        // Other hosts must not announce addresses of this host's loopback.
         addresses.retain(|addr| !matches!(addr, Address::Tcp(addr) if addr.ip().is_loopback()));
     }
     addresses.sort_unstable();
@@ -215,7 +215,7 @@ fn socket_addr(ip: &ScopedIp, port: u16) -> SocketAddr {
     }
 }
 
-/// For the fuzzer: what others announce.
+/// For the fuzzer: the strings that other nodes announce.
 #[cfg(fuzzing)]
 pub(crate) fn check_txt(mut strings: &[u8]) {
     let me = Beacon {
@@ -247,7 +247,7 @@ pub(crate) fn check_txt(mut strings: &[u8]) {
     }
 }
 
-/// Says goodbye when the node ends.
+/// Sends the goodbye when the node ends.
 struct Guard {
     daemon: ServiceDaemon,
     fullname: String,
@@ -308,7 +308,7 @@ mod tests {
         assert!(seen(&alice, &keyed(2, &[&new])).is_some());
         assert!(seen(&alice, &keyed(2, &[&other])).is_none());
         assert!(seen(&alice, &beacon(2)).is_none(), "another mode");
-        // Somebody else's tag is no help to whoever repeats it.
+        // A copied tag is useless, since it covers the node id.
         let mut thief = service_info(&keyed(3, &[])).unwrap().as_resolved_service();
         let stolen = service_info(&alice).unwrap().as_resolved_service();
         thief.txt_properties = stolen.txt_properties;

@@ -1,5 +1,5 @@
-//! Discovery: where other nodes may be found. What it reports are hints; who is there is settled
-//! in the handshake, and who is alive by the link.
+//! Discovery: finds the addresses of other nodes. Its reports are hints; the handshake establishes
+//! who is there, and the link whether that node is alive.
 
 pub(crate) mod fixed;
 pub(crate) mod local;
@@ -9,13 +9,13 @@ use std::sync::Arc;
 
 use crate::engine::{Sighting, TargetKey};
 
-/// What a source of sightings reports.
+/// A report of a discovery source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Discovered {
     Seen(Sighting),
-    /// It is no longer announced. A live link is not cut by this.
+    /// The node is no longer announced. This does not cut a live link.
     Gone(TargetKey),
 }
 
-/// Where sources report to.
+/// The receiver of reports.
 pub(crate) type Sink = Arc<dyn Fn(Discovered) + Send + Sync>;

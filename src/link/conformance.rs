@@ -1,4 +1,4 @@
-//! What every kind of link must do.
+//! The conformance tests that every kind of link must pass.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,7 +21,7 @@ enum Arrival {
     Closed,
 }
 
-/// A side of a link under test: what it can send with, and what reaches it.
+/// One side of a link under test: its sender, and what it receives.
 struct Side {
     link: Arc<dyn Link>,
     connection: Connection,
@@ -57,7 +57,7 @@ impl Receiver for Taker {
     }
 }
 
-/// Hands the next connection to the test.
+/// Passes each new connection to the test.
 struct Host {
     sides: mpsc::UnboundedSender<Side>,
 }
@@ -84,7 +84,7 @@ impl Watch for Nobody {
     }
 }
 
-/// A pair of sides, and what has to live as long as they do.
+/// A pair of sides, and whatever must outlive them.
 struct Pair {
     dialler: Side,
     listener: Side,
@@ -141,7 +141,7 @@ async fn over_unix() -> Pair {
     let (a, a_key, mut a_sides) = host();
     let (b, b_key, mut b_sides) = host();
     let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
-    // A mesh key, so that a link that went through TLS would fail.
+    // Different mesh keys, so that a link that went through TLS would fail.
     let strangers = || LetIn::MeshKey(vec![MeshKey::generate()]);
     let (a_door, b_door) = (door(&a_key, &strangers(), a), door(&b_key, &strangers(), b));
     let path = dir.path().join("b");
@@ -162,7 +162,7 @@ async fn over_tls() -> Pair {
     through_doors(LetIn::MeshKey(vec![MeshKey::generate()])).await
 }
 
-/// Runs the suite over one kind of link.
+/// Runs the suite over each kind of link.
 macro_rules! suite {
     ($($kind:ident => $make:ident),*) => {$(
         mod $kind {
@@ -217,7 +217,7 @@ async fn batches_arrive_whole_and_in_order(mut pair: Pair) {
     assert_eq!(pair.listener.batch().await, [Bytes::from(long)]);
 }
 
-/// Tells when it is dropped.
+/// Reports its own drop.
 struct Tracked(Vec<u8>, Mutex<Option<oneshot::Sender<()>>>);
 
 impl AsRef<[u8]> for Tracked {
@@ -255,7 +255,7 @@ async fn closing(mut pair: Pair, by_dialler: bool) {
     assert!(matches!(near.next().await, Arrival::Closed));
 }
 
-/// The front door speaks ZMTP as others do: the bare `zeromq` crate can talk to it.
+/// The front door speaks standard ZMTP: the bare `zeromq` crate can talk to it.
 #[tokio::test]
 async fn a_plain_zeromq_dealer_can_talk_to_the_front_door() {
     use zeromq::{DealerSocket, Socket, SocketOptions, SocketRecv, SocketSend, ZmqMessage};

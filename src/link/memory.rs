@@ -1,4 +1,4 @@
-//! Links within one process: for tests of whole nodes without sockets, with a knife.
+//! Links within one process, for tests of whole nodes without sockets; they can be cut.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -13,8 +13,8 @@ use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::sync::{Guard, Mutex, lock};
 
-/// A network of nodes within this process, in place of sockets and discovery: for testing a
-/// service's behaviour, with [`MemoryNetwork::cut`] for its bad days.
+/// A network of nodes within this process, instead of sockets and discovery: for tests of a
+/// service's behaviour. [`MemoryNetwork::cut`] simulates link loss.
 ///
 /// ```
 /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
@@ -37,7 +37,7 @@ opaque!(MemoryNetwork, |_it|);
 struct Shared {
     nodes: HashMap<u64, Listener>,
     next: u64,
-    /// The live ends, so that they can be cut.
+    /// The live ends, for [`MemoryNetwork::cut`].
     ends: Vec<(NodeId, Weak<End>)>,
 }
 
@@ -46,7 +46,7 @@ struct Listener {
     acceptor: Weak<dyn Acceptor>,
 }
 
-/// A node's place in the network.
+/// A node's port in the network.
 pub(crate) struct MemoryPort {
     network: MemoryNetwork,
     pub(crate) number: u64,
@@ -59,7 +59,7 @@ enum Parcel {
     End,
 }
 
-/// One direction: what is sent here arrives at the other end.
+/// One end of a link: what it sends arrives at the other end.
 struct End {
     outbox: mpsc::UnboundedSender<Parcel>,
     back: mpsc::UnboundedSender<Parcel>,
@@ -67,7 +67,7 @@ struct End {
 
 impl Link for End {
     fn send(&self, frames: Vec<Bytes>) {
-        // The copy stands for the transport: the sender's buffers are released at once.
+        // The copy stands in for the transport: the sender's buffers are released at once.
         let frames = frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect();
         let _ended = self.outbox.send(Parcel::Batch(frames));
     }
@@ -83,7 +83,7 @@ impl MemoryNetwork {
         lock(&self.shared)
     }
 
-    /// Joins the network; connections reach the node through `acceptor`.
+    /// Joins the network; connections are passed to `acceptor`.
     pub(crate) fn join(&self, id: NodeId, acceptor: &Arc<dyn Acceptor>) -> MemoryPort {
         let mut shared = self.lock();
         let number = shared.next;
@@ -92,15 +92,15 @@ impl MemoryNetwork {
         MemoryPort { network: self.clone(), number, id, acceptor: acceptor.clone() }
     }
 
-    /// The addresses of all nodes but one.
+    /// The addresses of all other nodes.
     pub(crate) fn others(&self, number: u64) -> Vec<Address> {
         let shared = self.lock();
         let others = shared.nodes.keys().filter(|other| **other != number);
         others.map(|other| Address::Memory(*other)).collect()
     }
 
-    /// Cuts every connection of a node, as if its cable were pulled for a moment: what is on its
-    /// way arrives, both sides are told, and they dial again.
+    /// Cuts every connection of a node, as if its cable were unplugged for a moment: messages in
+    /// flight arrive, both sides are notified, and they redial.
     pub fn cut(&self, node: &NodeId) {
         let ends: Vec<_> = self.lock().ends.clone();
         for (_, end) in ends.iter().filter(|(owner, _)| owner == node) {
@@ -112,7 +112,7 @@ impl MemoryNetwork {
 }
 
 impl MemoryPort {
-    /// Takes no more connections.
+    /// Accepts no more connections.
     pub(crate) fn leave(&self) {
         self.network.lock().nodes.remove(&self.number);
     }

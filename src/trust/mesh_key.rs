@@ -1,4 +1,4 @@
-//! The secret that the nodes of a mesh share.
+//! Mesh keys: the secret that the nodes of a mesh share.
 
 use std::fmt;
 use std::fs;
@@ -14,80 +14,80 @@ use crate::private::{self, LoosePermissions};
 
 /// A mesh key: 256 random bits, shared by the nodes of a mesh.
 ///
-/// As text it is `peerbus-mesh-` and 58 characters of base32 (RFC 4648, lower case), the last of
-/// which are a checksum, so that a typo is noticed. It is generated, never thought up: a short
-/// secret could be guessed at leisure by whoever made one connection.
+/// The text form is `peerbus-mesh-` and 58 characters of base32 (RFC 4648, lower case), which end
+/// in a checksum, so that a typo is detected. A key is always generated, never chosen: anyone who
+/// made one connection could guess a short secret offline.
 ///
-/// Neither `Debug` nor an error ever shows it.
+/// Neither `Debug` nor any error shows it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MeshKey([u8; MeshKey::LEN]);
 
 const PREFIX: &str = "peerbus-mesh-";
-/// What a proof is made over, so that it means nothing elsewhere.
+/// The domain separators of the HMACs, so that a proof means nothing elsewhere.
 const PROOF: &[u8] = b"peerbus mesh proof 1";
 const TAG: &[u8] = b"peerbus mdns tag 1";
 const FINGERPRINT: &[u8] = b"peerbus fingerprint 1";
 
-/// A proof that its maker holds a mesh key.
+/// The length of a proof that its maker holds a mesh key.
 pub(crate) const PROOF_LEN: usize = 32;
 pub(crate) type Proof = [u8; PROOF_LEN];
 
-/// Which end of a connection speaks, so that neither can hand the other's proof back.
+/// The end of a connection that makes a proof, so that a proof can't be reflected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     Dialler = 1,
     Listener = 2,
 }
 
-/// The text is no mesh key.
+/// The text is not a mesh key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MeshKeyError {
-    /// It does not look like one.
+    /// The text doesn't have the form of a mesh key.
     #[error(
-        "not a mesh key: it begins with {PREFIX} and has 58 characters more; \
+        "not a mesh key: expected {PREFIX} and 58 more characters; \
          `peerbus keygen --mesh` makes one"
     )]
     Format,
-    /// It looks like one, but its checksum is wrong.
-    #[error("a mesh key with a typo: its checksum is wrong")]
+    /// The text has the form of a mesh key, but its checksum is wrong.
+    #[error("the mesh key has a typo: its checksum is wrong")]
     Checksum,
 }
 
-/// A file with mesh keys that can't be used.
+/// A mesh key file that can't be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MeshKeyFileError {
-    /// The file can't be read or made.
+    /// The file can't be read or created.
     #[error("mesh key file {path}: {source}", path = path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A line of it is no mesh key.
+    /// A line is not a mesh key.
     #[error("mesh key file {path}, line {line}: {source}", path = path.display())]
     Line {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// The line's number, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The error of that line.
         source: MeshKeyError,
     },
-    /// There is no key in it.
+    /// The file holds no key.
     #[error("mesh key file {path} holds no key", path = path.display())]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// The file can be read by others.
+    /// Other users can read the file.
     #[error("mesh key file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
     Mode {
         /// The file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits.
         mode: u32,
     },
 }
@@ -95,15 +95,15 @@ pub enum MeshKeyFileError {
 impl MeshKey {
     const LEN: usize = 32;
 
-    /// A fresh key from the system's random source.
+    /// Draws a new key from the system's random source.
     pub fn generate() -> Self {
         Self(random_bytes())
     }
 
-    /// A fresh key in a new file with mode 0600.
+    /// Draws a new key and keeps it in a new file with mode 0600.
     ///
     /// # Errors
-    /// [`MeshKeyFileError::File`] if the file can't be made, or is there already.
+    /// [`MeshKeyFileError::File`] if the file can't be created, or exists.
     pub fn create(path: &Path) -> Result<Self, MeshKeyFileError> {
         let key = Self::generate();
         private::create_file(path, &format!("{}\n", key.reveal()))
@@ -111,11 +111,12 @@ impl MeshKey {
         Ok(key)
     }
 
-    /// The keys in a file, one a line; empty lines and those that begin with `#` are left out.
+    /// Loads the keys of a file, one per line. Empty lines and lines that begin with `#` are
+    /// skipped.
     ///
     /// # Errors
-    /// [`MeshKeyFileError`] if the file can't be read, can be read by others, or holds something
-    /// else.
+    /// [`MeshKeyFileError`] if the file can't be read, is readable by other users, or holds
+    /// anything that is not a key.
     pub fn load(path: &Path) -> Result<Vec<Self>, MeshKeyFileError> {
         let path_buf = || path.to_path_buf();
         let file_error = |source| MeshKeyFileError::File { path: path_buf(), source };
@@ -139,34 +140,33 @@ impl MeshKey {
         Ok(keys)
     }
 
-    /// The key as text. Whoever reads it can join the mesh.
+    /// The key as text. Anyone who reads it can join the mesh.
     pub fn reveal(&self) -> String {
         let mut bytes = self.0.to_vec();
         bytes.extend_from_slice(&self.checksum());
         format!("{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase())
     }
 
-    /// Eight characters by which people can tell keys apart, and that tell nothing of the key.
+    /// Eight characters by which people can tell keys apart; they reveal nothing of the key.
     pub fn fingerprint(&self) -> String {
         let tag = hmac::sign(&self.hmac(), FINGERPRINT);
         BASE32_NOPAD.encode(&tag.as_ref()[..5]).to_ascii_lowercase()
     }
 
-    /// The proof of `role` over what only the two ends of one TLS connection know.
+    /// The proof of `role` over bytes that only the two ends of one TLS connection know.
     pub(crate) fn prove(&self, role: Role, exported: &[u8]) -> Proof {
         let mut proof = [0; PROOF_LEN];
         proof.copy_from_slice(hmac::sign(&self.hmac(), &proven(role, exported)).as_ref());
         proof
     }
 
-    /// Whether `proof` was made by the holder of this key in `role`. Takes the same time for any
-    /// wrong proof.
+    /// Returns true if a holder of this key in `role` made `proof`. Takes constant time.
     pub(crate) fn verifies(&self, role: Role, exported: &[u8], proof: &Proof) -> bool {
         hmac::verify(&self.hmac(), &proven(role, exported), proof).is_ok()
     }
 
-    /// What a node of the mesh shows in its mDNS record: 80 bits in base32. It can be repeated
-    /// by anybody, and spares the others a dial at most.
+    /// The tag in a node's mDNS record: 80 bits in base32. Anyone can repeat it; at most it saves
+    /// other nodes a dial.
     pub(crate) fn tag(&self, id: &NodeId) -> String {
         let tag = hmac::sign(&self.hmac(), &[TAG, id.as_bytes()].concat());
         BASE32_NOPAD.encode(&tag.as_ref()[..10]).to_ascii_lowercase()
@@ -181,13 +181,13 @@ impl MeshKey {
     }
 }
 
-/// The key that nodes of this user share on this host, made by the first of them.
+/// The key that this user's nodes share on this host; the first node creates it.
 pub(super) fn of_this_host(folder: &Path) -> Result<MeshKey, MeshKeyFileError> {
     let path = folder.join("host.key");
     if !path.exists() {
         let fresh = folder.join(format!("host.key.{:016x}", random_u64()));
         let made = private::create_file(&fresh, &MeshKey::generate().reveal());
-        // A link, since it never takes the place of a key that another node has just made.
+        // A hard link never replaces a key that another node has just created.
         let _there_already = made.and_then(|()| fs::hard_link(&fresh, &path));
         let _never_made = fs::remove_file(&fresh);
     }

@@ -1,4 +1,4 @@
-//! Whom a node talks to.
+//! Trust: the peers that a node accepts, and what they may do.
 
 mod mesh_key;
 mod rules;
@@ -16,24 +16,23 @@ pub use trusted_keys::{TrustedKeysError, TrustedLine};
 
 use crate::identity::NodeId;
 
-/// Whom a node talks to, and how it knows them.
+/// The trust mode: the peers that a node accepts, and how it authenticates them.
 ///
-/// But for [`Trust::Open`], whatever passes a network is encrypted and authenticated: TLS 1.3
+/// Except in [`Trust::Open`], all network traffic is encrypted and authenticated: TLS 1.3
 /// (RFC 8446) between the raw public keys (RFC 7250) that are the nodes' ids. The modes differ
-/// in whose keys are let in. A mode holds for what a node dials as for what dials it.
+/// in the keys that are accepted. A mode applies equally to dialled and accepted connections.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum Trust {
-    /// Processes of the same user on this host, and nobody else. Nothing beyond loopback is
-    /// listened on or dialled. On loopback TCP, a secret in the user's private folder takes the
-    /// place of a mesh key.
+    /// Processes of the same user on this host only. The node neither listens nor dials beyond
+    /// loopback. On loopback TCP, a secret in the user's private folder takes the place of a mesh
+    /// key.
     #[default]
     ThisHost,
-    /// Whoever holds one of these keys: one to eight, several while a mesh goes from one to the
-    /// next.
+    /// All nodes that hold one of these keys: one to eight, several to rotate a mesh's key.
     MeshKey(Vec<MeshKey>),
-    /// Whoever's public key is in this file, which is read again when it changes. Each line has
-    /// a name, a node id, and roles separated by commas, if any:
+    /// All nodes whose public keys are in this file, which is reloaded when it changes. Each line
+    /// has a name, a node id, and optionally roles separated by commas:
     ///
     /// ```text
     /// # name   node id                                               roles
@@ -41,16 +40,16 @@ pub enum Trust {
     /// billing  nbswy3dpeb3w64tmmqqho2lunaqhg33nmuqgk5dforxgc3baorsq
     /// ```
     TrustedKeys(PathBuf),
-    /// Anybody: nothing is encrypted or authenticated, so that any ZeroMQ client can join. Only
-    /// on loopback, unless `anywhere`.
+    /// All nodes: nothing is encrypted or authenticated, so any ZeroMQ client can join. Limited to
+    /// loopback unless `anywhere`.
     Open {
-        /// Beyond this host too.
+        /// Allows addresses beyond this host.
         anywhere: bool,
     },
 }
 
 impl Trust {
-    /// The name that flags and announcements have for it.
+    /// The name of the mode in flags and announcements.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::ThisHost => "this-host",
@@ -60,27 +59,27 @@ impl Trust {
         }
     }
 
-    /// Whether it reaches beyond this host.
+    /// Returns true if the mode reaches beyond this host.
     pub(crate) fn reaches_networks(&self) -> bool {
         !matches!(self, Self::ThisHost | Self::Open { anywhere: false })
     }
 }
 
-/// Who is let in over a network, once it is known who that is.
+/// The peers that are let in over a network, by their authenticated identity.
 #[derive(Debug, Clone)]
 pub(crate) enum LetIn {
     Anybody,
-    /// Whoever proves one of these keys.
+    /// The nodes that prove one of these keys.
     MeshKey(Vec<MeshKey>),
-    /// Whoever's key is in the file.
+    /// The nodes whose keys are in the file.
     TrustedKeys(Arc<Watched>),
 }
 
 impl LetIn {
-    /// `folder` is where the user's nodes meet on this host; it is the user's alone.
+    /// Loads the mode's keys. `folder` is the private folder of the user's nodes on this host.
     ///
     /// # Errors
-    /// What keeps the mode's keys from being read.
+    /// [`TrustError`] if the mode's keys can't be read.
     pub(crate) fn new(trust: &Trust, folder: &Path) -> Result<Self, TrustError> {
         Ok(match trust {
             Trust::ThisHost => Self::MeshKey(vec![mesh_key::of_this_host(folder)?]),
@@ -90,7 +89,7 @@ impl LetIn {
         })
     }
 
-    /// The mesh keys that are proved, and that a peer may prove.
+    /// The mesh keys that this node proves, and of which a peer must prove one.
     pub(crate) fn mesh_keys(&self) -> &[MeshKey] {
         match self {
             Self::MeshKey(keys) => keys,
@@ -98,7 +97,7 @@ impl LetIn {
         }
     }
 
-    /// Whether the holder of this public key is let in as far as that alone decides it.
+    /// Returns true if the public key alone doesn't exclude its holder.
     pub(crate) fn trusts(&self, id: &NodeId) -> bool {
         match self {
             Self::Anybody | Self::MeshKey(_) => true,
@@ -107,7 +106,7 @@ impl LetIn {
     }
 }
 
-/// What those may do who are let in.
+/// The permissions of the peers that are let in.
 #[derive(Debug, Clone)]
 pub(crate) struct Access {
     rules: Option<Rules>,
@@ -119,8 +118,8 @@ impl Access {
         Self { rules, let_in }
     }
 
-    /// What a peer may do that came over a network. Without rules, everything; but trusted keys
-    /// may do nothing that no rule allows.
+    /// The permissions of a peer over a network. Without rules a peer may do everything, except
+    /// that a trusted key may do only what a rule allows.
     pub(crate) fn grants(&self, id: &NodeId) -> Grants {
         match (&self.rules, &self.let_in) {
             (Some(rules), LetIn::TrustedKeys(watched)) => rules.grants(id, watched.keys().get(id)),

@@ -1,4 +1,4 @@
-//! Who may publish, subscribe, send and serve what.
+//! Rules: which peers may publish, subscribe, send and serve which names.
 
 use std::fmt;
 use std::fs;
@@ -13,14 +13,14 @@ use super::trusted_keys::Trusted;
 use crate::address::{AddressError, Pattern};
 use crate::identity::NodeId;
 
-/// What a peer may be allowed to do with a topic or a service.
+/// An action on a topic or a service that a rule can allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Action {
     /// Publish events on a topic.
     Publish,
-    /// Get the events of a topic.
+    /// Receive the events of a topic.
     Subscribe,
     /// Send commands and requests to a service. Messages to a node itself need the pattern `>`.
     Send,
@@ -31,7 +31,7 @@ pub enum Action {
 impl Action {
     const ALL: [Self; 4] = [Self::Publish, Self::Subscribe, Self::Send, Self::Serve];
 
-    /// The name as it stands in rules.
+    /// The name used in rules.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Publish => "publish",
@@ -56,15 +56,15 @@ impl fmt::Display for Action {
     }
 }
 
-/// What peers may do with this node over a network. What no rule allows is refused.
+/// The permissions of peers over a network. An action that no rule allows is refused.
 ///
-/// One rule a line: who, an action, and a pattern of topics or services, in which `*` stands for
-/// one token and a last `>` for one or more. Who is a name or a role from the file of trusted
-/// keys, a node id, or `*` for anybody; as the action, `*` stands for all four.
+/// Each line is one rule: a subject, an action, and a pattern of topics or services, in which `*`
+/// matches one token and a `>` at the end one or more. The subject is a name or a role from the
+/// file of trusted keys, a node id, or `*` for every peer. The action `*` means all four.
 ///
 /// ```
 /// let rules: peerbus::Rules = "
-///     ## who    action     pattern
+///     ## subject action    pattern
 ///     tills     publish    orders.>
 ///     billing   subscribe  orders.*
 ///     billing   serve      invoices
@@ -78,7 +78,7 @@ pub struct Rules(Vec<Rule>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rule {
     who: Who,
-    /// None is any.
+    /// The action; `None` is any.
     action: Option<Action>,
     pattern: Pattern,
 }
@@ -90,18 +90,18 @@ enum Who {
     Named(String),
 }
 
-/// A line of rules that makes no sense.
+/// An invalid line of rules.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
 #[non_exhaustive]
 pub struct ParseRulesError {
-    /// Counted from 1.
+    /// The line's number, from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// The fault of the line.
     pub reason: String,
 }
 
-/// A file of rules that can't be used.
+/// A rules file that can't be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RulesError {
@@ -110,31 +110,31 @@ pub enum RulesError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A line makes no sense.
+    /// A line is invalid.
     #[error("rules {path}, {source}", path = path.display())]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Which, and why.
+        /// The line, and its fault.
         source: ParseRulesError,
     },
 }
 
 impl Rules {
-    /// Rules from a file.
+    /// Loads rules from a file.
     ///
     /// # Errors
-    /// [`RulesError`] if it can't be read, or a line makes no sense.
+    /// [`RulesError`] if the file can't be read, or a line is invalid.
     pub fn load(path: &Path) -> Result<Self, RulesError> {
         let text = fs::read_to_string(path)
             .map_err(|source| RulesError::File { path: path.into(), source })?;
         text.parse().map_err(|source| RulesError::Parse { path: path.into(), source })
     }
 
-    /// What they grant to a node; `trusted` is its entry among the trusted keys.
+    /// The permissions of a node; `trusted` is its entry among the trusted keys.
     pub(crate) fn grants(&self, id: &NodeId, trusted: Option<&Trusted>) -> Grants {
         let is_meant = |rule: &&Rule| match &rule.who {
             Who::Anybody => true,
@@ -168,7 +168,7 @@ impl FromStr for Rule {
     fn from_str(line: &str) -> Result<Self, String> {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let [who, action, pattern] = fields[..] else {
-            return Err("it takes who, an action and a pattern".into());
+            return Err("expected a subject, an action and a pattern".into());
         };
         let who = match who {
             "*" => Who::Anybody,
@@ -186,7 +186,7 @@ impl FromStr for Rule {
     }
 }
 
-/// What one peer may do.
+/// The permissions of one peer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Grants {
     #[default]
@@ -199,17 +199,18 @@ impl Grants {
         Self::These(Arc::default())
     }
 
-    /// Whether it may do something with a topic or service.
+    /// Returns true if the action on that topic or service is allowed.
     pub(crate) fn permit(&self, action: Action, name: &str) -> bool {
         self.any(action, |pattern| pattern.matches_text(name))
     }
 
-    /// Whether it may send to a node itself, which takes the right to send anything.
+    /// Returns true if sending to the node itself is allowed, which requires the right to send to
+    /// every service.
     pub(crate) fn permit_node(&self) -> bool {
         self.any(Action::Send, |pattern| pattern.as_str() == ">")
     }
 
-    /// Whether it may do something with all that `wanted` stands for.
+    /// Returns true if the action is allowed on every name that `wanted` matches.
     pub(crate) fn permit_all(&self, action: Action, wanted: &Pattern) -> bool {
         self.any(action, |pattern| pattern.covers(wanted))
     }
@@ -265,8 +266,8 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_named_by_its_line() {
         for (text, line, reason) in [
-            ("tills publish", 1, "it takes who"),
-            ("\n\na b c d", 3, "it takes who"),
+            ("tills publish", 1, "expected a subject"),
+            ("\n\na b c d", 3, "expected a subject"),
             ("# fine\n* read orders", 2, "none of publish"),
             ("* send a..b", 1, "empty token"),
         ] {

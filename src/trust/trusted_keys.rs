@@ -1,4 +1,4 @@
-//! The file of public keys that are let in, and what becomes of it while the node runs.
+//! The file of trusted public keys, reloaded when it changes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use tokio::time::interval;
 use crate::identity::NodeId;
 use crate::private::{self, LoosePermissions};
 
-/// A file of trusted keys that can't be used.
+/// A trusted keys file that can't be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrustedKeysError {
@@ -22,45 +22,45 @@ pub enum TrustedKeysError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A line that makes no sense.
+    /// A line is invalid.
     #[error("trusted keys {path}, line {line}: {source}", path = path.display())]
     Line {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// The line's number, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The fault of the line.
         source: TrustedLine,
     },
-    /// The file can be written by others.
+    /// Other users can write to the file.
     #[error("trusted keys {path} can be written by others (mode {mode:o}): chmod go-w it", path = path.display())]
     Mode {
         /// The file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits.
         mode: u32,
     },
 }
 
-/// What is wrong with a line of a file of trusted keys.
+/// The fault of a line in a trusted keys file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrustedLine {
-    /// It has too few fields, or too many.
-    #[error("it takes a name, a node id, and roles separated by commas, if any")]
+    /// The line has too few or too many fields.
+    #[error("expected a name, a node id, and optionally roles separated by commas")]
     Fields,
-    /// The second field is no node id.
-    #[error("{0:?} is no node id (52 characters of base32; `peerbus keygen` prints it)")]
+    /// The second field is not a node id.
+    #[error("{0:?} is not a node id (52 characters of base32; `peerbus keygen` prints it)")]
     NodeId(String),
-    /// The key is in the file already.
-    #[error("the node id of {0:?} is there already")]
+    /// The key occurs on an earlier line.
+    #[error("the node id of {0:?} occurs twice; remove one of the lines")]
     Twice(String),
 }
 
-/// Who a trusted key belongs to.
+/// The owner of a trusted key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Trusted {
     pub(crate) name: String,
@@ -73,7 +73,7 @@ impl Trusted {
     }
 }
 
-/// The public keys that are let in.
+/// The trusted public keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct TrustedKeys(HashMap<NodeId, Trusted>);
 
@@ -115,14 +115,14 @@ impl TrustedKeys {
     }
 }
 
-/// How often the file is looked at.
+/// The interval at which the file is checked for changes.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// What tells that a file is another than before: when it was written, how long it is, and on
-/// Unix which file it is and when its mode or name changed.
+/// The stamp by which a change of the file is detected: its modification time and its length; on
+/// Unix also its inode and change time.
 type Stamp = (SystemTime, u64, [i64; 3]);
 
-/// The trusted keys of a file, as they are now.
+/// The current trusted keys of a file.
 #[derive(Debug)]
 pub(crate) struct Watched {
     path: PathBuf,
@@ -131,10 +131,12 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
+    /// Loads the file.
+    ///
     /// # Errors
     /// [`TrustedKeysError`] if the file can't be used.
     pub(crate) fn open(path: &Path) -> Result<Self, TrustedKeysError> {
-        // Taken first: what is written meanwhile is read again.
+        // The stamp is taken first, so that a write in between causes a reload.
         let stamp = stamp(path);
         let keys = ArcSwap::from_pointee(TrustedKeys::load(path)?);
         Ok(Self { path: path.into(), keys, stamp })
@@ -144,9 +146,8 @@ impl Watched {
         self.keys.load_full()
     }
 
-    /// Reads the file again when it changes, and then calls `changed` with the keys before and
-    /// after. A file that can't be used
-    /// leaves the keys as they were, with a warning. Runs until it is dropped.
+    /// Reloads the file when it changes, then calls `changed` with the keys before and after. A
+    /// file that can't be used leaves the keys unchanged, with a warning. Runs until it is dropped.
     pub(crate) async fn watch(self: Arc<Self>, changed: impl Fn(&TrustedKeys, &TrustedKeys)) {
         let mut stamp = self.stamp;
         let mut ticks = interval(LOOK_EVERY);
@@ -166,7 +167,7 @@ impl Watched {
                     changed(&before, &keys);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "the trusted keys stay as they were");
+                    tracing::warn!(%error, "trusted keys not reloaded; the old ones stay in force");
                 }
             }
         }

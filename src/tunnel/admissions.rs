@@ -1,4 +1,4 @@
-//! How many connections come in at once, and how many of them are still strangers.
+//! Admission control: limits on accepted connections and on pending handshakes.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -7,17 +7,17 @@ use std::sync::Arc;
 use super::Refusal;
 use crate::sync::{Mutex, Rank, lock};
 
-/// The most connections of one kind.
+/// The limits on connections of one kind.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Most {
     pub(super) connections: usize,
-    /// Those of them whose handshake isn't over.
+    /// Connections whose handshake isn't complete.
     pub(super) pending: usize,
-    /// Those of these from one site.
+    /// Pending connections from one site.
     pub(super) pending_from_one: usize,
 }
 
-/// Accepted connections of one kind, counted.
+/// Counts accepted connections of one kind.
 pub(super) struct Admissions {
     most: Most,
     counts: Mutex<Counts>,
@@ -35,7 +35,7 @@ impl Admissions {
         Arc::new(Self { most, counts: Mutex::new(Rank::Leaf, Counts::default()) })
     }
 
-    /// Admits a connection from an address; from a process of this host, `None`.
+    /// Admits a connection from an address, or from a process of this host if `None`.
     pub(super) fn admit(
         self: &Arc<Self>,
         from: Option<IpAddr>,
@@ -61,7 +61,7 @@ impl Admissions {
     }
 }
 
-/// The addresses that one host has to itself: an IPv4 address, or the /64 of an IPv6 one
+/// The block of addresses assigned to one host: an IPv4 address, or the /64 of an IPv6 address
 /// (RFC 4291).
 fn site(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
@@ -70,7 +70,7 @@ fn site(address: IpAddr) -> IpAddr {
     }
 }
 
-/// A place among the pending handshakes.
+/// A slot among the pending handshakes, released on drop.
 pub(super) struct PendingPermit {
     admissions: Arc<Admissions>,
     from: Option<IpAddr>,
@@ -91,7 +91,7 @@ impl Drop for PendingPermit {
     }
 }
 
-/// A place among all accepted connections.
+/// A slot among all accepted connections, released on drop.
 pub(super) struct ConnectionPermit(Arc<Admissions>);
 
 impl Drop for ConnectionPermit {

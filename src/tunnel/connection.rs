@@ -1,4 +1,4 @@
-//! One connection: its handshake, then batches in and out, by one task of its own.
+//! One connection: its handshake, then batches in both directions, in one task.
 //!
 //! ```text
 //!  TCP ───────────────┐
@@ -23,26 +23,26 @@ use crate::engine::{Connection, Origin};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, Link, Receiver, new_identity};
 
-/// How long what is still queued may take to be written when this side closes.
+/// The time limit for writing the queued batches when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How much is read at once.
+/// The maximum size of one read.
 const READ_BUFFER: usize = 64 * 1024;
 const FIRST_BUFFER: usize = 4 * 1024;
-/// A longer frame is written as it is rather than gathered.
+/// The size above which a frame is written directly instead of buffered.
 const GATHER: usize = 16 * 1024;
 
-/// What all connections of a front door share.
+/// The context that all connections of a front door share.
 #[derive(Clone)]
 pub(super) struct Context {
     pub(super) id: NodeId,
     pub(super) gate: GateLimits,
-    /// For networks. None where anybody is let in, in clear text.
+    /// TLS for connections from networks; `None` in open mode, which uses clear text.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) handshake_timeout: Duration,
     pub(super) acceptor: Arc<dyn Acceptor>,
 }
 
-/// How a connection ended.
+/// The outcome of a connection.
 #[derive(Debug)]
 pub(super) enum Ended {
     Closed,
@@ -62,7 +62,7 @@ impl From<Refusal> for Ended {
     }
 }
 
-/// The link that runs over a connection.
+/// A link over a byte stream.
 struct StreamLink {
     outbox: mpsc::UnboundedSender<Vec<Bytes>>,
     closing: watch::Sender<bool>,
@@ -91,8 +91,8 @@ impl Link for StreamLink {
     }
 }
 
-/// Runs a connection to its end. `pending` is dropped when the handshake is over, `live` told
-/// when the link is there.
+/// Runs a connection to its end. `pending` is dropped when the handshake is complete; `live` is
+/// notified when the link is up.
 pub(super) async fn run(
     socket: Socket,
     context: Context,
@@ -133,15 +133,15 @@ pub(super) async fn run(
     }
 }
 
-/// Evidence of who is at the other end, from beneath ZMTP.
+/// The evidence of the peer's identity from the layer below ZMTP.
 enum Checked {
     Nothing,
     SameUser,
-    /// The holder of this key, which was let in.
+    /// The accepted holder of this key.
     Key(NodeId, Arc<Tls>),
 }
 
-/// A connection whose stream is open, before its ZMTP handshake.
+/// A connection with an open stream, before its ZMTP handshake.
 struct Opening<Pending> {
     context: Context,
     connection: Connection,
@@ -179,7 +179,7 @@ impl<Pending> Opening<Pending> {
         let (link, ends) = StreamLink::new();
         let link = Arc::new(link);
         let receiver = context.acceptor.handle_connected(link.clone(), connection);
-        // Who lost our trust since it was checked may have been overlooked when links were cut.
+        // A peer that lost trust after the check may have been missed when links were cut.
         if let Checked::Key(peer, tls) = checked
             && !tls.trusts(&peer)
         {
@@ -193,7 +193,7 @@ impl<Pending> Opening<Pending> {
     }
 }
 
-/// The task's ends of a [`StreamLink`].
+/// The connection task's side of a [`StreamLink`].
 struct LinkEnds {
     batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
     closed: watch::Receiver<bool>,
@@ -221,7 +221,7 @@ impl StreamLink {
 }
 
 impl LinkEnds {
-    /// Moves batches both ways until an end asks for the end, or the stream comes to its own.
+    /// Moves batches in both directions until either side closes or the stream ends.
     async fn run(
         self,
         mut from_peer: impl AsyncRead + Unpin,
@@ -262,11 +262,11 @@ impl LinkEnds {
     }
 }
 
-/// Bytes from the peer that are not a whole batch yet.
+/// Bytes from the peer that don't form a whole batch yet.
 struct Input {
     bytes: BytesMut,
     gate: Gate,
-    /// How much to make room for; it grows while reads fill it.
+    /// The space to reserve for a read; it doubles while reads fill it.
     chunk: usize,
 }
 
@@ -285,7 +285,7 @@ impl Input {
     }
 }
 
-/// Exchanges greetings and READYs. Who was dialled says nothing to a stranger who says nothing.
+/// Exchanges greetings and READYs. The accepting side sends nothing before the dialler's bytes.
 async fn handshake(
     from_peer: &mut (impl AsyncRead + Unpin),
     to_peer: &mut (impl AsyncWrite + Unpin),
@@ -305,7 +305,7 @@ async fn handshake(
             return Err(Refusal::EndedEarly.into());
         }
         let claimed = input.gate.handshake(&mut input.bytes)?;
-        // Some say no more than their signature until they have seen ours.
+        // Some peers send only their signature until they have received ours.
         if !greeted && (input.gate.is_greeted() || input.bytes.len() >= zmtp::SIGNATURE_LEN) {
             to_peer.write_all(&zmtp::greeting()).await?;
             greeted = true;
@@ -321,7 +321,7 @@ async fn handshake(
     }
 }
 
-/// Writes batches, those that have gathered at once, until it is asked to end.
+/// Writes batches, all queued ones before each flush, until the end is requested.
 async fn write(
     mut batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
     mut to_peer: impl AsyncWrite + Unpin,
@@ -340,14 +340,14 @@ async fn write(
             write_batch(&mut to_peer, &mut buffer, batch).await?;
         }
         to_peer.write_all(&buffer).await?;
-        // TLS keeps what it could not write at once.
+        // TLS buffers what it could not write at once.
         to_peer.flush().await?;
         buffer.clear();
         buffer.shrink_to(READ_BUFFER);
     }
 }
 
-/// Gathers a batch in the buffer, as far as that is cheaper than writing it.
+/// Buffers the small frames of a batch, and writes the large ones directly.
 async fn write_batch(
     to_peer: &mut (impl AsyncWrite + Unpin),
     buffer: &mut Vec<u8>,

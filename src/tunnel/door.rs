@@ -23,31 +23,31 @@ use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
 use crate::sync::{Mutex, Rank, lock};
 
-/// The front door's limits. Those on connections hold for networks; processes of the same user
-/// have [`MOST_LOCAL`].
+/// The front door's limits. The connection limits apply to networks; processes of the same user
+/// are limited by [`MOST_LOCAL`].
 #[derive(Clone)]
 pub(crate) struct FrontDoorConfig {
-    /// None lets anybody in over a network, in clear text.
+    /// TLS; `None` accepts every peer from a network, in clear text.
     pub(crate) tls: Option<Arc<Tls>>,
     pub(crate) gate: GateLimits,
-    /// How long a connection may take to its READY.
+    /// The time limit of a connection up to its READY.
     pub(crate) handshake_timeout: Duration,
     pub(crate) max_pending: usize,
     pub(crate) max_pending_per_address: usize,
     pub(crate) max_connections: usize,
-    /// Nothing beyond this host is dialled.
+    /// Limits dialling to loopback addresses.
     pub(crate) loopback_only: bool,
 }
 
-/// Connections of the same user's processes: against a runaway program, not against strangers.
+/// Limits for processes of the same user: a guard against a runaway program, not an attacker.
 const MOST_LOCAL: Most = Most { connections: 4096, pending: 1024, pending_from_one: 1024 };
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The far side is on this host.
+/// Shorter, since the remote side is on this host.
 const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const LONGEST_ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
-/// All connections in and out of a node: TCP, and Unix sockets of this host.
+/// Accepts and dials all connections of a node: TCP, and Unix sockets of this host.
 pub(crate) struct FrontDoor {
     config: FrontDoorConfig,
     context: Context,
@@ -76,7 +76,7 @@ impl FrontDoor {
         Self { config, context, watch, network, local, tasks }
     }
 
-    /// Listens on TCP; returns the address with the port that was bound.
+    /// Listens on TCP; returns the bound address, with its port.
     pub(crate) async fn listen(self: &Arc<Self>, addr: SocketAddr) -> io::Result<SocketAddr> {
         let listener = TcpListener::bind(addr).await?;
         let bound = listener.local_addr()?;
@@ -84,16 +84,15 @@ impl FrontDoor {
         Ok(bound)
     }
 
-    /// Listens on a Unix socket at `path`, which must not exist and goes with the listener. The
-    /// folder has to be this user's alone.
+    /// Listens on a Unix socket at `path`, which must not exist and is removed with the listener.
+    /// The folder must be accessible to this user only.
     pub(crate) fn listen_local(self: &Arc<Self>, path: &Path) -> io::Result<()> {
         let listener = Listener::bind_local(path)?;
         self.spawn(accept(Arc::downgrade(self), listener));
         Ok(())
     }
 
-    /// Dials all addresses at once and keeps the first that answers. Returns when the link is
-    /// live.
+    /// Dials all addresses at once and keeps the first connection. Returns when the link is up.
     pub(crate) async fn dial(
         self: &Arc<Self>,
         target: &TargetKey,
@@ -121,7 +120,7 @@ impl FrontDoor {
             ended = ended => Err(DialError::Failed(match ended {
                 Ok(Ended::Refused(refusal)) => format!("{name}: {refusal}"),
                 Ok(Ended::Failed(error)) => format!("{name}: {error}"),
-                Ok(Ended::Closed) | Err(_) => format!("{name}: it closed the connection"),
+                Ok(Ended::Closed) | Err(_) => format!("{name}: the peer closed the connection"),
             })),
         }
     }
@@ -133,7 +132,9 @@ impl FrontDoor {
                 match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
                     Ok(Ok(tcp)) => Ok((tcp, addr)),
                     Ok(Err(error)) => Err(DialError::Failed(format!("{addr}: {error}"))),
-                    Err(_) => Err(DialError::Failed(format!("{addr}: no answer within 5 s"))),
+                    Err(_) => {
+                        Err(DialError::Failed(format!("{addr}: timed out after 5 s: no answer")))
+                    }
                 }
             })
         });
@@ -167,7 +168,7 @@ impl FrontDoor {
                 Err(DialError::Failed(failed.unwrap_or("no address to dial".into())))
             }
             (true, ..) => Err(DialError::Failed(
-                "beyond this host; nothing there is dialled without a mesh key (--mesh-key) or \
+                "beyond this host; dialling there requires a mesh key (--mesh-key) or \
                  trusted keys (--trusted-keys)"
                     .into(),
             )),
@@ -185,8 +186,8 @@ impl FrontDoor {
         async move {
             let address = connection.address.clone();
             let ended = connection::run(socket, context, connection, live, admitted).await;
-            // A socket file may lead to a process that is going or to none of ours: who dialled
-            // it knows, and nobody else needs to.
+            // A refusal on a socket file is reported to the dialler only: the file may belong to a
+            // process that is exiting, or to another program.
             if let Ended::Refused(refusal) = &ended
                 && !matches!(address, Some(Address::Local(_)))
             {
@@ -196,7 +197,7 @@ impl FrontDoor {
         }
     }
 
-    /// Takes a connection that came in.
+    /// Handles an accepted connection.
     fn take(&self, socket: Socket, from: Option<SocketAddr>) {
         let admissions = if from.is_some() { &self.network } else { &self.local };
         let address = from.map(Address::Tcp);
@@ -219,7 +220,7 @@ impl FrontDoor {
         tasks.spawn(task);
     }
 
-    /// Stops listening and cuts what is left.
+    /// Stops listening and cuts all connections.
     pub(crate) async fn close(&self) {
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         tasks.shutdown().await;
@@ -237,7 +238,7 @@ async fn accept(door: Weak<FrontDoor>, listener: Listener) {
                 door.take(socket, from);
             }
             Err(error) => {
-                // Out of file descriptors, say: trying again at once would only spin.
+                // For example out of file descriptors: an immediate retry would only spin.
                 tracing::warn!(%error, ?retry, "accepting a connection failed");
                 drop(door);
                 sleep(retry).await;
@@ -247,7 +248,7 @@ async fn accept(door: Weak<FrontDoor>, listener: Listener) {
     }
 }
 
-/// Dials a process of this host.
+/// Connects to a process of this host.
 async fn dial_local(path: &Path) -> Result<Socket, DialError> {
     let name = path.display();
     match timeout(LOCAL_CONNECT_TIMEOUT, Socket::connect_local(path)).await {
@@ -256,6 +257,6 @@ async fn dial_local(path: &Path) -> Result<Socket, DialError> {
             Err(DialError::DeadSocket(path.to_owned()))
         }
         Ok(Err(error)) => Err(DialError::Failed(format!("unix:{name}: {error}"))),
-        Err(_) => Err(DialError::Failed(format!("unix:{name}: no answer within 2 s"))),
+        Err(_) => Err(DialError::Failed(format!("unix:{name}: timed out after 2 s: no answer"))),
     }
 }

@@ -1,11 +1,11 @@
-//! The frame gate: turns bytes from a network into batches, and cuts what no node sends.
+//! The frame gate: parses a peer's bytes into batches, and rejects what no node sends.
 //!
 //! ```text
 //!  greeting (64 bytes) ─▶ READY with a node's identity ─▶ frames, counted ─▶ batches
 //! ```
 //!
-//! A pure state machine. Nothing is allocated on a peer's word: a frame's length is checked
-//! before a byte of it is awaited, and memory grows with the bytes that have arrived.
+//! A pure state machine. A peer's claim alone never allocates: a frame's length is checked before
+//! its first byte is awaited, and memory grows only with the bytes that have arrived.
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -17,36 +17,36 @@ use crate::identity::NodeId;
 use crate::message::MAX_HEADER;
 use crate::wire::{MAX_BATCH, MAX_FRAMES};
 
-/// How large what passes may be.
+/// The size limits of multipart messages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct GateLimits {
-    /// The most bytes in all frames of one multipart message.
+    /// The maximum number of bytes in all frames of one multipart message.
     pub(crate) message: u64,
     pub(crate) frames: usize,
 }
 
 impl GateLimits {
-    /// What a node needs whose bodies are at most `max_body` bytes long.
+    /// The limits for a node whose bodies are at most `max_body` bytes long.
     pub(crate) fn for_bodies(max_body: u64) -> Self {
         let single = max_body + 2 * MAX_HEADER as u64;
         Self { message: single.max(2 * MAX_BATCH as u64), frames: MAX_FRAMES }
     }
 }
 
-/// The most bytes in one multipart message of a peer whose hello was not accepted yet.
+/// The maximum size of a multipart message from a peer whose hello is not accepted yet.
 pub(super) const MAX_STRANGERS_MESSAGE: u64 = 64 * 1024;
 
-/// Watches the inward direction of one connection.
+/// Parses and checks the inbound direction of one connection.
 #[derive(Debug)]
 pub(super) struct Gate {
     limits: GateLimits,
     admitted: bool,
     greeted: bool,
-    /// The frames of a multipart message whose end has not come.
+    /// The frames of an incomplete multipart message.
     frames: Vec<Bytes>,
-    /// What those and the frame to come hold.
+    /// The size of those frames and the next one.
     bytes: u64,
-    /// The frame to come, once its header was read: its length, and whether more follow.
+    /// The next frame, once its header was read: its length, and whether more follow.
     expected: Option<(usize, bool)>,
 }
 
@@ -62,21 +62,21 @@ impl Gate {
         }
     }
 
-    /// The peer's hello is accepted: from the next message on the configured limit holds.
+    /// Records that the peer's hello was accepted: the configured limit holds from now on.
     pub(super) fn admit(&mut self) {
         self.admitted = true;
     }
 
-    /// Whether the peer's greeting was seen and is one of ours.
+    /// Returns true if a valid greeting has arrived.
     pub(super) fn is_greeted(&self) -> bool {
         self.greeted
     }
 
-    /// Takes the handshake out of the bytes that have arrived; whom the peer claims to be, once
-    /// it is whole. What follows is for [`Gate::next_batch`].
+    /// Consumes the handshake from `input`. Returns the claimed node id once the handshake is
+    /// complete. The bytes after it are for [`Gate::next_batch`].
     ///
     /// # Errors
-    /// The [`Refusal`] that cuts the connection.
+    /// The [`Refusal`] with which to cut the connection.
     pub(super) fn handshake(&mut self, input: &mut BytesMut) -> Result<Option<NodeId>, Refusal> {
         if !self.greeted {
             check_greeting(&input[..input.len().min(GREETING_LEN)])?;
@@ -92,10 +92,10 @@ impl Gate {
         Ok(Some(claimed))
     }
 
-    /// Takes the next whole batch out of the bytes that have arrived.
+    /// Consumes the next whole batch from `input`.
     ///
     /// # Errors
-    /// The [`Refusal`] that cuts the connection.
+    /// The [`Refusal`] with which to cut the connection.
     pub(super) fn next_batch(
         &mut self,
         input: &mut BytesMut,
@@ -121,7 +121,7 @@ impl Gate {
         }
     }
 
-    /// Reads a frame's header, if all of it is there, and counts what it announces.
+    /// Consumes a frame's header, if it is complete, and counts the announced length.
     fn frame_header(&mut self, input: &mut BytesMut) -> Result<Option<(usize, bool)>, Refusal> {
         let Some(flags) = input.first().copied() else { return Ok(None) };
         if flags & !(FLAG_MORE | FLAG_LONG | FLAG_COMMAND) != 0 {

@@ -9,7 +9,7 @@ fn handshake(identity: &[u8]) -> Vec<u8> {
     [&greeting()[..], &ready(identity)].concat()
 }
 
-/// Gives a gate all the bytes at once; the sizes of the frames of each batch.
+/// Passes all the bytes at once; returns the frame sizes of each batch.
 fn pass(gate: &mut Gate, bytes: &[u8]) -> Result<Vec<Vec<usize>>, Refusal> {
     pass_in_pieces(gate, bytes, bytes.len().max(1))
 }
@@ -38,7 +38,7 @@ fn a_frame_that_claims_the_memory_of_the_world_is_cut_at_its_header() {
     let mut header = vec![FLAG_LONG];
     header.extend_from_slice(&(1u64 << 45).to_be_bytes());
     assert_eq!(pass(&mut Gate::new(LIMITS), &header), Err(Refusal::TooLarge));
-    // The same right after the greeting, where a READY belongs.
+    // The same header right after the greeting, instead of READY.
     let bytes = [&greeting()[..], &header].concat();
     assert_eq!(bytes.len(), 73);
     assert_eq!(Gate::new(LIMITS).handshake(&mut bytes[..].into()), Err(Refusal::Ready));

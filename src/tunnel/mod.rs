@@ -1,21 +1,19 @@
-//! The front door: our listeners and our dialler, and the gate that every byte of a peer has to
-//! pass.
+//! The front door: the listeners, the dialler, and the gate that checks every byte from a peer.
 //!
 //! ```text
 //!  network ═ TCP ═ TLS ═════════▶ [gate] ─ batches ─▶ node
 //!  this host ═ Unix, same user ═▶        ◀─ frames ──
 //! ```
 //!
-//! A node speaks ZMTP 3.0 (RFC 23), so that any ZeroMQ ROUTER or DEALER can talk to it. It speaks
-//! it here rather than through the `zeromq` crate, which trusts what it reads: a frame's length
-//! (73 bytes make it abort the process), a peer's identity, any number of parts; and whose waits
-//! for its own locks hang a node whose peers come and go (zmq.rs#210). The gate has to read every
-//! frame anyway; handing them on as batches costs less than pumping the bytes through a socket of
-//! this host to have them read again.
+//! A node speaks ZMTP 3.0 (RFC 23), so any ZeroMQ ROUTER or DEALER can talk to it. The protocol is
+//! implemented here because the `zeromq` crate trusts its input: a frame's length (73 bytes make it
+//! abort the process), a peer's identity, and any number of parts. Its waits for its own locks
+//! also hang a node whose peers come and go (zmq.rs#210). The gate must read every frame anyway;
+//! passing batches on costs less than copying the bytes through a local socket to be parsed again.
 //!
-//! TLS stands between a network and the gate, unless the node is open to anybody ([`tls`]). A Unix
-//! socket lies in a folder that only its user may enter, and both ends check the other's
-//! credentials; nothing is encrypted there.
+//! TLS stands between a network and the gate, except in open mode ([`tls`]). A Unix socket lies in
+//! a folder that only its user may enter, and both ends check each other's credentials; it is not
+//! encrypted.
 
 mod admissions;
 mod connection;
@@ -31,46 +29,48 @@ pub(crate) use tls::{MAX_PROOFS, Tls};
 
 use crate::peer::Address;
 
-/// Why the front door refused or cut a connection.
+/// The reason for which the front door refused or cut a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("too many connections")]
     Connections,
-    #[error("too many handshakes at once")]
+    #[error("too many pending handshakes")]
     PendingHandshakes,
-    #[error("too many handshakes at once from one address")]
+    #[error("too many pending handshakes from one address")]
     PendingFromAddress,
-    #[error("no handshake in time")]
+    #[error("the handshake timed out")]
     HandshakeTimeout,
-    #[error("it closed the connection during the handshake; it may be in another trust mode")]
+    #[error(
+        "the peer closed the connection during the handshake; check that its trust mode is the same"
+    )]
     EndedEarly,
-    #[error("it does not encrypt; this node does (--trust open would talk to it)")]
+    #[error("the peer does not encrypt (--trust open), and this node does; use one trust mode")]
     ClearText,
-    #[error("it encrypts; this node does not (--trust open)")]
+    #[error("the peer encrypts, and this node (--trust open) does not; use one trust mode")]
     Encrypted,
-    #[error("its TLS is broken, or not what nodes use")]
+    #[error("the peer's TLS is invalid, or not that of a node")]
     Tls,
-    #[error("its introduction is broken")]
+    #[error("the peer's introduction is invalid")]
     Introduction,
-    #[error("it did not prove the mesh key")]
+    #[error("the peer did not prove the mesh key")]
     MeshKey,
-    #[error("its key is not among the trusted keys")]
+    #[error("the peer's key is not among the trusted keys")]
     UnknownKey,
-    #[error("it does not trust this node's key, or this node has not its mesh key")]
+    #[error("the peer does not trust this node's key, or has another mesh key")]
     TurnedAway,
-    #[error("it claims another node's id than that of its key")]
+    #[error("the peer claims a node id that is not its key")]
     Impostor,
-    #[error("it runs as another user")]
+    #[error("the peer runs as another user")]
     OtherUser,
-    #[error("what it speaks is not ZMTP 3")]
+    #[error("the peer does not speak ZMTP 3")]
     NotZmtp,
-    #[error("it asks for a ZMTP mechanism other than NULL")]
+    #[error("the peer requires a ZMTP mechanism other than NULL")]
     Mechanism,
-    #[error("its first command is no READY, or one too long or broken")]
+    #[error("the peer's first command is not a valid READY")]
     Ready,
-    #[error("its socket is of a type that can't be talked to")]
+    #[error("the peer's socket type is neither ROUTER nor DEALER")]
     SocketType,
-    #[error("its ZMTP identity does not begin with a node id")]
+    #[error("the peer's ZMTP identity does not begin with a node id")]
     Identity,
     #[error("a command after the handshake")]
     Command,
@@ -83,7 +83,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    /// The name under which it is counted.
+    /// The name under which the refusal is counted.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Connections => "connections",
@@ -113,13 +113,13 @@ impl Refusal {
     }
 }
 
-/// Told what the front door turned away.
+/// Receives reports of refused connections.
 pub(crate) trait Watch: Send + Sync {
-    /// Of a process of this host that connected, there is no address.
+    /// Reports a refusal. `address` is `None` if a process of this host connected.
     fn handle_refusal(&self, address: Option<Address>, refusal: Refusal);
 }
 
-/// For the fuzzer: a stranger's bytes, all at once and in pieces, before and after its hello.
+/// For the fuzzer: a peer's bytes, all at once and in pieces, before and after its hello.
 #[cfg(fuzzing)]
 pub(crate) fn check_stream(bytes: &[u8]) {
     for (piece, admitted) in [(bytes.len().max(1), true), (7, false)] {

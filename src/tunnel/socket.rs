@@ -1,4 +1,4 @@
-//! Listening sockets and connected ones, whatever kind they are of.
+//! Listening and connected sockets of either kind, TCP or Unix.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ pub(super) enum Listener {
 }
 
 impl Listener {
-    /// Accepts the next connection, and where it comes from over a network. Cancel safe.
+    /// Accepts the next connection; returns its remote address, if it is TCP. Cancel safe.
     pub(super) async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
         match self {
             Self::Tcp(listener) => {
@@ -33,7 +33,7 @@ impl Listener {
         }
     }
 
-    /// Listens on a Unix socket at `path`, which must not exist. The file goes with the listener.
+    /// Listens on a Unix socket at `path`, which must not exist. The file is removed on drop.
     #[cfg(unix)]
     pub(super) fn bind_local(path: &Path) -> io::Result<Self> {
         Ok(Self::Unix(unix::Listener::bind(path)?))
@@ -59,7 +59,7 @@ impl Socket {
 
 #[cfg(not(unix))]
 fn no_unix_sockets() -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, "there are no Unix sockets here")
+    io::Error::new(io::ErrorKind::Unsupported, "Unix sockets are not supported on this system")
 }
 
 #[cfg(unix)]
@@ -91,8 +91,9 @@ pub(super) mod unix {
         }
     }
 
-    /// Whether the process at the other end runs as the user of this one: `SO_PEERCRED`
-    /// (unix(7)), or what other systems have in its place. Of a listener it tells who bound it.
+    /// Returns true if the process at the other end runs as this process's user, by `SO_PEERCRED`
+    /// (unix(7)) or its equivalent. On the dialling side the credentials are those of the process
+    /// that bound the socket.
     pub(in crate::tunnel) fn is_same_user(stream: &UnixStream) -> io::Result<bool> {
         Ok(stream.peer_cred()?.uid() == rustix::process::geteuid().as_raw())
     }

@@ -1,22 +1,22 @@
-//! TLS between a network and the gate: who a peer is, and whether it is let in.
+//! TLS between a network and the gate: authenticates peers, and decides which are let in.
 //!
 //! ```text
 //!  TCP ─▶ TLS 1.3, both keys verified ─▶ introduction: proofs of the mesh key ─▶ ZMTP
 //! ```
 //!
-//! Nodes authenticate each other by raw public keys (RFC 7250): Ed25519, the very bytes of their
-//! node ids. Nothing is resumed, since a removed key could resume. The first bytes within, in
-//! both directions and at once, are the introduction:
+//! Nodes authenticate each other by raw public keys (RFC 7250): Ed25519 keys, whose bytes are their
+//! node ids. Sessions are never resumed, since the holder of a removed key could resume one. The
+//! first bytes inside TLS, sent by both sides at once, are the introduction:
 //!
 //! ```text
 //!  "pbus" · version 1 · number of proofs n · n × 32 bytes
 //! ```
 //!
-//! A proof is an HMAC-SHA256 under a mesh key over the role of its maker and 32 bytes that TLS
-//! exports for this one connection (RFC 8446, section 7.5), so that it can be neither reflected
-//! nor replayed, nor passed on by somebody in between. A node makes one with each key that it
-//! has, and wants one that was made with any of them. Each side answers with a byte: 0 if the other is
-//! let in, 1 if it proved no key, 2 if its public key is not trusted. ZMTP follows.
+//! A proof is an HMAC-SHA256 under a mesh key over the maker's role and 32 bytes that TLS exports
+//! for this one connection (RFC 8446, section 7.5), so it can't be reflected, replayed, or relayed
+//! by a man in the middle. A node sends a proof for each of its keys, and requires one for any of
+//! them. Each side answers with a byte: 0 if the other is let in, 1 if it proved no key, 2 if its
+//! public key is not trusted. ZMTP follows.
 
 use std::sync::Arc;
 
@@ -49,15 +49,15 @@ use crate::trust::{LetIn, PROOF_LEN, Proof, Role};
 const ALPN: &[u8] = b"peerbus/1";
 const EXPORTER: &[u8] = b"EXPORTER-peerbus-mesh";
 const MAGIC: &[u8] = b"pbus\x01";
-/// The most proofs that a peer may bring, and so the most keys that a node may have.
+/// The maximum number of proofs from a peer, and so of mesh keys of a node.
 pub(crate) const MAX_PROOFS: usize = 8;
-/// The first byte of a TLS record with a handshake.
+/// The first byte of a TLS handshake record.
 pub(super) const TLS_HANDSHAKE: u8 = 0x16;
 
-/// A SubjectPublicKeyInfo of an Ed25519 key (RFC 8410) without the key.
+/// The SubjectPublicKeyInfo of an Ed25519 key (RFC 8410), without the key.
 const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0];
 
-/// What a node needs to open TLS connections.
+/// The TLS configuration of a node.
 pub(crate) struct Tls {
     me: NodeId,
     connector: TlsConnector,
@@ -105,14 +105,14 @@ impl Tls {
         }
     }
 
-    /// Opens a connection up to the first byte of ZMTP; returns who is at its other end.
+    /// Opens a connection up to the first byte of ZMTP; returns the peer's id.
     pub(super) async fn open(
         &self,
         tcp: TcpStream,
         dialled: bool,
     ) -> Result<(TlsStream<TcpStream>, NodeId), Ended> {
         let (mut stream, role, opened) = if dialled {
-            // No name is sent or checked: the key is who it is.
+            // No name is sent or checked: the key is the peer's identity.
             let nobody = ServerName::try_from("peerbus").expect("it is a name");
             let tls = self.connector.connect(nobody, tcp).await.map_err(failed)?;
             let opened = Opened::of(tls.get_ref().1)?;
@@ -142,12 +142,12 @@ impl Tls {
         }
     }
 
-    /// Whether the holder of this public key is let in by now.
+    /// Returns true if the holder of this public key is currently let in.
     pub(super) fn trusts(&self, id: &NodeId) -> bool {
         *id == self.me || self.let_in.trusts(id)
     }
 
-    /// Exchanges introductions; what is thought of the peer's.
+    /// Exchanges introductions; returns the verdict on the peer.
     async fn introduce(
         &self,
         stream: &mut TlsStream<TcpStream>,
@@ -186,7 +186,7 @@ impl Tls {
     }
 }
 
-/// What a side thinks of the other.
+/// One side's verdict on the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Welcome = 0,
@@ -194,7 +194,7 @@ enum Verdict {
     UnknownKey = 2,
 }
 
-/// What a TLS handshake has settled.
+/// The result of a TLS handshake.
 struct Opened {
     peer: NodeId,
     exported: [u8; 32],
@@ -213,7 +213,7 @@ impl Opened {
     }
 }
 
-/// A peer that goes away says so in several ways.
+/// Maps the errors of a closing peer to a refusal.
 fn failed(error: std::io::Error) -> Ended {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, InvalidData, UnexpectedEof};
     match error.kind() {
@@ -226,8 +226,8 @@ fn failed(error: std::io::Error) -> Ended {
     }
 }
 
-/// The cheaper of the suites first: the keys of a link live as long as its nodes, and 128 bits
-/// are what X25519 gives.
+/// The provider, with the cheapest suite first: a link's keys live only as long as its nodes, and
+/// X25519 gives 128 bits anyway.
 fn provider() -> CryptoProvider {
     use ring::cipher_suite::{
         TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
@@ -247,8 +247,8 @@ fn node_id(spki: &[u8]) -> Option<NodeId> {
     Some(NodeId::from_bytes(key.try_into().ok()?))
 }
 
-/// Checks that a peer holds the key that it shows. Whether that key is let in is decided later,
-/// where the peer can be told.
+/// Verifies that a peer holds its key. The key is accepted or refused later, where the peer can be
+/// notified.
 #[derive(Debug)]
 struct RawKeys(WebPkiSupportedAlgorithms);
 

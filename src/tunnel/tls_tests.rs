@@ -14,7 +14,7 @@ use crate::link::{Acceptor, Link, Receiver, new_identity};
 use crate::peer::Address;
 use crate::trust::MeshKey;
 
-/// Takes connections, and says why others were refused.
+/// Accepts connections, and reports refusals.
 struct Doorkeeper {
     connected: mpsc::UnboundedSender<Option<NodeId>>,
     refused: mpsc::UnboundedSender<Refusal>,
@@ -40,7 +40,7 @@ impl Watch for Doorkeeper {
     }
 }
 
-/// A node's front door, and somebody before it who may hold its mesh key.
+/// A node's front door, and a dialler that may hold its mesh key.
 struct Scene {
     me: Identity,
     tls: Tls,
@@ -75,7 +75,7 @@ impl Scene {
         TcpStream::connect(self.addr).await.unwrap()
     }
 
-    /// TLS without what follows it.
+    /// Opens TLS without the introduction.
     async fn bare(&self) -> (TlsStream<TcpStream>, Opened) {
         let name = ServerName::try_from("peerbus").unwrap();
         let tls = self.tls.connector.connect(name, self.dial().await).await.unwrap();
@@ -111,7 +111,7 @@ async fn a_proof_that_is_handed_back_proves_nothing() {
     stream.write_all(&theirs).await.unwrap();
     stream.flush().await.unwrap();
     assert_eq!(scene.refused.recv().await, Some(Refusal::MeshKey));
-    // It is told so, and nothing else.
+    // The peer receives this verdict, and nothing else.
     let mut verdict = Vec::new();
     let _reset = stream.read_to_end(&mut verdict).await;
     assert_eq!(verdict, [Verdict::NoMeshKey as u8]);
@@ -147,7 +147,7 @@ async fn a_proof_holds_for_its_own_connection() {
     assert!(refusals.contains(&Some(Refusal::MeshKey)), "{refusals:?}");
 }
 
-/// What a full handshake costs both sides together:
+/// Measures the CPU time of a full handshake, both sides together:
 /// `cargo test --release --lib handshake_costs -- --ignored --nocapture`
 #[cfg(unix)]
 #[tokio::test]

@@ -1,13 +1,13 @@
-//! ZMTP 3.0 (RFC 23), as much of it as a node speaks: the NULL mechanism, ROUTER, frames.
+//! ZMTP 3.0 (RFC 23), as far as a node speaks it: the NULL mechanism, ROUTER, frames.
 
 use super::Refusal;
 use super::tls::TLS_HANDSHAKE;
 use crate::identity::NodeId;
 
 pub(super) const GREETING_LEN: usize = 64;
-/// What a greeting begins with.
+/// The length of a greeting's signature.
 pub(super) const SIGNATURE_LEN: usize = 10;
-/// Two properties, of which one is an identity of 48 bytes, take far less.
+/// A READY has two properties, one of them an identity of 48 bytes, and is far shorter.
 pub(super) const MAX_READY: usize = 512;
 
 pub(super) const FLAG_MORE: u8 = 0b001;
@@ -49,7 +49,7 @@ pub(super) fn push_frame_header(buffer: &mut Vec<u8>, len: usize, more: bool) {
     }
 }
 
-/// Checks as much of a greeting as there is.
+/// Checks the greeting as far as it has arrived.
 pub(super) fn check_greeting(bytes: &[u8]) -> Result<(), Refusal> {
     let at = |place: usize| bytes.get(place).copied();
     if at(0) == Some(TLS_HANDSHAKE) {
@@ -68,8 +68,7 @@ pub(super) fn check_greeting(bytes: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-/// Reads a READY command, if all of it is there: whom its identity claims to be, and how many
-/// bytes it took.
+/// Parses a READY command, if it is complete: the claimed node id, and the length in bytes.
 pub(super) fn read_ready(bytes: &[u8]) -> Result<Option<(NodeId, usize)>, Refusal> {
     let Some(flags) = bytes.first() else {
         return Ok(None);
@@ -115,7 +114,7 @@ fn parse_ready(command: &[u8]) -> Result<NodeId, Refusal> {
     claimed.ok_or(Refusal::Identity)
 }
 
-/// A property's name and value, and what follows.
+/// Splits off a property: its name, its value, and the rest.
 fn property(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let (len, rest) = bytes.split_first()?;
     let (name, rest) = rest.split_at_checked(usize::from(*len))?;

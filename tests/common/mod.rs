@@ -1,4 +1,4 @@
-//! What the integration tests share: nodes in a mesh of their own.
+//! The shared part of the integration tests: nodes in a mesh of their own.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 /// Long enough for any machine; a test that works never waits this long.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// A place where the nodes of one test find each other, and nobody else does.
+/// A place where the nodes of one test, and only these, find each other.
 pub(crate) struct Host {
     dir: TempDir,
 }
@@ -20,7 +20,7 @@ impl Host {
         Self { dir: private_dir() }
     }
 
-    /// A node that meets the others through this host's socket folder.
+    /// A node that finds the others through this host's socket folder.
     pub(crate) fn config(&self, name: &str) -> Config {
         Node::builder().name(name).runtime_dir(self.dir.path()).mdns(false)
     }
@@ -33,14 +33,14 @@ impl Host {
         self.config(name).start().await.unwrap()
     }
 
-    /// A node that talks TCP only, on loopback.
+    /// A node that uses TCP on loopback only.
     pub(crate) fn tcp_config(&self, name: &str) -> Config {
         self.config(name).local(false)
     }
 }
 
-/// Ends the test program where a node logs under a lock: whoever wants the lock would wait for
-/// the terminal.
+/// Ends the test program if a node logs under a lock: threads that want the lock would wait for the
+/// terminal.
 mod log {
     use tracing::span::{Attributes, Id, Record};
     use tracing::{Event, Metadata, Subscriber};
@@ -73,7 +73,7 @@ mod log {
     }
 }
 
-/// A temporary folder that only this user may enter.
+/// A temporary folder with access for this user only.
 pub(crate) fn private_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("pb")
@@ -82,7 +82,7 @@ pub(crate) fn private_dir() -> TempDir {
         .unwrap()
 }
 
-/// Waits for an event that `wanted` picks.
+/// Waits for an event that `wanted` accepts.
 pub(crate) async fn wait_for<T>(
     events: &mut Events,
     mut wanted: impl FnMut(Event) -> Option<T>,
@@ -95,14 +95,14 @@ pub(crate) async fn wait_for<T>(
             }
         }
     };
-    tokio::time::timeout(SOON, wait).await.expect("the event comes")
+    tokio::time::timeout(SOON, wait).await.expect("timed out after 30 s: the event did not come")
 }
 
-/// A handler that replies with what it got.
+/// A handler that echoes the message.
 pub(crate) async fn echo(call: Call) -> Result<Body, HandlerError> {
     Ok(call.message.body.into())
 }
 
 pub(crate) async fn soon<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(SOON, future).await.expect("it happens in time")
+    tokio::time::timeout(SOON, future).await.expect("timed out: the expected event did not happen")
 }

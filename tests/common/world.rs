@@ -1,4 +1,4 @@
-//! A test's nodes, whatever carries their messages: the mesh, or a broker.
+//! A test's nodes, over every carrier of messages: the mesh, or a broker.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,11 +8,11 @@ use tokio::sync::mpsc;
 
 use crate::common::Host;
 
-/// What carries the messages of a test.
+/// The carrier of a test's messages.
 pub(crate) enum Carrier {
     Mesh,
     Embedded(EmbeddedBroker),
-    /// Its address.
+    /// The address of the broker.
     Real(String),
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(carrier: Carrier) -> Self {
-        // Tests share a broker, and meshes on one don't mix.
+        // Tests share a broker, and meshes on one broker are separate.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let mesh = format!("t{}-{number}", std::process::id());
@@ -96,7 +96,7 @@ impl World {
         self.config(name).start().await.unwrap()
     }
 
-    /// A node that can send and take guaranteed messages, and comes back as itself.
+    /// A node that can send and receive guaranteed messages, and restarts as the same node.
     pub(crate) async fn durable(&self, name: &str) -> Node {
         self.durable_config(name).start().await.unwrap()
     }
@@ -115,7 +115,7 @@ impl World {
     }
 }
 
-/// A handler that hands on what it gets.
+/// A handler that passes its messages on to the test.
 pub(crate) fn collect() -> (
     impl Fn(Call) -> std::future::Ready<Result<(), HandlerError>> + Send + Sync + 'static,
     mpsc::UnboundedReceiver<peerbus::Message>,

@@ -8,24 +8,24 @@ use serde_json::json;
 use crate::options::{DRAIN, NodeOptions, interrupted};
 use crate::output;
 
-/// Joins a mesh to the broker that --broker names, until Ctrl-C: chosen topics and services of the
-/// one are there on the other too. With --outbox, guaranteed messages cross as well, each stored on
-/// the far side before it counts as processed on the near one.
+/// Joins a mesh to the broker that --broker names, until Ctrl-C: chosen topics and services of each
+/// are available on the other. With --outbox, guaranteed messages cross as well, each stored on the
+/// far side before it counts as processed on the near one.
 #[derive(Args)]
 pub(crate) struct BridgeCommand {
-    /// Topics of the mesh to publish at the broker too; repeatable
+    /// Topics of the mesh to publish at the broker; repeatable
     #[arg(long, value_name = "PATTERN")]
     export: Vec<Pattern>,
-    /// Topics of the broker to publish in the mesh too; repeatable
+    /// Topics of the broker to publish in the mesh; repeatable
     #[arg(long, value_name = "PATTERN")]
     import: Vec<Pattern>,
-    /// Service of the mesh to serve at the broker too; repeatable
+    /// Service of the mesh to serve at the broker; repeatable
     #[arg(long, value_name = "SERVICE")]
     export_service: Vec<ServiceName>,
-    /// Service of the broker to serve in the mesh too; repeatable
+    /// Service of the broker to serve in the mesh; repeatable
     #[arg(long, value_name = "SERVICE")]
     import_service: Vec<ServiceName>,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -37,8 +37,8 @@ impl BridgeCommand {
         let chosen = self.export.len() + self.import.len();
         ensure!(
             chosen + self.export_service.len() + self.import_service.len() > 0,
-            "nothing is to cross: say what by --export, --import, --export-service or \
-             --import-service"
+            "nothing to bridge; choose topics or services by --export, --import, \
+             --export-service or --import-service"
         );
         let (mesh, broker) = self.node.start_both().await?;
         let (mut mesh_events, mut broker_events) = (mesh.events(), broker.events());
@@ -91,7 +91,7 @@ impl BridgeCommand {
     }
 }
 
-/// What the operator of a bridge wants to know: not of each node of the mesh.
+/// The next event that concerns the bridge; peers of the mesh that come and go are skipped.
 async fn next(events: &mut Events) -> Option<Event> {
     loop {
         match events.recv().await? {

@@ -9,14 +9,14 @@ use serde_json::json;
 use crate::options::interrupted;
 use crate::output;
 
-/// A broker for trying and measuring broker mode with nothing installed: best effort, it keeps
-/// nothing and checks nobody, so it listens on loopback only.
+/// A broker to try and measure broker mode without installing anything. Its delivery is best
+/// effort: it stores nothing and authenticates nobody, so it listens on loopback only.
 #[derive(Args)]
 pub(crate) struct BrokerCommand {
     /// Address to listen on, port 0 for a free one
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:4333")]
     listen: SocketAddr,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
 }

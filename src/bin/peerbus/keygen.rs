@@ -11,11 +11,11 @@ pub(crate) struct Keygen {
     /// File for the new key; must not exist
     #[arg(required_unless_present = "mesh")]
     file: Option<PathBuf>,
-    /// Make a mesh key rather than an identity. Without FILE it is printed; of a file, a
-    /// fingerprint is, by which to tell keys apart
+    /// Make a mesh key instead of an identity. Without FILE, the key itself is printed; with FILE,
+    /// a fingerprint to tell keys apart
     #[arg(long)]
     mesh: bool,
-    /// Print what can be told of a file that is there, and create none
+    /// Print the public data of an existing file, and create none
     #[arg(long, requires = "file")]
     show: bool,
     /// Print JSON

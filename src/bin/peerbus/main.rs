@@ -33,9 +33,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Show what the mesh does, with three real node processes
+    /// Demonstrate a mesh of three node processes
     Demo(demo::Demo),
-    /// Run a node that prints what it sees
+    /// Run a node that prints its events and messages
     Node(node::NodeCommand),
     /// Publish a message on a topic
     #[command(name = "pub")]
@@ -47,9 +47,9 @@ enum Command {
     Send(send::Send),
     /// Serve a name
     Serve(serve::Serve),
-    /// Ask a service or a node, and print its reply
+    /// Send a request to a service or a node, and print the reply
     Request(request::Request),
-    /// Run a broker, to compare brokerless messaging with
+    /// Run a broker, for comparison with brokerless messaging
     Broker(broker::BrokerCommand),
     /// Join a mesh to a broker
     Bridge(bridge::BridgeCommand),
@@ -57,17 +57,17 @@ enum Command {
     Keygen(keygen::Keygen),
     /// List the peers that can be reached
     Peers(peers::Peers),
-    /// Look into the outbox of a node that doesn't run
+    /// Inspect and repair the outbox of a stopped node
     #[command(subcommand)]
     Outbox(outbox::Outbox),
-    /// Measure this machine
+    /// Run benchmarks on this machine
     #[command(subcommand)]
     Bench(bench::Bench),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // What the brokers' clients say of their errors comes from here anyway.
+    // The brokers' clients log errors which this command reports anyway.
     let usual = "warn,async_nats=off,lapin=off";
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -104,14 +104,14 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Bridge(bridge) => bridge.run().await,
         Command::Keygen(keygen) => keygen.run(),
         Command::Peers(peers) => peers.run().await,
-        // It waits for the disk.
+        // The command blocks on the disk.
         Command::Outbox(outbox) => tokio::task::spawn_blocking(|| outbox.run()).await?,
         Command::Bench(bench) => bench.run().await,
     }
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    // A reader that went away (`peerbus sub … | head`) is no failure.
+    // A closed pipe (`peerbus sub … | head`) is not a failure.
     let gone = error.downcast_ref::<std::io::Error>();
     if gone.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
@@ -120,7 +120,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// An error and its causes, each told once: some tell their own cause.
+/// An error and its causes, each once: some error texts include their cause.
 fn in_full(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |told, cause| match cause.to_string() {
         cause if told.is_empty() => cause,

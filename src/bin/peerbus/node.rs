@@ -1,4 +1,4 @@
-//! `peerbus node`: a demo node that prints what it sees.
+//! `peerbus node`: a demo node that prints its events and messages.
 
 use std::future;
 use std::time::Duration;
@@ -19,16 +19,16 @@ pub(crate) struct NodeCommand {
     /// Pattern to subscribe to; repeatable
     #[arg(long, value_name = "PATTERN")]
     subscribe: Vec<Pattern>,
-    /// Service to offer: it replies with what it is sent; repeatable
+    /// Service to offer; it echoes each message; repeatable
     #[arg(long, value_name = "SERVICE")]
     serve: Vec<ServiceName>,
-    /// Topic to publish on, again and again
+    /// Topic to publish on repeatedly
     #[arg(long, value_name = "TOPIC")]
     publish: Option<Topic>,
-    /// How often to publish
+    /// Interval between messages
     #[arg(long, value_name = "TIME", default_value = "1s")]
     every: humantime::Duration,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -109,9 +109,8 @@ async fn publish(node: &Node, topic: Option<&Topic>, number: u64) -> anyhow::Res
     Ok(())
 }
 
-/// A handler that says what it was asked and replies with the same. If it can't be said, that is
-/// told instead, and the call stays open: whoever made it hears that this node is gone, which
-/// will be so.
+/// A handler that prints each call and echoes it. If the output fails, it reports the error and
+/// leaves the call open: the process then exits, and the caller is notified that the node is gone.
 pub(crate) fn echo(
     json: bool,
     unprinted: UnboundedSender<anyhow::Error>,

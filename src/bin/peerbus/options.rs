@@ -1,4 +1,4 @@
-//! The flags that every command with a node has.
+//! The flags that all commands with a node share.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ pub(crate) struct NodeOptions {
     /// Human name of this node [default: the host's name]
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Mesh to join; meshes on one network or host never mix
+    /// Mesh to join; meshes on one network or host are separate
     #[arg(long, env = "PEERBUS_MESH", default_value = "default")]
     pub(crate) mesh: MeshName,
     /// File that keeps this node's identity; created if missing [default: a new identity]
@@ -26,19 +26,20 @@ pub(crate) struct NodeOptions {
     /// Folder that keeps guaranteed messages and this node's identity; created if missing
     #[arg(long, value_name = "DIR")]
     pub(crate) outbox: Option<PathBuf>,
-    /// How often the handler of a guaranteed message may fail before that is a dead letter; over a
-    /// broker, of those that this node handles [default: 10]
+    /// Number of failures after which a guaranteed message becomes a dead letter; over a broker, of
+    /// the messages that this node handles [default: 10]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     max_attempts: Option<u32>,
-    /// How long such a message is left alone: after the first attempt, and at the most; it doubles
-    /// with each [default: 200ms..60s]
+    /// Backoff of guaranteed messages: after the first attempt, and the longest; it doubles with
+    /// each attempt [default: 200ms..60s]
     #[arg(long, value_name = "FIRST..LONGEST", value_parser = parse_backoff)]
     backoff: Option<(Duration, Duration)>,
-    /// Have a broker carry all messages, in place of links: peerbus://HOST:PORT (`peerbus broker`),
-    /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ), with USER:PASSWORD@ before the host
+    /// Send all messages through a broker instead of links: peerbus://HOST:PORT (`peerbus broker`),
+    /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ), with USER:PASSWORD@ before the
+    /// host
     #[arg(long, value_name = "URL", env = "PEERBUS_BROKER", hide_env_values = true)]
     pub(crate) broker: Option<String>,
-    /// File of certificates by which the broker's own is checked, besides the system's
+    /// PEM file of CA certificates for the broker's certificate, besides the system's
     #[arg(long, value_name = "FILE", env = "PEERBUS_BROKER_CA")]
     broker_ca: Option<PathBuf>,
     #[command(flatten)]
@@ -50,22 +51,22 @@ pub(crate) struct NodeOptions {
     /// Address of a node to dial; repeatable
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) peer: Vec<Address>,
-    /// Address to tell others of in place of the interfaces' own; repeatable
+    /// Address to announce instead of the interfaces' own; repeatable
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<Address>,
-    /// Network interface for mDNS, and no other; repeatable
+    /// Use only this network interface for mDNS; repeatable
     #[arg(long, value_name = "NAME")]
     pub(crate) interface: Vec<String>,
-    /// Network interface to leave out of mDNS; repeatable
+    /// Don't use this network interface for mDNS; repeatable
     #[arg(long, value_name = "NAME")]
     pub(crate) exclude_interface: Vec<String>,
-    /// Don't look for nodes on this host by the socket folder
+    /// Don't find nodes on this host by the socket folder
     #[arg(long)]
     pub(crate) no_local: bool,
     /// Don't use multicast DNS
     #[arg(long)]
     pub(crate) no_mdns: bool,
-    /// Don't tell peers of each other, and don't dial whom they tell of
+    /// Don't announce peers to each other, and don't dial announced peers
     #[arg(long)]
     pub(crate) no_gossip: bool,
 }
@@ -79,9 +80,9 @@ impl NodeOptions {
         config.start().await.context("the node can't start")
     }
 
-    /// A node of the mesh, and one of the broker with the same name and identity.
+    /// Starts a node of the mesh, and a node of the broker with the same name and identity.
     pub(crate) async fn start_both(&self) -> anyhow::Result<(Node, Node)> {
-        let url = self.broker.as_ref().context("--broker URL says to which broker")?;
+        let url = self.broker.as_ref().context("no broker given; name it with --broker URL")?;
         let inner = self.config()?.start().await.context("the node of the mesh can't start")?;
         let outer = Node::builder().mesh(self.mesh.clone()).name(inner.name());
         let mut outer = self.retrying(outer);
@@ -92,7 +93,7 @@ impl NodeOptions {
         Ok((inner, outer.context("the node of the broker can't start")?))
     }
 
-    /// Where the node's identity is kept, if it is.
+    /// The path of the identity file, if the identity is kept.
     fn kept_identity(&self) -> Option<PathBuf> {
         let in_store = || Some(self.outbox.as_ref()?.join("identity"));
         self.identity.clone().or_else(in_store)
@@ -146,7 +147,7 @@ impl NodeOptions {
         Ok(excluded.fold(config, |config, name| config.exclude_interface(name)))
     }
 
-    /// How to get beyond this host, if this node doesn't.
+    /// Explains how to reach other hosts, for a node that is limited to this host.
     pub(crate) fn hint(&self) -> Option<&'static str> {
         let here = self.broker.is_none() && matches!(self.trust.trust(), Ok(Trust::ThisHost));
         here.then_some("to join a LAN: --mesh-key KEY; `peerbus keygen --mesh` makes a key")
@@ -160,22 +161,22 @@ fn parse_backoff(text: &str) -> Result<(Duration, Duration), String> {
     Ok((parse(first)?, parse(longest)?))
 }
 
-/// Where a message or request goes.
+/// The recipient of a message or request.
 #[derive(Args, Clone)]
 pub(crate) struct To {
     /// Name of the service; with --node, the id of a node
     #[arg(value_name = "SERVICE")]
     to: String,
-    /// SERVICE is the id of a node, which takes the message itself
+    /// SERVICE is the id of a node, the recipient itself
     #[arg(long)]
     node: bool,
-    /// How long to wait for somebody to be there
+    /// Time to wait for the recipient
     #[arg(long, value_name = "TIME", default_value = "3s")]
     pub(crate) wait: humantime::Duration,
 }
 
 impl To {
-    /// The recipient, whether it is there or not.
+    /// The recipient, present or not.
     pub(crate) fn parse(&self) -> anyhow::Result<Recipient> {
         Ok(match self.node {
             true => Recipient::Node(self.to.parse()?),
@@ -188,7 +189,7 @@ impl To {
         if self.node {
             let id: NodeId = self.to.parse()?;
             if !node.peers().is_empty() && node.peers().iter().all(|it| it.id == NodeId::BROKER) {
-                // Only sending tells whether it is there.
+                // Only a send shows if the node is present.
                 return Ok(Recipient::Node(id));
             }
             let within = tokio::time::Instant::now() + *self.wait;
@@ -196,9 +197,9 @@ impl To {
             while !node.peers().iter().any(|peer| peer.id == id) {
                 peers = node.peers().len().max(peers) + 1;
                 let left = within.saturating_duration_since(tokio::time::Instant::now());
-                node.wait_for_peers(peers, left)
-                    .await
-                    .with_context(|| format!("no node {id} was found within {}", self.wait))?;
+                node.wait_for_peers(peers, left).await.with_context(|| {
+                    format!("timed out after {}: no node {id} was found", self.wait)
+                })?;
             }
             return Ok(Recipient::Node(id));
         }
@@ -208,13 +209,16 @@ impl To {
                 return anyhow::anyhow!(trouble);
             }
             let met = node.peers().len();
-            anyhow::anyhow!("no node serves {service} (waited {}, met {met} nodes)", self.wait)
+            anyhow::anyhow!(
+                "timed out after {}: no node serves {service} (met {met} nodes)",
+                self.wait
+            )
         })?;
         Ok(Recipient::Service(service))
     }
 }
 
-/// Why the broker can't be talked to, if there is one and it can't.
+/// The reason for which the broker can't be reached, if there is one and it can't.
 pub(crate) fn broker_trouble(node: &Node) -> Option<String> {
     let broker = node.unreachable().into_iter().find(|it| it.id == Some(NodeId::BROKER))?;
     Some(format!("the broker at {} can't be reached: {}", broker.address, broker.last_error))
@@ -223,7 +227,7 @@ pub(crate) fn broker_trouble(node: &Node) -> Option<String> {
 /// The body of a message.
 #[derive(Args, Clone)]
 pub(crate) struct BodyArg {
-    /// The body [default: what comes from standard input]
+    /// The body [default: read from standard input]
     body: Option<String>,
 }
 
@@ -241,7 +245,7 @@ impl BodyArg {
     }
 }
 
-/// Waits for Ctrl-C or a polite request to end.
+/// Waits for Ctrl-C or SIGTERM.
 pub(crate) async fn interrupted() {
     #[cfg(unix)]
     {
@@ -257,11 +261,10 @@ pub(crate) async fn interrupted() {
     let _no_signals = tokio::signal::ctrl_c().await;
 }
 
-/// How long one-shot commands let their messages arrive before they end.
+/// The time limit for the delivery of the last messages of one-shot commands.
 pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 
-/// Waits until stored messages are processed, as far as that happens within `wait`, and says what
-/// becomes of the rest.
+/// Waits up to `wait` until stored messages are processed, and reports what happens to the rest.
 pub(crate) async fn settle(
     node: &Node,
     receipts: Vec<Receipt>,
@@ -279,7 +282,7 @@ pub(crate) async fn settle(
             Err(_) => {}
         }
     }
-    // What earlier runs have left.
+    // Messages that earlier runs left.
     while node.outbox_size().pending > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -294,7 +297,7 @@ pub(crate) async fn settle(
     Ok(())
 }
 
-/// Shuts down a node; an error if something that it was given did not arrive.
+/// Shuts down a node; returns an error if any of its messages was not delivered.
 pub(crate) async fn finish(node: &Node) -> anyhow::Result<()> {
     let report = node.shutdown_within(DRAIN).await;
     match (report.undelivered, report.in_doubt) {

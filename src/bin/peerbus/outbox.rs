@@ -11,31 +11,31 @@ use serde_json::{Value, json};
 
 use crate::output;
 
-/// What a node's outbox holds, and what becomes of it. The node must not run meanwhile.
+/// Inspects and changes a node's outbox. The node must not run meanwhile.
 #[derive(Subcommand)]
 pub(crate) enum Outbox {
-    /// Count what waits by destination, and list the messages
+    /// Count the messages by destination, and list them
     List(List),
     /// Print one message
     Show(Show),
-    /// Have dead letters tried again when the node runs next; they expire no more
+    /// Retry dead letters at the node's next start; they no longer expire
     Replay(Chosen<false>),
-    /// Remove messages for good, for all their destinations
+    /// Remove messages permanently, for all their destinations
     Purge(Chosen<true>),
-    /// Take messages to a service from the node that they were given to, which may have processed
-    /// them
+    /// Take messages to a service from the node that they were assigned to, which may have
+    /// processed them
     Reassign(Reassign),
-    /// Forget a durable subscription whose node is gone for good, and what is kept for it
+    /// Remove a durable subscription whose node is gone for good, with its messages
     Forget(Forget),
-    /// Read all of it and of the inbox beside it, and say what is damaged
+    /// Read all of the outbox and its inbox, and report damage
     Verify(Folder),
 }
 
 #[derive(Args)]
 pub(crate) struct Folder {
-    /// The folder that the node was given with --outbox
+    /// The folder of the node's --outbox
     dir: PathBuf,
-    /// JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -45,11 +45,11 @@ impl Folder {
         Ok(ClosedOutbox::open(&self.dir)?)
     }
 
-    /// Opens it to write nothing.
+    /// Opens the outbox for reading only.
     fn look(&self) -> anyhow::Result<ClosedOutbox> {
         let outbox = ClosedOutbox::look(&self.dir)?;
         if let Some(problem) = outbox.identity_problem() {
-            output::note(format_args!("peerbus: its node won't start: {problem}"));
+            output::note(format_args!("peerbus: the node can't start: {problem}"));
         }
         Ok(outbox)
     }
@@ -62,7 +62,7 @@ pub(crate) struct List {
     /// Only dead letters
     #[arg(long)]
     dead: bool,
-    /// How many messages to list, the oldest first
+    /// Maximum number of messages to list, oldest first
     #[arg(long, value_name = "N", default_value_t = 20)]
     limit: usize,
 }
@@ -71,17 +71,17 @@ pub(crate) struct List {
 pub(crate) struct Show {
     #[command(flatten)]
     folder: Folder,
-    /// The message's number, as `list` shows it
+    /// Message number, as shown by `list`
     number: u64,
 }
 
-/// Messages that are named, or all.
+/// Chosen messages, or all.
 #[derive(Args)]
 #[group(skip)]
 pub(crate) struct Chosen<const ANY: bool> {
     #[command(flatten)]
     folder: Folder,
-    /// The numbers of messages, as `list` shows them
+    /// Message numbers, as shown by `list`
     #[arg(value_name = "NUMBER", required_unless_present = "all")]
     numbers: Vec<u64>,
     /// All dead letters
@@ -93,13 +93,13 @@ pub(crate) struct Chosen<const ANY: bool> {
 pub(crate) struct Reassign {
     #[command(flatten)]
     folder: Folder,
-    /// The numbers of messages, as `list` shows them
+    /// Message numbers, as shown by `list`
     #[arg(value_name = "NUMBER", required_unless_present = "from")]
     numbers: Vec<u64>,
-    /// All that were given to this node
+    /// All messages assigned to this node
     #[arg(long, value_name = "NODE", conflicts_with = "numbers")]
     from: Option<NodeId>,
-    /// The node that is to have them [default: any that serves the name]
+    /// Node to assign them to [default: any that serves the name]
     #[arg(long, value_name = "NODE")]
     to: Option<NodeId>,
 }
@@ -108,7 +108,7 @@ pub(crate) struct Reassign {
 pub(crate) struct Forget {
     #[command(flatten)]
     folder: Folder,
-    /// The subscriber's id, or how it begins, as `list` shows it
+    /// The subscriber's id or a prefix of it, as shown by `list`
     node: String,
     /// The subscription's name
     name: ServiceName,
@@ -128,7 +128,7 @@ impl Outbox {
     }
 }
 
-/// What waits for one destination.
+/// The messages for one destination.
 #[derive(Default)]
 struct Line {
     pending: u64,
@@ -150,7 +150,7 @@ impl List {
             }
             line.bytes += u64::from(message.size);
             if line.oldest.is_none() {
-                // They come in the order in which they were stored.
+                // Messages come in the order in which they were stored.
                 line.oldest = outbox.read(&message).ok().map(|(header, _)| header.sent_at());
             }
             if self.dead && message.dead.is_none() {
@@ -168,7 +168,7 @@ impl List {
             |(node, name, pattern)| format!("durable subscription {name} to {pattern} of {node}");
         let mut text: Vec<String> = outbox.subscriptions().map(subscription).collect();
         if lines.is_empty() {
-            text.push(format!("nothing waits in {}", self.folder.dir.display()));
+            text.push(format!("no messages in {}", self.folder.dir.display()));
             return output::say(text.join("\n"));
         }
         let [to, pending, dead, bytes, oldest] = ["TO", "PENDING", "DEAD", "BYTES", "OLDEST"];
@@ -241,7 +241,7 @@ fn describe(message: &StoredMessage, at: Option<SystemTime>) -> String {
         text += &format!(", {} old", age(at));
     }
     if let (Target::Service(_), Some(node)) = (&message.target, message.node) {
-        text += &format!(", given to {}", node.short());
+        text += &format!(", assigned to {}", node.short());
     }
     if message.failures > 0 {
         text += &format!(", failed {} times", message.failures);
@@ -257,8 +257,9 @@ impl Show {
         let outbox = self.folder.look()?;
         let found: Vec<StoredMessage> =
             outbox.messages().filter(|message| message.number == self.number).collect();
-        let first =
-            found.first().with_context(|| format!("there is no message {}", self.number))?;
+        let first = found.first().with_context(|| {
+            format!("no message {}; `peerbus outbox list` shows the numbers", self.number)
+        })?;
         let (header, body) = outbox.read(first)?;
         if self.folder.json {
             let parts: Vec<Value> = found.iter().map(|part| as_json(&outbox, part)).collect();
@@ -278,7 +279,7 @@ impl Show {
             Some(Ok(left)) => {
                 text.push(format!("expires in  {}", humantime::format_duration(left)))
             }
-            Some(Err(_)) => text.push("expires     it has expired".into()),
+            Some(Err(_)) => text.push("expires     expired".into()),
             None => {}
         }
         text.push(format!("body        {} bytes", body.len()));
@@ -301,14 +302,14 @@ impl<const ANY: bool> Chosen<ANY> {
         let found: Vec<StoredMessage> = outbox.messages().filter(wanted).collect();
         for number in &self.numbers {
             let there = found.iter().any(|message| message.number == *number);
-            ensure!(there, "there is no message {number}");
+            ensure!(there, "no message {number}; `peerbus outbox list` shows the numbers");
         }
         let mut count = 0;
         for number in &self.numbers {
             let mut parts = found.iter().filter(|message| message.number == *number);
             ensure!(
                 ANY || parts.any(|part| part.dead.is_some()),
-                "message {number} is no dead letter"
+                "message {number} is not a dead letter"
             );
         }
         for message in found.iter().filter(|message| ANY || message.dead.is_some()) {
@@ -331,7 +332,10 @@ impl Reassign {
         let found: Vec<StoredMessage> = outbox.messages().filter(wanted).collect();
         for number in &self.numbers {
             let mut parts = found.iter().filter(|message| message.number == *number).peekable();
-            ensure!(parts.peek().is_some(), "there is no message {number}");
+            ensure!(
+                parts.peek().is_some(),
+                "no message {number}; `peerbus outbox list` shows the numbers"
+            );
             let dead = parts.any(|part| part.dead.is_some());
             ensure!(!dead, "message {number} is a dead letter: replay it first");
         }
@@ -339,7 +343,7 @@ impl Reassign {
             let moved = outbox.reassign(message, self.to)?;
             ensure!(
                 moved,
-                "message {} goes to {} and nowhere else",
+                "message {} is for {} alone and can't be reassigned",
                 message.number,
                 message.target
             );
@@ -357,7 +361,7 @@ impl Forget {
         let found: Vec<NodeId> = known.map(|(node, ..)| node).filter(named).collect();
         let [node] = found[..] else {
             match found.len() {
-                0 => bail!("there is no subscription {} of a node {}", self.name, self.node),
+                0 => bail!("no subscription {} of a node {}", self.name, self.node),
                 n => bail!(
                     "{n} nodes begin with {:?} and have a subscription {}",
                     self.node,
@@ -398,14 +402,14 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
     });
     let printed = output::line(folder.json, &value, || {
         let text = match (damaged.len(), unreadable.len()) {
-            (0, 0) => format!("{messages} messages, all can be read"),
+            (0, 0) => format!("{messages} messages, all readable"),
             (_, gone) => {
                 let cost = cost(lost, "lost");
-                format!("{messages} messages, {gone} can't be read{}{cost}", parts_as_text(damaged))
+                format!("{messages} messages, {gone} unreadable{}{cost}", parts_as_text(damaged))
             }
         };
         let inbox = inbox.as_ref().map(describe_inbox).unwrap_or_default();
-        let identity = identity.iter().map(|problem| format!("\nits node won't start: {problem}"));
+        let identity = identity.iter().map(|problem| format!("\nthe node can't start: {problem}"));
         text + &torn_end(torn) + &inbox + &identity.collect::<String>()
     });
     ensure!(damaged.is_empty() && unreadable.is_empty(), "the outbox is damaged");
@@ -417,7 +421,7 @@ fn verify(folder: &Folder) -> anyhow::Result<()> {
 fn describe_inbox(inbox: &InboxReport) -> String {
     let InboxReport { entries, damaged, forgotten, torn, .. } = inbox;
     let text = match damaged.len() {
-        0 => format!("\nthe inbox: {entries} entries, all can be read"),
+        0 => format!("\nthe inbox: {entries} entries, all readable"),
         _ => {
             let cost = cost(*forgotten, "processed once more");
             format!("\nthe inbox: {entries} entries{}{cost}", parts_as_text(damaged))
@@ -426,11 +430,11 @@ fn describe_inbox(inbox: &InboxReport) -> String {
     text + &torn_end(*torn)
 }
 
-/// What may become of how many messages, since something is damaged.
+/// The cost of damage: the number of messages that are, for example, lost.
 fn cost(messages: Option<u64>, what: &str) -> String {
     match messages {
-        Some(messages) => format!("; {messages} messages at the most are {what}"),
-        None => format!("; nobody knows how many messages are {what}"),
+        Some(messages) => format!("; at most {messages} messages are {what}"),
+        None => format!("; an unknown number of messages are {what}"),
     }
 }
 
@@ -449,6 +453,6 @@ fn parts_as_text(parts: &[DamagedPart]) -> String {
 fn torn_end(bytes: u64) -> String {
     match bytes {
         0 => String::new(),
-        _ => format!("; a crash tore the last write ({bytes} bytes), which is left out"),
+        _ => format!("; a crash tore the last write ({bytes} bytes), which is ignored"),
     }
 }

@@ -1,4 +1,4 @@
-//! Results, for people or for machines.
+//! Output, as text or JSON.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -7,7 +7,7 @@ use anyhow::Context;
 use peerbus::{Event, Message};
 use serde_json::{Value, json};
 
-/// Writes a line to stdout; JSON if `as_json`, else what `text` makes.
+/// Writes a line to stdout: `value` as JSON if `as_json`, else the result of `text`.
 pub(crate) fn line(
     as_json: bool,
     value: &Value,
@@ -16,19 +16,19 @@ pub(crate) fn line(
     say(if as_json { value.to_string() } else { text() })
 }
 
-/// Writes a line to stdout, or several.
+/// Writes one or more lines to stdout.
 pub(crate) fn say(text: impl Display) -> anyhow::Result<()> {
     write(format!("{text}\n").as_bytes())
 }
 
-/// Writes bytes to stdout, as they are.
+/// Writes bytes to stdout, unchanged.
 pub(crate) fn write(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     written.context("can't write to the standard output")
 }
 
-/// Writes a line to stderr, if somebody takes it.
+/// Writes a line to stderr; errors are ignored.
 pub(crate) fn note(text: impl Display) {
     let _nobody_reads = writeln!(std::io::stderr(), "{text}");
 }
@@ -61,7 +61,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A body for a terminal: text as it is, anything else described.
+/// A body for a terminal: text unchanged, anything else as a short hex dump.
 pub(crate) fn body(message: &Message) -> String {
     match body_text(message) {
         Some(text) => text.to_owned(),
@@ -121,17 +121,20 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
         ),
         Event::InboxLost { peer } => (
             json!({ "event": "inbox_lost", "peer": peer }),
-            format!("{} has lost its inbox, and may process again what it had", peer.short()),
+            format!("{} has lost its inbox, and may process messages again", peer.short()),
         ),
         Event::PeerGone { peer, messages } => (
             json!({ "event": "peer_gone", "peer": peer, "messages": messages }),
-            format!("{messages} messages have long waited for {}", peer.short()),
+            format!(
+                "{} has been gone for long; {messages} messages are queued for it",
+                peer.short()
+            ),
         ),
         other => (json!({ "event": "other" }), format!("{other:?}")),
     }
 }
 
-/// Says on a terminal how far a long command is; `None` wipes it away.
+/// Shows the progress of a long command on a terminal; `None` clears it.
 pub(crate) fn progress(text: Option<&str>) {
     use std::io::IsTerminal;
     let mut stderr = std::io::stderr();

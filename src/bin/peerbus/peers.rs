@@ -6,16 +6,16 @@ use serde_json::json;
 use crate::options::NodeOptions;
 use crate::output;
 
-/// Joins the mesh, looks around for a while, and prints whom it met.
+/// Joins the mesh, waits, and prints the peers that it found.
 #[derive(Args)]
 pub(crate) struct Peers {
-    /// How long to look around
+    /// Time to wait for peers
     #[arg(long, value_name = "TIME", default_value = "2s")]
     wait: humantime::Duration,
-    /// End as soon as this many are found
+    /// End as soon as this many peers are found
     #[arg(long, value_name = "N")]
     count: Option<usize>,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
     #[command(flatten)]

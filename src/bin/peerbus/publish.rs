@@ -8,22 +8,22 @@ use serde_json::json;
 use crate::options::{BodyArg, NodeOptions, broker_trouble, finish, settle};
 use crate::output;
 
-/// Waits for a subscriber, publishes, and ends when the message is taken. With --outbox it is
-/// stored for the durable subscriptions that this outbox has met, and kept there until they have
-/// processed it.
+/// Waits for a subscriber, publishes, and ends when the message is accepted. With --outbox, the
+/// message is stored for the durable subscriptions known to this outbox, and kept there until they
+/// have processed it.
 #[derive(Args)]
 pub(crate) struct Publish {
     /// Topic, such as orders.eu.placed
     topic: Topic,
     #[command(flatten)]
     body: BodyArg,
-    /// How many times
+    /// Number of messages
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// How many subscribing nodes to wait for; with --outbox, durable subscriptions
+    /// Number of subscribing nodes to wait for; with --outbox, durable subscriptions
     #[arg(long, value_name = "N", default_value_t = 1)]
     subscribers: usize,
-    /// How long to wait for them
+    /// Time to wait for them
     #[arg(long, value_name = "TIME", default_value = "3s")]
     wait: humantime::Duration,
     /// Ordering key
@@ -32,11 +32,11 @@ pub(crate) struct Publish {
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
-    /// Store it until all durable subscriptions have processed it: in the outbox, or at the broker;
-    /// --outbox implies it
+    /// Store the message until all durable subscriptions have processed it: in the outbox, or at
+    /// the broker; implied by --outbox
     #[arg(long)]
     guaranteed: bool,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -44,7 +44,7 @@ pub(crate) struct Publish {
 }
 
 pub(crate) fn header(text: &str) -> Result<(String, String), String> {
-    let pair = text.split_once('=').ok_or("write NAME=VALUE")?;
+    let pair = text.split_once('=').ok_or("expected NAME=VALUE")?;
     Ok((pair.0.to_owned(), pair.1.to_owned()))
 }
 
@@ -54,7 +54,7 @@ impl Publish {
         let node = self.node.start().await?;
         let durable = self.guaranteed || self.node.outbox.is_some();
         let waited = match durable {
-            // The broker keeps it for those that are away.
+            // The broker keeps the message for absent subscribers.
             true if self.node.broker.is_some() => Ok(()),
             true => node.wait_for_consumers(&self.topic, self.subscribers, *self.wait).await,
             false => node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await,
@@ -68,10 +68,10 @@ impl Publish {
             }
             let who = match self.subscribers {
                 1 if durable => "no durable subscription is known".to_owned(),
-                1 => "nobody subscribes".to_owned(),
+                1 => "no node subscribes".to_owned(),
                 wanted => format!("fewer than {wanted} nodes subscribe"),
             };
-            bail!("{who} to {} (waited {}, met {met} nodes)", self.topic, self.wait);
+            bail!("timed out after {}: {who} to {} (met {met} nodes)", self.wait, self.topic);
         }
         let (mut queued, mut dropped, mut receipts) = (0, 0, Vec::new());
         for _ in 0..self.count {

@@ -5,20 +5,20 @@ use clap::Args;
 use crate::options::{BodyArg, NodeOptions, To};
 use crate::output;
 
-/// Prints the reply's body to standard output, as it is.
+/// Prints the reply's body to standard output, unchanged.
 #[derive(Args)]
 pub(crate) struct Request {
     #[command(flatten)]
     to: To,
     #[command(flatten)]
     body: BodyArg,
-    /// How long to wait for the reply
+    /// Time to wait for the reply
     #[arg(long, value_name = "TIME", default_value = "5s")]
     deadline: humantime::Duration,
-    /// Ordering key: of the instances that are known, the same one takes all of a key's messages
+    /// Ordering key: all messages of a key go to the same one of the known instances
     #[arg(long)]
     key: Option<String>,
-    /// The whole reply as one JSON object
+    /// Print the whole reply as one JSON object
     #[arg(long)]
     json: bool,
     #[command(flatten)]

@@ -1,15 +1,15 @@
-//! Folders that are only there for a while.
+//! Temporary folders.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::Context;
 
-/// A new folder that only this user may enter; it is removed with this.
+/// A new folder with access for this user only; it is removed on drop.
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A folder among the system's temporary files.
+    /// Creates a folder in the system's folder for temporary files.
     pub(crate) fn new() -> anyhow::Result<Self> {
         Self::inside(&std::env::temp_dir())
     }
@@ -21,7 +21,7 @@ impl Scratch {
         let mut builder = std::fs::DirBuilder::new();
         #[cfg(unix)]
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("{} can't be made", path.display()))?;
+        builder.create(&path).with_context(|| format!("{} can't be created", path.display()))?;
         Ok(Self(path))
     }
 

@@ -7,31 +7,31 @@ use serde_json::json;
 use crate::options::{BodyArg, NodeOptions, To, finish, settle};
 use crate::output;
 
-/// Sends one way, and ends when the far handler is done. With --outbox the messages are stored
-/// first; what is not processed by the end is kept there, and sent by the next run. With a broker
-/// that keeps messages, --guaranteed has it keep them, and ends when it has.
+/// Sends one-way messages, and ends when the remote handler is done. With --outbox, the messages
+/// are stored first; unprocessed ones are kept there, and sent by the next run. With a broker that
+/// keeps messages, --guaranteed stores them at the broker, and the command ends when they are.
 #[derive(Args)]
 pub(crate) struct Send {
     #[command(flatten)]
     to: To,
     #[command(flatten)]
     body: BodyArg,
-    /// How many times
+    /// Number of messages
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Ordering key: of the instances that are known, the same one takes all of a key's messages
+    /// Ordering key: all messages of a key go to the same one of the known instances
     #[arg(long)]
     key: Option<String>,
     /// User header NAME=VALUE; repeatable
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = crate::publish::header)]
     headers: Vec<(String, String)>,
-    /// Store it until it is processed: in the outbox, or at the broker; --outbox implies it
+    /// Store the message until it is processed, in the outbox or at the broker; implied by --outbox
     #[arg(long)]
     guaranteed: bool,
-    /// Of what is guaranteed: until when it is tried [default: for ever]
+    /// Expiry of a guaranteed message, from now [default: never]
     #[arg(long, value_name = "TIME")]
     expires: Option<humantime::Duration>,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -45,7 +45,7 @@ impl Send {
         if self.guaranteed || self.node.outbox.is_some() {
             return self.store(&node, &body).await;
         }
-        anyhow::ensure!(self.expires.is_none(), "--expires goes with --outbox or --guaranteed");
+        anyhow::ensure!(self.expires.is_none(), "--expires requires --outbox or --guaranteed");
         let to = self.to.find(&node).await?;
         for _ in 0..self.count {
             let mut send = node.send(to.clone(), &body);

@@ -7,18 +7,18 @@ use tokio::sync::mpsc::unbounded_channel;
 use crate::node::echo;
 use crate::options::{NodeOptions, interrupted};
 
-/// Serves until Ctrl-C; then finishes what runs.
+/// Serves until Ctrl-C, then finishes the running calls.
 #[derive(Args)]
 pub(crate) struct Serve {
     /// Name of the service
     service: ServiceName,
-    /// Reply with what was sent
+    /// Reply with the message's own body
     #[arg(long, required = true)]
     echo: bool,
-    /// How many calls run at once
+    /// Maximum number of calls that run at once
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     concurrency: u32,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]

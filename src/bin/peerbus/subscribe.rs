@@ -11,20 +11,20 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::options::{NodeOptions, interrupted};
 use crate::output;
 
-/// Runs until Ctrl-C, or until enough messages came.
+/// Runs until Ctrl-C, or until the number of messages set by --count.
 #[derive(Args)]
 pub(crate) struct Subscribe {
-    /// Patterns: `*` stands for one token, a last `>` for the rest
+    /// Patterns: `*` matches one token, a `>` at the end one or more
     #[arg(required = true, value_name = "PATTERN")]
     patterns: Vec<Pattern>,
-    /// Take guaranteed messages, as the durable subscription of that name; needs --outbox, or with
-    /// a broker --identity
+    /// Receive guaranteed messages, as the durable subscription of that name; requires --outbox, or
+    /// with a broker --identity
     #[arg(long, value_name = "NAME")]
     durable: Option<ServiceName>,
     /// End after this many messages
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// One JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -40,7 +40,7 @@ impl Subscribe {
         match (&self.durable, &self.patterns[..]) {
             (Some(name), [pattern]) => {
                 let limit = Limit { left: self.count, consumer: consumer.clone() };
-                // Held until it is there, so that the first message can end it.
+                // Locked until it is set, so that the first message can end it.
                 let mut consumer = lock(&consumer);
                 *consumer = Some(durable(&node, name, pattern, self.json, limit, printed)?);
             }
@@ -73,14 +73,14 @@ impl Subscribe {
         if let Some(consumer) = consumer {
             consumer.drain().await;
         }
-        // Waits for the last handler too, whoever ended the subscription.
+        // Waits for the last handler too, even if the handler ended the subscription.
         node.shutdown().await;
         Ok(())
     }
 }
 
-/// Ends a durable subscription with the last message that is wanted, before it is told to be
-/// processed: what comes after it is for the next run.
+/// Ends a durable subscription at the last wanted message, before that is acknowledged: later
+/// messages are left for the next run.
 struct Limit {
     left: Option<u64>,
     consumer: Arc<Mutex<Option<Consumer>>>,
@@ -101,7 +101,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Prints what a durable subscription gets, and counts a message as processed when it is printed.
+/// Prints the messages of a durable subscription; a printed message counts as processed.
 fn durable(
     node: &Node,
     name: &ServiceName,
@@ -127,7 +127,8 @@ fn durable(
         let _ending = printed.send(line);
         async move {
             if !is_printed {
-                // This process is about to end. It is no fault of the message, which comes again.
+                // This process is about to exit. The message is not at fault, and will be
+                // redelivered.
                 std::future::pending::<()>().await;
             }
             Ok::<(), HandlerError>(())

@@ -1,4 +1,4 @@
-//! The flags that say whom a node talks to.
+//! The flags that choose the peers that a node accepts.
 
 use std::path::PathBuf;
 
@@ -6,12 +6,12 @@ use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use peerbus::{MeshKey, Rules, Trust};
 
-/// Without any of them a node talks to this user's processes on this host.
+/// Without any of these flags, a node accepts only this user's processes on this host.
 #[derive(Args, Clone)]
 pub(crate) struct TrustOptions {
-    /// Talk to whoever holds this key, on any network; several, separated by commas, while a mesh
-    /// goes from one to the next. `peerbus keygen --mesh` makes one. Other users of this host can
-    /// read a command line: a file or the environment is better
+    /// Connect to every node that holds this key, on any network; several, separated by commas, to
+    /// rotate a mesh's key. `peerbus keygen --mesh` makes one. Other users of this host can read
+    /// command lines: prefer a file or the environment
     #[arg(
         long,
         value_name = "KEY",
@@ -20,21 +20,21 @@ pub(crate) struct TrustOptions {
         value_delimiter = ','
     )]
     mesh_key: Vec<String>,
-    /// File with one mesh key a line
+    /// File with one mesh key per line
     #[arg(long, value_name = "FILE", env = "PEERBUS_MESH_KEY_FILE", conflicts_with = "mesh_key")]
     mesh_key_file: Option<PathBuf>,
-    /// Talk to the nodes whose ids are in this file, on any network; each line has a name, an id,
-    /// and roles. Read again when it changes
+    /// Connect to the nodes whose ids are in this file, on any network; each line has a name, an id
+    /// and roles. The file is reloaded when it changes
     #[arg(long, value_name = "FILE", env = "PEERBUS_TRUSTED_KEYS")]
     trusted_keys: Option<PathBuf>,
-    /// File of rules: who may publish, subscribe, send or serve what here [default: everything,
-    /// but nothing with --trusted-keys]
+    /// File of rules: which peers may publish, subscribe, send or serve which names here [default:
+    /// all may do everything; with --trusted-keys, nothing]
     #[arg(long, value_name = "FILE", env = "PEERBUS_RULES")]
     rules: Option<PathBuf>,
-    /// How peers are known [default: by what is given; this-host if nothing is]
+    /// Authentication of peers [default: by the given keys; without keys, this-host]
     #[arg(long, value_name = "MODE", env = "PEERBUS_TRUST")]
     trust: Option<Mode>,
-    /// With --trust open: beyond this host too
+    /// With --trust open: accept connections from beyond this host
     #[arg(long)]
     anywhere: bool,
 }
@@ -43,11 +43,11 @@ pub(crate) struct TrustOptions {
 enum Mode {
     /// Processes of the same user on this host
     ThisHost,
-    /// Whoever holds the mesh key
+    /// Every node that holds the mesh key
     MeshKey,
-    /// Whoever is in the file of trusted keys
+    /// Every node listed in the file of trusted keys
     TrustedKeys,
-    /// Anybody, in clear text
+    /// Every node, in clear text
     Open,
 }
 
@@ -57,21 +57,21 @@ impl TrustOptions {
         let mode = match (self.trust, has_key, &self.trusted_keys) {
             (Some(mode), ..) => mode,
             (None, true, Some(_)) => bail!(
-                "a mesh key and trusted keys are given; --trust mesh-key or --trust trusted-keys \
-                 says which of them counts"
+                "a mesh key and trusted keys are given; choose one by --trust mesh-key or \
+                 --trust trusted-keys"
             ),
             (None, true, None) => Mode::MeshKey,
             (None, false, Some(_)) => Mode::TrustedKeys,
             (None, false, None) => Mode::ThisHost,
         };
-        ensure!(!self.anywhere || mode == Mode::Open, "--anywhere goes with --trust open");
+        ensure!(!self.anywhere || mode == Mode::Open, "--anywhere requires --trust open");
         Ok(match mode {
             Mode::ThisHost => Trust::ThisHost,
             Mode::MeshKey => Trust::MeshKey(self.mesh_keys()?),
             Mode::TrustedKeys => Trust::TrustedKeys(
                 self.trusted_keys
                     .clone()
-                    .context("--trust trusted-keys takes --trusted-keys FILE")?,
+                    .context("--trust trusted-keys requires --trusted-keys FILE")?,
             ),
             Mode::Open => Trust::Open { anywhere: self.anywhere },
         })
@@ -87,10 +87,10 @@ impl TrustOptions {
         }
         ensure!(
             !self.mesh_key.is_empty(),
-            "--trust mesh-key takes --mesh-key KEY or --mesh-key-file FILE; `peerbus keygen --mesh` \
+            "--trust mesh-key requires --mesh-key KEY or --mesh-key-file FILE; `peerbus keygen --mesh` \
              makes a key"
         );
-        // What is no key may be one with a typo, so it is not repeated.
+        // A text that is not a key may be a key with a typo, so the error doesn't repeat it.
         self.mesh_key.iter().map(|key| key.trim().parse().context("--mesh-key")).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! What `durable` is measured against: the same with no more than files and a TCP connection.
+//! The reference of `durable`: the same work with nothing but files and a TCP connection.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use super::stats::Samples;
 
-/// Appends a body to a file and syncs it, again and again.
+/// Appends a body to a file and syncs it, repeatedly.
 pub(super) fn store(path: &Path, body: &[u8], millis: u64) -> anyhow::Result<(Samples, Duration)> {
     let mut file = open(path)?;
     again_and_again(millis, || Ok(append(&mut file, body)?))
 }
 
-/// The same, then sends it to another process, which does the same and answers.
+/// Does the same, then sends the body to another process, which does the same and answers.
 pub(super) fn store_twice(
     path: &Path,
     far: SocketAddr,
@@ -31,7 +31,7 @@ pub(super) fn store_twice(
     })
 }
 
-/// The far side of [`store_twice`], one connection after the other.
+/// The remote side of [`store_twice`], one connection after the other.
 pub(super) fn answer(listener: &TcpListener, path: &Path) -> anyhow::Result<()> {
     loop {
         let (mut stream, _) = listener.accept()?;

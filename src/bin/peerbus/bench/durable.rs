@@ -18,50 +18,49 @@ use super::stats::{Samples, median};
 use crate::output;
 use crate::scratch::Scratch;
 
-/// What guaranteed delivery costs, beside the machine's own `fdatasync` and a request without
-/// guarantees in the same run: how long a message takes until it is stored here, and until it is
-/// processed there, with both stores synced; and how many go in a second when so many wait at a
-/// time.
+/// The cost of guaranteed delivery, beside the machine's own `fdatasync` and a request without
+/// guarantees in the same run: the time until a message is stored here, and until it is processed
+/// there, with both stores synced; and the rate with several messages in flight.
 #[derive(Args)]
 pub(crate) struct Durable {
-    /// Folder on the disk to be measured, which is given a folder of its own for this run
+    /// Folder on the disk to measure; the run creates a folder of its own in it
     #[arg(long, default_value = ".")]
     dir: PathBuf,
     /// Bodies to measure, in bytes
     #[arg(long, value_delimiter = ',', default_values_t = [100, 1024])]
     sizes: Vec<usize>,
-    /// How many messages wait at a time
+    /// Numbers of messages in flight
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 256, 4096],
         value_parser = clap::value_parser!(u32).range(1..=65_536))]
     windows: Vec<u32>,
     /// Rounds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How long each is measured in a round, in milliseconds
+    /// Time for each measurement in a round, in milliseconds
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(10..))]
     millis: u64,
-    /// Where the two nodes run
+    /// Placement of the two nodes
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// What is measured of a message.
+/// A measurement of one kind of message.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    /// The reference: as many bytes, written and synced by hand.
+    /// The reference: the same bytes, written and synced by hand.
     Sync,
-    /// The same here and then in another process, which answers: what there is to be had.
+    /// The reference in two processes, the second of which answers: a lower bound for processing.
     SyncTwice,
     /// A request without guarantees, from a node without a store.
     Bare,
-    /// The same from a node with one.
+    /// A request without guarantees, from a node with a store.
     Request,
-    /// Until it is stored here. Nobody takes it.
+    /// The time until a message is stored here. No node accepts it.
     Stored(u32),
-    /// Until it is processed there.
+    /// The time until a message is processed there.
     Processed(u32),
 }
 
@@ -101,11 +100,11 @@ impl Line {
     }
 }
 
-/// The sides of this benchmark.
+/// The nodes and processes of this benchmark.
 struct Bench {
     bare: Node,
     durable: Node,
-    /// Where stores lie.
+    /// The folder of the stores.
     stores: Scratch,
     runtime: Scratch,
     millis: u64,
@@ -113,13 +112,13 @@ struct Bench {
 }
 
 impl Durable {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
@@ -149,7 +148,7 @@ impl Durable {
             for (what, lines) in all.iter().zip(&mut lines) {
                 for (size, line) in self.sizes.iter().copied().zip(lines) {
                     let (samples, took) = bench.round(*what, size).await?;
-                    // The first round is for warming up.
+                    // The first round is a warm-up.
                     if round > 0 {
                         line.add(&samples, took);
                     }
@@ -215,7 +214,7 @@ impl Bench {
         let (body, millis) = (vec![7; size], self.millis);
         let path = self.stores.path().join("by-hand");
         match what {
-            // On a thread of its own: the nodes' links are to stay up meanwhile.
+            // On its own thread: the nodes' links must stay up meanwhile.
             What::Sync => spawn_blocking(move || by_hand::store(&path, &body, millis)).await?,
             What::SyncTwice => {
                 let far = self.far.address.parse()?;
@@ -247,7 +246,7 @@ impl Bench {
         self.keep_busy(1, || async { Ok(node.request("work", body).await?) }).await
     }
 
-    /// Does something again and again, `window` at a time.
+    /// Runs `act` repeatedly, `window` at a time.
     async fn keep_busy<T, F: Future<Output = anyhow::Result<T>>>(
         &self,
         window: u32,
@@ -259,8 +258,8 @@ impl Bench {
         };
         let (mut samples, begun) = (Samples::default(), Instant::now());
         let mut waiting: FuturesUnordered<_> = (0..window).map(|_| timed()).collect();
-        // Tokio has a task wait its turn after 128 steps, and thousands of futures in one task
-        // would then all be polled for nothing.
+        // Tokio makes a task yield after 128 steps; thousands of futures in one task would then
+        // all be polled in vain.
         while let Some(took) = unconstrained(waiting.next()).await {
             samples.add(took?);
             if begun.elapsed() < Duration::from_millis(self.millis) {
@@ -271,7 +270,7 @@ impl Bench {
     }
 }
 
-/// The far side.
+/// The remote side.
 #[derive(Args)]
 pub(crate) struct Keeper {
     #[arg(long)]
@@ -297,7 +296,7 @@ impl Keeper {
         output::say(listener.local_addr()?)?;
         let path = self.store.with_extension("by-hand");
         thread::spawn(move || by_hand::answer(&listener, &path));
-        // Until the near side closes its end.
+        // Runs until the near side closes its end.
         let mut line = String::new();
         tokio::task::spawn_blocking(move || std::io::stdin().read_line(&mut line)).await??;
         Ok(())

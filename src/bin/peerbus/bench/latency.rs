@@ -14,7 +14,7 @@ use super::stats::{Samples, median};
 use crate::output;
 use crate::scratch::Scratch;
 
-/// Who takes part. The first is the reference.
+/// The contenders. The first is the reference.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Contender {
     TcpEcho,
@@ -46,8 +46,8 @@ impl Contender {
     }
 }
 
-/// Each contender's far side is a process of its own. They run in turn, round after round, so
-/// that what the machine does meanwhile meets them all.
+/// The remote side of each contender is a process of its own. The contenders run in turn, round
+/// after round, so that other load on the machine affects all of them.
 #[derive(Args)]
 pub(crate) struct Latency {
     /// Body size, in bytes
@@ -59,15 +59,15 @@ pub(crate) struct Latency {
     /// Round trips of each contender in a round
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
-    /// Where the two sides run
+    /// Placement of the two sides
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// The near side of a contender.
+/// The client of a contender.
 pub(super) enum Client {
     Tcp(TcpClient),
     Zeromq(ZeromqClient),
@@ -83,13 +83,13 @@ pub(super) struct Side {
 }
 
 impl Latency {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
@@ -220,7 +220,7 @@ fn config(contender: Contender, dir: &Path) -> anyhow::Result<Config> {
     Ok(Node::builder().mesh(mesh).local(local).trust(trust).mdns(false).runtime_dir(dir))
 }
 
-/// The far side of one contender.
+/// The remote side of one contender.
 #[derive(Args)]
 pub(crate) struct Echo {
     #[arg(long)]
@@ -234,7 +234,7 @@ pub(crate) struct Echo {
 }
 
 impl Echo {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         if let Some(cpu) = self.cpu {
             affinity::pin(cpu);

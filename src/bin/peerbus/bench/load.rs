@@ -10,30 +10,30 @@ use super::stats::median;
 use super::stream::{Contender, Delays, Stream, Transport};
 use crate::output;
 
-/// How long messages take that are sent evenly at a high rate, from a publisher to a subscriber in
-/// another process, beside the bare `zeromq` crate at the same rate. Counted from when each
-/// message should have left, so that what holds up the publisher counts too.
+/// The latency of messages sent evenly at a high rate, from a publisher to a subscriber in another
+/// process, beside the bare `zeromq` crate at the same rate. Counted from the time at which each
+/// message was due, so that delays of the publisher count too.
 #[derive(Args)]
 pub(crate) struct Load {
     /// Body size, in bytes
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(8..=1024 * 1024))]
     size: u32,
-    /// What carries the messages
+    /// Transport of the messages
     #[arg(long, value_enum, default_value_t = Transport::DEFAULT)]
     transport: Transport,
-    /// Messages a second [default: half of what the slower one makes at its best]
+    /// Messages a second [default: half of the slower contender's best rate]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rate: Option<u32>,
     /// Rounds
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How long a contender runs in a round, in milliseconds
+    /// Time for each contender in a round, in milliseconds
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..))]
     millis: u64,
-    /// Where the two sides run
+    /// Placement of the two sides
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -46,13 +46,13 @@ struct Side {
 }
 
 impl Load {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
@@ -72,7 +72,7 @@ impl Load {
             output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for side in &mut sides {
                 let delays = side.stream.pace(count, rate, self.size as usize).await?;
-                // The first is for warming up.
+                // The first round is a warm-up.
                 if round > 0 {
                     side.rounds.push(delays);
                 }

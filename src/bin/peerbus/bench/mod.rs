@@ -19,27 +19,27 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// Round trips of small requests, beside plain TCP and the bare zeromq crate in the same run
     Latency(latency::Latency),
-    /// How long messages take at a high, even rate, beside the bare zeromq crate in the same run
+    /// Latency of messages at a high, even rate, beside the bare zeromq crate in the same run
     Load(load::Load),
     /// Messages a second, to one or many, beside the bare zeromq crate in the same run
     Throughput(throughput::Throughput),
     /// Requests a second with many in flight, beside plain TCP in the same run
     Requests(requests::Requests),
-    /// What guaranteed delivery costs, beside the disk's own fdatasync in the same run
+    /// Cost of guaranteed delivery, beside the disk's own fdatasync in the same run
     Durable(durable::Durable),
-    /// How long a node takes to come back with many messages in its outbox
+    /// Restart time of a node with many messages in its outbox
     Restart(restart::Restart),
-    /// Many node processes: how long until all are linked, what they take at rest
+    /// Many node processes: time until all are linked, memory and CPU at rest
     Scale(scale::Scale),
-    /// Brokerless or broker: the same workloads over the mesh and brokers, side by side
+    /// The same workloads over the mesh and over brokers, side by side
     Tradeoff(tradeoff::Tradeoff),
-    /// The far side of `latency` and `requests`
+    /// The remote side of `latency` and `requests`
     #[command(hide = true)]
     Echo(latency::Echo),
-    /// The far side of `throughput` and `load`
+    /// The remote side of `throughput` and `load`
     #[command(hide = true)]
     Sink(stream::Sink),
-    /// The far side of `durable`
+    /// The remote side of `durable`
     #[command(hide = true)]
     Keeper(durable::Keeper),
     /// The process that `restart` starts
@@ -54,7 +54,7 @@ pub(crate) enum Bench {
 }
 
 impl Bench {
-    /// What has to be done before there are threads.
+    /// Sets up what must precede other threads.
     pub(crate) fn prepare(&self) {
         match self {
             Self::Latency(latency) => latency.prepare(),

@@ -1,4 +1,4 @@
-//! The processes of a benchmark: where they run, where their sockets lie, how they are started.
+//! The processes of a benchmark: their placement, their sockets, their start.
 
 use std::ffi::OsStr;
 use std::process::Stdio;
@@ -10,12 +10,12 @@ use clap::ValueEnum;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-/// How long a far side may take to end.
+/// The time limit for a remote side to end.
 const ENDING: Duration = Duration::from_secs(10);
 
-/// Which cores the two processes of a contender run on. The kernel may put both on one, where a
-/// wake-up is cheap, or on two, where it isn't, and keep to that; so the same program can be
-/// three times as slow as itself.
+/// The cores of a contender's two processes. The kernel may put both on one core, where a wake-up
+/// is cheap, or on two, where it isn't, and keep it so; the same program can then differ by a
+/// factor of three from run to run.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Placement {
     /// Each on a core of its own
@@ -27,14 +27,14 @@ pub(crate) enum Placement {
 }
 
 impl Placement {
-    /// Keeps this process, which must not have other threads yet, to the near side's core.
+    /// Pins this process, before it starts other threads, to the near side's core.
     pub(crate) fn pin_near(self) {
         if let Some((near, _)) = self.cores() {
             affinity::pin(near);
         }
     }
 
-    /// The cores of the near and the far side, where this machine has them.
+    /// The cores of the near and the remote side, if this machine has them.
     pub(crate) fn cores(self) -> Option<(usize, usize)> {
         let allowed = cores();
         let (first, second) = (*allowed.first()?, *allowed.get(1)?);
@@ -46,7 +46,7 @@ impl Placement {
     }
 }
 
-/// The cores that this process had when it was started.
+/// The cores available to this process at its start.
 fn cores() -> &'static [usize] {
     static CORES: OnceLock<Vec<usize>> = OnceLock::new();
     CORES.get_or_init(affinity::allowed)
@@ -61,7 +61,7 @@ pub(crate) mod affinity {
         (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect()
     }
 
-    /// Keeps this thread, and those that it starts, to one core.
+    /// Pins this thread, and the threads that it starts, to one core.
     pub(crate) fn pin(cpu: usize) {
         let mut one = CpuSet::new();
         one.set(cpu);
@@ -78,7 +78,7 @@ pub(crate) mod affinity {
     pub(crate) fn pin(_: usize) {}
 }
 
-/// The processor time that this process has taken, and the memory that it has, in bytes.
+/// The CPU time and the resident memory, in bytes, of this process.
 #[cfg(target_os = "linux")]
 pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
     let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
@@ -90,20 +90,20 @@ pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
-    bail!("what a process takes is only measured on Linux")
+    bail!("CPU time and memory of a process are measured on Linux only")
 }
 
-/// The name of a value as the command line has it.
+/// The name of a value on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
-/// A far side: this program again, as a hidden subcommand, that talks in lines.
+/// A remote side: this program, run as a hidden subcommand, which is controlled by lines.
 pub(crate) struct Far {
     child: Child,
     stdin: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
-    /// The first line that it printed: where it can be reached.
+    /// The first line that it printed: its address.
     pub(crate) address: String,
 }
 
@@ -114,11 +114,11 @@ impl Far {
         args: impl IntoIterator<Item = A>,
     ) -> anyhow::Result<Self> {
         let mut far = Self::spawn(subcommand, args)?;
-        far.address = far.line().await.context("the far side did not start")?;
+        far.address = far.line().await.context("the remote side did not start")?;
         Ok(far)
     }
 
-    /// The same for one that is told its task by its first line.
+    /// Does the same for a subcommand that reads its task from its first line.
     pub(crate) async fn start_with(
         subcommand: &str,
         args: impl IntoIterator<Item = String>,
@@ -127,7 +127,7 @@ impl Far {
     ) -> anyhow::Result<Self> {
         let mut far = Self::spawn(subcommand, args)?;
         far.tell(task).await?;
-        far.address = far.line_within(within).await.context("the far side did not start")?;
+        far.address = far.line_within(within).await.context("the remote side did not start")?;
         Ok(far)
     }
 
@@ -138,14 +138,14 @@ impl Far {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["bench", subcommand])
             .args(args)
-            // What breaks is wanted, or ends it.
+            // Some benchmarks break links on purpose, and other failures end the process.
             .env("PEERBUS_LOG", std::env::var("PEERBUS_LOG").unwrap_or("error".into()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
-        let stdin = child.stdin.take().context("the far side has no input")?;
-        let stdout = child.stdout.take().context("the far side has no output")?;
+        let stdin = child.stdin.take().context("the remote side has no input")?;
+        let stdout = child.stdout.take().context("the remote side has no output")?;
         let lines = BufReader::new(stdout).lines();
         Ok(Self { child, stdin, lines, address: String::new() })
     }
@@ -154,36 +154,36 @@ impl Far {
         self.child.id()
     }
 
-    /// Tells it to end, and waits until it has, for as long as that is worth waiting for.
+    /// Requests the process to end, and waits up to [`ENDING`] until it has.
     pub(crate) async fn end(&mut self) -> anyhow::Result<()> {
         self.tell("end").await?;
         let _killed_when_dropped = tokio::time::timeout(ENDING, self.child.wait()).await;
         Ok(())
     }
 
-    /// Ends it as a crash does.
+    /// Kills the process, as in a crash.
     pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         Ok(self.child.kill().await?)
     }
 
-    /// The next line that it prints; it has 30 s.
+    /// The next line that it prints, within 30 s.
     pub(crate) async fn line(&mut self) -> anyhow::Result<String> {
         self.line_within(Duration::from_secs(30)).await
     }
 
     pub(crate) async fn line_within(&mut self, limit: Duration) -> anyhow::Result<String> {
         let line = tokio::time::timeout(limit, self.lines.next_line()).await;
-        match line.context("the far side says nothing")?? {
+        match line.context("timed out: the remote side printed nothing")?? {
             Some(line) => Ok(line),
-            None => bail!("the far side ended"),
+            None => bail!("the remote side ended"),
         }
     }
 
-    /// The [`usage`] of a far side that tells it.
+    /// The [`usage`] of a remote side that reports it.
     pub(crate) async fn usage(&mut self) -> anyhow::Result<(Duration, u64)> {
         self.tell("usage").await?;
         let line = self.line().await?;
-        let (cpu, resident) = line.split_once(' ').context("the far side tells no usage")?;
+        let (cpu, resident) = line.split_once(' ').context("the remote side reported no usage")?;
         Ok((Duration::from_nanos(cpu.parse()?), resident.parse()?))
     }
 

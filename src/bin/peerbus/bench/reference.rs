@@ -1,4 +1,4 @@
-//! What peerbus is held against: a plain tokio TCP echo, and the bare `zeromq` crate.
+//! The references for peerbus: a plain tokio TCP echo, and the bare `zeromq` crate.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use zeromq::{DealerSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMess
 
 use super::stats::Samples;
 
-/// Serves one TCP connection after the other; tells its address by `ready`.
+/// Serves one TCP connection after the other; reports its address by `ready`.
 pub(crate) async fn serve_tcp(size: usize, ready: impl FnOnce(String)) -> anyhow::Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     ready(listener.local_addr()?.to_string());
@@ -31,7 +31,8 @@ pub(crate) struct TcpClient {
 
 impl TcpClient {
     pub(crate) async fn connect(address: &str, size: usize) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(address).await.context("the echo is not there")?;
+        let stream =
+            TcpStream::connect(address).await.context("the echo server can't be reached")?;
         stream.set_nodelay(true)?;
         Ok(Self { stream, buffer: vec![7; size] })
     }
@@ -48,7 +49,7 @@ impl TcpClient {
     }
 }
 
-/// Serves with a ROUTER, on a Unix socket if there is a path and on TCP otherwise.
+/// Serves with a ROUTER, on a Unix socket if a path is given, else on TCP.
 pub(crate) async fn serve_zeromq(
     path: Option<PathBuf>,
     ready: impl FnOnce(String),
@@ -74,7 +75,7 @@ pub(crate) struct ZeromqClient {
 impl ZeromqClient {
     pub(crate) async fn connect(endpoint: &str, size: usize) -> anyhow::Result<Self> {
         let mut dealer = DealerSocket::new();
-        dealer.connect(endpoint).await.context("the ROUTER is not there")?;
+        dealer.connect(endpoint).await.context("the ROUTER can't be reached")?;
         Ok(Self { dealer, body: vec![7; size] })
     }
 

@@ -25,25 +25,25 @@ pub(crate) struct Requests {
     /// Rounds
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Requests that each of those in flight makes in a round
+    /// Requests of each caller in a round
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
-    /// Where the two sides run
+    /// Placement of the two sides
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 impl Requests {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         self.placement.pin_near();
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
@@ -65,7 +65,7 @@ impl Requests {
             output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for (side, rates) in &mut sides {
                 let rate = self.round(&mut side.client).await?;
-                // The first is for warming up.
+                // The first round is a warm-up.
                 if round > 0 {
                     rates.push(rate);
                 }
@@ -95,7 +95,7 @@ impl Requests {
         Ok(())
     }
 
-    /// Requests a second.
+    /// Runs a round; returns the requests per second.
     async fn round(&self, client: &mut Client) -> anyhow::Result<f64> {
         let begun = Instant::now();
         let count = self.count as usize;

@@ -18,8 +18,8 @@ use super::process::{Far, usage};
 use crate::output;
 use crate::scratch::Scratch;
 
-/// How long a node takes to come back with many messages in its outbox: until the first of them is
-/// at its handler, and until all are processed; and how much memory it takes meanwhile.
+/// The restart time of a node with many messages in its outbox: until the first of them reaches its
+/// handler, and until all are processed; and the node's memory meanwhile.
 #[derive(Args)]
 pub(crate) struct Restart {
     /// Messages in the outbox
@@ -28,10 +28,10 @@ pub(crate) struct Restart {
     /// Body size, in bytes
     #[arg(long, default_value_t = 100)]
     size: usize,
-    /// Folder on the disk to be measured, which is given a folder of its own for this run
+    /// Folder on the disk to measure; the run creates a folder of its own in it
     #[arg(long, default_value = ".")]
     dir: PathBuf,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -73,7 +73,9 @@ impl Restart {
         let to_first = begun.elapsed();
         let (_, at_first) = sender.usage().await?;
         let limit = Duration::from_secs(600);
-        tokio::time::timeout(limit, all.notified()).await.context("not all arrived in 600 s")?;
+        tokio::time::timeout(limit, all.notified())
+            .await
+            .context("timed out after 600 s: not all messages arrived")?;
         let to_all = begun.elapsed();
         let (_, at_last) = sender.usage().await?;
         let mib = |bytes: u64| bytes as f64 / (1024.0 * 1024.0);
@@ -99,7 +101,7 @@ impl Restart {
         Ok(())
     }
 
-    /// Stores messages that nobody takes yet.
+    /// Stores messages that no node accepts yet.
     async fn fill(&self, runtime_dir: &Path, store: &Path) -> anyhow::Result<()> {
         let node = node(runtime_dir, store).await?;
         let body = vec![7; self.size];
@@ -124,7 +126,7 @@ impl Restart {
     }
 }
 
-/// The process that comes back.
+/// The process that restarts.
 #[derive(Args)]
 pub(crate) struct Restarted {
     #[arg(long)]

@@ -15,14 +15,14 @@ use super::stats::median;
 use crate::output;
 use crate::scratch::Scratch;
 
-/// How the nodes find each other.
+/// The means by which the nodes find each other.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum By {
     /// The socket folder of this host
     Local,
     /// Multicast DNS, over loopback TCP
     Mdns,
-    /// The address of the first node, which tells of the others; over loopback TCP
+    /// The address of the first node, which announces the others; over loopback TCP
     Gossip,
 }
 
@@ -31,45 +31,47 @@ impl By {
         match self {
             Self::Local => "peerbus, by this host's folder",
             Self::Mdns => "peerbus, by mDNS",
-            Self::Gossip => "peerbus, by one address and hearsay",
+            Self::Gossip => "peerbus, by one address and gossip",
         }
     }
 }
 
-/// Many node processes on this machine: how long until each has a link to each, what they take
-/// then. The reference is as many processes of the bare `zeromq` crate that know all addresses
-/// beforehand, a ROUTER and DEALERs to half of the others each, without heartbeats.
+/// Many node processes on this machine: the time until each has a link to each, and their memory
+/// and CPU time at rest. The reference is as many processes of the bare `zeromq` crate that know
+/// all addresses beforehand, each with a ROUTER and DEALERs to half of the others, without
+/// heartbeats.
 #[derive(Args)]
 pub(crate) struct Scale {
-    /// Nodes, each a process
+    /// Number of nodes, each a process
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(2..=500))]
     nodes: u32,
-    /// How they find each other
+    /// Means by which the nodes find each other
     #[arg(long, value_enum, default_value_t = if cfg!(unix) { By::Local } else { By::Mdns })]
     by: By,
     /// Rounds
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How long they are watched at rest in a round, in seconds
+    /// Time of observation at rest in a round, in seconds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     rest: u64,
-    /// How long they may take to meet, in seconds
+    /// Time limit for the full mesh, in seconds
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     patience: u64,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// What came of one round.
+/// The outcome of one round.
 struct Outcome {
-    /// From the first process's start until the last one had all its links, in seconds.
+    /// The time from the start of the first process until the last one has all its links, in
+    /// seconds.
     met: f64,
-    /// Of each process at rest, in MiB.
+    /// The resident memory of each process at rest, in MiB.
     resident: Vec<f64>,
-    /// What a process with no peers has, in MiB.
+    /// The resident memory of a process without peers, in MiB.
     alone: f64,
-    /// Of each process at rest, in percent of a core.
+    /// The CPU time of each process at rest, in percent of a core.
     busy: Vec<f64>,
 }
 
@@ -158,7 +160,7 @@ impl Scale {
         let met = begun.elapsed().as_secs_f64();
 
         output::progress(Some(&format!("{title}: at rest")));
-        // What the start left to do is not rest.
+        // Skips the work left over from the start.
         tokio::time::sleep(Duration::from_secs(2)).await;
         let mut before = Vec::new();
         for member in &mut members {
@@ -185,7 +187,7 @@ impl Scale {
         seed: Option<&str>,
     ) -> anyhow::Result<Far> {
         let mut args = vec![
-            // Others on this network may measure too.
+            // Other machines on this network may run the benchmark too.
             format!("--mesh=bench-{}", std::process::id()),
             format!("--number={number}"),
             format!("--nodes={nodes}"),
@@ -198,7 +200,7 @@ impl Scale {
     }
 }
 
-/// One of many.
+/// One node of a round.
 #[derive(Args)]
 pub(crate) struct Member {
     #[arg(long)]
@@ -238,7 +240,7 @@ impl Member {
                     let endpoint = path(number);
                     dials.spawn(async move {
                         let mut dealer = DealerSocket::new();
-                        // Until the other has bound.
+                        // Retries until the other process has bound its socket.
                         while dealer.connect(&endpoint).await.is_err() {
                             tokio::time::sleep(Duration::from_millis(5)).await;
                         }
@@ -258,7 +260,7 @@ impl Member {
         Ok(self.seed.iter().cloned().fold(config, Config::peer))
     }
 
-    /// Tells what this process takes whenever it is asked.
+    /// Reports this process's usage on request.
     async fn rest(&self) -> anyhow::Result<()> {
         output::say("met")?;
         while tokio::task::spawn_blocking(|| std::io::stdin().lines().next()).await?.is_some() {

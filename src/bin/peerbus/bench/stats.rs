@@ -30,7 +30,7 @@ impl Samples {
     }
 }
 
-/// The middle of some numbers.
+/// The median of some numbers.
 pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)

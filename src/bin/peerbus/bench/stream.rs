@@ -1,4 +1,4 @@
-//! One-way messages from this process to others: what `throughput` and `load` have in common.
+//! One-way messages from this process to others: the common part of `throughput` and `load`.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,13 +14,13 @@ use super::stats::Samples;
 use crate::output;
 use crate::scratch::Scratch;
 
-/// What carries the messages.
+/// The transport of the messages.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Transport {
     Unix,
     /// Clear text
     Tcp,
-    /// Encrypted; beside it the same in clear text
+    /// Encrypted; compared with the same in clear text
     Tls,
 }
 
@@ -36,10 +36,10 @@ impl Transport {
     }
 }
 
-/// Who takes part.
+/// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Contender {
-    /// A PUSH socket to a PULL socket, one message a send
+    /// A PUSH socket to a PULL socket, one message per send
     Zeromq,
     Peerbus,
 }
@@ -53,27 +53,27 @@ impl Contender {
     }
 }
 
-/// How long a publisher waits for its slowest subscriber.
+/// The time for which a publisher waits for its slowest subscriber.
 const PATIENCE: Duration = Duration::from_secs(10);
 const TOPIC: &str = "bench.stream";
 
-/// The near side of a contender.
+/// The publisher of a contender.
 enum Source {
     Zeromq(PushSocket),
     Peerbus { _node: Node, publisher: Publisher },
 }
 
-/// A publisher here, and its subscribers in processes of their own.
+/// A publisher here, and its subscribers in other processes.
 pub(crate) struct Stream {
     source: Source,
-    /// Those that read.
+    /// The subscribers that read.
     pub(crate) sinks: Vec<Far>,
     _stalled: Vec<Far>,
     _dir: Scratch,
 }
 
 impl Stream {
-    /// Starts the subscribers, of which the first `stalled` never read, and meets them.
+    /// Starts the subscribers, of which the first `stalled` never read, and links to them.
     pub(crate) async fn start(
         contender: Contender,
         transport: Transport,
@@ -120,8 +120,8 @@ impl Stream {
         Ok(Self { source, sinks: readers, _stalled: sinks, _dir: dir })
     }
 
-    /// Sends `count` messages as fast as they go; deliveries a second, until the last of those
-    /// that read has the last one.
+    /// Sends `count` messages at full speed; returns the deliveries per second, up to the last
+    /// message at the last subscriber that reads.
     pub(crate) async fn rush(&mut self, count: u64, body: &[u8]) -> anyhow::Result<f64> {
         for sink in &mut self.sinks {
             sink.tell(&format!("count {count}")).await?;
@@ -130,13 +130,13 @@ impl Stream {
         self.source.send(count, body).await?;
         for sink in &mut self.sinks {
             let line = sink.line().await?;
-            ensure!(line == "done", "a subscriber says {line:?}");
+            ensure!(line == "done", "unexpected answer of a subscriber: {line:?}");
         }
         let deliveries = count * self.sinks.len() as u64;
         Ok(deliveries as f64 / begun.elapsed().as_secs_f64())
     }
 
-    /// Finds how many messages take about `wanted`; the rate that it saw, and their number.
+    /// Finds the number of messages that take about `wanted`; returns the rate and that number.
     pub(crate) async fn calibrate(
         &mut self,
         wanted: Duration,
@@ -150,8 +150,8 @@ impl Stream {
         Ok((rate, count))
     }
 
-    /// Sends `count` messages evenly, `rate` a second; what the first subscriber saw of their
-    /// delays.
+    /// Sends `count` messages evenly, `rate` per second; returns their delays at the first
+    /// subscriber.
     pub(crate) async fn pace(
         &mut self,
         count: u64,
@@ -162,7 +162,7 @@ impl Stream {
         let mut body = vec![7; size];
         let begun = unix_nanos();
         for number in 0..count {
-            // From when it should have left, so that what holds the publisher up counts.
+            // Counted from the time at which it was due, so that delays of the publisher count.
             let due = begun + (number as f64 * 1e9 / rate) as u64;
             while unix_nanos() < due {
                 tokio::task::yield_now().await;
@@ -172,25 +172,26 @@ impl Stream {
         }
         let line = self.sinks[0].line().await?;
         let mut numbers = line.split(' ').map(str::parse::<f64>);
-        let mut next = || numbers.next().context("the far side tells no delays")?.context("delays");
+        let mut next =
+            || numbers.next().context("the remote side reported no delays")?.context("delays");
         Ok(Delays { p50: next()?, p99: next()?, p999: next()? })
     }
 }
 
-/// How long messages took from when they should have left, in microseconds.
+/// Latencies of messages from the time at which they were due, in microseconds.
 pub(crate) struct Delays {
     pub(crate) p50: f64,
     pub(crate) p99: f64,
     pub(crate) p999: f64,
 }
 
-/// By the clock that all processes of this machine share.
+/// The current time of the wall clock, which all processes of this machine share.
 fn unix_nanos() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
 impl Source {
-    /// Sends `count` messages, each a fresh copy of `body`.
+    /// Sends `count` messages, each a new copy of `body`.
     async fn send(&mut self, count: u64, body: &[u8]) -> anyhow::Result<()> {
         match self {
             Self::Zeromq(socket) => {
@@ -239,7 +240,7 @@ pub(crate) struct Sink {
     stalled: bool,
 }
 
-/// Where a subscriber's messages come from.
+/// The source of a subscriber's messages.
 enum Incoming {
     Zeromq(PullSocket),
     Peerbus { _node: Node, subscription: Subscription },
@@ -260,7 +261,7 @@ impl Incoming {
 }
 
 impl Sink {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         if let Some(cpu) = self.cpu {
             affinity::pin(cpu);
@@ -318,8 +319,7 @@ impl Sink {
     }
 }
 
-/// What is wanted of the next round, and how many messages it has; `None` when the publisher is
-/// done.
+/// The kind of the next round, and its number of messages; `None` when the publisher is done.
 async fn next_round() -> anyhow::Result<Option<(String, u64)>> {
     let line = tokio::task::spawn_blocking(|| std::io::stdin().lines().next()).await?;
     let Some(line) = line.transpose()? else { return Ok(None) };

@@ -10,34 +10,34 @@ use super::stats::median;
 use super::stream::{Contender, Stream, Transport};
 use crate::output;
 
-/// Messages a second from a publisher to its subscribers, each a process of its own. The
-/// contenders run in turn, round after round. A message counts when its subscriber has it from
-/// its stream; none may be lost.
+/// The rate of messages from a publisher to its subscribers, each a process of its own. The
+/// contenders run in turn, round after round. A message counts once its subscriber has received it
+/// from its stream; none may be lost.
 #[derive(Args)]
 pub(crate) struct Throughput {
     /// Body size, in bytes
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024 * 1024))]
     size: u32,
-    /// What carries the messages
+    /// Transport of the messages
     #[arg(long, value_enum, default_value_t = Transport::DEFAULT)]
     transport: Transport,
     /// Subscribers, each in a process of its own; the reference has one
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     subscribers: u32,
-    /// Measure also with so many of the subscribers not reading, whose queues drop what they
-    /// don't take; only what the others have counts
+    /// Measure also with this many of the subscribers not reading, whose queues drop messages; only
+    /// the deliveries to the others count
     #[arg(long, default_value_t = 0)]
     stalled: u32,
     /// Rounds
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How long a contender runs in a round, in milliseconds
+    /// Time for each contender in a round, in milliseconds
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..))]
     millis: u64,
-    /// Where the publisher and the subscribers run
+    /// Placement of the publisher and the subscribers
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -45,14 +45,14 @@ pub(crate) struct Throughput {
 struct Side {
     title: String,
     stream: Stream,
-    /// Messages a round, so that it takes as long as was asked for.
+    /// Messages per round, so that a round lasts as long as requested.
     count: u64,
-    /// Deliveries a second, round by round.
+    /// Deliveries per second, round by round.
     rates: Vec<f64>,
 }
 
 impl Throughput {
-    /// Pins this process, before it has other threads.
+    /// Pins this process, before it starts other threads.
     pub(crate) fn prepare(&self) {
         self.placement.pin_near();
     }
@@ -60,16 +60,16 @@ impl Throughput {
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.stalled < self.subscribers,
-            "of {} subscribers at least one has to read",
+            "--stalled must be less than the number of subscribers, {}",
             self.subscribers
         );
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(self.measure()).await?
     }
 
     async fn measure(self) -> anyhow::Result<()> {
         let reference = match self.transport {
-            // What encryption costs is told by the same without it.
+            // The reference shows the cost of encryption.
             Transport::Tls => self.start_over(Transport::Tcp, Contender::Peerbus, 1, 0).await?,
             _ => self.start(Contender::Zeromq, 1, 0).await?,
         };

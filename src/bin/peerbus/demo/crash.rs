@@ -1,4 +1,4 @@
-//! The scene of the receiver that is killed in mid-stream, without an outbox and with one.
+//! The demo's scene of a receiver that is killed midway, without an outbox and with one.
 
 use std::collections::HashMap;
 use std::process::Stdio;
@@ -15,14 +15,14 @@ use super::{STEP, say, title};
 use crate::scratch::Scratch;
 
 const MESSAGES: u32 = 300;
-/// So many have been handled when the receiver is killed.
+/// The number of handled messages after which the receiver is killed.
 const KILL_AFTER: usize = 100;
 
-/// Shows what the outbox is for.
+/// Shows the purpose of the outbox.
 pub(super) async fn show() -> anyhow::Result<()> {
     title("A receiver is killed in mid-stream")?;
     say(&format!(
-        "You send {MESSAGES} messages; after {KILL_AFTER} of them dave is killed, and started again."
+        "You send {MESSAGES} messages; after {KILL_AFTER} of them dave is killed, and restarted."
     ))?;
     for guaranteed in [false, true] {
         let scene = Scene::begin(guaranteed).await?;
@@ -32,10 +32,10 @@ pub(super) async fn show() -> anyhow::Result<()> {
         let how = if guaranteed { "With an outbox on both sides" } else { "Without an outbox" };
         let mut text = format!("  {how}: {} handled, {lost} lost", handled.len());
         if refused > 0 {
-            text += &format!(", {refused} of these refused at once, while nobody was there");
+            text += &format!(", {refused} of these refused at once, while no receiver was running");
         }
         if again > 0 {
-            text += &format!(", {again} handled twice, since dave died before he could note it");
+            text += &format!(", {again} handled twice, since dave died before he could record it");
         }
         say(&text)?;
         anyhow::ensure!(!guaranteed || lost == 0, "guaranteed messages were lost");
@@ -67,11 +67,12 @@ impl Scene {
         let (lines, handled) = unbounded_channel();
         let store = guaranteed.then(|| stores.path().join("dave"));
         let dave = start_dave(&mesh, store.as_deref(), &lines)?;
-        node.wait_for_service("billing", STEP).await.context("dave does not come")?;
+        node.wait_for_service("billing", STEP).await.context("dave did not start")?;
         Ok(Self { guaranteed, mesh, stores, node, dave, handled, lines })
     }
 
-    /// How many messages were refused, and how often each of the others was handled.
+    /// Sends the messages; returns the number of refused ones, and how often each other was
+    /// handled.
     async fn play(mut self) -> anyhow::Result<(u32, HashMap<String, u32>)> {
         let node = self.node.clone();
         let guaranteed = self.guaranteed;
@@ -92,15 +93,16 @@ impl Scene {
         });
         let mut handled = HashMap::<String, u32>::new();
         while handled.len() < KILL_AFTER {
-            let body = self.handled.recv().await.context("dave says nothing")?;
+            let body = self.handled.recv().await.context("dave printed nothing")?;
             *handled.entry(body).or_default() += 1;
         }
         self.dave.kill().await?;
         let store = self.guaranteed.then(|| self.stores.path().join("dave"));
         self.dave = start_dave(&self.mesh, store.as_deref(), &self.lines)?;
-        let refused =
-            tokio::time::timeout(STEP, sending).await.context("it takes too long")???;
-        // Confirmed is what was handled; what dave printed comes through his pipe.
+        let refused = tokio::time::timeout(STEP, sending)
+            .await
+            .context("timed out: the messages were not sent or processed")???;
+        // All handled messages are confirmed by now; their lines may still be in dave's pipe.
         self.node.shutdown().await;
         super::terminate(&mut self.dave, "dave").await;
         drop(self.lines);
@@ -111,7 +113,7 @@ impl Scene {
     }
 }
 
-/// Starts a process that serves "billing", and reads which messages it handles.
+/// Starts a process that serves "billing", and reads the messages that it prints.
 fn start_dave(
     mesh: &str,
     store: Option<&std::path::Path>,

@@ -1,4 +1,4 @@
-//! `peerbus demo`: the main job in one command.
+//! `peerbus demo`: the main features in one command.
 
 mod crash;
 
@@ -17,20 +17,20 @@ use tokio::time::timeout;
 
 use crate::output;
 
-/// Starts three nodes as processes of their own, and shows what they do. Takes a few seconds.
+/// Starts three node processes and demonstrates messaging between them. Takes a few seconds.
 #[derive(Args)]
 pub(crate) struct Demo {}
 
 const STEP: Duration = Duration::from_secs(20);
 const NAMES: [&str; 3] = ["alice", "bob", "carol"];
 
-/// A node process, and its name.
+/// A node process with its name.
 struct Process {
     name: &'static str,
     child: Child,
 }
 
-/// What the processes print, with the name of who printed it.
+/// The printed lines of the processes, with the name of the process.
 type Lines = mpsc::UnboundedReceiver<(&'static str, Value)>;
 
 impl Demo {
@@ -49,7 +49,7 @@ impl Demo {
         result?;
         crash::show().await?;
         say("")?;
-        say("That was the mesh. `peerbus --help` lists what else there is.")?;
+        say("That was the mesh. `peerbus --help` lists the other commands.")?;
         Ok(())
     }
 }
@@ -59,7 +59,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
 
     let mesh: MeshName = mesh.parse()?;
     let node = Node::builder().name("you").mesh(mesh).mdns(false).start().await?;
-    node.wait_for_peers(3, STEP).await.context("the demo did not meet its nodes")?;
+    node.wait_for_peers(3, STEP).await.context("the demo did not find its nodes")?;
     let names: BTreeMap<_, _> = node.peers().into_iter().map(|peer| (peer.id, peer.name)).collect();
     say("This command joins them as a fourth node, called \"you\".")?;
 
@@ -91,7 +91,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     let carol = &mut processes[2];
     carol.child.start_kill().context("carol can't be killed")?;
     carol.child.wait().await?;
-    say("carol is killed, without a chance to say goodbye.")?;
+    say("carol is killed, without a goodbye.")?;
     let mut noticed = 0;
     while noticed < 2 {
         let (name, line) = next(lines, "peer_down").await?;
@@ -103,7 +103,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     while node.peers().len() > 2 {
         tokio::task::yield_now().await;
     }
-    say("The work goes on with those who are left:")?;
+    say("The remaining nodes continue the work:")?;
     share(&node, &names).await?;
     let report = node.shutdown().await;
     say(&format!(
@@ -114,7 +114,7 @@ async fn show(mesh: &str, processes: &mut [Process], lines: &mut Lines) -> anyho
     Ok(())
 }
 
-/// Until each of the three has met the two others.
+/// Waits until each of the three nodes has found the two others.
 async fn meet(lines: &mut Lines) -> anyhow::Result<()> {
     let mut met = 0;
     while met < NAMES.len() * (NAMES.len() - 1) {
@@ -146,7 +146,7 @@ async fn share(node: &Node, names: &BTreeMap<peerbus::NodeId, String>) -> anyhow
     Ok(())
 }
 
-/// The next line that tells of `event`.
+/// The next line with that `event`.
 async fn next(lines: &mut Lines, event: &str) -> anyhow::Result<(&'static str, Value)> {
     let wait = async {
         while let Some((name, line)) = lines.recv().await {
@@ -154,10 +154,10 @@ async fn next(lines: &mut Lines, event: &str) -> anyhow::Result<(&'static str, V
                 return Ok((name, line));
             }
         }
-        bail!("the nodes ended before their time")
+        bail!("the nodes ended too early")
     };
     let waited = timeout(STEP, wait).await;
-    waited.with_context(|| format!("no {event} within {STEP:?}"))?
+    waited.with_context(|| format!("timed out after {STEP:?}: no {event}"))?
 }
 
 fn start(
@@ -185,7 +185,7 @@ fn start(
     Ok(Process { name, child })
 }
 
-/// Asks a process to end, and sees to it.
+/// Requests a process to end, and kills it if it doesn't.
 async fn terminate(child: &mut Child, name: &str) {
     #[cfg(unix)]
     if let Some(pid) = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {

@@ -1,4 +1,4 @@
-//! One process of a comparison: it sends or receives, as it is told by its standard input.
+//! One process of a comparison: it sends or receives, controlled by its standard input.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ use super::workload::Pattern;
 use crate::bench::process::affinity;
 use crate::output;
 
-/// What it is told at its start.
+/// The task of an actor, which it reads at its start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Part {
     pub(super) role: Role,
@@ -28,15 +28,15 @@ pub(super) struct Part {
     pub(super) pattern: Pattern,
     pub(super) guaranteed: bool,
     pub(super) mesh: String,
-    /// A folder for its store or identity.
+    /// The folder for its store or identity.
     pub(super) dir: PathBuf,
-    /// One for this user alone, which all processes of a round share, for the key of this host.
+    /// A private folder that all processes of a round share, for the key of this host.
     pub(super) runtime: PathBuf,
     pub(super) broker: Option<String>,
     pub(super) tls: bool,
-    /// Where it listens, as a receiver of a mesh.
+    /// The address on which a receiver of a mesh listens.
     pub(super) listen: Option<SocketAddr>,
-    /// Whom it dials, as a sender of a mesh.
+    /// The addresses that a sender of a mesh dials.
     pub(super) peers: Vec<SocketAddr>,
     pub(super) size: usize,
 }
@@ -44,14 +44,14 @@ pub(super) struct Part {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Role {
     Receiver {
-        /// Where to write down what comes, if it may be killed.
+        /// The file in which to record arrivals, if the receiver may be killed.
         log: Option<PathBuf>,
     },
     Sender {
         number: u32,
-        /// How many receivers there are.
+        /// The number of receivers.
         receivers: usize,
-        /// Messages a second, or as fast as it goes.
+        /// Messages per second; `None` sends at full speed.
         rate: Option<f64>,
         window: usize,
         warm_up: Duration,
@@ -74,10 +74,10 @@ impl Actor {
     }
 
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        // Where an embedding service's own tasks run: on a worker, not on the main thread.
+        // Runs on a worker like an embedding service's own tasks, not on the main thread.
         tokio::spawn(async {
             let mut lines = BufReader::new(tokio::io::stdin()).lines();
-            let part = lines.next_line().await?.context("there is no part to play")?;
+            let part = lines.next_line().await?.context("no task was given")?;
             let part: Part = serde_json::from_str(&part)?;
             match part.role.clone() {
                 Role::Receiver { log } => receive(part, log, lines).await,
@@ -89,14 +89,14 @@ impl Actor {
 }
 
 impl Part {
-    /// The certificates that vouch for the broker.
+    /// The CA certificates for the broker's certificate.
     pub(super) fn ca(&self) -> Option<PathBuf> {
         self.broker.as_ref().filter(|_| self.tls)?;
         Some(std::env::var_os("PEERBUS_BROKER_CA")?.into())
     }
 }
 
-/// What a receiver has got so far.
+/// The record of the messages that a receiver has received.
 enum Book {
     Counting(Box<Counter>),
     Logging(Log),
@@ -111,7 +111,7 @@ fn note(book: &Shared, body: &[u8]) {
         Some(Book::Counting(counter)) => counter.add(stamp, at),
         Some(Book::Logging(log)) => {
             if let Err(error) = log.add(stamp, at) {
-                output::note(format_args!("what came can't be written down: {error}"));
+                output::note(format_args!("an arrival can't be recorded: {error}"));
             }
         }
         None => {}
@@ -149,14 +149,14 @@ async fn receive(
                 }
             }
             (("end", _), _) => break,
-            (other, _) => bail!("{other:?} makes no sense now"),
+            (other, _) => bail!("unexpected command {other:?}"),
         }
     }
     client.close().await;
     Ok(())
 }
 
-/// What a sender does with one message.
+/// The sender of single messages.
 #[derive(Clone)]
 struct Sender {
     client: Client,
@@ -168,7 +168,7 @@ struct Sender {
 #[derive(Default)]
 struct Ended {
     told: u64,
-    /// The replies to an asker.
+    /// The replies to requests.
     replies: Option<Counter>,
 }
 
@@ -177,12 +177,12 @@ impl Sender {
         act(&mut self.ended.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Whether its messages are events that nobody stores, which are published one by one.
+    /// Returns true if its messages are unstored events, which are published one by one.
     fn is_flow(&self) -> bool {
         self.part.pattern == Pattern::Publish && !self.part.guaranteed
     }
 
-    /// Sends one, and waits for what its sender can know.
+    /// Sends a message, and waits for the outcome that the sender can know.
     async fn send(&self, stamp: Stamp) {
         let sent = self.client.send(stamp.body(self.part.size)).await;
         let at = now();
@@ -198,7 +198,7 @@ impl Sender {
         });
     }
 
-    /// Publishes one. What is dropped later is told later.
+    /// Publishes a message. A later drop is reported later.
     async fn publish(&self, flow: &mut Flow, stamp: Stamp, wait: bool) {
         let left = flow.publish(stamp.body(self.part.size), wait).await;
         if !left && !stamp.warm {
@@ -207,9 +207,9 @@ impl Sender {
     }
 }
 
-/// When its messages are due.
+/// The times at which a sender's messages are due.
 struct Schedule {
-    /// In nanoseconds.
+    /// Nanoseconds of the monotonic clock.
     start: u64,
     end: u64,
     rate: Option<f64>,
@@ -218,13 +218,14 @@ struct Schedule {
 
 async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<()> {
     let Role::Sender { number, receivers, rate, window, warm_up, lasts } = part.role.clone() else {
-        bail!("it is no sender");
+        bail!("the task is not a sender's");
     };
     let client = Client::connect(&part).await?;
     client.meet(receivers).await?;
     output::say("ready")?;
-    let line = lines.next_line().await?.context("it was never told to begin")?;
-    let start: u64 = line.strip_prefix("begin ").context("it was not told when")?.parse()?;
+    let line = lines.next_line().await?.context("no begin command was given")?;
+    let start: u64 =
+        line.strip_prefix("begin ").context("the begin command has no time")?.parse()?;
     let part = Arc::new(part);
     let sender = Sender { client, part, number, ended: Arc::default() };
     let before = start.saturating_sub(warm_up.as_nanos() as u64);
@@ -235,9 +236,9 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
     let told_before = sender.client.told();
     let end = start + lasts.as_nanos() as u64;
     let due = run(&sender, Schedule { start, end, rate, warm: false }, window).await?;
-    // What was dropped later is told later.
-    let line = lines.next_line().await?.context("nobody wants to know")?;
-    anyhow::ensure!(line == "report", "{line:?} makes no sense now");
+    // Later drops are reported later.
+    let line = lines.next_line().await?.context("no report command was given")?;
+    anyhow::ensure!(line == "report", "unexpected command {line:?}");
     let mut sent = Sent { sent: due.iter().sum(), due, ..Sent::default() };
     sender.with(|ended| {
         sent.told = ended.told + sender.client.told() - told_before;
@@ -249,7 +250,7 @@ async fn send(part: Part, mut lines: Lines<BufReader<Stdin>>) -> anyhow::Result<
     Ok(())
 }
 
-/// Sends by a schedule, to its end; when messages were due.
+/// Sends by a schedule, to its end; returns the number of messages due in each moment.
 async fn run(sender: &Sender, schedule: Schedule, window: usize) -> anyhow::Result<Vec<u64>> {
     let now = now();
     if schedule.start > now {
@@ -261,7 +262,7 @@ async fn run(sender: &Sender, schedule: Schedule, window: usize) -> anyhow::Resu
     }
 }
 
-/// Sends each message when it is due. What is late counts from when it was due.
+/// Sends each message when it is due. The latency of a late one counts from that time.
 async fn pace(sender: &Sender, schedule: &Schedule, rate: f64) -> anyhow::Result<Vec<u64>> {
     let (mut pace, mut flow) = (Pace::new()?, sender.client.flow()?);
     let (mut moments, mut waiting) = (Vec::new(), JoinSet::new());
@@ -285,7 +286,7 @@ async fn pace(sender: &Sender, schedule: &Schedule, rate: f64) -> anyhow::Result
     Ok(moments)
 }
 
-/// Sends as fast as it goes, so many at a time; events one after the other, waiting for room.
+/// Sends at full speed, `window` messages at a time; events one by one, waiting for room.
 async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> anyhow::Result<Vec<u64>> {
     let mut moments = Vec::new();
     let mut seq = 0;
@@ -311,7 +312,7 @@ async fn rush(sender: &Sender, schedule: &Schedule, window: usize) -> anyhow::Re
             let Some(stamp) = next(&mut moments) else { break };
             waiting.push(sender.send(stamp));
         }
-        // Thousands of futures in one task would all be polled for nothing when it has to yield.
+        // Without this, thousands of futures in one task would be polled in vain at each yield.
         if unconstrained(waiting.next()).await.is_none() {
             return Ok(moments);
         }

@@ -1,4 +1,4 @@
-//! The charts of the report's page, as SVG that takes its colours and sizes from `report.css`.
+//! The charts of the report's page, as SVG with colours and sizes from `report.css`.
 
 use super::html::{duration, escape, rate, seconds, whole};
 use super::report::{Compared, Fault, Moment, Outcome};
@@ -6,7 +6,7 @@ use super::report::{Compared, Fault, Moment, Outcome};
 /// The width of every chart in its own units; the page scales it.
 const WIDTH: f64 = 560.0;
 
-/// How one system is drawn wherever it appears, so that neither colour nor order has to tell.
+/// The look of one system in all charts, so that neither colour nor order alone identifies it.
 struct Look {
     class: String,
     dash: &'static str,
@@ -51,7 +51,7 @@ impl Look {
     }
 }
 
-/// A short line with the system's marker, to stand before its name.
+/// A short line with the system's marker, to put before its name.
 pub(crate) fn swatch(system: &str) -> String {
     let look = look(system);
     format!(
@@ -63,7 +63,7 @@ pub(crate) fn swatch(system: &str) -> String {
     )
 }
 
-/// What the page has to hold once for [`course`] to hatch what was lost.
+/// The definitions that the page must contain once, for the hatching of losses in [`course`].
 pub(crate) const PATTERNS: &str = "<svg class=\"patterns\" width=\"0\" height=\"0\" \
     aria-hidden=\"true\"><defs><pattern id=\"lost\" width=\"5\" height=\"5\" \
     patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate(45)\">\
@@ -88,7 +88,7 @@ fn text(class: &str, x: f64, y: f64, words: &str) -> String {
     format!("<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n", escape(words))
 }
 
-/// The latencies by percentile: to the right by how rare, upwards by how slow, both in powers.
+/// The latencies by percentile: rarity to the right, latency upwards, both logarithmic.
 pub(crate) fn latency(id: &str, compared: &Compared) -> String {
     let curves: Vec<Curve> = compared.results.iter().filter_map(Curve::of).collect();
     let Some(area) = LatencyArea::around(&curves) else {
@@ -114,7 +114,7 @@ fn latencies_in_words(results: &[Outcome]) -> String {
     each.collect::<Vec<_>>().join("; ") + "."
 }
 
-/// One system's distribution: how many nines, and the logarithm of the microseconds.
+/// One system's distribution: the number of nines, and the logarithm of the microseconds.
 struct Curve<'a> {
     system: &'a str,
     points: Vec<(f64, f64)>,
@@ -162,7 +162,7 @@ impl LatencyArea {
     const RIGHT: f64 = 430.0;
     const TOP: f64 = 14.0;
     const BOTTOM: f64 = 312.0;
-    /// Between the labels of two curves.
+    /// The distance between the labels of two curves.
     const LABEL_GAP: f64 = 20.0;
 
     fn around(curves: &[Curve]) -> Option<Self> {
@@ -210,7 +210,7 @@ impl LatencyArea {
         body
     }
 
-    /// Where the name of each curve stands, so that none covers another.
+    /// The height of the label of each curve, so that no label covers another.
     fn label_heights(&self, curves: &[Curve]) -> Vec<f64> {
         let mut order: Vec<usize> = (0..curves.len()).collect();
         let mut heights: Vec<f64> = curves.iter().map(|curve| self.y(curve.last().1)).collect();
@@ -274,7 +274,7 @@ fn tick(micros: f64) -> String {
     format!("{}\u{a0}{unit}", (value * 1e3).round() / 1e3)
 }
 
-/// Messages a second as bars from zero, the promise under each.
+/// Messages per second as bars from zero, with the promise under each.
 pub(crate) fn throughput(id: &str, compared: &Compared) -> String {
     const ROW: f64 = 51.0;
     let most = compared.results.iter().flat_map(|outcome| {
@@ -358,7 +358,7 @@ pub(crate) fn course(id: &str, compared: &Compared, fault: &Fault) -> String {
 
 struct CourseArea {
     seconds: f64,
-    /// Messages a second at the upper edge; what exceeds it is cut off and named.
+    /// Messages per second at the upper edge; higher values are cut off and labelled.
     top: f64,
 }
 
@@ -450,7 +450,7 @@ impl CourseArea {
         ) + &text("fault-name middle", middle, Self::TOP - 10.0, name)
     }
 
-    /// The rest of a path that begins at the left: one level step a moment, none beneath `low`.
+    /// The rest of a path from the left: one level step per moment, none beneath `low`.
     fn steps(&self, moments: &[Moment], count: fn(&Moment) -> u64, low: f64) -> String {
         let steps = moments.iter().map(|moment| {
             let y = self.y(count(moment) as f64 / Self::MOMENT).min(low);
@@ -465,7 +465,7 @@ impl CourseArea {
             let [first, ..] = run else { continue };
             if first.lost > 0 {
                 let (from, bottom) = (self.x(first.at), Self::BOTTOM);
-                // High enough to be seen, even if it is one message among thousands.
+                // High enough to be visible, even for one message among thousands.
                 let low = bottom - 7.0;
                 let steps = self.steps(run, |moment| moment.lost, low);
                 path += &format!("M{from:.1} {bottom}V{steps}V{bottom}z");
@@ -477,7 +477,7 @@ impl CourseArea {
         format!("<path class=\"lost-ground\" d=\"{path}\"/><path class=\"lost\" d=\"{path}\"/>\n")
     }
 
-    /// An arrow at the upper edge where more was received than the strip can show.
+    /// An arrow at the upper edge where the rate exceeds the strip.
     fn peak(&self, moments: &[Moment]) -> String {
         let per_second = |moment: &Moment| moment.received as f64 / Self::MOMENT;
         let mut above = moments.iter().filter(|moment| per_second(moment) > self.top);
@@ -493,7 +493,7 @@ impl CourseArea {
     }
 }
 
-/// Zero and the round steps up to `most`, about as many as asked for.
+/// Zero and the round steps up to `most`; about as many as requested.
 fn even_steps(most: f64, about: f64) -> Vec<f64> {
     let rough = most / about;
     let power = 10_f64.powf(rough.log10().floor());
@@ -505,7 +505,7 @@ fn even_steps(most: f64, about: f64) -> Vec<f64> {
         .collect()
 }
 
-/// A round number of messages a second: `500`, `2k`.
+/// A round number of messages per second: `500`, `2k`.
 fn round_rate(value: f64) -> String {
     match value {
         value if value < 1e4 => whole(value as u64),

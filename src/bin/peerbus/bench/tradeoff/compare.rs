@@ -1,4 +1,4 @@
-//! All workloads over all systems, in turn, and what comes of it.
+//! Runs all workloads over all systems, in turn, and makes the report.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -23,7 +23,7 @@ pub(super) struct Comparison {
     versions: BTreeMap<&'static str, String>,
     machine: Machine,
     date: String,
-    /// By workload and system, round by round.
+    /// The rounds by workload and system.
     rounds: BTreeMap<(usize, usize), Vec<Round>>,
 }
 
@@ -46,7 +46,7 @@ impl Comparison {
         })
     }
 
-    /// Runs the rounds. What is finished when it fails is kept.
+    /// Runs the rounds. Rounds finished before an error are kept.
     pub(super) async fn run(
         &mut self,
         rounds: u32,
@@ -169,7 +169,7 @@ fn outcome(workload: &Workload, system: SystemName, rounds: &[Round]) -> Outcome
     }
 }
 
-/// From when the fault was mended to the first message behind it, to a tenth of a second.
+/// The time from the repair of the fault to the first message after it, to a tenth of a second.
 fn recovery(workload: &Workload, rounds: &[Round]) -> Option<Spread> {
     workload.fault?;
     let each = rounds.iter().filter_map(|round| {
@@ -221,7 +221,7 @@ fn machine(dir: &Path) -> anyhow::Result<Machine> {
         processor: after(&read("/proc/cpuinfo"), "model name").unwrap_or("unknown".into()),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
         memory_mib: memory / 1024,
-        // Without what its distributor adds.
+        // The kernel version without the distributor's suffix.
         kernel: read("/proc/sys/kernel/osrelease")
             .split('-')
             .next()

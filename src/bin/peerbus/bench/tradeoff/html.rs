@@ -1,9 +1,9 @@
-//! The report as one page of HTML that needs nothing else: no script, no font, no network.
+//! The report as one self-contained HTML page: no script, no font, no network.
 
 use super::charts::{self, swatch};
 use super::report::{Compared, Machine, Outcome, Report, Skipped, Spread, System};
 
-/// The whole page. All texts of the report are escaped; what was not measured shows as a dash.
+/// The whole page. All texts of the report are escaped; missing measurements show as a dash.
 pub(crate) fn page(report: &Report) -> String {
     let workloads = report.workloads.iter().enumerate();
     let workloads = workloads.map(|(place, compared)| workload(place, compared, &report.systems));
@@ -103,8 +103,8 @@ fn contents(workloads: &[Compared]) -> String {
 fn notice(cut_short: Option<&str>) -> String {
     cut_short.map_or_else(String::new, |reason| {
         format!(
-            "<p class=\"notice\" role=\"note\"><b>This run ended before its time:</b> {}. \
-             What was finished is shown.</p>\n",
+            "<p class=\"notice\" role=\"note\"><b>This run ended early:</b> {}. \
+             The finished results are shown.</p>\n",
             escape(reason.trim_end_matches('.'))
         )
     })
@@ -151,7 +151,7 @@ fn workload(place: usize, compared: &Compared, systems: &[System]) -> String {
     )
 }
 
-/// Who did not take part, so that a missing row is no riddle.
+/// The systems that did not take part, which explains missing rows.
 fn absent(compared: &Compared, systems: &[System]) -> String {
     let took_part =
         |system: &System| compared.results.iter().any(|outcome| outcome.system == system.name);
@@ -202,7 +202,7 @@ const COURSE_KEY: &str = "<h3>The course of the last round</h3>\n\
     <span><svg class=\"swatch\" viewBox=\"0 0 34 14\" aria-hidden=\"true\">\
     <rect class=\"fault\" x=\"1\" y=\"1\" width=\"32\" height=\"12\"/></svg>the fault</span></p>\n";
 
-/// A column of spreads.
+/// A table column of spreads.
 struct Column {
     name: &'static str,
     of: fn(&Outcome) -> Option<Spread>,
@@ -219,7 +219,7 @@ impl Column {
         Self { name, of, show, more_is_better: false }
     }
 
-    /// The best median as shown, unless most share it.
+    /// The best median as shown, unless most systems share it.
     fn best(&self, results: &[Outcome]) -> Option<String> {
         let medians = results.iter().filter_map(|outcome| (self.of)(outcome));
         let medians = medians.map(|spread| spread.median).filter(|median| median.is_finite());
@@ -330,7 +330,7 @@ fn counts(outcome: &Outcome) -> String {
         + &fault(outcome.out_of_order, "odd", "")
 }
 
-/// The lowest and the highest of a spread, beneath its median; nothing if they are alike.
+/// The minimum and maximum of a spread, to show beneath its median; empty if they are equal.
 fn range(spread: Spread, show: fn(f64) -> String) -> String {
     let (low, high) = (show(spread.min), show(spread.max));
     if low == high {
@@ -343,7 +343,7 @@ fn range(spread: Spread, show: fn(f64) -> String) -> String {
     format!("<small>{low}–{high}</small>")
 }
 
-/// Microseconds in the unit that suits them: `31.4 µs`, `1.25 s`.
+/// Microseconds in a suitable unit: `31.4 µs`, `1.25 s`.
 pub(crate) fn duration(micros: f64) -> String {
     match micros {
         micros if !micros.is_finite() => "–".to_owned(),
@@ -353,7 +353,7 @@ pub(crate) fn duration(micros: f64) -> String {
     }
 }
 
-/// Seconds that someone chose, so with no more digits than they gave: `5 s`, `0.5 s`.
+/// Seconds from a configuration, without extra digits: `5 s`, `0.5 s`.
 pub(crate) fn seconds(value: f64) -> String {
     if !value.is_finite() {
         return "–".to_owned();
@@ -361,7 +361,7 @@ pub(crate) fn seconds(value: f64) -> String {
     format!("{}\u{a0}s", (value * 1e3).round() / 1e3)
 }
 
-/// Something a second: `1 250`, `12.5k`, `1.25M`.
+/// A rate per second: `1 250`, `12.5k`, `1.25M`.
 pub(crate) fn rate(value: f64) -> String {
     match value {
         value if value < 9_999.5 || !value.is_finite() => plain(value),
@@ -381,7 +381,7 @@ pub(crate) fn plain(value: f64) -> String {
     }
 }
 
-/// A count, its thousands parted by narrow spaces.
+/// A count, its thousands separated by narrow spaces.
 pub(crate) fn whole(count: u64) -> String {
     let digits = count.to_string();
     let mut parted = String::with_capacity(digits.len() * 2);
@@ -394,7 +394,7 @@ pub(crate) fn whole(count: u64) -> String {
     parted
 }
 
-/// A text that is safe between tags and within quoted attributes.
+/// A text that is safe between tags and in quoted attributes.
 pub(crate) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {

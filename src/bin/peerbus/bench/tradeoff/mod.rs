@@ -31,39 +31,39 @@ use super::process::Placement;
 use crate::options::interrupted;
 use crate::output;
 
-/// Brokerless or broker: one workload after the other over the mesh, the mesh with an outbox, the
-/// embedded broker, NATS, JetStream and RabbitMQ, in turn, round after round. What is not there is
-/// left out, and named. `./brokers run peerbus bench tradeoff` starts NATS and RabbitMQ.
+/// Runs one workload after the other over the mesh, the mesh with an outbox, the embedded broker,
+/// NATS, JetStream and RabbitMQ, in turn, round after round. Unavailable systems are skipped and
+/// listed. `./brokers run peerbus bench tradeoff` starts NATS and RabbitMQ.
 #[derive(Args)]
 pub(crate) struct Tradeoff {
     /// TOML file with the workloads [default: a standard set, which `--print` shows]
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Print the standard workloads, as a file to begin with, and end
+    /// Print the standard workloads, as a starting point for a file, and exit
     #[arg(long)]
     print: bool,
-    /// Only this workload of the file; repeatable
+    /// Run only this workload of the file; repeatable
     #[arg(long, value_name = "NAME")]
     workload: Vec<String>,
-    /// Only this system; repeatable
+    /// Run only this system; repeatable
     #[arg(long, value_enum, value_name = "NAME")]
     system: Vec<SystemName>,
-    /// Rounds, unless a workload has its own
+    /// Number of rounds, unless a workload sets its own
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// How long each round lasts, in place of what the file says; workloads with a fault keep theirs
+    /// Length of each round, instead of the file's; workloads with a fault keep theirs
     #[arg(long, value_name = "TIME")]
     seconds: Option<humantime::Duration>,
-    /// Folder on the disk of the stores, which is given a folder of its own for this run
+    /// Folder on the disk of the stores; the run creates a folder of its own in it
     #[arg(long, default_value = ".")]
     dir: PathBuf,
-    /// Where senders and receivers run; brokers run wherever the kernel puts them
+    /// Placement of senders and receivers; the kernel places brokers
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
     /// Write the report as one page of HTML
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -76,19 +76,19 @@ impl Tradeoff {
         let workloads = self.workloads()?;
         let (systems, skipped) = self.systems(&workloads)?;
         if let Some(path) = &self.html {
-            // Rather now than after a quarter of an hour.
+            // An invalid path fails now, not after a quarter of an hour.
             std::fs::File::create(path).with_context(|| path.display().to_string())?;
         }
         let mut comparison = Comparison::new(workloads, systems, skipped, &self.dir).await?;
         let outcome = tokio::select! {
             outcome = comparison.run(self.rounds, self.placement, &self.dir) => outcome,
-            () = interrupted() => Err(anyhow::anyhow!("it was interrupted")),
+            () = interrupted() => Err(anyhow::anyhow!("the run was interrupted")),
         };
         output::progress(None);
         let cut_short = outcome.as_ref().err().map(|error| format!("{error:#}"));
         let report = comparison.report(cut_short);
         self.show(&report)?;
-        outcome.context("the comparison ended before its time; what was finished is above")
+        outcome.context("the comparison ended early; the finished results are above")
     }
 
     fn workloads(&self) -> anyhow::Result<Vec<Workload>> {
@@ -97,13 +97,13 @@ impl Tradeoff {
             let known: Vec<&str> = workloads.iter().map(|it| it.name.as_str()).collect();
             ensure!(
                 known.contains(&name.as_str()),
-                "there is no workload {name:?}; there are {}",
+                "no workload {name:?}; choose one of {}",
                 known.join(", ")
             );
         }
         workloads.retain(|it| self.workload.is_empty() || self.workload.contains(&it.name));
         if let Some(seconds) = self.seconds {
-            ensure!(*seconds >= Duration::from_millis(100), "--seconds takes 0.1 s at the least");
+            ensure!(*seconds >= Duration::from_millis(100), "--seconds must be at least 0.1 s");
             for workload in workloads.iter_mut().filter(|it| it.fault.is_none()) {
                 workload.seconds = *seconds;
             }
@@ -111,7 +111,7 @@ impl Tradeoff {
         Ok(workloads)
     }
 
-    /// The systems that take part in any workload and are there, and those that are not.
+    /// The available systems that take part in any workload, and the unavailable ones.
     fn systems(&self, workloads: &[Workload]) -> anyhow::Result<(Vec<SystemName>, Vec<Skipped>)> {
         let wanted = SystemName::ALL.into_iter().filter(|system| {
             (self.system.is_empty() || self.system.contains(system))
@@ -126,7 +126,10 @@ impl Tradeoff {
                 }
             }
         }
-        ensure!(!there.is_empty(), "none of the systems is there to be compared");
+        ensure!(
+            !there.is_empty(),
+            "none of the systems is available; start brokers by `./brokers run`"
+        );
         Ok((there, skipped))
     }
 

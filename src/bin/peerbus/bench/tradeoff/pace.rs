@@ -1,4 +1,4 @@
-//! When messages are due, to the microsecond: a runtime's own timers count in milliseconds.
+//! The pacing of messages to the microsecond; a runtime's own timers count in milliseconds.
 
 #[cfg(target_os = "linux")]
 use rustix::time::{
@@ -8,8 +8,8 @@ use rustix::time::{
 
 use super::tally::now;
 
-/// Wakes its task at times of the machine's monotonic clock, by the runtime's own poll and not by
-/// a thread of its own, whose wake-ups would be part of what is measured.
+/// Wakes its task at times of the machine's monotonic clock. It uses the runtime's own poll, since
+/// the wake-ups of another thread would distort the measurement.
 #[cfg(target_os = "linux")]
 pub(super) struct Pace(tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>);
 
@@ -23,9 +23,9 @@ impl Pace {
         Ok(Self(timer))
     }
 
-    /// If it is `due` already, only lets the others run.
+    /// Waits until `due`; if that has passed, only yields to other tasks.
     pub(super) async fn wait_until(&mut self, due: u64) -> std::io::Result<()> {
-        // What was handed over leaves first, or setting the timer would be part of its time.
+        // Queued messages leave first; otherwise setting the timer would delay them.
         tokio::task::yield_now().await;
         if due <= now() {
             return Ok(());
@@ -50,7 +50,7 @@ impl Pace {
     }
 }
 
-/// Where there is no timer that can be polled: to the millisecond.
+/// The fallback without a pollable timer: to the millisecond.
 #[cfg(not(target_os = "linux"))]
 pub(super) struct Pace;
 

@@ -1,4 +1,4 @@
-//! A way between two processes that can be cut.
+//! A TCP relay between two processes that can be cut.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Hands on what comes to it, until it is cut.
+/// Relays connections until it is cut.
 pub(super) struct Relay {
     addr: SocketAddr,
     open: watch::Sender<bool>,
@@ -16,7 +16,7 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// A way to `target`, a host and port.
+    /// Starts a relay to `target`, a host and port.
     pub(super) async fn start(target: String) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;
@@ -29,7 +29,7 @@ impl Relay {
         self.addr
     }
 
-    /// Cuts all connections, and those to come.
+    /// Cuts all connections, and refuses new ones.
     pub(super) fn cut(&self) {
         self.open.send_replace(false);
     }

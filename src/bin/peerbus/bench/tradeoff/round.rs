@@ -15,28 +15,28 @@ use super::workload::{Guaranteed, Pattern, Rate, Target, Workload};
 use crate::bench::process::{Far, Placement};
 use crate::scratch::Scratch;
 
-/// How long each sender sends before it counts.
+/// The warm-up of each sender, which does not count.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// How long after the last message another one is waited for.
+/// The silence after the last message from which a round counts as complete.
 const QUIET: Duration = Duration::from_millis(1500);
-/// The same for what is guaranteed, behind a fault: it comes again when its lease has ended, which
-/// is after 30 s.
+/// The silence for guaranteed messages after a fault: they are redelivered when their lease ends,
+/// after 30 s.
 const QUIET_AFTER_FAULT: Duration = Duration::from_secs(35);
-/// How long a process may take to be ready, or to answer.
+/// The time limit for a process to start, or to answer.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What one round found.
+/// The result of one round.
 pub(super) struct Round {
     pub(super) received: Vec<Tally>,
     pub(super) sent: Vec<Sent>,
-    /// Seconds of all processors.
+    /// CPU seconds of all processes.
     pub(super) cpu: f64,
-    /// Bytes.
+    /// Peak resident memory, in bytes.
     pub(super) memory: u64,
     pub(super) wire: u64,
-    /// When it began, by the monotonic clock.
+    /// The start of the round, by the monotonic clock.
     pub(super) start: u64,
-    /// When the fault was over.
+    /// The time of the fault's repair.
     pub(super) mended: Option<u64>,
 }
 
@@ -79,7 +79,7 @@ pub(super) async fn run(
         receivers: Vec::new(),
         senders: Vec::new(),
     };
-    // Nothing that goes by a broker ends for its own part when that does.
+    // The round ends with its broker, except if the broker is killed on purpose.
     let broker = match (&cast.broker, workload.fault) {
         (Some(_), Some(fault)) if fault.kill == Target::Broker => Vec::new(),
         (Some(broker), _) => broker.pids().await?,
@@ -92,12 +92,12 @@ pub(super) async fn run(
         for place in 0..workload.publishers {
             cast.add_sender(place).await.context("a sender")?;
         }
-        // They meet each other before they say that they are ready.
+        // All processes are linked before they report that they are ready.
         cast.measure().await
     };
     tokio::select! {
         round = running => round,
-        () = ended(broker) => bail!("the broker ended in the midst of it"),
+        () = ended(broker) => bail!("the broker ended during the round"),
     }
 }
 
@@ -139,7 +139,7 @@ impl Cast<'_> {
         }
         let far = start(&part, self.placement, false).await?;
         if self.system.is_mesh() {
-            // It comes back where it was.
+            // A restarted receiver listens on the same address.
             part.listen = Some(far.address.parse().context("a receiver's address")?);
             if is_cut {
                 self.relays.push(Relay::start(far.address.clone()).await?);
@@ -149,7 +149,7 @@ impl Cast<'_> {
         Ok(())
     }
 
-    /// A broker's address by way of a relay.
+    /// A broker's address through a relay.
     async fn relayed(&mut self, url: String) -> anyhow::Result<String> {
         let (before, rest) = url.rsplit_once(':').context("the broker's address has no port")?;
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
@@ -194,7 +194,7 @@ impl Cast<'_> {
         if let Some(broker) = &self.broker {
             broker.pids().await?.into_iter().for_each(|pid| usage.watch(Some(pid)));
         }
-        // Time enough for everybody to hear of it.
+        // Leaves time for all processes to read the command.
         let start = now() + (WARM_UP + Duration::from_millis(200)).as_nanos() as u64;
         let begin = format!("begin {start}");
         for receiver in &mut self.receivers {
@@ -223,7 +223,7 @@ impl Cast<'_> {
         Ok(Round { received, sent, cpu, memory, wire, start, mended })
     }
 
-    /// Breaks what the workload wants broken, and mends it; when it was mended.
+    /// Injects the workload's fault, and repairs it; returns the time of the repair.
     async fn act(&mut self, began: Instant, usage: &mut Usage) -> anyhow::Result<Option<u64>> {
         let Some(fault) = self.workload.fault else { return Ok(None) };
         usage.sleep_until(began + fault.after).await;
@@ -251,7 +251,7 @@ impl Cast<'_> {
                 broker.pids().await?.into_iter().for_each(|pid| usage.watch(Some(pid)));
                 Ok(Some(mended))
             }
-            // There is none to kill.
+            // A mesh has no broker to kill.
             (Target::Broker, None) => Ok(None),
             (Target::Link, _) => {
                 self.relays.iter().for_each(Relay::cut);
@@ -262,18 +262,18 @@ impl Cast<'_> {
         }
     }
 
-    /// Waits until nothing more comes.
+    /// Waits until no more messages arrive.
     async fn settle(&mut self, usage: &mut Usage) -> anyhow::Result<()> {
         if self.workload.pattern == Pattern::Request {
             return Ok(());
         }
-        // What is sent as fast as it goes has no gaps; what fails comes again after a while.
+        // Messages sent at full speed leave no gaps; failed ones are retried after a while.
         let quiet = match self.is_guaranteed() && self.workload.fault.is_some() {
             true => QUIET_AFTER_FAULT,
             false => QUIET,
         };
         let (mut before, mut since) = (u64::MAX, Instant::now());
-        // As many as there may be, unless some are lost.
+        // The maximum number of messages, reached unless some are lost.
         let wanted = match self.workload.rate {
             Rate::PerSecond(rate) => Some(
                 (rate * self.workload.seconds.as_secs_f64()) as u64
@@ -304,7 +304,7 @@ impl Cast<'_> {
         }
     }
 
-    /// Whether each message has come: what is written down holds some more than once.
+    /// Returns true if every message has arrived: a log may hold duplicates.
     fn has_all(&self, wanted: Option<u64>) -> anyhow::Result<bool> {
         let mut count = 0;
         for log in self.receivers.iter().filter_map(|receiver| receiver.log.as_ref()) {

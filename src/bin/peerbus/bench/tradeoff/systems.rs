@@ -1,4 +1,4 @@
-//! The systems that are compared: what they are, what they promise, where they run.
+//! The compared systems: their names, their promises, their servers.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -15,27 +15,27 @@ use super::workload::{Guaranteed, Pattern, Workload};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum SystemName {
-    /// Nodes and nothing between them
+    /// Nodes without a broker
     Mesh,
-    /// The same, with an outbox
+    /// Nodes with an outbox
     Outbox,
     /// `peerbus broker`
     Embedded,
     /// NATS
     Nats,
-    /// NATS, with what its JetStream keeps
+    /// NATS, with JetStream
     Jetstream,
     /// RabbitMQ
     Rabbitmq,
     /// RabbitMQ, with quorum queues
     Quorum,
-    /// NATS by async-nats, nothing of ours around it
+    /// NATS by async-nats alone
     NatsClient,
-    /// The same, with JetStream
+    /// NATS with JetStream, by async-nats alone
     JetstreamClient,
-    /// RabbitMQ by lapin, nothing of ours around it
+    /// RabbitMQ by lapin alone
     RabbitmqClient,
-    /// The same, with quorum queues
+    /// RabbitMQ with quorum queues, by lapin alone
     QuorumClient,
 }
 
@@ -86,13 +86,13 @@ impl SystemName {
         }
     }
 
-    /// Whether it is there to keep messages.
+    /// Returns true if the system stores messages.
     pub(super) fn is_guaranteed(self) -> bool {
         use SystemName::{Jetstream, JetstreamClient, Outbox, Quorum, QuorumClient};
         matches!(self, Outbox | Jetstream | Quorum | JetstreamClient | QuorumClient)
     }
 
-    /// Whose calls its senders and receivers make.
+    /// The library that its senders and receivers use.
     pub(super) fn library(self) -> Library {
         match self {
             Self::NatsClient | Self::JetstreamClient => Library::Nats,
@@ -105,7 +105,7 @@ impl SystemName {
         matches!(self, Self::Mesh | Self::Outbox)
     }
 
-    /// What it promised in a run, and by whom it is confirmed.
+    /// The promise of the system for a pattern, and who confirms it.
     pub(super) fn promise(self, pattern: Pattern) -> &'static str {
         match (self, pattern) {
             (Self::Mesh, Pattern::Request) => "in memory; the reply confirms",
@@ -124,7 +124,7 @@ impl SystemName {
         }
     }
 
-    /// Whether it takes part in a workload.
+    /// Returns true if the system takes part in a workload.
     pub(super) fn takes_part(self, workload: &Workload) -> bool {
         let chosen = workload.systems.as_ref().is_none_or(|systems| systems.contains(&self));
         let keeps = match workload.guaranteed {
@@ -132,16 +132,16 @@ impl SystemName {
             Guaranteed::Yes => self.is_guaranteed(),
             Guaranteed::Both => true,
         };
-        // Nothing of ours restores what a bare client had.
+        // After a fault, nothing restores a bare client's subscriptions.
         let copes = self.library() == Library::Peerbus || workload.fault.is_none();
-        // They keep what is sent to a queue.
+        // Bare clients that store messages do so in a queue only.
         let fits = self.library() == Library::Peerbus
             || !self.is_guaranteed()
             || (workload.guaranteed != Guaranteed::No && workload.pattern == Pattern::Work);
         chosen && keeps && copes && fits && !(workload.tls && self == Self::Embedded)
     }
 
-    /// What it calls itself.
+    /// The name and version that the server reports.
     pub(super) async fn version(self) -> anyhow::Result<String> {
         let ours = concat!("peerbus ", env!("CARGO_PKG_VERSION")).to_owned();
         let Some(variable) = self.variable(false) else { return Ok(ours) };
@@ -160,7 +160,7 @@ impl SystemName {
         }
     }
 
-    /// The name that the script `brokers` has for its server.
+    /// The name of its server in the script `brokers`.
     fn server(self) -> Option<&'static str> {
         match self {
             Self::Nats | Self::Jetstream | Self::NatsClient | Self::JetstreamClient => Some("nats"),
@@ -171,7 +171,7 @@ impl SystemName {
         }
     }
 
-    /// The environment variable that has its address.
+    /// The environment variable with its address.
     fn variable(self, tls: bool) -> Option<&'static str> {
         match (self.server()?, tls) {
             ("nats", false) => Some("PEERBUS_NATS"),
@@ -181,7 +181,7 @@ impl SystemName {
         }
     }
 
-    /// Why it can't take part, if it can't.
+    /// The reason it can't take part, if it can't.
     pub(super) fn missing(self) -> Option<String> {
         let built_in = match self.server() {
             Some("nats") => peerbus::BrokerKind::Nats.is_built_in(),
@@ -193,17 +193,17 @@ impl SystemName {
             return Some(format!("this build has no feature `{feature}`"));
         }
         let variable = self.variable(false)?;
-        std::env::var_os(variable)
-            .is_none()
-            .then(|| format!("{variable} is not set; `./brokers run` starts it and sets that"))
+        std::env::var_os(variable).is_none().then(|| {
+            format!("{variable} is not set; `./brokers run` starts the server and sets it")
+        })
     }
 }
 
-/// A broker that a round runs over.
+/// The broker of a round.
 pub(super) enum Broker {
     /// Started for the round.
     Embedded { child: Child, url: String },
-    /// Started by somebody else, by the script or not.
+    /// Started from outside, usually by the script.
     There { name: &'static str, url: String },
 }
 
@@ -230,7 +230,7 @@ impl Broker {
         }
     }
 
-    /// Its processes; none if nobody says which they are.
+    /// Its process ids; empty if unknown.
     pub(super) async fn pids(&self) -> anyhow::Result<Vec<u32>> {
         match self {
             Self::Embedded { child, .. } => Ok(child.id().into_iter().collect()),
@@ -245,7 +245,7 @@ impl Broker {
         }
     }
 
-    /// Ends it as a crash does.
+    /// Kills the broker, as in a crash.
     pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
         match self {
             Self::Embedded { child, .. } => Ok(child.kill().await?),
@@ -253,7 +253,7 @@ impl Broker {
         }
     }
 
-    /// Starts it again where it was.
+    /// Restarts the broker at the same address.
     pub(super) async fn restart(&mut self) -> anyhow::Result<()> {
         match self {
             Self::Embedded { child, url } => {
@@ -276,7 +276,7 @@ async fn start_embedded(addr: &str) -> anyhow::Result<(Child, String)> {
     let line = BufReader::new(stdout).lines().next_line().await?;
     let line = line.context("the embedded broker did not start")?;
     let value: serde_json::Value = serde_json::from_str(&line)?;
-    let url = value["url"].as_str().context("the embedded broker tells no address")?.to_owned();
+    let url = value["url"].as_str().context("the embedded broker reported no address")?.to_owned();
     Ok((child, url))
 }
 
@@ -286,7 +286,7 @@ fn script() -> Option<PathBuf> {
 
 async fn run_script(act: &str, name: &str) -> anyhow::Result<()> {
     let Some(script) = script() else {
-        bail!("to kill a broker it has to be started by `./brokers` (PEERBUS_BROKERS)");
+        bail!("a broker can be killed only if `./brokers run` started it (PEERBUS_BROKERS)");
     };
     let output = Command::new(script).args([act, name]).output().await?;
     ensure!(

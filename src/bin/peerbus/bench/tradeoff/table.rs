@@ -2,7 +2,7 @@
 
 use super::report::{Outcome, Report, Spread};
 
-/// Of the column with the systems' names.
+/// The width of the column with the systems' names.
 const WIDE: usize = 17;
 
 pub(super) fn text(report: &Report) -> String {
@@ -55,7 +55,7 @@ pub(super) fn text(report: &Report) -> String {
     }
     text += "\nLatencies count from when a message was due, so waiting counts. Medians over the rounds.";
     if let Some(why) = &report.cut_short {
-        text += &format!("\nThis is not all: {why}");
+        text += &format!("\nThe results are incomplete: {why}");
     }
     text
 }

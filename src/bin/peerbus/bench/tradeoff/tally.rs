@@ -1,4 +1,4 @@
-//! What was sent and received, counted.
+//! Counts of the sent and received messages.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,17 +10,17 @@ use anyhow::Context;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-/// What a moment is, in nanoseconds.
+/// The length of a moment, in nanoseconds.
 pub(super) const MOMENT: u64 = 100_000_000;
 
-/// What a message tells of itself, at the beginning of its body.
+/// The stamp at the beginning of a message's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
     pub(super) seq: u64,
-    /// When it was to be sent, by the machine's monotonic clock, in nanoseconds.
+    /// The time at which the message is due, by the machine's monotonic clock, in nanoseconds.
     pub(super) due: u64,
     pub(super) sender: u32,
-    /// It is sent to warm up, and does not count.
+    /// The message belongs to the warm-up, and does not count.
     pub(super) warm: bool,
 }
 
@@ -90,7 +90,7 @@ impl Latencies {
         self.0.is_empty()
     }
 
-    /// In microseconds; NaN if there are none.
+    /// The latency at a quantile, in microseconds; NaN if there are no samples.
     pub(super) fn at(&self, quantile: f64) -> f64 {
         match self.is_empty() {
             true => f64::NAN,
@@ -98,7 +98,8 @@ impl Latencies {
         }
     }
 
-    /// The distribution: shares of messages, closer and closer to all, and what they did not exceed.
+    /// The distribution: shares of messages, closer and closer to 1, and the latencies that they
+    /// did not exceed.
     pub(super) fn curve(&self) -> Vec<(f64, f64)> {
         if self.is_empty() {
             return Vec::new();
@@ -113,23 +114,23 @@ impl Latencies {
     }
 }
 
-/// What a receiver has got, or an asker of replies.
+/// The counts of a receiver, or of a requester's replies.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Tally {
-    /// From when a message was due until it was there: nanoseconds, and how many.
+    /// Latencies from the due time, in nanoseconds, each with its number of messages.
     pub(super) latencies: Vec<(u64, u64)>,
-    /// Each message once.
+    /// Messages received, each counted once.
     pub(super) received: u64,
     pub(super) duplicated: u64,
     pub(super) out_of_order: u64,
-    /// By the tenths of a second in which they came, and in which they were due.
+    /// Counts by tenths of a second: of arrival, and of the due time.
     pub(super) arrived: Vec<u64>,
     pub(super) due: Vec<u64>,
-    /// When the last came.
+    /// The time of the last arrival.
     pub(super) last: u64,
 }
 
-/// Counts what comes.
+/// Counts arrivals.
 pub(super) struct Counter {
     start: u64,
     tally: Tally,
@@ -137,7 +138,7 @@ pub(super) struct Counter {
     seen: HashMap<u32, Seen>,
 }
 
-/// Of one sender: which of its messages, a bit each, and the highest.
+/// The messages seen from one sender: a bit for each, and the highest number plus one.
 #[derive(Default)]
 struct Seen {
     bits: Vec<u64>,
@@ -145,7 +146,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Whether it is new.
+    /// Records a message; returns true if it is new.
     fn add(&mut self, seq: u64) -> bool {
         let (place, bit) = ((seq / 64) as usize, 1 << (seq % 64));
         if place >= self.bits.len() {
@@ -190,9 +191,9 @@ impl Counter {
     }
 }
 
-/// Counts one in the moment that it belongs to.
+/// Counts a message in its moment.
 pub(super) fn count(moments: &mut Vec<u64>, since_start: u64) {
-    // Nothing runs for a day; what is later is a mistake, and no reason to take all memory.
+    // No round lasts a day; a later time is a fault, and must not exhaust the memory.
     let moment = (since_start / MOMENT).min(864_000) as usize;
     if moment >= moments.len() {
         moments.resize(moment + 1, 0);
@@ -200,8 +201,8 @@ pub(super) fn count(moments: &mut Vec<u64>, since_start: u64) {
     moments[moment] += 1;
 }
 
-/// What a receiver that may be killed has got, written down at once: the system keeps what a
-/// process has written, whatever becomes of it.
+/// The arrivals at a receiver that may be killed, written at once: written data outlives the
+/// process.
 pub(super) struct Log(File);
 
 const ENTRY: usize = 28;
@@ -225,7 +226,7 @@ impl Log {
         std::fs::metadata(path).map_or(0, |it| it.len() / ENTRY as u64)
     }
 
-    /// Counts what is in it, in the order in which it came.
+    /// Counts the entries, in their order.
     pub(super) fn tally(path: &Path, start: u64) -> anyhow::Result<Tally> {
         let (mut counter, mut bytes) = (Counter::new(start), Vec::new());
         if path.exists() {
@@ -242,15 +243,15 @@ impl Log {
     }
 }
 
-/// What a sender has sent.
+/// The counts of a sender.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Sent {
     pub(super) sent: u64,
-    /// Of those, how many it was told of that they are lost, or that nobody heard them.
+    /// The number of those reported to the sender as lost or unheard.
     pub(super) told: u64,
-    /// By the tenths of a second in which they were due.
+    /// Counts by the tenths of a second in which they were due.
     pub(super) due: Vec<u64>,
-    /// Of an asker: the replies.
+    /// The replies, if the sender makes requests.
     pub(super) replies: Option<Tally>,
 }
 

@@ -1,18 +1,18 @@
-//! What processes take: processors, memory, network.
+//! The resource usage of processes: CPU, memory, network.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-/// How often memory is looked at.
+/// The sampling interval of memory.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// What some processes have taken since it began.
+/// The resource usage of a set of processes since its begin.
 pub(super) struct Usage {
-    /// By process, what it had taken when it was first seen, in seconds.
+    /// The CPU seconds of each process when it was first seen.
     watched: BTreeMap<u32, f64>,
-    /// Of those that are gone.
+    /// CPU seconds of the processes that are gone.
     gone: f64,
     memory: u64,
     wire: u64,
@@ -36,7 +36,7 @@ impl Usage {
         }
     }
 
-    /// It is about to end.
+    /// Removes a process that is about to end.
     pub(super) fn forget(&mut self, pid: Option<u32>) {
         let watched = pid.and_then(|pid| Some((pid, self.watched.remove(&pid)?)));
         if let Some((pid, before)) = watched {
@@ -44,7 +44,7 @@ impl Usage {
         }
     }
 
-    /// What was taken until now does not count.
+    /// Resets the counts.
     pub(super) fn begin(&mut self) {
         for (pid, before) in &mut self.watched {
             *before = cpu(*pid).unwrap_or(0.0);
@@ -67,7 +67,7 @@ impl Usage {
         }
     }
 
-    /// Seconds of processors, the most memory, and bytes on loopback.
+    /// The CPU seconds, the peak memory, and the bytes on loopback.
     pub(super) fn end(mut self) -> (f64, u64, u64) {
         self.looked -= LOOK_EVERY;
         self.look();
@@ -76,7 +76,7 @@ impl Usage {
     }
 }
 
-/// Ends when any of these processes has; never if none is known.
+/// Returns when any of these processes has ended; never if none is known.
 pub(super) async fn ended(pids: Vec<u32>) {
     if pids.is_empty() {
         std::future::pending::<()>().await;
@@ -86,10 +86,10 @@ pub(super) async fn ended(pids: Vec<u32>) {
     }
 }
 
-/// The processor time of a process, in seconds (`proc(5)`).
+/// The CPU time of a process, in seconds (`proc(5)`).
 fn cpu(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Behind the name, which may hold anything.
+    // The fields follow the name, which may hold any characters.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
     Some(ticks as f64 / ticks_per_second())
@@ -105,14 +105,14 @@ fn ticks_per_second() -> f64 {
     100.0
 }
 
-/// The resident memory of a process, in bytes; one that has ended has none.
+/// The resident memory of a process, in bytes; `None` if it has ended.
 fn resident(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
-/// What has gone over loopback, in bytes, the headers counted.
+/// The bytes sent over loopback, including headers.
 fn wire() -> u64 {
     let devices = std::fs::read_to_string("/proc/net/dev").unwrap_or_default();
     let line = devices.lines().find_map(|line| line.trim().strip_prefix("lo:"));

@@ -1,4 +1,4 @@
-//! Workloads: what is to be compared, from a TOML file.
+//! Workloads: the definitions of what to compare, from a TOML file.
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -9,9 +9,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::systems::SystemName;
 
-/// The workloads that are run without a file.
+/// The workloads that run if no file is given.
 pub(super) const STANDARD: &str = include_str!("standard.toml");
-/// What is measured of a message travels in its body.
+/// The minimum body size: the body holds the message's stamp.
 pub(super) const MIN_SIZE: usize = 24;
 const MAX_SIZE: usize = 1024 * 1024;
 
@@ -21,7 +21,7 @@ struct File {
     workload: Vec<Workload>,
 }
 
-/// One workload. What is not said has the default beside it.
+/// One workload. Each missing field has the default given with it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Workload {
@@ -29,24 +29,24 @@ pub(super) struct Workload {
     pub(super) pattern: Pattern,
     /// Body size, in bytes: 64.
     pub(super) size: usize,
-    /// Messages a second in all, or "max": as fast as it goes, which is the default.
+    /// Messages per second in all, or "max": full speed, the default.
     pub(super) rate: Rate,
-    /// How many messages each sender has on their way at a time, where it waits for anything: 1.
+    /// The number of messages in flight for each sender, where it waits for an outcome: 1.
     pub(super) window: usize,
     pub(super) publishers: usize,
     pub(super) subscribers: usize,
     pub(super) workers: usize,
-    /// true, false, or "both": each system does its best.
+    /// true, false, or "both": each system as far as it can.
     pub(super) guaranteed: Guaranteed,
-    /// Over TLS.
+    /// Use TLS.
     pub(super) tls: bool,
-    /// How long a round is, at the least.
+    /// The minimum length of a round.
     #[serde(deserialize_with = "duration")]
     pub(super) seconds: Duration,
     pub(super) fault: Option<Fault>,
-    /// How many rounds, in place of what the command says.
+    /// The number of rounds, instead of the command's.
     pub(super) rounds: Option<NonZeroU32>,
-    /// The systems that take part: all that can.
+    /// The systems that take part; by default all that can.
     pub(super) systems: Option<Vec<SystemName>>,
 }
 
@@ -74,9 +74,9 @@ impl Default for Workload {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Pattern {
-    /// From publishers to every subscriber.
+    /// Events from publishers to every subscriber.
     Publish,
-    /// From publishers to one of the workers, one way.
+    /// One-way messages from publishers to one of the workers.
     Work,
     /// Requests of publishers, answered by one of the workers.
     Request,
@@ -128,7 +128,7 @@ impl<'de> Deserialize<'de> for Guaranteed {
     }
 }
 
-/// Something that breaks in the midst of a round.
+/// A fault injected during a round.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Fault {
@@ -145,7 +145,7 @@ pub(super) enum Target {
     /// The first of the receivers.
     Receiver,
     Broker,
-    /// The way to the first of the receivers.
+    /// The link to the first of the receivers.
     Link,
 }
 
@@ -191,7 +191,7 @@ impl Workload {
 
     fn parse(text: &str) -> anyhow::Result<Vec<Self>> {
         let File { workload } = toml::from_str(text)?;
-        ensure!(!workload.is_empty(), "there is no [[workload]] in it");
+        ensure!(!workload.is_empty(), "the file has no [[workload]]");
         for (place, it) in workload.iter().enumerate() {
             let name = match it.name.as_str() {
                 "" => format!("workload {}", place + 1),
@@ -205,7 +205,7 @@ impl Workload {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        ensure!(!self.name.is_empty(), "it has no name");
+        ensure!(!self.name.is_empty(), "the workload has no name");
         ensure!(
             (MIN_SIZE..=MAX_SIZE).contains(&self.size),
             "size is {}; it takes {MIN_SIZE} to {MAX_SIZE} bytes",
@@ -223,7 +223,7 @@ impl Workload {
         ensure!(self.seconds >= Duration::from_millis(100), "seconds is under 0.1");
         ensure!(
             self.pattern != Pattern::Request || self.guaranteed == Guaranteed::No,
-            "a request is not guaranteed: who asks waits for the reply"
+            "a request is not guaranteed: the reply is the confirmation"
         );
         let Some(fault) = &self.fault else { return Ok(()) };
         if fault.after + fault.lasts >= self.seconds {
@@ -233,10 +233,7 @@ impl Workload {
                 self.seconds
             );
         }
-        ensure!(
-            self.rate != Rate::Max,
-            "a fault needs a rate, or nobody can say what was lost when"
-        );
+        ensure!(self.rate != Rate::Max, "a fault needs a rate, or the time of a loss is unknown");
         Ok(())
     }
 
@@ -247,7 +244,7 @@ impl Workload {
         }
     }
 
-    /// How many receivers each message goes to.
+    /// The number of receivers of each message.
     pub(super) fn fan_out(&self) -> usize {
         match self.pattern {
             Pattern::Publish => self.subscribers,
@@ -255,7 +252,7 @@ impl Workload {
         }
     }
 
-    /// What it is, in a line.
+    /// The workload in one line.
     pub(super) fn summary(&self) -> String {
         let size = match self.size {
             size if size % 1024 == 0 => format!("{} KiB", size / 1024),

@@ -1,5 +1,5 @@
-//! What sends and receives for an actor: a node over the mesh or a broker, or a broker's own client
-//! with nothing of ours around it.
+//! The client of an actor: a node over the mesh or a broker, or a broker's own client without this
+//! crate.
 
 #[cfg(feature = "nats")]
 mod nats;
@@ -15,13 +15,13 @@ use serde::{Deserialize, Serialize};
 
 use super::actor::Part;
 
-/// What the messages are named by.
+/// The topic and service of the messages.
 const TOPIC: &str = "bench.topic";
 const SERVICE: &str = "bench.work";
-/// How long a sender waits for room, or for a reply.
+/// The time for which a sender waits for room, or for a reply.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Whose calls an actor makes.
+/// The library that an actor uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Library {
     Peerbus,
@@ -29,7 +29,7 @@ pub(super) enum Library {
     RabbitMq,
 }
 
-/// What is done with the body of each message that comes.
+/// The callback for the body of each message.
 pub(super) type Note = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
 #[derive(Clone)]
@@ -54,8 +54,8 @@ impl Client {
         }
     }
 
-    /// Takes messages from now on, and answers requests with what they said. Where it listens, if
-    /// others have to know.
+    /// Receives messages from now on, and echoes requests. Returns the address on which it
+    /// listens, if senders must know it.
     pub(super) async fn receive(&self, note: Note) -> anyhow::Result<Option<SocketAddr>> {
         match self {
             Self::Node(client) => client.receive(note).await,
@@ -66,8 +66,8 @@ impl Client {
         }
     }
 
-    /// Waits until so many receivers are there. Those of a broker's own client have told the broker
-    /// before any sender begins.
+    /// Waits until that many receivers are present. The receivers of a broker's own client have
+    /// subscribed at the broker before any sender begins.
     pub(super) async fn meet(&self, receivers: usize) -> anyhow::Result<()> {
         match self {
             Self::Node(client) => client.meet(receivers).await,
@@ -78,7 +78,7 @@ impl Client {
         }
     }
 
-    /// For events that are not guaranteed.
+    /// The publisher of events that are not guaranteed.
     pub(super) fn flow(&self) -> anyhow::Result<Flow> {
         match self {
             Self::Node(client) => Ok(Flow::Node(client.publisher()?)),
@@ -89,7 +89,8 @@ impl Client {
         }
     }
 
-    /// Sends anything else, and waits for what its sender can know: that it is stored, or the reply.
+    /// Sends any other message, and waits for the outcome that its sender can know: stored, or
+    /// the reply.
     pub(super) async fn send(&self, body: Vec<u8>) -> anyhow::Result<()> {
         match self {
             Self::Node(client) => client.send(body).await,
@@ -100,7 +101,7 @@ impl Client {
         }
     }
 
-    /// How many messages it has been told are lost, or may be.
+    /// The number of messages reported to the client as lost or in doubt.
     pub(super) fn told(&self) -> u64 {
         match self {
             Self::Node(client) => client.told(),
@@ -122,7 +123,7 @@ impl Client {
     }
 }
 
-/// One task's way to publish event after event.
+/// A publisher of many events, for one task.
 pub(super) enum Flow {
     Node(peerbus::Publisher),
     #[cfg(feature = "nats")]
@@ -132,8 +133,9 @@ pub(super) enum Flow {
 }
 
 impl Flow {
-    /// Whether it left, as far as the client can tell. A node drops what its peers have no room
-    /// for, unless it is to `wait`; the other clients always wait for the room of their own.
+    /// Publishes an event; returns true if it left, as far as the client can tell. A node drops
+    /// events for which its peers have no room, unless it is to `wait`; the other clients always
+    /// wait for room of their own.
     pub(super) async fn publish(&mut self, body: Vec<u8>, wait: bool) -> bool {
         match self {
             Self::Node(publisher) => {

@@ -1,4 +1,4 @@
-//! `async-nats`, as its own documents use it.
+//! The client over `async-nats`, used as its own documents do.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(in super::super) struct Client {
     pattern: Pattern,
     guaranteed: bool,
     subject: String,
-    /// Of the stream, if the messages are guaranteed.
+    /// The name of the stream, if the messages are guaranteed.
     stream: String,
 }
 
@@ -61,7 +61,7 @@ impl Client {
                 self.client.queue_subscribe(subject, GROUP.into()).await?
             }
         };
-        // When this is done the server knows of it.
+        // After the flush the server knows the subscription.
         self.client.flush().await?;
         let client = self.client.clone();
         tokio::spawn(async move {
@@ -75,7 +75,7 @@ impl Client {
         Ok(())
     }
 
-    /// Takes what a stream keeps, and acknowledges it.
+    /// Receives the messages of a stream, and acknowledges them.
     async fn work(&self, note: Note) -> anyhow::Result<()> {
         let config = stream::Config {
             name: self.stream.clone(),

@@ -1,4 +1,4 @@
-//! A node, over the mesh or a broker.
+//! The client over a node, on the mesh or a broker.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,7 @@ use crate::bench::tradeoff::actor::Part;
 use crate::bench::tradeoff::workload::Pattern;
 
 const SUBSCRIPTION: &str = "bench";
-/// How long the others may take to be there.
+/// The time limit for the receivers to appear.
 const MEETING: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
@@ -24,9 +24,9 @@ pub(in super::super) struct Client {
     node: Node,
     pattern: Pattern,
     guaranteed: bool,
-    /// Only a mesh can hold publishers back.
+    /// The overflow of a subscription; only a mesh can hold back publishers.
     overflow: Overflow,
-    /// What it serves, for as long as it is there.
+    /// The running service or consumer.
     serving: Arc<Mutex<Option<Serving>>>,
 }
 
@@ -42,7 +42,7 @@ impl Client {
             .mesh(part.mesh.parse()?)
             .runtime_dir(&part.runtime)
             .request_deadline(PATIENCE)
-            // A node that is told to take what it can is not to lose it to a queue of its own.
+            // A node that receives at full speed must not lose messages to its own queue.
             .subscription_queue(256 * 1024 * 1024);
         let (config, overflow) = match &part.broker {
             Some(url) => (over_broker(part, config, url), Overflow::DropNewest),
@@ -97,7 +97,7 @@ impl Client {
                 self.node.wait_for_instances(SERVICE, receivers, MEETING).await
             }
         }
-        .context("the receivers were not met")
+        .context("the receivers were not found")
     }
 
     pub(super) fn publisher(&self) -> anyhow::Result<Publisher> {

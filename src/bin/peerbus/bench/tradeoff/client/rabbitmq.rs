@@ -1,4 +1,4 @@
-//! `lapin`, as its own documents use it; requests by RabbitMQ's direct reply-to.
+//! The client over `lapin`, used as its own documents do; requests by RabbitMQ's direct reply-to.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,9 +26,9 @@ use super::{Note, PATIENCE};
 use crate::bench::tradeoff::actor::Part;
 use crate::bench::tradeoff::workload::Pattern;
 
-/// Replies come to whoever consumes this, without a queue (RabbitMQ, "Direct Reply-to").
+/// The pseudo-queue on which replies arrive (RabbitMQ, "Direct Reply-to").
 const REPLIES: &str = "amq.rabbitmq.reply-to";
-/// What a consumer may have unacknowledged.
+/// The maximum number of unacknowledged messages of a consumer.
 const PREFETCH: u16 = 500;
 const PERSISTENT: u8 = 2;
 
@@ -38,9 +38,9 @@ pub(in super::super) struct Client {
     channel: Channel,
     pattern: Pattern,
     guaranteed: bool,
-    /// Of the exchange or the queue.
+    /// The name of the exchange or the queue.
     name: ShortString,
-    /// What is asked, and who waits for the reply.
+    /// The open requests.
     asked: Arc<Asked>,
 }
 
@@ -186,7 +186,7 @@ impl Client {
         let sent = self.channel.basic_publish("".into(), queue, options, &body, properties).await?;
         if self.guaranteed {
             let confirmed = timeout(PATIENCE, sent).await??;
-            ensure!(matches!(confirmed, Confirmation::Ack(_)), "the broker refused it");
+            ensure!(matches!(confirmed, Confirmation::Ack(_)), "the broker refused the message");
         }
         match reply {
             Some(reply) => Ok(timeout(PATIENCE, reply).await??),
