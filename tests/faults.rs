@@ -5,6 +5,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{SOON, soon, wait_for};
 use peerbus::{Body, Call, DownCause, Event, HandlerError, MemoryNetwork, Node, RequestError};
@@ -96,4 +97,25 @@ async fn a_node_that_is_dropped_without_goodbye_is_noticed() {
     drop(bob);
     wait_for(&mut events, |event| matches!(event, Event::PeerDown { .. }).then_some(())).await;
     assert!(alice.peers().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn on_a_memory_network_a_deadline_in_virtual_time_takes_no_time() {
+    let network = MemoryNetwork::default();
+    let start = |name| Node::builder().name(name).memory(&network).start();
+    let (alice, bob) = (start("alice").await.unwrap(), start("bob").await.unwrap());
+    alice.wait_for_peers(1, Duration::from_secs(60)).await.unwrap();
+    let _service = bob
+        .serve("slow", |_| std::future::pending::<Result<Body, HandlerError>>())
+        .start()
+        .unwrap();
+    alice.wait_for_service("slow", Duration::from_secs(60)).await.unwrap();
+    let (real, virtually) = (std::time::Instant::now(), tokio::time::Instant::now());
+    let deadline = Duration::from_secs(3600);
+    let late = alice.request("slow", "now").deadline(deadline).await;
+    assert!(matches!(late, Err(RequestError::DeadlineExceeded(_))), "{late:?}");
+    assert!(virtually.elapsed() >= deadline && real.elapsed() < deadline, "{:?}", real.elapsed());
+    // The link has lived through it: heartbeats keep the same time.
+    assert_eq!(alice.peers().len(), 1);
+    bob.shutdown_within(Duration::ZERO).await;
 }

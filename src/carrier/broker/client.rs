@@ -244,8 +244,8 @@ impl BrokerClient {
         // Queued messages go first.
         let message = match self.queued_bytes() {
             0 => match session.try_send(message) {
-                Ok(()) => return Ok(()),
-                Err(message) => message,
+                None => return Ok(()),
+                Some(message) => message,
             },
             _ => message,
         };

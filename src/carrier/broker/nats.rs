@@ -448,11 +448,11 @@ impl Session for NatsSession {
     }
 
     /// Only puts the message into the client's own queue, if that has room.
-    fn try_send(&self, message: Outgoing) -> Result<(), Outgoing> {
+    fn try_send(&self, message: Outgoing) -> Option<Outgoing> {
         let again = message.clone();
         match self.publish(message).now_or_never() {
-            Some(Ok(())) => Ok(()),
-            Some(Err(_)) | None => Err(again),
+            Some(Ok(())) => None,
+            Some(Err(_)) | None => Some(again),
         }
     }
 

@@ -597,7 +597,11 @@ impl DurableSession for RabbitSession {
     }
 
     fn pause(&self, name: ServiceName) -> Performed<'_> {
-        async move { Ok(self.end(&Task::Durable(name)).await) }.boxed()
+        let pausing = async move {
+            self.end(&Task::Durable(name)).await;
+            Ok(())
+        };
+        pausing.boxed()
     }
 
     fn forget(&self, name: ServiceName) -> Performed<'_> {

@@ -76,12 +76,10 @@ pub(crate) trait Session: Send + Sync {
     /// The broker's name and version, as it states them.
     fn title(&self) -> String;
 
-    /// Sends a message at once, from whatever task calls, if that needs no waiting.
-    ///
-    /// # Errors
-    /// Gives the message back.
-    fn try_send(&self, message: Outgoing) -> Result<(), Outgoing> {
-        Err(message)
+    /// Sends a message at once, from whatever task calls, if that needs no waiting. Gives it back
+    /// otherwise.
+    fn try_send(&self, message: Outgoing) -> Option<Outgoing> {
+        Some(message)
     }
 
     fn send(&self, message: Outgoing) -> Performed<'_>;
