@@ -35,7 +35,7 @@ impl Way for LocalWay {
 
     fn send(&self, Envelope { header, mut payload }: Envelope) -> Result<(), DropReason> {
         let core = self.core.upgrade().ok_or(DropReason::LinkLost)?;
-        let mut message = Message::new(self.me, header, payload.take_body());
+        let mut message = Box::new(Message::new(self.me, header, payload.take_body()));
         message.wants_reply = matches!(payload, Payload::Request(_));
         let hold = Hold::unbounded(core.local().clone());
         core.with_front(|front, now| front.handle_own_call(now, message, hold))
@@ -72,7 +72,10 @@ impl Way for LocalWay {
         let id = header.correlation_id;
         let outcome = match payload {
             Payload::Failed(failure) => RequestOutcome::Failed(failure),
-            _ => RequestOutcome::Reply(Message::new(self.me, header, payload.take_body())),
+            _ => {
+                let message = Message::new(self.me, header, payload.take_body());
+                RequestOutcome::Reply(Box::new(message))
+            }
         };
         let hold = Hold::unbounded(core.local().clone());
         core.with_front(|front, _| front.handle_outcome(Path::Local, id, outcome, hold));

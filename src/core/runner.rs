@@ -134,7 +134,7 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     let (wants_reply, attempt) = (message.wants_reply, message.attempt());
     let lease = guaranteed.then(|| Arc::new(Lease::new(core.config.lease)));
     let deadline = deadline.and_then(|at| core.instant(at));
-    let call = Call { message, handle, deadline, lease: lease.clone() };
+    let call = Call { message: *message, handle, deadline, lease: lease.clone() };
     let result = hold_panic(&service, key.id, call, lease).await;
     add(&core.reporter.counters.handled, 1);
     let ended = match result {

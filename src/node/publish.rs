@@ -121,12 +121,12 @@ impl<'a> Publish<'a> {
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
         let (node, to, message) = self.into_parts()?;
         let event = message.publication(to.topic(), &node.core.id);
-        let mut spread = Spread::to_subscribers(node, &to, &event);
-        if spread.backlog == Backlog::Grew || !spread.full.is_empty() {
-            // Few messages wait, so the others needn't have room for it.
-            Box::pin(spread.settle(&event, deadline)).await;
+        let spread = Spread::to_subscribers(node, &to, &event);
+        if spread.backlog == Backlog::Same && spread.full.is_empty() {
+            return Ok(spread.finish(node, &event));
         }
-        Ok(spread.finish(node, &event))
+        // Few messages wait, so the others needn't have room for it.
+        Ok(Box::pin(settle(node, to, message, spread, deadline)).await)
     }
 
     fn into_parts(mut self) -> Result<(&'a Arc<Inner>, To<'a>, Ready), PublishError> {
@@ -162,11 +162,24 @@ impl Ready {
     }
 }
 
+/// Publishes the rest of an event, when some way had no room or a batch more is queued.
+async fn settle(
+    node: &Inner,
+    to: To<'_>,
+    message: Ready,
+    mut spread: Spread,
+    deadline: Duration,
+) -> PublishReport {
+    let event = message.publication(to.topic(), &node.core.id);
+    spread.settle(&event, deadline).await;
+    spread.finish(node, &event)
+}
+
 impl PublishReport {
-    fn add<T>(&mut self, peer: NodeId, sent: Result<T, DropReason>) {
+    fn add<T>(&mut self, way: &Arc<dyn Way>, sent: Result<T, DropReason>) {
         match sent {
             Ok(_) => self.queued += 1,
-            Err(reason) => self.dropped.push((peer, reason)),
+            Err(reason) => self.dropped.push((way.node(), reason)),
         }
     }
 }
@@ -207,7 +220,7 @@ impl Spread {
                 if sent == Ok(Backlog::Grew) {
                     self.backlog = Backlog::Grew;
                 }
-                self.report.add(way.node(), sent);
+                self.report.add(way, sent);
             }
         }
     }
@@ -220,7 +233,7 @@ impl Spread {
         }
         for way in std::mem::take(&mut self.full) {
             let sent = way.send_event_within(event, deadline).await;
-            self.report.add(way.node(), sent);
+            self.report.add(&way, sent);
         }
     }
 

@@ -116,7 +116,7 @@ impl<'a> Request<'a> {
         let outcome = outcome.await;
         pending.ended = true;
         match outcome {
-            Ok(RequestOutcome::Reply(message)) => Ok(message),
+            Ok(RequestOutcome::Reply(message)) => Ok(*message),
             Ok(RequestOutcome::Failed(failure)) => {
                 Err(RequestError::Handler(HandlerError::new(failure.code, failure.text)))
             }

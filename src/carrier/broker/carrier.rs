@@ -330,7 +330,7 @@ impl BrokerCarrier {
                 match asker {
                     Some(asker) => _ = asker.send(from),
                     None => {
-                        let reply = Message::new(from, header, body);
+                        let reply = Box::new(Message::new(from, header, body));
                         self.handle_outcome(id, RequestOutcome::Reply(reply));
                     }
                 }
@@ -342,8 +342,9 @@ impl BrokerCarrier {
         }
     }
 
-    fn handle_call(&self, mut message: Message, ticket: Option<Ticket>) {
+    fn handle_call(&self, message: Message, ticket: Option<Ticket>) {
         add(&self.core.reporter.counters.received, 1);
+        let mut message = Box::new(message);
         message.unpin();
         let hold = Hold::unbounded(self.way()).with_ticket(ticket);
         self.core.with_front(|front, now| front.handle_call(now, Path::Broker, message, hold));

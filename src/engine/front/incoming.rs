@@ -25,15 +25,15 @@ pub(crate) enum Incoming {
     Unknown,
 }
 
-/// A message that is no event.
+/// A message that is no event. It is large and moves from queue to queue, so it is boxed.
 #[derive(Debug)]
 pub(crate) enum ReceivedMessage {
     /// A call or a request, for the front.
-    Call(Message),
+    Call(Box<Message>),
     /// The same, which the peer may not send.
-    RefusedCall(Message),
+    RefusedCall(Box<Message>),
     /// A guaranteed message, for the inbox.
-    Delivery(Message),
+    Delivery(Box<Message>),
     /// The same, which the peer may not send, and the answer to it.
     RefusedDelivery(Answer),
     /// The outcome of a request of this node.
@@ -120,10 +120,10 @@ fn incoming_message(envelope: Envelope, peer: NodeId, grants: &Grants) -> Incomi
     };
     let received = match payload {
         Payload::Event(body) => return Incoming::Event(Message::new(peer, header, body)),
-        Payload::Call(body) => call(Message::new(peer, header, body)),
-        Payload::Request(body) => call(Message::request(peer, header, body)),
+        Payload::Call(body) => call(Box::new(Message::new(peer, header, body))),
+        Payload::Request(body) => call(Box::new(Message::request(peer, header, body))),
         Payload::Guaranteed(body, delivery) if may_send => {
-            let mut message = Message::new(peer, header, body);
+            let mut message = Box::new(Message::new(peer, header, body));
             message.delivery = Some(delivery);
             ReceivedMessage::Delivery(message)
         }
@@ -134,7 +134,8 @@ fn incoming_message(envelope: Envelope, peer: NodeId, grants: &Grants) -> Incomi
         }),
         Payload::Reply(body) => {
             let id = header.correlation_id;
-            ReceivedMessage::Outcome(id, RequestOutcome::Reply(Message::new(peer, header, body)))
+            let message = Box::new(Message::new(peer, header, body));
+            ReceivedMessage::Outcome(id, RequestOutcome::Reply(message))
         }
         Payload::Failed(failure) => {
             ReceivedMessage::Outcome(header.correlation_id, RequestOutcome::Failed(failure))

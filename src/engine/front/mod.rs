@@ -53,7 +53,7 @@ pub(crate) trait Host {
 /// The outcome of a request.
 #[derive(Debug)]
 pub(crate) enum RequestOutcome {
-    Reply(Message),
+    Reply(Box<Message>),
     Failed(Failure),
     DeadlineExceeded,
     PeerLost {
@@ -94,7 +94,7 @@ pub(crate) struct Run<H: Host> {
     pub(crate) service: H::Service,
     pub(crate) number: ServiceNumber,
     pub(crate) key: CallKey,
-    pub(crate) message: Message,
+    pub(crate) message: Box<Message>,
     pub(crate) deadline: Option<Time>,
     pub(crate) handle: H::Handle,
 }
@@ -136,7 +136,7 @@ pub(crate) enum Effect<H: Host> {
     /// Give the hold back; nothing else follows.
     Release(H::Hold),
     /// Drop a message that is over, outside of any lock: its body may run code of the user's.
-    Discard(Message),
+    Discard(Box<Message>),
     /// Drop a received message, count it, and report it to its sender.
     Drop(H::Hold, DropReason),
     /// Count a received message as dropped. Its sender is gone, and counts it as in doubt.
@@ -179,13 +179,13 @@ pub(crate) struct Front<H: Host> {
 struct Served<H: Host> {
     service: H::Service,
     concurrency: u32,
-    calls: Service<CallKey, Box<Call<H>>, Running<H>>,
+    calls: Service<CallKey, Call<H>, Running<H>>,
     offered: bool,
 }
 
-/// A call that waits for its turn. Calls are large and move from queue to queue, so they are boxed.
+/// A call that waits for its turn.
 struct Call<H: Host> {
-    message: Message,
+    message: Box<Message>,
     deadline: Option<Time>,
     hold: H::Hold,
     handle: H::Handle,
@@ -308,7 +308,7 @@ impl<H: Host> Front<H> {
         let Some(served) = self.served.get_mut(&number) else { return };
         for call in served.calls.take_waiting(|_| true) {
             let (key, call) = call;
-            self.refuse(key.path, *call, DropReason::NoService);
+            self.refuse(key.path, call, DropReason::NoService);
         }
         self.forget_if_over(number);
     }
@@ -362,7 +362,7 @@ impl<H: Host> Front<H> {
     pub(crate) fn handle_own_call(
         &mut self,
         now: Time,
-        message: Message,
+        message: Box<Message>,
         hold: H::Hold,
     ) -> Result<(), DropReason> {
         if !has_room(self.local_bytes, message.cost(), self.limits.local) {
@@ -373,7 +373,13 @@ impl<H: Host> Front<H> {
     }
 
     /// A call, a request or a guaranteed message that may be run.
-    pub(crate) fn handle_call(&mut self, now: Time, path: Path, message: Message, hold: H::Hold) {
+    pub(crate) fn handle_call(
+        &mut self,
+        now: Time,
+        path: Path,
+        message: Box<Message>,
+        hold: H::Hold,
+    ) {
         let bounded = path == Path::Broker && message.delivery.is_none();
         if bounded && !has_room(self.broker_bytes, message.cost(), self.limits.broker) {
             return self.handle_refused(path, message, hold, DropReason::SlowPeer);
@@ -388,16 +394,16 @@ impl<H: Host> Front<H> {
         let deadline = message.header.time_to_live.map(|ttl| now + ttl);
         let order = message.header.ordering_key().map(str::to_owned);
         let cost = message.cost();
-        let call = Box::new(Call { message, deadline, hold, handle: H::Handle::default() });
+        let call = Call { message, deadline, hold, handle: H::Handle::default() };
         match served.calls.handle_call(key, order.as_deref(), deadline, call) {
             Admission::Start(call) => {
                 self.hold_room(path, cost);
-                let run = self.begin(number, key, *call);
+                let run = self.begin(number, key, call);
                 self.effects.extend(run.map(Effect::Run));
             }
             Admission::Waits => self.hold_room(path, cost),
             Admission::Refused(call) => {
-                let Call { message, hold, .. } = *call;
+                let Call { message, hold, .. } = call;
                 self.handle_refused(path, message, hold, DropReason::NoService);
             }
         }
@@ -432,7 +438,7 @@ impl<H: Host> Front<H> {
     pub(crate) fn handle_refused(
         &mut self,
         path: Path,
-        message: Message,
+        message: Box<Message>,
         hold: H::Hold,
         reason: DropReason,
     ) {
@@ -478,10 +484,10 @@ impl<H: Host> Front<H> {
             self.conclude(&heading, hold, ended);
         }
         for (key, call) in finished.expired {
-            self.refuse(key.path, *call, DropReason::Expired);
+            self.refuse(key.path, call, DropReason::Expired);
         }
         self.effects.push_back(Effect::CallEnded(service));
-        let run = finished.next.and_then(|(key, call)| self.begin(number, key, *call));
+        let run = finished.next.and_then(|(key, call)| self.begin(number, key, call));
         self.forget_if_over(number);
         run
     }
@@ -525,7 +531,7 @@ impl<H: Host> Front<H> {
         let mut cancelled = None;
         for (number, served) in &mut self.served {
             if let Some(call) = served.calls.handle_cancel(key) {
-                cancelled = Some((*number, *call));
+                cancelled = Some((*number, call));
             } else if let Some(running) = served.calls.kept(key) {
                 self.effects.push_back(Effect::Interrupt(running.handle.clone()));
             }
@@ -578,7 +584,7 @@ impl<H: Host> Front<H> {
         }
         self.effects.push_back(Effect::CallEnded(served.service.clone()));
         for (_, call) in queued {
-            let Call { message, hold, .. } = *call;
+            let Call { message, hold, .. } = call;
             let heading = Heading::of(path, &message);
             self.effects.push_back(Effect::Discard(message));
             match &heading.delivery {

@@ -28,10 +28,10 @@ fn front() -> Front<Names> {
     Front::new(ME, FrontLimits { max_body: 100, local: 300, broker: 300 })
 }
 
-fn call(ids: &IdSource, wants_reply: bool) -> Message {
+fn call(ids: &IdSource, wants_reply: bool) -> Box<Message> {
     let to = Recipient::Service("work".parse().unwrap());
     let header = Header::new(ids.next(0), Kind::Command, to.into());
-    let mut message = Message::new(PEER, header, Bytes::from_static(b"do it"));
+    let mut message = Box::new(Message::new(PEER, header, Bytes::from_static(b"do it")));
     message.wants_reply = wants_reply;
     message
 }

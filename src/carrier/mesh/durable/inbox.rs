@@ -70,7 +70,7 @@ impl Durable {
         self.with_inbox(|inbox| inbox.handle_begun(node));
     }
 
-    fn run(&self, message: Message, hold: Hold) {
+    fn run(&self, message: Box<Message>, hold: Hold) {
         let path = hold.path();
         self.core.with_front(|front, now| front.handle_call(now, path, message, hold));
     }
@@ -98,7 +98,7 @@ impl Durable {
     /// A guaranteed message arrived.
     pub(in crate::carrier::mesh) fn handle_delivery(
         self: &Arc<Self>,
-        mut message: Message,
+        mut message: Box<Message>,
         hold: Hold,
     ) {
         message.unpin();

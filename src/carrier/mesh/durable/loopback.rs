@@ -11,14 +11,14 @@ use crate::sync::lock;
 /// In the order in which the outbox sends them; a link would keep it too.
 #[derive(Default)]
 pub(crate) struct Loopback {
-    waiting: VecDeque<Message>,
+    waiting: VecDeque<Box<Message>>,
     /// A task hands them to the inbox: one at a time does.
     taken: bool,
 }
 
 impl Durable {
     /// Sends a message to this node. It arrives a little later: the outbox is locked.
-    pub(super) fn loop_back(self: &Arc<Self>, message: Message) {
+    pub(super) fn loop_back(self: &Arc<Self>, message: Box<Message>) {
         let mut loopback = lock(&self.store.loopback);
         loopback.waiting.push_back(message);
         if !std::mem::replace(&mut loopback.taken, true) {

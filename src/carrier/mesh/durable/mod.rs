@@ -189,7 +189,7 @@ impl Durable {
     ) -> Result<(), DropReason> {
         let body = payload.take_body();
         if to == self.core.id {
-            let mut message = Message::new(to, header, body);
+            let mut message = Box::new(Message::new(to, header, body));
             message.delivery = Some(delivery);
             self.loop_back(message);
             return Ok(());

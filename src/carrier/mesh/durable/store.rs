@@ -142,7 +142,7 @@ pub struct StoreReport {
 type Waiters = SmallVec<[ProgressSender; 1]>;
 
 /// A message, and its hold.
-pub(super) type Parked = (Message, Hold);
+pub(super) type Parked = (Box<Message>, Hold);
 
 pub(crate) struct Store {
     pub(super) outbox: Mutex<Outbox>,
