@@ -64,7 +64,7 @@ pub(crate) enum RequestOutcome {
     ShutDown,
 }
 
-/// How a handler ended.
+/// The end of a handler.
 #[derive(Debug)]
 pub(crate) enum Ended {
     Replied {
