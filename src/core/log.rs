@@ -94,7 +94,7 @@ impl Line {
                 tracing::error!(number, "a stored message can't be read");
             }
             Self::UnknownAnswer(peer) => {
-                tracing::debug!(peer = %peer.short(), "a peer answered a message that this node did not send");
+                tracing::debug!(peer = %peer.short(), "an answer to an unknown message");
             }
             Self::NotRemembered(peer) => tracing::warn!(
                 peer = %peer.short(),
@@ -114,7 +114,7 @@ fn write_event(event: Event) {
             tracing::info!(peer = %id.short(), %name, %reason, "peer down");
         }
         Event::Denied { peer, action, name } => {
-            tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules deny an action of this node");
+            tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules deny an action");
         }
         Event::Refused { address, reason } => {
             let address = address.as_ref().map(tracing::field::display);
@@ -135,7 +135,7 @@ fn write_event(event: Event) {
             "a peer lost its inbox: it may process messages again"
         ),
         Event::PeerGone { peer, messages } => {
-            tracing::warn!(peer = %peer.short(), messages, "messages have been queued long for an absent peer");
+            tracing::warn!(peer = %peer.short(), messages, "messages await an absent peer");
         }
         Event::Dropped { peer, reason, count } => {
             tracing::debug!(peer = %peer.short(), %reason, count, "messages dropped");
