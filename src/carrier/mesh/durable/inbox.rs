@@ -181,7 +181,7 @@ impl Durable {
 
     /// Announces this node's durable subscriptions, to its own outbox too.
     fn announce_consumers(self: &Arc<Self>) {
-        // Locked, since two calls must not announce out of order: the last announcement must be true.
+        // The lock keeps announcements in order: the last one must be true.
         let ended = lock(&self.store.ended);
         let info = self.inbox_info(&ended);
         let own = InboxInfo { epoch: 0, ..info.clone() };
