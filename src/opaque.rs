@@ -1,4 +1,4 @@
-//! `Debug` for handles and builders: what tells one from another, and not all that it holds.
+//! `Debug` for handles and builders: only the fields that distinguish one from another.
 
 /// Implements `Debug` for a type with these fields. None of them may be a body or a secret.
 macro_rules! opaque {

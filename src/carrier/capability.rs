@@ -2,43 +2,43 @@
 
 use super::broker::BrokerKind;
 
-/// An ability of which a carrier may have none.
+/// An ability that a carrier may lack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Capability {
-    /// Messages that are stored until they are processed.
+    /// Messages stored until they are processed.
     Guaranteed,
     /// Guaranteed events for named subscriptions.
     DurableSubscriptions,
-    /// Guaranteed messages that are stored together or not at all.
+    /// Guaranteed messages stored together or not at all.
     Transactions,
-    /// Guaranteed messages that are held back until a time.
+    /// Guaranteed messages held back until a time.
     NotBefore,
-    /// Guaranteed messages that are stored once by their id.
+    /// Guaranteed messages stored only once by their id.
     Once,
-    /// Word for the sender of a message that its receivers have processed it.
+    /// Reports to the sender that a message was processed.
     ProcessedReceipts,
     /// Order by key among the instances of a service.
     OrderedServices,
-    /// Subscriptions that hold their senders back.
+    /// Subscriptions that hold back their senders.
     HoldBack,
-    /// The number of nodes that it serves.
+    /// The number of connected nodes.
     PeerCount,
 }
 
 impl Capability {
-    /// The ability in words, as it stands behind "has no".
+    /// The ability in words, to follow "has no".
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Guaranteed => "guaranteed messages",
             Self::DurableSubscriptions => "durable subscriptions",
             Self::Transactions => "transactions over several queues",
-            Self::NotBefore => "messages that are held back until a time",
-            Self::Once => "a memory of the ids of what it has stored",
-            Self::ProcessedReceipts => "word for the sender of what its receivers have processed",
+            Self::NotBefore => "messages held back until a time",
+            Self::Once => "record of the ids of stored messages",
+            Self::ProcessedReceipts => "report of processed messages to their sender",
             Self::OrderedServices => "order by key among the instances of a service",
-            Self::HoldBack => "way to be held back by one subscription",
-            Self::PeerCount => "word of how many nodes it serves",
+            Self::HoldBack => "subscriptions that hold back their senders",
+            Self::PeerCount => "count of the connected nodes",
         }
     }
 }
@@ -49,7 +49,7 @@ impl std::fmt::Display for Capability {
     }
 }
 
-/// A call that the node's carrier can't carry out.
+/// An operation that the node's carrier does not support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{broker} has no {capability}")]
 #[non_exhaustive]

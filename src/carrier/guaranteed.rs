@@ -1,4 +1,4 @@
-//! Guaranteed messages on their way to a store: this node's outbox, or a broker.
+//! Guaranteed messages on their way to the store: this node's outbox, or a broker.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -21,16 +21,16 @@ pub enum OutboxError {
     /// The name or topic can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// It is too large.
+    /// The message is too large.
     #[error(transparent)]
     TooLarge(#[from] BodyError),
     /// The node has no store: [`Config::outbox`](crate::Config::outbox).
-    #[error("the node has no store: name a folder for its outbox")]
+    #[error("the node has no store; set a folder for its outbox")]
     NoOutbox,
-    /// The outbox holds as much as it may. Try again when some of it is processed.
-    #[error("the outbox is full: it holds {messages} messages, {bytes} bytes")]
+    /// The outbox is at its limit. Retry when some of its messages are processed.
+    #[error("the outbox is full: it holds {messages} messages, {bytes} bytes; retry later")]
     OutboxFull {
-        /// The number of messages in it.
+        /// The number of messages in the outbox.
         messages: u64,
         /// Their size in bytes.
         bytes: u64,
@@ -38,7 +38,7 @@ pub enum OutboxError {
     /// The carrier lacks the ability.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// The disk refused it, or the broker did not confirm it.
+    /// The disk refused the message, or the broker did not confirm it.
     #[error("the message can't be stored: {0}")]
     NotStored(NotStored),
     /// The node is shutting down.
@@ -46,30 +46,29 @@ pub enum OutboxError {
     ShutDown,
 }
 
-/// The end of a stored message that was not processed.
+/// A stored message that was not processed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeliveryError {
-    /// It is a dead letter: it stays in the outbox, and is not sent again by itself.
+    /// The message is a dead letter: it stays in the outbox, and is not sent again by itself.
     #[error("the message is a dead letter: {0}")]
     DeadLetter(DeadLetterReason),
     /// A broker keeps the message, and does not report its end.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// The node has shut down. The message is kept, and goes on its way when the store is opened
-    /// again.
+    /// The node shut down. The message is kept, and sent when the store is opened again.
     #[error("the node is shutting down; the message is kept")]
     ShutDown,
 }
 
-/// A guaranteed message that is to be stored.
+/// A guaranteed message to be stored.
 pub(crate) struct NewGuaranteed {
     pub(crate) envelope: Arc<Envelope>,
-    /// In ms since 1970.
+    /// The expiry, in ms since the Unix epoch.
     pub(crate) expires_at: Option<u64>,
-    /// In ms since 1970.
+    /// The earliest delivery, in ms since the Unix epoch.
     pub(crate) not_before: Option<u64>,
-    /// Only if no message with its id was stored before.
+    /// Store the message only if none with its id was stored before.
     pub(crate) once: bool,
 }
 
@@ -79,8 +78,8 @@ impl NewGuaranteed {
     }
 }
 
-/// Proof that a message is stored: it survives a crash of this process, and of the machine
-/// ([`Durability`](crate::Durability)), and is sent until it is processed.
+/// Proof that a message is stored. The message survives a crash of this process, and of the machine
+/// (see [`Durability`](crate::Durability)), and is sent until it is processed.
 #[derive(Debug)]
 pub struct Receipt {
     id: MessageId,
@@ -88,27 +87,27 @@ pub struct Receipt {
     end: End,
 }
 
-/// Where the end of a stored message is reported.
+/// The source of reports on a stored message's end.
 #[derive(Debug)]
 enum End {
-    /// It had no destination, or was processed before.
+    /// The message had no destination, or was processed before.
     Processed,
     InOutbox(Progress),
     Unreported(Unsupported),
 }
 
 impl Receipt {
-    /// Of a message that has no destination, until [`Receipt::follow`].
+    /// Creates a receipt that reports the message as processed, until [`Receipt::follow`].
     pub(crate) fn new(id: MessageId, destinations: usize) -> Self {
         Self { id, destinations, end: End::Processed }
     }
 
-    /// Of a message that a broker has confirmed, which doesn't report its end.
+    /// Creates the receipt of a message confirmed by a broker, which does not report its end.
     pub(crate) fn of_broker(id: MessageId, lack: Unsupported) -> Self {
         Self { id, destinations: 1, end: End::Unreported(lack) }
     }
 
-    /// The message's progress is reported there.
+    /// Follows the message's progress.
     pub(crate) fn follow(&mut self, progress: Progress) {
         self.end = End::InOutbox(progress);
     }
@@ -118,18 +117,19 @@ impl Receipt {
         self.id
     }
 
-    /// The number of its destinations: 1 for what is sent; for what is published, the durable
-    /// subscriptions that this outbox has met and that match. 1 for a message that a broker
-    /// keeps, which doesn't say for whom.
+    /// The number of destinations: 1 for a sent message; for a published one, the number of
+    /// matching durable subscriptions that this outbox knows. 1 for a message that a broker keeps,
+    /// since the broker does not report for whom.
     pub fn destinations(&self) -> usize {
         self.destinations
     }
 
-    /// Waits until the handlers of all destinations have returned Ok, and their nodes have
-    /// stored that.
+    /// Waits until the handlers of all destinations have returned Ok and the records of that are
+    /// durable at their nodes.
     ///
     /// # Errors
-    /// [`DeliveryError`] if it became a dead letter, or the node shuts down before.
+    /// [`DeliveryError`] if the message became a dead letter, if the node shuts down first, or if a
+    /// broker keeps the message and does not report its end.
     pub async fn processed(self) -> Result<(), DeliveryError> {
         match self.end {
             End::Processed => Ok(()),
@@ -153,15 +153,15 @@ impl Receipt {
 
 type Receipts = SmallVec<[Receipt; 1]>;
 
-/// Messages that are being stored, together.
+/// Messages that are being stored together.
 pub(crate) enum Submission {
-    /// They are on their way to the disk, even if this is dropped.
+    /// The messages are written to the disk, even if this is dropped.
     ToDisk {
         receipts: Receipts,
-        /// So many of them are stored, the first ones.
+        /// The number of stored messages, which are the first ones.
         stored: usize,
     },
-    /// One message on its way to a broker. Dropping this may leave it unsent.
+    /// One message that is sent to a broker. Dropping this may leave it unsent.
     ToBroker(Pin<Box<dyn Future<Output = Result<Receipt, OutboxError>> + Send>>),
 }
 
@@ -170,7 +170,7 @@ impl Submission {
         Self::ToDisk { receipts, stored: 0 }
     }
 
-    /// The receipts, in the order of the messages, once all are stored.
+    /// Polls for the receipts, in the order of the messages, once all are stored.
     pub(crate) fn poll(
         &mut self,
         context: &mut Context<'_>,

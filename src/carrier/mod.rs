@@ -1,12 +1,12 @@
-//! The carriers of a node's messages: the mesh of its own links, or a broker.
+//! The carriers of a node's messages: a mesh of its own links, or a broker.
 //!
 //! ```text
 //!   node/ ── a dozen verbs ──▶ dyn Carrier ─┬─ mesh/     links, discovery, outbox and inbox
 //!                                           └─ broker/   one connection, one adapter a broker
 //! ```
 //!
-//! A carrier brings what it receives to the node's [`Core`](crate::core::Core), and says as data
-//! what it lacks ([`Capability`]). Nothing outside of this folder asks which carrier it has.
+//! A carrier passes received messages to the node's [`Core`](crate::core::Core), and declares as
+//! data which abilities it lacks ([`Capability`]). Only `node/start.rs` knows the carriers apart.
 
 pub(crate) mod broker;
 mod capability;

@@ -14,27 +14,27 @@ use crate::core::Way;
 use crate::identity::NodeId;
 use crate::peer::{PeerInfo, Unreachable};
 
-/// The instance that takes a call.
+/// The choice of an instance for a call.
 pub(crate) enum Choice {
     Found(Arc<dyn Way>),
-    /// Nobody yet. `otherwise` takes the call when the grace is over.
+    /// No instance yet. `otherwise` takes the call when the grace period is over.
     Later {
         otherwise: Option<Arc<dyn Way>>,
     },
-    /// Nobody, and waiting is of no use.
+    /// No instance, and waiting is of no use.
     Nobody,
 }
 
-/// A condition on the other nodes that a user waits for.
+/// A condition on the mesh for which a user waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Condition {
-    /// So many nodes subscribe to a topic, this one included.
+    /// At least n nodes subscribe to a topic, this one included.
     Subscribers(Topic, usize),
-    /// So many durable subscriptions to a topic are known.
+    /// At least n durable subscriptions to a topic are known.
     Consumers(Topic, usize),
-    /// So many nodes serve a name, this one included.
+    /// At least n nodes serve a name, this one included.
     Instances(ServiceName, usize),
-    /// So many peers are up.
+    /// At least n peers are up.
     Peers(usize),
 }
 
@@ -45,7 +45,7 @@ pub(crate) enum NotMet {
     Unsupported(Unsupported),
 }
 
-/// What a node wants for as long as it lives, whatever becomes of a connection.
+/// A standing wish of a node, which outlives any connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Wish {
     Subscribe(Pattern),
@@ -53,12 +53,12 @@ pub(crate) enum Wish {
     Consume(ServiceName, Pattern, u32),
 }
 
-/// How a wish ends.
+/// The end of a wish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WishEnd {
-    /// A durable subscription may come back: what is for it is kept.
+    /// A durable subscription may come back: its messages are kept.
     Pause,
-    /// It ends for good.
+    /// The wish ends permanently.
     Forget,
 }
 
@@ -67,23 +67,29 @@ pub(crate) enum WishEnd {
 pub(crate) enum CannotKeep {
     /// The node has no store.
     NoStore,
-    /// The node draws a new identity at each start.
+    /// The node has a new identity at each start.
     NoIdentity,
     Unsupported(Unsupported),
 }
 
-/// Carries a node's messages.
+/// A carrier of a node's messages.
 pub(crate) trait Carrier: Send + Sync {
+    /// Checks that the carrier has an ability.
+    ///
     /// # Errors
     /// [`Unsupported`] if it lacks that ability.
     fn require(&self, capability: Capability) -> Result<(), Unsupported>;
 
+    /// Checks that guaranteed messages can be stored.
+    ///
     /// # Errors
-    /// [`CannotKeep`] if guaranteed messages can't be stored.
+    /// [`CannotKeep`] if they can't.
     fn check_store(&self) -> Result<(), CannotKeep>;
 
+    /// Checks that this node can have durable subscriptions.
+    ///
     /// # Errors
-    /// [`CannotKeep`] if this node can't have durable subscriptions.
+    /// [`CannotKeep`] if it can't.
     fn check_consumer(&self) -> Result<(), CannotKeep>;
 
     /// Begins to fulfil a wish.
@@ -92,14 +98,14 @@ pub(crate) trait Carrier: Send + Sync {
     /// Ends a wish.
     fn end_wish(&self, wish: Wish, end: WishEnd);
 
-    /// Passes the ways on which an event of that topic goes to `each`. Returns true if this
-    /// node's own subscriptions are not among those that they reach.
+    /// Passes each way on which an event of that topic is sent to `each`. Returns true if none of
+    /// the ways reaches this node's own subscriptions.
     fn subscribers(&self, topic: &Topic, each: &mut dyn FnMut(&Arc<dyn Way>)) -> bool;
 
     /// Chooses the instance that takes a call.
     fn choose(&self, recipient: &Recipient, key: Option<&str>) -> Choice;
 
-    /// Stores guaranteed messages, together.
+    /// Stores guaranteed messages, all of them or none.
     fn store(&self, messages: SmallVec<[NewGuaranteed; 1]>) -> Result<Submission, OutboxError>;
 
     /// Waits until a condition is met.
@@ -113,16 +119,16 @@ pub(crate) trait Carrier: Send + Sync {
 
     fn unreachable(&self) -> Vec<Unreachable>;
 
-    /// The bytes that wait for a peer.
+    /// Returns the number of bytes queued for a peer.
     fn queued_bytes(&self, peer: &NodeId) -> u64;
 
     /// Makes no more connections.
     fn stop_linking(&self);
 
-    /// Waits until the other side has confirmed all that it was sent.
+    /// Waits until the other side has confirmed all sent messages.
     fn settle(&self) -> BoxFuture<'_, ()>;
 
-    /// Says goodbye and closes; returns the number of guaranteed messages that are left.
+    /// Says goodbye and closes. Returns the number of unprocessed guaranteed messages.
     fn close(&self, deadline: Instant) -> BoxFuture<'_, u64>;
 
     /// Closes without a goodbye.

@@ -1,4 +1,4 @@
-//! Sleeps until the next deadline, and wakes earlier when an earlier one comes up.
+//! Alarms: sleep until the next deadline, or until an earlier one is set.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,10 +8,10 @@ use tokio::time::sleep_until;
 use super::Core;
 use crate::engine::Time;
 
-/// The alarm of one task, which anybody may set to an earlier time.
+/// The alarm of one task, which any task may set to an earlier time.
 pub(crate) struct Alarm {
     earlier: Notify,
-    /// In ms since the node's start.
+    /// The time for which the alarm is set, in ms since the node's start.
     armed_ms: AtomicU64,
 }
 
@@ -22,7 +22,7 @@ impl Default for Alarm {
 }
 
 impl Alarm {
-    /// Makes sure that the task wakes by then.
+    /// Wakes the task by `at` at the latest.
     pub(crate) fn wake_by(&self, at: Time) {
         let at = at.since_start().as_millis() as u64;
         if at < self.armed_ms.load(Ordering::Acquire) {
@@ -30,10 +30,11 @@ impl Alarm {
         }
     }
 
-    /// Sleeps until `next` says so; without an end if it says `None`.
+    /// Sleeps until the time that `next` returns, or until an earlier deadline is set if it returns
+    /// `None`.
     pub(crate) async fn sleep_until_next(&self, core: &Core, next: impl Fn() -> Option<Time>) {
         loop {
-            // A deadline that comes up meanwhile leaves its notice.
+            // A deadline that is set meanwhile leaves its notification.
             self.armed_ms.store(u64::MAX, Ordering::Release);
             let Some(at) = next().and_then(|at| Some((at, core.instant(at)?))) else {
                 self.earlier.notified().await;

@@ -1,4 +1,4 @@
-//! Counters that many tasks add to.
+//! Counters shared by many tasks.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,11 +34,11 @@ struct Rare {
     unreported: Unreported,
 }
 
-/// What no event has told of yet.
+/// Drops and moved keys that no event has reported yet.
 #[derive(Default)]
 pub(crate) struct Unreported {
     pub(crate) dropped: BTreeMap<(NodeId, DropReason), u64>,
-    /// Keys of a service that moved from one node to another.
+    /// The number of keys of a service that moved from one node to another.
     pub(crate) moved: BTreeMap<(ServiceName, NodeId, NodeId), u64>,
 }
 
@@ -57,7 +57,7 @@ impl LiveCounters {
         lock(&self.rare)
     }
 
-    /// A message of ours for `peer` was dropped. Whether this is the first unreported drop.
+    /// Counts dropped messages of this node for `peer`. Returns true if nothing else is unreported.
     pub(crate) fn dropped(&self, peer: NodeId, reason: DropReason, count: u64) -> bool {
         if count == 0 {
             return false;
@@ -71,7 +71,7 @@ impl LiveCounters {
         first
     }
 
-    /// A key's messages go to another instance from now on. Whether this is the first unreported.
+    /// Counts a key that moved to another instance. Returns true if nothing else is unreported.
     pub(crate) fn moved(&self, service: &ServiceName, from: NodeId, to: NodeId) -> bool {
         let mut rare = self.rare();
         rare.moved_keys += 1;
@@ -88,9 +88,9 @@ impl LiveCounters {
         *self.rare().dropped_for_others.entry(reason).or_default() += count;
     }
 
-    /// Messages came for a subscription, which lost some, be it those or earlier ones.
+    /// Counts messages that arrived for a subscription, and those that it lost, earlier ones too.
     pub(crate) fn delivered(&self, came: u64, lost: u64) {
-        // Wraps around and back where more are lost than came.
+        // Wraps around and back if more were lost than arrived.
         add(&self.delivered, came.wrapping_sub(lost));
     }
 

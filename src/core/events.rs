@@ -1,4 +1,4 @@
-//! What happens to a node, as a stream.
+//! The events of a node, as a stream.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -20,118 +20,119 @@ use crate::peer::{Address, PeerInfo};
 use crate::report::DropReason;
 use crate::trust::Action;
 
-/// Something that a user or an operator may want to know.
+/// An event that may concern a user or an operator.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
-    /// A peer can be talked to.
+    /// A peer is linked.
     PeerUp(Box<PeerInfo>),
-    /// A peer can no longer be talked to.
+    /// A peer is no longer linked.
     PeerDown {
-        /// Who it was.
+        /// The peer's id.
         id: NodeId,
-        /// Its human name.
+        /// The peer's human name.
         name: String,
-        /// Why.
+        /// The reason.
         reason: DownCause,
     },
-    /// Messages of ours were dropped. Drops for one peer and reason within 100 ms are told
-    /// together.
+    /// Messages of this node were dropped. Drops for one peer and reason within 100 ms are
+    /// reported together.
     Dropped {
-        /// For whom they were; this node's own id, if it is a subscription or service here.
+        /// The receiver of the messages; this node's own id for a subscription or service here.
         peer: NodeId,
-        /// Why.
+        /// The reason.
         reason: DropReason,
-        /// How many.
+        /// The number of messages.
         count: u64,
     },
-    /// Messages with an ordering key went to another instance of their service than those before
-    /// them, because one came or went; so what was sent before may still be handled there. Moves
-    /// within 100 ms are told together.
+    /// Messages with an ordering key went to another instance of their service than earlier ones,
+    /// because an instance came or went. The earlier instance may still be handling messages with
+    /// that key. Moves within 100 ms are reported together.
     KeysMoved {
         /// The service.
         service: ServiceName,
-        /// Who took the keys' messages until then.
+        /// The instance that took the keys' messages until then.
         from: NodeId,
-        /// Who takes them now.
+        /// The instance that takes them now.
         to: NodeId,
-        /// How many keys moved.
+        /// The number of moved keys.
         count: u64,
     },
-    /// A guaranteed message won't be sent again by itself: it waits in the outbox.
+    /// A guaranteed message became a dead letter: it stays in the outbox, and is not sent again by
+    /// itself.
     DeadLetter {
-        /// Its number in the outbox.
+        /// The message's number in the outbox.
         number: u64,
-        /// Why.
+        /// The reason.
         reason: DeadLetterReason,
     },
-    /// A peer has lost the store of its inbox: what it had processed, it may process again.
+    /// A peer lost the store of its inbox: it may process messages again.
     InboxLost {
-        /// Who.
+        /// The peer.
         peer: NodeId,
     },
-    /// Guaranteed messages have waited for a peer for long
-    /// ([`Config::gone_after`](crate::Config::gone_after)): it may be gone for good.
+    /// Guaranteed messages have been queued for an absent peer for longer than
+    /// [`Config::gone_after`](crate::Config::gone_after): it may be gone permanently.
     PeerGone {
-        /// Who.
+        /// The peer.
         peer: NodeId,
-        /// How many messages wait for it.
+        /// The number of messages queued for it.
         messages: u64,
     },
-    /// A peer's rules don't let this node do something: it won't send what this node subscribes
-    /// to, or send to a service that this node offers.
+    /// A peer's rules deny an action of this node: the peer sends no events to a subscription of
+    /// this node, or no messages to a service of this node.
     Denied {
-        /// Whose rules.
+        /// The peer with the rules.
         peer: NodeId,
-        /// What.
+        /// The denied action.
         action: Action,
-        /// With what: a pattern or a service.
+        /// The pattern or the service.
         name: String,
     },
     /// A connection was refused or cut.
     Refused {
-        /// Where it came from or led to.
+        /// The remote address, if known.
         address: Option<Address>,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// Another live node has this node's identity. The two will fight over every peer.
+    /// Another live node has this node's identity. The two compete for every peer.
     IdentityConflict {
-        /// Where it is.
+        /// The other node's address, if known.
         address: Option<Address>,
     },
 }
 
-/// Why a peer is down.
+/// The reason for which a peer is down.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DownCause {
-    /// It said goodbye.
+    /// The peer said goodbye.
     Left,
-    /// Its connection closed without a goodbye: it crashed, or the network did.
+    /// The connection closed without a goodbye: the peer crashed, or the network failed.
     Lost,
-    /// Nothing was heard of it for too long.
+    /// The peer was silent for too long.
     Silent,
-    /// Another connection took the place of this one.
+    /// Another connection replaced this one.
     Replaced,
-    /// One side broke the protocol.
+    /// A side broke the protocol.
     Protocol(String),
-    /// Its key is not trusted any more, or ours not by it.
+    /// The peer's key is no longer trusted, or this node's key no longer by the peer.
     Distrusted,
-    /// This node shuts down.
+    /// This node is shutting down.
     ShutDownHere,
 }
 
 impl fmt::Display for DownCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Left => f.write_str("it said goodbye"),
-            Self::Lost => f.write_str("its connection closed without a goodbye"),
-            Self::Silent => f.write_str("nothing was heard of it for too long"),
-            Self::Replaced => f.write_str("another connection took the place of this one"),
+            Self::Left => f.write_str("the peer said goodbye"),
+            Self::Lost => f.write_str("the connection closed without a goodbye"),
+            Self::Silent => f.write_str("the peer was silent for too long"),
+            Self::Replaced => f.write_str("another connection replaced this one"),
             Self::Protocol(text) => f.write_str(text),
-            Self::Distrusted => f.write_str("a key is not trusted any more"),
-            Self::ShutDownHere => f.write_str("this node shuts down"),
+            Self::Distrusted => f.write_str("a key is no longer trusted"),
+            Self::ShutDownHere => f.write_str("this node is shutting down"),
         }
     }
 }
@@ -171,10 +172,10 @@ impl From<MeshEvent> for Event {
 /// The events of a node, from [`Node::events`](crate::Node::events), as a [`Stream`] that ends when
 /// the node is gone.
 ///
-/// Up to 1,024 wait; who is slower than that misses the oldest, and [`Events::missed`] counts
-/// them.
+/// Up to 1,024 events are queued. A slower reader misses the oldest, which [`Events::missed`]
+/// counts.
 pub struct Events {
-    /// Each event, or how many were missed before the next.
+    /// Each event, or the number of events missed before the next.
     received: Pin<Box<dyn Stream<Item = Result<Event, u64>> + Send + Sync>>,
     missed: u64,
 }
@@ -192,7 +193,7 @@ impl Events {
         Self { received: Box::pin(received.fuse()), missed: 0 }
     }
 
-    /// The next event; `None` when the node is gone.
+    /// Receives the next event; `None` when the node is gone.
     ///
     /// # Cancel safety
     /// Dropping the future loses nothing.
@@ -200,7 +201,7 @@ impl Events {
         poll_fn(|context| self.poll(context)).await
     }
 
-    /// How many events were missed for being slow.
+    /// The number of events missed because this reader was too slow.
     pub fn missed(&self) -> u64 {
         self.missed
     }

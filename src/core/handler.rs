@@ -1,4 +1,4 @@
-//! What a service's user writes: handlers, what they are given, reply, and how they decline.
+//! Handlers, their calls, replies and errors.
 
 use std::error::Error;
 use std::fmt;
@@ -15,10 +15,10 @@ use super::lease::Lease;
 use super::runner::CallHandle;
 use crate::message::{Body, DecodeError, EncodeError, Extra, Message};
 
-/// Why a handler declined a call. Its code and text reach the caller.
+/// The error with which a handler declined a call. Its code and text reach the caller.
 ///
-/// `?` takes an error of your own, if that says which code it has. Any other one crosses by
-/// [`HandlerError::from_error`]:
+/// `?` converts an error of your own, if you implement `From` for it. Any other error is converted
+/// by [`HandlerError::from_error`]:
 ///
 /// ```
 /// use peerbus::{Call, HandlerError};
@@ -52,43 +52,44 @@ use crate::message::{Body, DecodeError, EncodeError, Extra, Message};
 /// }
 /// ```
 ///
-/// These codes come from this crate: `error`, `decode` and `encode` by the conversions below;
+/// This crate itself uses these codes: `error`, `decode` and `encode` in the conversions below;
 /// `panic` if the handler panicked; `lease` if it took longer than
 /// [`Config::lease`](crate::Config::lease); `too_large` if its reply is over a limit; and, if no
-/// handler ran, a [`DropReason`](crate::DropReason) such as `no_service`, `not_allowed` or `expired`.
+/// handler ran, a [`DropReason`](crate::DropReason) such as `no_service`, `not_allowed` or
+/// `expired`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandlerError {
-    /// A short name that a program can match, such as `not_found`.
+    /// A short name for programs, such as `not_found`.
     pub code: String,
-    /// A sentence for people.
+    /// A text for people.
     pub text: String,
-    /// Trying again is of no use.
+    /// A retry is of no use.
     pub(super) rejects: bool,
 }
 
 impl HandlerError {
-    /// An error with a code for programs and a text for people.
+    /// Creates an error with a code for programs and a text for people.
     pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
         Self { code: code.into(), text: text.into(), rejects: false }
     }
 
-    /// An error that trying again won't mend: a guaranteed message becomes a dead letter at once.
-    /// To any other call it is like [`HandlerError::new`].
+    /// Creates a permanent error: a guaranteed message becomes a dead letter at once, without
+    /// retries. For any other call, equivalent to [`HandlerError::new`].
     pub fn reject(code: impl Into<String>, text: impl Into<String>) -> Self {
         Self { rejects: true, ..Self::new(code, text) }
     }
 
-    /// Any error, with the code `error`. The text is the error's own and those of its sources:
-    /// `a: b: c`. A guaranteed message is tried again.
+    /// Converts any error, with the code `error`. The text joins those of the error and of its
+    /// sources: `a: b: c`. A guaranteed message is retried.
     ///
-    /// A boxed error, or one of `anyhow`, is passed by reference:
+    /// Pass a boxed error, or one of `anyhow`, by reference:
     /// `.map_err(|error| HandlerError::from_error(&*error))`.
     pub fn from_error(error: impl Error) -> Self {
         Self::new("error", with_sources(&error))
     }
 }
 
-/// An error and its sources in one line. Some say their source themselves; nothing is said twice.
+/// Formats an error and its sources in one line. A source that an error includes is not repeated.
 fn with_sources(error: &dyn Error) -> String {
     let mut text = error.to_string();
     for source in successors(error.source(), |source| (**source).source()) {
@@ -109,26 +110,26 @@ impl fmt::Display for HandlerError {
 
 impl Error for HandlerError {}
 
-/// The code is `decode`, and the text says why. A guaranteed message is rejected for good: its body
-/// will be no different the next time.
+/// The code is `decode`, and the text is the error's. A guaranteed message is rejected permanently,
+/// since its body would be the same in a retry.
 impl From<DecodeError> for HandlerError {
     fn from(error: DecodeError) -> Self {
         Self::reject("decode", with_sources(&error))
     }
 }
 
-/// The code is `encode`, and the text says why. A guaranteed message is tried again.
+/// The code is `encode`, and the text is the error's. A guaranteed message is retried.
 impl From<EncodeError> for HandlerError {
     fn from(error: EncodeError) -> Self {
         Self::new("encode", with_sources(&error))
     }
 }
 
-/// A handler's reply: a body, and what is to be said of it. A handler that has nothing to say of its
-/// body returns just that, as anything that a [`Body`] is made from.
+/// A handler's reply: a body, and optionally a content type and headers. A handler that needs only
+/// a body returns that, as any type that converts into a [`Body`].
 ///
-/// Headers and content type have 64 KiB together. Only the reply to a request goes anywhere; of a
-/// one-way or guaranteed message it is dropped.
+/// Headers and content type take at most 64 KiB together. Only the reply to a request is sent; the
+/// reply to a one-way or guaranteed message is dropped.
 ///
 /// ```
 /// use peerbus::{Call, HandlerError, Reply};
@@ -144,18 +145,18 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A reply with nothing but a body, whose content type is that of the body: none, or the one
-    /// that [`Body::encode`] names.
+    /// Creates a reply with a body only. Its content type is that of the body: none, or the one set
+    /// by [`Body::encode`].
     pub fn new(body: impl Into<Body>) -> Self {
         Self { body: body.into(), extra: None }
     }
 
-    /// A reply that was received, to be passed on.
+    /// Copies a received reply, to pass it on.
     pub(crate) fn copy_of(message: Message) -> Self {
         Self { body: message.body.into(), extra: message.header.extra }
     }
 
-    /// Names the body's media type, in place of the one that it has.
+    /// Sets the body's media type, in place of its own.
     pub fn content_type(mut self, media_type: impl Into<String>) -> Self {
         self.extra().content_type = Some(media_type.into());
         self
@@ -171,7 +172,7 @@ impl Reply {
         self.extra.get_or_insert_default()
     }
 
-    /// What is sent of it.
+    /// Returns the parts that are sent.
     pub(super) fn into_parts(mut self) -> (Bytes, Option<Box<Extra>>) {
         if let Some(media_type) = self.body.content_type {
             self.extra().content_type.get_or_insert_with(|| media_type.to_owned());
@@ -186,7 +187,7 @@ impl<B: Into<Body>> From<B> for Reply {
     }
 }
 
-/// A call as its handler sees it: the message, and what is known of its caller's patience.
+/// A call, as its handler receives it: the message, its deadline and its cancellation.
 #[derive(Debug)]
 pub struct Call {
     /// The message.
@@ -197,32 +198,32 @@ pub struct Call {
 }
 
 impl Call {
-    /// Whether somebody waits for a reply.
+    /// Returns true if the caller waits for a reply.
     pub fn wants_reply(&self) -> bool {
         self.message.wants_reply
     }
 
-    /// How much longer the reply is of use; `None` if the caller set no limit.
+    /// Returns the time until the call's deadline; `None` if the caller set none.
     pub fn time_left(&self) -> Option<Duration> {
         self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Gives the handler of a guaranteed message its whole lease again, from now: 30 s by default
-    /// ([`Config::lease`](crate::Config::lease)). When a lease ends, the handler is ended too, and
-    /// the message is delivered again. Other calls have none.
+    /// Renews the lease of a guaranteed message's handler, from now: 30 s by default
+    /// ([`Config::lease`](crate::Config::lease)). When a lease ends, the handler is ended, and the
+    /// message is delivered again. Other calls have no lease.
     pub fn extend(&self) {
         if let Some(lease) = &self.lease {
             lease.extend();
         }
     }
 
-    /// Whether the caller gave up, or is gone. Who sent a guaranteed message never does.
+    /// Returns true if the caller gave up or is gone. Never true for a guaranteed message.
     pub fn is_cancelled(&self) -> bool {
         self.handle.is_cancelled()
     }
 
-    /// Waits until the caller gives up or is gone. A handler that ignores it runs to its end;
-    /// its reply is then dropped.
+    /// Waits until the caller gives up or is gone. A handler that ignores this runs to its end, and
+    /// its reply is dropped.
     pub async fn cancelled(&self) {
         self.handle.cancelled().await;
     }

@@ -1,4 +1,4 @@
-//! Leases: how long the handler of a guaranteed message may take.
+//! Leases: the time limits of the handlers of guaranteed messages.
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -9,10 +9,10 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::sync::{Mutex, Rank, lock};
 
-/// As good as for ever; a clock can count to it.
+/// The longest lease: practically forever, but representable by a clock.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The time that a handler has, unless it asks for more.
+/// The time limit of a handler, which it may extend.
 #[derive(Debug)]
 pub(crate) struct Lease {
     length: Duration,
@@ -29,10 +29,10 @@ impl Lease {
         *lock(&self.until) = Instant::now() + self.length;
     }
 
-    /// Runs a handler to its end; `None` if its lease ends before, and the handler with it.
+    /// Runs a handler to its end; `None` if its lease ends first, which ends the handler.
     pub(crate) async fn hold<T>(&self, handler: impl Future<Output = T>) -> Option<T> {
         let mut handler = std::pin::pin!(handler);
-        // Most handlers end before any clock is needed.
+        // Most handlers end before a timer is needed.
         let mut timer: Option<Pin<Box<Sleep>>> = None;
         poll_fn(|context| {
             if let Poll::Ready(result) = handler.as_mut().poll(context) {
@@ -40,7 +40,7 @@ impl Lease {
             }
             loop {
                 let until = *lock(&self.until);
-                // A handler that is always busy leaves the timer no turn.
+                // A handler that is always ready uses up the budget, so that the timer never fires.
                 if until <= Instant::now() {
                     return Poll::Ready(None);
                 }

@@ -41,7 +41,7 @@ impl Way for LocalWay {
         core.with_front(|front, now| front.handle_own_call(now, message, hold))
     }
 
-    /// This node's subscriptions are served without a path: [`Core::deliver`].
+    /// Delivers to this node's subscriptions, without a queue in between: [`Core::deliver`].
     fn send_event(&self, event: &Publication<'_>) -> Result<Backlog, DropReason> {
         let core = self.core.upgrade().ok_or(DropReason::LinkLost)?;
         match core.publish_here(event) {

@@ -1,7 +1,7 @@
 //! Log lines of decisions that are made under a lock: queued there, written by a task.
 //!
-//! A subscriber of `tracing` may wait, for a terminal or a full pipe say, and whoever wants the
-//! lock would wait with it.
+//! A subscriber of `tracing` may block, for example on a terminal or a full pipe, and would block
+//! every thread that wants the lock.
 
 use std::collections::VecDeque;
 
@@ -12,20 +12,20 @@ use super::events::Event;
 use crate::identity::NodeId;
 use crate::sync::{Mutex, calling_out, lock};
 
-/// The most lines that wait. Beyond it they are counted only.
+/// The most queued lines. Further ones are only counted.
 const MOST_LINES: usize = 1024;
 
-/// A line of the log, or what is no event besides.
+/// A log line: an event, or a fact that is not reported as an event.
 pub(crate) enum Line {
     Event(Event),
     LinkClosed {
         peer: NodeId,
         reason: String,
     },
-    /// A stored message, by its number.
+    /// A stored message that can't be read, by its number.
     Unreadable(u64),
     UnknownAnswer(NodeId),
-    /// A peer whose durable subscriptions the outbox has no room for.
+    /// A peer for whose durable subscriptions the outbox has no room.
     NotRemembered(NodeId),
 }
 
@@ -42,7 +42,7 @@ struct Waiting {
 }
 
 impl Log {
-    /// Queues a line. Never waits, and calls nobody.
+    /// Queues a line. Never waits, and calls no foreign code.
     pub(super) fn push(&self, line: Line) {
         if line.is_detail() && LevelFilter::current() < LevelFilter::DEBUG {
             return;
@@ -56,7 +56,7 @@ impl Log {
         self.more.notify_one();
     }
 
-    /// Writes what comes, until it is dropped.
+    /// Writes lines as they are queued, until this future is dropped.
     pub(super) async fn keep_writing(&self) {
         loop {
             self.more.notified().await;
@@ -64,19 +64,19 @@ impl Log {
         }
     }
 
-    /// Writes what waits.
+    /// Writes the queued lines.
     pub(super) fn write(&self) {
         calling_out();
         let Waiting { lines, skipped } = std::mem::take(&mut *lock(&self.waiting));
         lines.into_iter().for_each(Line::write);
         if skipped > 0 {
-            tracing::warn!(lines = skipped, "more happened than could be logged");
+            tracing::warn!(lines = skipped, "the log queue was full: lines were skipped");
         }
     }
 }
 
 impl Line {
-    /// Only of interest to who looks for a fault.
+    /// Returns true if the line is of interest only when a fault is investigated.
     fn is_detail(&self) -> bool {
         matches!(
             self,
@@ -94,11 +94,11 @@ impl Line {
                 tracing::error!(number, "a stored message can't be read");
             }
             Self::UnknownAnswer(peer) => {
-                tracing::debug!(peer = %peer.short(), "an answer to no message of ours");
+                tracing::debug!(peer = %peer.short(), "an answer to an unknown message");
             }
             Self::NotRemembered(peer) => tracing::warn!(
                 peer = %peer.short(),
-                "the outbox remembers no more peers: what is published while this one is away is \
+                "the outbox can't remember more peers: events published while this one is away are \
                  not kept for it"
             ),
         }
@@ -114,7 +114,7 @@ fn write_event(event: Event) {
             tracing::info!(peer = %id.short(), %name, %reason, "peer down");
         }
         Event::Denied { peer, action, name } => {
-            tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules don't allow it");
+            tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules deny an action");
         }
         Event::Refused { address, reason } => {
             let address = address.as_ref().map(tracing::field::display);
@@ -132,10 +132,10 @@ fn write_event(event: Event) {
         }
         Event::InboxLost { peer } => tracing::warn!(
             peer = %peer.short(),
-            "a peer has lost its inbox: it may process again what it had processed"
+            "a peer lost its inbox: it may process messages again"
         ),
         Event::PeerGone { peer, messages } => {
-            tracing::warn!(peer = %peer.short(), messages, "messages have waited long for a peer");
+            tracing::warn!(peer = %peer.short(), messages, "messages await an absent peer");
         }
         Event::Dropped { peer, reason, count } => {
             tracing::debug!(peer = %peer.short(), %reason, count, "messages dropped");

@@ -1,14 +1,14 @@
-//! The core of a node: what it is and does whatever carries its messages.
+//! The core of a node: the part that is the same whatever carries its messages.
 //!
 //! ```text
 //!   node/        handles of users ───────────────┐
 //!                                                ▼
-//!   carrier/     mesh, broker ── records ──▶   Core   ── effects ──▶ Way (a link, a broker, itself)
+//!   carrier/     mesh, broker ── records ──▶   Core   ── effects ──▶ Way (link, broker, itself)
 //!                                            Front │ Subscriptions │ Reporter
 //! ```
 //!
-//! The core decides nothing: [`Front`] does, and the core carries out its effects. It knows no
-//! carrier, only the [`Way`] by which each message came or goes.
+//! The core decides nothing: it carries out the effects of the [`Front`]. It knows no carrier, only
+//! the [`Way`] of each message.
 
 mod alarm;
 mod counters;
@@ -61,7 +61,7 @@ use crate::wire::{Envelope, Totals};
 use local::LocalWay;
 use runner::CallHandle;
 
-/// The types by which a node carries out the effects of its front.
+/// The types with which a node carries out the effects of its front.
 pub(crate) struct Shell;
 
 impl Host for Shell {
@@ -125,7 +125,7 @@ impl Core {
         Time::after_start(self.started.elapsed())
     }
 
-    /// A time of the engine by the runtime's clock; `None` if no clock counts that far.
+    /// Converts a time of the engine to the runtime's clock; `None` if that can't represent it.
     pub(crate) fn instant(&self, at: Time) -> Option<Instant> {
         self.started.checked_add(at.since_start())
     }
@@ -134,7 +134,7 @@ impl Core {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Takes no more calls from the user.
+    /// Refuses further calls from the user.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
     }
@@ -146,7 +146,7 @@ impl Core {
         tasks.spawn_on(task, &self.runtime);
     }
 
-    /// Spawns the tasks that the core needs itself.
+    /// Spawns the core's own tasks.
     pub(crate) fn spawn_own(self: &Arc<Self>) {
         let core = self.clone();
         self.spawn(async move { core.keep_deadlines().await });
@@ -160,13 +160,13 @@ impl Core {
         lock(&self.tasks).abort_all();
     }
 
-    /// Ends all tasks, and waits until they have ended.
+    /// Aborts all tasks, and waits until they have ended.
     pub(crate) async fn end_tasks(&self) {
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         tasks.shutdown().await;
     }
 
-    /// Ends requests whose deadline passes, until it is dropped.
+    /// Ends requests whose deadline has passed, until this future is dropped.
     async fn keep_deadlines(self: Arc<Self>) {
         loop {
             let next = || lock(&self.front).poll_timeout();
@@ -193,7 +193,7 @@ impl Core {
         result
     }
 
-    /// Looks at the front.
+    /// Reads the front.
     pub(crate) fn look<R>(&self, look: impl FnOnce(&Front<Shell>) -> R) -> R {
         look(&lock(&self.front))
     }
@@ -239,7 +239,7 @@ impl Core {
         }
     }
 
-    /// Counts received messages that are dropped, and reports them to their sender.
+    /// Counts dropped received messages, and reports them to their sender.
     pub(crate) fn drop_received(
         &self,
         path: Path,
@@ -260,12 +260,12 @@ impl Core {
 
     // Calls and requests of this node.
 
-    /// The way from this node to itself.
+    /// Returns the way from this node to itself.
     pub(crate) fn local(&self) -> &Arc<dyn Way> {
         &self.local
     }
 
-    /// Opens a request and makes sure that its deadline is kept.
+    /// Opens a request, and sets the alarm for its deadline.
     pub(crate) fn open_request(
         self: &Arc<Self>,
         id: MessageId,
@@ -288,9 +288,9 @@ impl Core {
         self.deliver(batch, Path::Local, None, &|_| None) == 0
     }
 
-    /// Delivers events that came by `path` to the matching subscriptions, or to those with one
-    /// pattern. `hold` makes the hold of messages with that cost. Returns the number of messages
-    /// that a subscription lost.
+    /// Delivers events that arrived over `path` to the matching subscriptions, or only to those
+    /// with the pattern `only`. `hold` makes the hold of messages with that cost. Returns the
+    /// number of messages that a subscription lost.
     pub(crate) fn deliver(
         &self,
         batch: EventBatch<Hold>,

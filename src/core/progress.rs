@@ -1,5 +1,4 @@
-//! How far a guaranteed message is, between those who store and deliver it and the one who waits
-//! for it.
+//! The progress of a guaranteed message, from the code that stores and delivers it to its sender.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,17 +7,16 @@ use std::task::{Context, Poll, Waker};
 use crate::engine::delivery::DeadLetterReason;
 use crate::sync::{Mutex, Rank, lock};
 
-/// Why a message was not stored, and whether that is certain.
+/// A message that was not stored, or perhaps was.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NotStored {
-    /// What the system or the broker said.
+    /// The text of the system's or the broker's error.
     pub reason: String,
-    /// The message may be delivered all the same: it was written, and then the disk failed before
-    /// it was safe, so that it may still be there after a restart; or it was sent to the broker,
-    /// which may have it. Sent again, it may come twice, unless both times it has the same id
-    /// (`once`). If this is false, nothing of the message was kept, and it
-    /// will not be delivered.
+    /// True if the message may be delivered all the same: it was written, and the disk failed
+    /// before the sync, so that it may be present after a restart; or it was sent to the broker,
+    /// which may have it. Sent again, it may arrive twice, unless both have the same id (`once`).
+    /// If false, nothing of the message was kept, and it will not be delivered.
     pub may_turn_up: bool,
 }
 
@@ -36,16 +34,16 @@ impl fmt::Display for NotStored {
 struct State {
     stored: Option<Result<(), NotStored>>,
     done: Option<Result<(), DeadLetterReason>>,
-    /// Nobody tells any more.
+    /// The sender was dropped: no more progress is reported.
     abandoned: bool,
     waiter: Option<Waker>,
 }
 
-/// Tells how far the message is. Who waits is told too when this is dropped.
+/// Reports the progress of a message. Its drop wakes the waiting task too.
 #[derive(Debug)]
 pub(crate) struct ProgressSender(Arc<Mutex<State>>);
 
-/// Waits for it.
+/// Receives the progress of a message.
 #[derive(Debug)]
 pub(crate) struct Progress(Arc<Mutex<State>>);
 
@@ -55,12 +53,12 @@ impl Progress {
         (ProgressSender(state.clone()), Self(state))
     }
 
-    /// Whether it was stored; `None` if nobody will tell.
+    /// Polls for the result of storing the message; `None` if none will be reported.
     pub(crate) fn poll_stored(&self, context: &Context<'_>) -> Poll<Option<Result<(), NotStored>>> {
         self.poll(context, |state| state.stored.clone())
     }
 
-    /// What became of it in the end; `None` if nobody will tell.
+    /// Polls for the message's outcome; `None` if none will be reported.
     pub(crate) fn poll_done(
         &self,
         context: &Context<'_>,

@@ -1,4 +1,4 @@
-//! What a node reports of itself: events for the user, counters, and the log.
+//! A node's reports: events for the user, counters, and the log.
 
 use std::time::Duration;
 
@@ -13,15 +13,15 @@ use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
 
-/// The most events that wait for one reader.
+/// The most unread events of one reader.
 const MOST_EVENTS: usize = 1024;
-/// Drops and moved keys within this time are reported together.
+/// The interval in which drops and moved keys are reported together.
 const GROUP: Duration = Duration::from_millis(100);
 
 pub(crate) struct Reporter {
     pub(crate) counters: LiveCounters,
     events: broadcast::Sender<Event>,
-    /// The events since the node's start, for the first reader.
+    /// The receiver of all events since the node's start, for the first reader.
     first_events: Mutex<Option<broadcast::Receiver<Event>>>,
     log: Log,
     /// Wakes the task that reports drops and moved keys in groups.
@@ -42,7 +42,7 @@ impl Default for Reporter {
 }
 
 impl Reporter {
-    /// The first call returns all events since the node's start, later ones those from then on.
+    /// Returns all events since the node's start on the first call, later ones from then on.
     pub(crate) fn events(&self) -> Events {
         let first = lock(&self.first_events).take();
         Events::new(first.unwrap_or_else(|| self.events.subscribe()))
@@ -54,36 +54,36 @@ impl Reporter {
         self.report_unlogged(event);
     }
 
-    /// Reports an event that is in the log already.
+    /// Reports an event that is already logged.
     pub(crate) fn report_unlogged(&self, event: Event) {
         let _nobody_watches = self.events.send(event);
     }
 
-    /// Queues a line for the log. Never waits.
+    /// Queues a log line. Never waits.
     pub(crate) fn log(&self, line: Line) {
         self.log.push(line);
     }
 
-    /// Writes the queued lines of the log.
+    /// Writes the queued log lines.
     pub(crate) fn write_log(&self) {
         self.log.write();
     }
 
-    /// Counts dropped messages of this node, and has them reported.
+    /// Counts dropped messages of this node, and schedules their report.
     pub(crate) fn count_drop(&self, peer: NodeId, reason: DropReason, count: u64) {
         if self.counters.dropped(peer, reason, count) {
             self.unreported.notify_one();
         }
     }
 
-    /// Counts an ordering key that moved to another instance, and has it reported.
+    /// Counts an ordering key that moved to another instance, and schedules its report.
     pub(crate) fn count_moved_key(&self, service: &ServiceName, from: NodeId, to: NodeId) {
         if self.counters.moved(service, from, to) {
             self.unreported.notify_one();
         }
     }
 
-    /// Reports drops and moved keys in groups, until it is dropped.
+    /// Reports drops and moved keys in groups, until this future is dropped.
     pub(super) async fn keep_reporting(&self) {
         loop {
             self.unreported.notified().await;
@@ -98,7 +98,7 @@ impl Reporter {
         }
     }
 
-    /// Writes the log, until it is dropped.
+    /// Writes the log, until this future is dropped.
     pub(super) async fn keep_writing(&self) {
         self.log.keep_writing().await;
     }

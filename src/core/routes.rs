@@ -1,10 +1,10 @@
-//! Changes of the subscribers and instances that a node knows, itself included.
+//! Changes of the known subscribers and instances, those of this node included.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
-/// Counts the changes, and wakes those that wait for one.
+/// Counts the changes, and wakes tasks that wait for one.
 pub(crate) struct RouteWatch {
     version: AtomicU64,
     changed: watch::Sender<()>,
@@ -22,7 +22,7 @@ impl RouteWatch {
         self.changed.send_replace(());
     }
 
-    /// The number of changes so far.
+    /// Returns the number of changes so far.
     pub(crate) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }

@@ -1,4 +1,4 @@
-//! Runs the calls of a service, and reports their ends to the front.
+//! Runs the calls of services, and reports their ends to the front.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,14 +17,14 @@ use crate::message::MessageId;
 use crate::sync::{Mutex, calling_out, lock};
 use crate::wire::Failure;
 
-/// After so many calls of one task other tasks have their turn; handlers may wait for nothing.
+/// The number of calls after which a task yields, since handlers may never wait.
 const MOST_IN_A_ROW: u32 = 4;
 
 /// One service or durable subscription of this node.
 pub(crate) struct ServiceRunner {
     pub(crate) name: ServiceName,
     handler: Arc<Handler>,
-    /// Wakes whoever waits until no call is left.
+    /// Wakes the tasks that wait until no call is left.
     ended: Notify,
 }
 
@@ -37,7 +37,7 @@ impl ServiceRunner {
         self.ended.notify_waiters();
     }
 
-    /// Waits until no call is queued or running. The service has to be withdrawn first.
+    /// Waits until no call is running or queued. The service must be withdrawn first.
     pub(crate) async fn wait_until_idle(&self, core: &Core, number: ServiceNumber) {
         loop {
             let mut ended = std::pin::pin!(self.ended.notified());
@@ -55,12 +55,12 @@ impl ServiceRunner {
 pub(crate) struct CallHandle {
     cancelled: AtomicBool,
     cancellation: Notify,
-    /// The call whose task runs this one, if it is another.
+    /// The call whose task runs this one, if that is another call.
     began_by: OnceLock<Arc<CallHandle>>,
     task: Mutex<Task>,
 }
 
-/// The task that a call began.
+/// The task spawned for a call.
 #[derive(Debug, Default)]
 enum Task {
     #[default]
@@ -70,7 +70,7 @@ enum Task {
 }
 
 impl CallHandle {
-    /// The caller gave up or is gone.
+    /// Notifies the handler that its caller gave up or is gone.
     pub(super) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
         self.cancellation.notify_waiters();
@@ -88,7 +88,7 @@ impl CallHandle {
         }
     }
 
-    /// Ends the call's task, at once or as soon as it is spawned.
+    /// Aborts the call's task, at once or as soon as it is spawned.
     pub(super) fn abort(&self) {
         let began_by = self.began_by.get().map_or(self, |other| other);
         let before = std::mem::replace(&mut *lock(&began_by.task), Task::Aborted);
@@ -106,7 +106,7 @@ impl CallHandle {
     }
 }
 
-/// Runs a call, and after it those that waited for its place.
+/// Spawns a task that runs a call, and then the queued calls that take its place.
 pub(super) fn start(core: &Arc<Core>, run: Run<Shell>) {
     let first = run.handle.clone();
     let (node, began_by) = (core.clone(), first.clone());
@@ -127,7 +127,7 @@ pub(super) fn start(core: &Arc<Core>, run: Run<Shell>) {
     first.handle_spawned(task.abort_handle());
 }
 
-/// Runs a call; returns the one to run in its place.
+/// Runs a call. Returns the call to run in its place.
 async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     let Run { service, number, key, message, deadline, handle } = run;
     let guaranteed = message.delivery.is_some();
@@ -155,7 +155,7 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     core.with_front(|front, now| front.handle_ended(now, number, key, ended))
 }
 
-/// Runs a handler within its lease. Its panic is its caller's error, and nobody else's.
+/// Runs a handler within its lease. A panic becomes an error for the caller of that call only.
 async fn hold_panic(
     service: &ServiceRunner,
     id: MessageId,
@@ -168,8 +168,9 @@ async fn hold_panic(
     let ended = match (run, lease) {
         (Ok(mut run), Some(lease)) => match lease.hold(&mut run).await {
             Some(ended) => ended,
-            None => catch_unwind(AssertUnwindSafe(|| drop(run)))
-                .map(|()| Err(HandlerError::new("lease", "its lease ran out"))),
+            None => catch_unwind(AssertUnwindSafe(|| drop(run))).map(|()| {
+                Err(HandlerError::new("lease", "the handler took longer than its lease"))
+            }),
         },
         (Ok(run), None) => run.await,
         (Err(panic), _) => Err(panic),

@@ -10,7 +10,7 @@ use crate::address::{Pattern, Topic};
 use crate::engine::{EventBatch, EventSink, Lost, Overflow, PatternTrie, SubscriptionQueue};
 use crate::sync::{Mutex, Rank, lock};
 
-/// One subscription, between the links' readers and its user.
+/// A subscription, between the tasks that receive events and its user.
 pub(crate) struct Subscriber {
     number: u64,
     pattern: Pattern,
@@ -28,7 +28,7 @@ impl Subscriber {
         &self.pattern
     }
 
-    /// The next batch; `None` once the queue is closed and empty.
+    /// Polls for the next batch; `None` once the queue is closed and empty.
     pub(crate) fn poll(&self, context: &Context<'_>) -> Poll<Option<EventBatch<Hold>>> {
         let mut state = lock(&self.state);
         match state.queue.pop() {
@@ -41,7 +41,7 @@ impl Subscriber {
         }
     }
 
-    /// Takes no more messages, and wakes the user.
+    /// Closes the queue to new messages, and wakes the user.
     pub(crate) fn close(&self) {
         let mut state = lock(&self.state);
         state.queue.close();
@@ -50,7 +50,7 @@ impl Subscriber {
         waker.into_iter().for_each(Waker::wake);
     }
 
-    /// Drops the queued messages, none under the lock.
+    /// Drops the queued messages, outside the lock.
     pub(crate) fn clear(&self) {
         while let Some(unread) = { lock(&self.state).queue.pop() } {
             drop(unread);
@@ -73,10 +73,10 @@ impl EventSink<Hold> for &Arc<Subscriber> {
     }
 }
 
-/// All subscriptions of a node. The snapshot is replaced when one comes or goes.
+/// All subscriptions of a node. The snapshot is replaced when a subscription comes or goes.
 pub(crate) struct Subscriptions {
     snapshot: ArcSwap<Snapshot>,
-    /// Held while the snapshot changes.
+    /// The last number; locked while the snapshot changes.
     change: Mutex<u64>,
 }
 
@@ -124,7 +124,7 @@ impl Subscriptions {
         self.snapshot.store(Arc::new(next));
     }
 
-    /// Ends all subscriptions. Their queued messages can still be read.
+    /// Closes all subscriptions. Their queued messages can still be read.
     pub(crate) fn close_all(&self) {
         self.snapshot.load().0.all().into_iter().for_each(|subscriber| subscriber.close());
     }

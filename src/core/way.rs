@@ -1,4 +1,4 @@
-//! The other end of a message's path, as a node's core reaches it.
+//! Ways: the other ends of messages' paths, as the core reaches them.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ pub(crate) trait Way: Send + Sync {
     /// Queues a call or a request.
     ///
     /// # Errors
-    /// The reason for which it is dropped; nobody has counted it yet.
+    /// The reason for which the call is dropped. The drop is not counted yet.
     fn send(&self, call: Envelope) -> Result<(), DropReason>;
 
     /// Queues an event.
@@ -35,20 +35,20 @@ pub(crate) trait Way: Send + Sync {
     /// As for [`Way::send`].
     fn send_event(&self, event: &Publication<'_>) -> Result<Backlog, DropReason>;
 
-    /// Queues an event as soon as there is room for it.
+    /// Queues an event as soon as there is room for it, up to a deadline.
     fn send_event_within<'a>(
         &'a self,
         event: &'a Publication<'_>,
         deadline: Instant,
     ) -> BoxFuture<'a, Result<Backlog, DropReason>>;
 
-    /// Takes a request back: from the queue, or by word to the node that handles it.
+    /// Takes a request back: out of the queue, or by notifying the node that handles it.
     fn take_back(&self, id: MessageId);
 
     /// Gives back the hold of received messages.
     fn give_back(&self, lane: Lane, held: Totals);
 
-    /// Gives a call's hold back and queues its reply, together.
+    /// Gives back a call's hold and queues its reply, together.
     ///
     /// # Errors
     /// As for [`Way::send`].
@@ -58,12 +58,12 @@ pub(crate) trait Way: Send + Sync {
     fn report_drop(&self, reason: DropReason, count: u64);
 }
 
-/// Word that is owed to whoever keeps a message until it ends.
+/// A notice owed to the keeper of a message when the message ends.
 pub(crate) enum Ticket {
-    /// A guaranteed message is settled with its keeper.
+    /// The keeper of a guaranteed message, with which it is settled.
     Kept(Arc<dyn Settle>),
-    /// The end of a broker's call is told by the drop of this.
-    Call(#[expect(dead_code, reason = "its drop is the word")] oneshot::Sender<()>),
+    /// Notifies the broker, by its drop, of a call's end.
+    Call(#[expect(dead_code, reason = "its drop is the notice")] oneshot::Sender<()>),
 }
 
 /// Settles guaranteed messages.
@@ -71,8 +71,8 @@ pub(crate) trait Settle: Send + Sync {
     fn settle(self: Arc<Self>, settlement: Settlement);
 }
 
-/// The part of its path that a received message holds, such as the credit of a link. Dropping it
-/// gives that back.
+/// The part of its path that a received message holds, such as a link's credit. Dropping the hold
+/// gives it back.
 pub(crate) struct Hold {
     way: Arc<dyn Way>,
     lane: Lane,
@@ -85,7 +85,7 @@ impl Hold {
         Self { way, lane, held, ticket: None }
     }
 
-    /// The hold of a message that no credit bounds.
+    /// Creates the hold of a message that no credit bounds.
     pub(crate) fn unbounded(way: Arc<dyn Way>) -> Self {
         Self::new(way, Lane::Calls, Totals::default())
     }
@@ -128,11 +128,11 @@ impl Drop for Hold {
     }
 }
 
-/// An event of this node, on its way to several others.
+/// An event of this node that is sent to several others.
 pub(crate) struct Publication<'a> {
     pub(crate) topic: &'a Topic,
     pub(crate) id: MessageId,
-    /// `None` where it would hold no more than the id and the topic.
+    /// `None` if it would hold only the id and the topic.
     pub(crate) header: Option<&'a Header>,
     pub(crate) body: &'a Bytes,
     /// Encoded once for all links.
@@ -140,7 +140,7 @@ pub(crate) struct Publication<'a> {
 }
 
 impl Publication<'_> {
-    /// The same as a message of its own.
+    /// Returns the event as a message of its own.
     pub(crate) fn envelope(&self) -> Envelope {
         let plain = || Header::new(self.id, Kind::Event, Destination::Topic(self.topic.clone()));
         let header = self.header.cloned().unwrap_or_else(plain);

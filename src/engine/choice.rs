@@ -1,9 +1,10 @@
-//! Competing consumers: which of the instances of a service takes a message.
+//! Competing consumers: the choice among the instances of a service.
 //!
-//! Without an ordering key the least loaded takes it. With one it goes by rendezvous hashing
-//! (Thaler and Ravishankar, *Using Name-Based Mappings to Increase Hit Rates*, 1998): each
-//! instance has a score for each key, and the highest takes it. All senders come to the same
-//! choice without a word, and when an instance comes or goes, only its own keys move.
+//! Without an ordering key the least loaded instance takes a message. With a key the choice is by
+//! rendezvous hashing (Thaler and Ravishankar, *Using Name-Based Mappings to Increase Hit Rates*,
+//! 1998): each instance has a score for each key, and the highest takes the message. All senders
+//! make the same choice without coordination, and when an instance comes or goes, only its own keys
+//! move.
 
 use std::collections::HashMap;
 
@@ -13,12 +14,12 @@ use crate::identity::NodeId;
 /// An instance of a service that could take a message.
 pub(crate) trait Candidate {
     fn node(&self) -> NodeId;
-    /// This sender's unfinished calls to it, and its concurrency.
+    /// The number of this sender's unfinished calls to it, and its concurrency.
     fn load(&self) -> (u64, u32);
 }
 
 /// Chooses the instance that takes a message: for calls, guaranteed messages and the simulator.
-/// Equally loaded ones take turns, by `turn`.
+/// Equally loaded instances take turns, by `turn`.
 pub(crate) fn choose<'a, C: Candidate>(
     candidates: &'a [C],
     key: Option<&str>,
@@ -31,7 +32,7 @@ pub(crate) fn choose<'a, C: Candidate>(
     }
 }
 
-/// The candidate that takes the messages of a key.
+/// Returns the candidate that takes the messages of a key.
 fn preferred<'a, C: Candidate>(candidates: &'a [C], key: &str) -> Option<&'a C> {
     let key = fnv_1a(FNV_START, key.as_bytes());
     candidates.iter().max_by_key(|candidate| {
@@ -41,13 +42,13 @@ fn preferred<'a, C: Candidate>(candidates: &'a [C], key: &str) -> Option<&'a C> 
     })
 }
 
-/// The least loaded of several competing consumers: the fewest unfinished calls for the
-/// concurrency that it announced. Ties go round with `turn`.
+/// Returns the least loaded candidate: the one with the fewest unfinished calls in proportion to
+/// its announced concurrency. Ties go round with `turn`.
 fn least_loaded<T>(candidates: &[T], turn: usize, load: impl Fn(&T) -> (u64, u32)) -> Option<&T> {
     let len = candidates.len();
     (0..len)
         .map(|offset| &candidates[(turn + offset) % len])
-        // a/b < c/d as a·d < c·b; `min_by` keeps the first of equals, which is `turn`'s.
+        // a/b < c/d if a·d < c·b; `min_by` keeps the first of equals, which is `turn`'s.
         .min_by(|a, b| {
             let ((a, a_of), (b, b_of)) = (load(a), load(b));
             (a * u64::from(b_of)).cmp(&(b * u64::from(a_of)))
@@ -66,8 +67,8 @@ pub(crate) struct Affinity {
 }
 
 impl Affinity {
-    /// Records the instance that takes a key's message; returns the previous instance if it was
-    /// another one. Keys unused for long are forgotten.
+    /// Records the instance that takes a key's message. Returns the previous instance, if it was
+    /// another one. Keys that are unused for long are forgotten.
     pub(crate) fn note(&mut self, service: &ServiceName, key: &str, now: NodeId) -> Option<NodeId> {
         let service = fnv_1a(FNV_START, service.as_str().as_bytes());
         let number = mix(fnv_1a(mix(service), key.as_bytes()));
@@ -87,7 +88,7 @@ impl Affinity {
 
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// The FNV-1a hash (Fowler, Noll and Vo), on which all versions of a node agree.
+/// The FNV-1a hash (Fowler, Noll and Vo), the same in all versions of a node.
 fn fnv_1a(start: u64, bytes: &[u8]) -> u64 {
     let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     bytes.iter().fold(start, step)

@@ -1,16 +1,16 @@
 //! The engine: every decision of a node, with no I/O and no clock.
 //!
-//! It is told what happened and what time it is (`handle_*`) and hands back what to do
-//! (`poll_*`). The shell (`core/` and `carrier/mesh/`) carries that out over real links, the
-//! simulator in `sim/` over simulated ones.
+//! It receives inputs and the time (`handle_*`), and returns what to do (`poll_*`). The shell
+//! (`core/` and `carrier/mesh/`) carries that out over real links, the simulator in `sim/` over
+//! simulated ones.
 //!
 //! ```text
-//!            rarely touched                   touched for every message
+//!             used rarely                       used for every message
 //!  ┌──────────────────────────────┐   ┌──────────────────────────────────────────┐
 //!  │ Mesh: peers, their patterns  │──▶│ Routing: an immutable snapshot           │
 //!  │ and services, dials          │   │ Flow: one a link: queues, credit         │
 //!  ├──────────────────────────────┤   │ SubscriptionQueue: one a subscription    │
-//!  │ Outbox, Inbox: guaranteed    │   │ Front: calls, requests, and who may what │
+//!  │ Outbox, Inbox: guaranteed    │   │ Front: calls, requests, permission       │
 //!  │ messages                     │   │ choose(): one among several instances    │
 //!  └──────────────────────────────┘   └──────────────────────────────────────────┘
 //! ```
@@ -48,11 +48,11 @@ use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
-/// A map that hashes fast, for keys that this node draws, or of which credit allows few:
-/// its seed is drawn, but whoever watches this process for long could find keys that collide.
+/// A map with a fast hash, for keys that this node draws, or of which credit allows few. Its seed
+/// is random, but an observer of this process could in time find keys that collide.
 pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
 
-/// A point in time, as the time since the engine's start.
+/// A point in time, measured from the engine's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) struct Time(Duration);
 
@@ -77,16 +77,16 @@ impl Add<Duration> for Time {
     }
 }
 
-/// A connection between two nodes, from its first byte to its end; never reused.
+/// The number of a connection, from its first byte to its end; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct LinkId(pub(crate) u64);
 
-/// The path between this node and the other end of a call.
+/// The path between this node and the other end of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Path {
     /// Within this node.
     Local,
     Link(LinkId),
-    /// By way of the broker.
+    /// Through the broker.
     Broker,
 }

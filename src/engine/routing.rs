@@ -1,7 +1,7 @@
-//! Who gets what: an immutable snapshot of what the peers announced.
+//! Routing: an immutable snapshot of the peers' announced patterns and services.
 //!
-//! The next snapshot shares with this one all that did not change, so that a change costs what
-//! it is, however many peers there are.
+//! The next snapshot shares all unchanged parts with this one, so the cost of a change does not
+//! depend on the number of peers.
 
 use std::sync::Arc;
 
@@ -16,19 +16,19 @@ use crate::peer::ServiceInfo;
 
 type HashMap<K, V> = GenericHashMap<K, V, RandomState, imbl::shared_ptr::DefaultSharedPtr>;
 
-/// What matched, by number; most topics have few subscribers.
+/// Matched values, by number; most topics have few subscribers.
 pub(crate) type Matches<'a, T> = SmallVec<[(u64, &'a T); 8]>;
 
-/// Patterns in a tree of tokens, so that a topic is matched in the time that its own tokens
-/// take, however many patterns there are. Cloning is cheap.
+/// Patterns in a tree of tokens. The time to match a topic depends on its own tokens, not on the
+/// number of patterns. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub(crate) struct PatternTrie<T: Clone> {
     children: Children<T>,
-    /// What `*` leads to.
+    /// The branch of `*`.
     any: Option<Arc<PatternTrie<T>>>,
     /// The values of patterns that end here, by number.
     here: OrdMap<u64, T>,
-    /// Those of patterns that end in `>` here.
+    /// The values of patterns that end in `>` here.
     rest: OrdMap<u64, T>,
 }
 
@@ -39,7 +39,7 @@ impl<T: Clone> Default for PatternTrie<T> {
 }
 
 impl<T: Clone> PatternTrie<T> {
-    /// Adds a value under a number, which stands for it when it matches by several patterns.
+    /// Adds a value under a number, by which it is found once if several of its patterns match.
     pub(crate) fn insert(&mut self, pattern: &Pattern, number: u64, value: T) {
         self.change(pattern.as_str().split('.'), |values| _ = values.insert(number, value.clone()));
     }
@@ -56,7 +56,7 @@ impl<T: Clone> PatternTrie<T> {
         self.change_below(&mut tokens, &mut change);
     }
 
-    /// By recursion, since the way back up removes what became empty.
+    /// Recursive, since the way back up removes empty branches.
     fn change_below(
         &mut self,
         tokens: &mut dyn Iterator<Item = &str>,
@@ -81,7 +81,7 @@ impl<T: Clone> PatternTrie<T> {
             && self.rest.is_empty()
     }
 
-    /// The values of all patterns that match, each number once.
+    /// Returns the values of all patterns that match, each number once.
     pub(crate) fn matches(&self, topic: &Topic) -> Matches<'_, T> {
         let mut found = SmallVec::new();
         self.collect(topic.as_str(), &mut found);
@@ -92,7 +92,7 @@ impl<T: Clone> PatternTrie<T> {
         found
     }
 
-    /// All values, in no order.
+    /// Returns all values, in no order.
     pub(crate) fn all(&self) -> Vec<&T> {
         let mut found: Vec<&T> = self.here.values().chain(self.rest.values()).collect();
         let (one, many) = self.children.all();
@@ -121,8 +121,8 @@ impl<T: Clone> PatternTrie<T> {
     }
 }
 
-/// The branches of a trie by their tokens. Most nodes have none or one, and a map of its own for
-/// each would let a peer with long patterns take gigabytes.
+/// The branches of a trie by their tokens. Most nodes have none or one; a map for each would let a
+/// peer with long patterns take gigabytes.
 #[derive(Debug, Clone)]
 enum Children<T: Clone> {
     None,
@@ -152,7 +152,7 @@ impl<T: Clone> Children<T> {
         (one, many.into_iter().flat_map(|map| map.values()))
     }
 
-    /// Changes the branch of a token, which is made if it is missing and removed if it ends empty.
+    /// Changes the branch of a token. A missing branch is created, an empty one removed.
     fn change(&mut self, token: &str, change: impl FnOnce(&mut PatternTrie<T>)) {
         let mut next = match self {
             Self::One(own, next) if **own == *token => std::mem::take(next),
@@ -191,7 +191,7 @@ pub(crate) struct Instance<L = LinkId> {
     pub(crate) concurrency: u32,
 }
 
-/// What one peer announced anew.
+/// A change in a peer's announcements.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum RouteChange {
     Up,
@@ -202,7 +202,7 @@ pub(crate) enum RouteChange {
     Withdrawn(ServiceName),
 }
 
-/// What the peers want and serve. `L` is how the owner of the snapshot reaches a link.
+/// The peers' patterns and services. `L` is the owner's handle of a link.
 #[derive(Debug, Clone)]
 pub(crate) struct Routing<L: Clone = LinkId> {
     /// By the numbers of the links.
@@ -222,7 +222,7 @@ impl<L: Clone> Default for Routing<L> {
 }
 
 impl<L: Clone> Routing<L> {
-    /// Takes in a change of the peer at the other end of `link`, which is reached by `way`.
+    /// Applies a change of the peer at the other end of `link`, which is reached by `way`.
     pub(crate) fn apply(&mut self, peer: NodeId, link: LinkId, way: &L, change: RouteChange) {
         match change {
             RouteChange::Up => _ = self.links.insert(peer, way.clone()),
@@ -243,17 +243,17 @@ impl<L: Clone> Routing<L> {
         }
     }
 
-    /// The links to the nodes that subscribe to `topic`, each once.
+    /// Returns the links to the nodes that subscribe to `topic`, each once.
     pub(crate) fn subscribers(&self, topic: &Topic) -> Matches<'_, L> {
         self.topics.matches(topic)
     }
 
-    /// The nodes that serve `name`, by their ids.
+    /// Returns the nodes that serve `name`, in the order of their ids.
     pub(crate) fn instances(&self, name: &ServiceName) -> impl Iterator<Item = &Instance<L>> {
         self.services.get(name).into_iter().flat_map(OrdMap::values)
     }
 
-    /// How `peer` serves `name`, if it does.
+    /// Returns the instance of `name` at `peer`, if it serves that.
     pub(crate) fn instance(&self, name: &ServiceName, peer: &NodeId) -> Option<&Instance<L>> {
         self.services.get(name)?.get(peer)
     }

@@ -5,8 +5,8 @@
 //!                                          └──────▶ Lost: by the queue's overflow policy
 //! ```
 //!
-//! Events of one topic that arrive one after the other are matched, counted and queued together,
-//! and become messages when the subscriber takes them.
+//! Consecutive events of one topic are matched, counted and queued together, and become messages
+//! when the subscriber takes them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use crate::message::{Header, Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::Totals;
 
-/// The most messages in a batch. They give their hold back together.
+/// The most messages in a batch. Their hold is given back with the last.
 const MAX_MESSAGES: u64 = 128;
-/// The most that they cost, unless it is one alone.
+/// The most cost of a batch, in bytes, unless it is a single message.
 const MAX_COST: u64 = 64 * 1024;
 
 #[derive(Debug, Clone)]
 enum Entry {
-    /// With no more than an id and a body, which is the next part of the batch's bodies.
+    /// A message with only an id and a body, which is the next part of the batch's bodies.
     Plain {
         id: MessageId,
         len: u32,
@@ -44,12 +44,11 @@ impl Entry {
     }
 }
 
-/// Messages of one sender and topic, and the hold that they have on their path until the last is
-/// taken.
+/// Messages of one sender and topic, and their hold on their path, until the last is taken.
 pub(crate) struct EventBatch<H> {
     from: NodeId,
     topic: Topic,
-    /// The bodies of the plain ones, one behind the other.
+    /// The bodies of the plain messages, in a row.
     bodies: Bytes,
     entries: VecDeque<Entry>,
     totals: Totals,
@@ -71,7 +70,7 @@ impl<H> Clone for EventBatch<H> {
 }
 
 impl<H> EventBatch<H> {
-    /// A batch of one message.
+    /// Creates a batch of one message.
     pub(crate) fn single(topic: Topic, message: Message) -> Self {
         let (from, totals) = (message.from, Totals::one(message.cost()));
         let (entry, bodies) = match (message.header.is_plain(Kind::Event), message.body.len()) {
@@ -87,7 +86,7 @@ impl<H> EventBatch<H> {
         &self.topic
     }
 
-    /// The number of messages, and their cost.
+    /// Returns the number of messages and their cost.
     pub(crate) fn totals(&self) -> Totals {
         self.totals
     }
@@ -96,7 +95,7 @@ impl<H> EventBatch<H> {
         self.entries.is_empty()
     }
 
-    /// The next message. The hold is given back with the last.
+    /// Takes the next message. The hold is given back with the last.
     pub(crate) fn take(&mut self) -> Option<Message> {
         let entry = self.entries.pop_front()?;
         self.totals.messages -= 1;
@@ -124,7 +123,7 @@ impl<H> EventBatch<H> {
         self.totals.bytes -= entry.cost();
     }
 
-    /// The same messages one by one, without a hold.
+    /// Splits the batch into batches of one message, without a hold.
     pub(crate) fn split(mut self) -> impl Iterator<Item = Self> {
         let topic = self.topic.clone();
         std::iter::from_fn(move || Some(Self::single(topic.clone(), self.take()?)))
@@ -150,14 +149,13 @@ impl EventBatchBuilder {
         &self.topic
     }
 
-    /// Whether a message with a body of `len` bytes belongs to the next batch.
+    /// Returns true if a message with a body of `len` bytes belongs in the next batch.
     pub(crate) fn is_full(&self, len: usize) -> bool {
         self.totals.messages >= MAX_MESSAGES
             || self.totals.bytes + BASE_COST + len as u64 > MAX_COST && !self.entries.is_empty()
     }
 
-    /// Adds a plain message. Its body is copied, so that it doesn't pin the buffer that it was
-    /// read into.
+    /// Adds a plain message. Its body is copied, so that it does not pin its read buffer.
     pub(crate) fn add_plain(&mut self, id: MessageId, body: &[u8]) {
         self.bodies.extend_from_slice(body);
         self.totals += Totals::one(BASE_COST + body.len() as u64);
@@ -170,7 +168,7 @@ impl EventBatchBuilder {
         self.entries.push(Entry::Whole(Box::new(message)));
     }
 
-    /// What has gathered, if anything; an empty batch of the same topic stays.
+    /// Returns the gathered messages, if there are any; an empty batch of the same topic stays.
     pub(crate) fn finish<H>(&mut self) -> Option<EventBatch<H>> {
         if self.entries.is_empty() {
             return None;
@@ -188,39 +186,40 @@ impl EventBatchBuilder {
     }
 }
 
-/// What a subscription loses when its messages are not taken in time. The sender counts each loss.
+/// The loss of a subscription whose messages are not taken in time. The sender counts each loss.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Overflow {
-    /// The newest: what comes when the queue is full. Counted as
+    /// Drops the newest: messages that arrive while the queue is full. Counted as
     /// [`SlowSubscriber`](DropReason::SlowSubscriber).
     #[default]
     DropNewest,
-    /// The oldest: what has waited longest makes room. Counted as
+    /// Drops the oldest: the messages queued longest make room. Counted as
     /// [`SlowSubscriber`](DropReason::SlowSubscriber).
     DropOldest,
-    /// All but the latest of each topic: a message takes the place of the unread one before it,
-    /// full or not. Counted as [`Superseded`](DropReason::Superseded). Topics beyond what the
-    /// queue holds lose their newest.
+    /// Keeps the latest of each topic: a message replaces the unread one before it, whether the
+    /// queue is full or not. Counted as [`Superseded`](DropReason::Superseded). Topics beyond the
+    /// queue's capacity lose their newest.
     KeepLatest,
-    /// Nothing: what is unread holds the credit of its link, until its senders wait or drop.
+    /// Drops nothing: unread messages hold the credit of their link, until the senders wait or
+    /// drop.
     ///
     /// A subscription that never reads then stops **all** events from its peers to this node,
-    /// not only its own. What it holds is bounded by [`Config::window`] for each peer; what this
-    /// node publishes to itself is bounded by [`Config::subscription_queue`] and loses the
-    /// newest.
+    /// not only its own. The queue is bounded by [`Config::window`] for each peer. Events that
+    /// this node publishes to itself are bounded by [`Config::subscription_queue`], and the
+    /// newest are dropped.
     ///
     /// [`Config::window`]: crate::Config::window
     /// [`Config::subscription_queue`]: crate::Config::subscription_queue
     HoldBack,
 }
 
-/// Messages that a queue did not keep, and the hold of those among which they came.
+/// Messages that a queue did not keep, and the hold of their batch.
 pub(crate) struct Lost<H> {
     pub(crate) hold: Option<Arc<H>>,
     pub(crate) reason: DropReason,
     pub(crate) count: u64,
-    /// They had been queued before.
+    /// The messages had been queued before.
     pub(crate) earlier: bool,
 }
 
@@ -242,12 +241,12 @@ impl<H> SubscriptionQueue<H> {
         self.closed
     }
 
-    /// Takes no more messages; the queued ones stay.
+    /// Closes the queue to new messages; the queued ones stay.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }
 
-    /// Queues messages. Returns those that are lost by it.
+    /// Queues messages. Returns the messages that are lost by that.
     pub(crate) fn push(&mut self, batch: EventBatch<H>) -> Vec<Lost<H>> {
         let mut lost = Vec::new();
         if self.closed {
@@ -285,7 +284,7 @@ impl<H> SubscriptionQueue<H> {
         self.batches.push_back(batch);
     }
 
-    /// Appends the messages that there is room for. An empty queue takes any one message.
+    /// Appends the messages for which there is room. An empty queue takes any one message.
     fn append_within(&mut self, mut batch: EventBatch<H>) -> Option<Lost<H>> {
         let fits = |batch: &EventBatch<H>| {
             let totals = batch.totals;
@@ -315,7 +314,7 @@ impl<H> SubscriptionQueue<H> {
         Some(Lost { hold, reason: DropReason::SlowSubscriber, count: 1, earlier: true })
     }
 
-    /// Takes out the unread message on the same topic.
+    /// Removes the unread message on the same topic.
     fn supersede(&mut self, by: &EventBatch<H>) -> Option<Lost<H>> {
         let place = self.batches.iter().position(|batch| batch.topic == by.topic)?;
         let old = self.batches.remove(place)?;
@@ -325,7 +324,7 @@ impl<H> SubscriptionQueue<H> {
     }
 }
 
-/// A subscription, as events are delivered to it.
+/// A subscription that receives events.
 pub(crate) trait EventSink<H> {
     fn overflow(&self) -> Overflow;
     fn push(&self, batch: EventBatch<H>) -> Vec<Lost<H>>;
@@ -333,14 +332,14 @@ pub(crate) trait EventSink<H> {
 
 /// The outcome of a delivery at one subscription, or at none.
 pub(crate) enum Delivered<'a, H> {
-    /// So many messages came, and these were lost.
+    /// The number of messages that arrived, and those that were lost.
     Pushed(u64, Vec<Lost<H>>),
     /// No subscription matches: all messages of a batch are dropped.
     NoSubscriber(Option<&'a H>, u64),
 }
 
 /// Delivers a batch to the matching subscriptions. `hold` makes the hold of messages with that
-/// cost, `report` is told of each outcome. Returns the number of messages of this batch that a
+/// cost, and `report` receives each outcome. Returns the number of messages of this batch that a
 /// subscription lost.
 pub(crate) fn deliver<H, S: EventSink<H>>(
     mut batch: EventBatch<H>,

@@ -1,4 +1,4 @@
-//! Calls on their way to an instance: one-way messages and requests alike.
+//! Outgoing calls: one-way messages and requests.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ impl Inner {
         }
     }
 
-    /// Chooses the instance that takes a call. Waits for the grace if there is none yet.
+    /// Chooses the instance that takes a call. Waits up to the grace period if there is none yet.
     pub(super) async fn find(
         &self,
         recipient: &Recipient,
@@ -47,7 +47,7 @@ impl Inner {
         timeout(self.core.config.service_grace, found).await.ok().or(otherwise)
     }
 
-    /// Queues a call on its way, and counts it.
+    /// Queues a call on its way, and counts it or its drop.
     pub(super) fn hand_over(
         &self,
         way: &Arc<dyn Way>,

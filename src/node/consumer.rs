@@ -10,7 +10,7 @@ use crate::core::{Handler, ServiceRunner};
 use crate::engine::ServiceNumber;
 use crate::opaque::opaque;
 
-/// A durable subscription that is about to begin. [`Consume::start`] does it.
+/// A durable subscription to be started by [`Consume::start`].
 #[must_use = "a durable subscription begins when it is started"]
 pub struct Consume {
     node: Arc<Inner>,
@@ -32,18 +32,19 @@ impl Consume {
         Self { node: node.clone(), name, pattern, handler, concurrency: DEFAULT_CONCURRENCY }
     }
 
-    /// How many handlers run at once: 64 by default, 1 at the least. 1 keeps the order in which
-    /// a publisher first sent; messages with a key come in their order anyway.
+    /// Sets the number of handlers that run at once: 64 by default, at least 1. With 1, messages
+    /// are handled in the order in which a publisher first sent them; messages with a key are
+    /// always handled in order.
     pub fn concurrency(mut self, handlers: u32) -> Self {
         self.concurrency = handlers.max(1);
         self
     }
 
-    /// Begins to take messages.
+    /// Starts the durable subscription.
     ///
     /// # Errors
-    /// [`ServeError`] if the name or the pattern can't be parsed, the name is used here already,
-    /// or the node has no store.
+    /// [`ServeError`] if the name or the pattern can't be parsed, if the name is already used here,
+    /// or if the node has no store.
     pub fn start(self) -> Result<Consumer, ServeError> {
         let (node, name, pattern) = (self.node, self.name?, self.pattern?);
         node.carrier.check_consumer()?;
@@ -60,8 +61,8 @@ impl Consume {
     }
 }
 
-/// A durable subscription that takes messages. Dropping it only stops that: its publishers keep
-/// what is for it, and what is published meanwhile, until it is started again.
+/// A running durable subscription. Dropping it only stops it: its publishers keep its messages, and
+/// those published meanwhile, until it is started again.
 #[must_use = "dropping it stops the durable subscription"]
 pub struct Consumer {
     runner: Arc<ServiceRunner>,
@@ -74,7 +75,7 @@ pub struct Consumer {
 opaque!(Consumer, |it| name: it.name(), pattern: it.pattern());
 
 impl Consumer {
-    /// Its name.
+    /// The durable subscription's name.
     pub fn name(&self) -> &ServiceName {
         &self.runner.name
     }
@@ -84,7 +85,7 @@ impl Consumer {
         &self.pattern
     }
 
-    /// Stops taking messages, and waits until the running handlers are done.
+    /// Stops taking messages, and waits until the running handlers have ended.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the subscription stopped.
@@ -93,12 +94,11 @@ impl Consumer {
         self.runner.wait_until_idle(&self.node.core, self.number).await;
     }
 
-    /// Ends the subscription for good: its publishers forget it, and the messages that they keep
-    /// for it. Waits until the running handlers are done.
+    /// Ends the subscription permanently: its publishers forget it, with its queued messages. Waits
+    /// until the running handlers have ended.
     ///
-    /// Linked peers are notified now, others when they link while this node lives; the rest keep
-    /// its messages until [`Node::forget_subscription`] or `peerbus outbox forget` is called
-    /// there.
+    /// Linked peers are notified now, others when they link during this node's life. The rest keep
+    /// the messages until [`Node::forget_subscription`] or `peerbus outbox forget` is called there.
     ///
     /// [`Node::forget_subscription`]: crate::Node::forget_subscription
     ///

@@ -1,4 +1,4 @@
-//! What every message to be sent has: a body, and the optional parts of a header.
+//! Drafts: the body and optional header fields of a message to be sent.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use crate::message::{
     Body, BodyError, Extra, Header, IdSource, Kind, Message, MessageId, check_size,
 };
 
-/// What any message may carry besides its body. Most carry nothing, and those that are published
-/// by the million are moved about, so it is kept small.
+/// A message to be sent, before it has an id. Most messages have only a body, and a publish moves
+/// the draft several times, so it is small.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Draft {
     pub(super) kind: Option<Kind>,
@@ -20,7 +20,7 @@ pub(crate) struct Draft {
 
 #[derive(Debug, Default, Clone)]
 pub(super) struct Rare {
-    /// Its id, if it has one already.
+    /// The message's id, if it has one already.
     pub(super) id: Option<MessageId>,
     pub(super) ttl: Option<Duration>,
     pub(super) reply_to: Option<NodeId>,
@@ -37,8 +37,8 @@ impl Draft {
         draft
     }
 
-    /// A message that was received, to be sent once more under its id; where answers to it go is
-    /// left out.
+    /// Copies a received message, to send it again with the same id. The return address is left
+    /// out.
     pub(crate) fn copy_of(message: &Message) -> Self {
         let header = &message.header;
         let rare = Rare {
@@ -52,14 +52,14 @@ impl Draft {
         Self { kind: Some(header.kind), body, rare: Some(Box::new(rare)) }
     }
 
-    /// Sets a user header, in place of what it was.
+    /// Sets a user header, in place of an earlier value.
     pub(crate) fn set_header(&mut self, name: &str, value: String) {
         let headers = &mut self.extra().headers;
         headers.retain(|(other, _)| other != name);
         headers.push((name.to_owned(), value));
     }
 
-    /// Its id, or the next one.
+    /// Returns the message's id, or draws the next one.
     pub(super) fn id(&self, ids: &IdSource) -> MessageId {
         self.rare.as_ref().and_then(|rare| rare.id).unwrap_or_else(|| ids.next_now())
     }
@@ -76,7 +76,7 @@ impl Draft {
         self.rare.as_ref()?.extra.as_ref()?.ordering_key.as_deref()
     }
 
-    /// Whether there is nothing but a body to it.
+    /// Returns true if the draft has only a body.
     pub(super) fn is_plain(&self) -> bool {
         self.kind.is_none() && self.rare.is_none()
     }
@@ -106,28 +106,28 @@ impl Draft {
 /// Gives a builder the setters that every message has.
 macro_rules! message_setters {
     () => {
-        /// Says what the message is: event, command or document.
+        /// Sets the message's kind: event, command or document.
         pub fn kind(mut self, kind: Kind) -> Self {
             self.draft.kind = Some(kind);
             self
         }
 
-        /// Messages with the same key belong in one order. Those to a service all go to the same
-        /// instance while it is there, and its handler has them one at a time; when an instance
-        /// comes or goes, some keys move to another
+        /// Sets the ordering key. Messages with the same key are handled in order: those to a
+        /// service all go to the same instance while it is present, and its handler receives
+        /// them one at a time. When an instance comes or goes, some keys move to another
         /// ([`Event::KeysMoved`](crate::Event::KeysMoved)).
         pub fn key(mut self, key: impl Into<String>) -> Self {
             self.draft.extra().ordering_key = Some(key.into());
             self
         }
 
-        /// Names the body's media type.
+        /// Sets the body's media type.
         pub fn content_type(mut self, media_type: impl Into<String>) -> Self {
             self.draft.extra().content_type = Some(media_type.into());
             self
         }
 
-        /// Makes it part of a trace: a W3C `traceparent`.
+        /// Sets the trace of the message: a W3C `traceparent`.
         pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
             self.draft.extra().traceparent = Some(traceparent.into());
             self

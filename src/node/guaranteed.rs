@@ -1,4 +1,4 @@
-//! Guaranteed messages: stored here until they are processed there.
+//! Guaranteed messages: stored here until their receivers have processed them.
 
 use std::future::{Future, IntoFuture, poll_fn};
 use std::pin::Pin;
@@ -17,7 +17,7 @@ use crate::message::{Kind, MessageId};
 use crate::opaque::opaque;
 use crate::wire::Envelope;
 
-/// A message for the outbox. Awaiting it stores the message and returns a [`Receipt`].
+/// A guaranteed message. Awaiting it stores the message and returns a [`Receipt`].
 #[must_use = "a message is stored when this is awaited"]
 pub struct Guaranteed<'a> {
     node: &'a Arc<Inner>,
@@ -38,32 +38,33 @@ impl<'a> Guaranteed<'a> {
         Self { node, destination, draft, not_before: None, once: false }
     }
 
-    /// Makes it a dead letter if it is not processed by then; without it, it is tried for ever.
-    /// It goes by the clock on the wall, since it outlasts this process.
+    /// Sets the time after which the unprocessed message becomes a dead letter; by default it never
+    /// expires. Measured by the wall clock, since the message outlives this process.
     pub fn expires_in(mut self, time: Duration) -> Self {
         self.draft.rare().ttl = Some(time);
         self
     }
 
-    /// Holds it back until then, by the clock on the wall.
+    /// Holds the message back until that time, by the wall clock.
     pub fn not_before(mut self, time: SystemTime) -> Self {
         self.not_before = Some(time);
         self
     }
 
-    /// Gives it an id, and stores it only if none with that id was stored: for whoever may have to
-    /// send something again without knowing whether it has been stored, as after a crash. The
-    /// receipt then tells of the one that was stored first.
+    /// Sets the message's id, and stores the message only if none with that id was stored: for a
+    /// sender that may have to send again without knowing whether the message was stored, for
+    /// example after a crash. The receipt then reports on the message that was stored first.
     ///
-    /// An outbox remembers the id for as long as the next 256 MiB of its journal, on a disk that is
-    /// smaller for as much as that holds, restarts included. NATS does so for two minutes (its `duplicate_window`); RabbitMQ can't.
+    /// An outbox remembers the id for the next 256 MiB of its journal, or as much as a smaller disk
+    /// holds, across restarts. NATS remembers it for two minutes (its `duplicate_window`); RabbitMQ
+    /// does not support it.
     pub fn once(mut self, id: MessageId) -> Self {
         self.draft.rare().id = Some(id);
         self.once = true;
         self
     }
 
-    /// A message that was stored in a database, with its id.
+    /// Creates a guaranteed message from one stored in a database, with its id.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn stored_elsewhere(
         node: &'a super::Node,
@@ -81,7 +82,7 @@ impl<'a> Guaranteed<'a> {
         Self::new(node.inner(), Ok(destination), draft).once(id)
     }
 
-    /// Checks it, and gives it an id.
+    /// Checks the message, and draws its id if it has none.
     fn into_message(mut self) -> Result<NewGuaranteed, OutboxError> {
         let core = &self.node.core;
         let destination = self.destination?;
@@ -105,7 +106,7 @@ impl<'a> Guaranteed<'a> {
     }
 }
 
-/// The abilities that a message asks of the carrier.
+/// Returns the abilities that a message requires of the carrier.
 fn required(
     destination: &Destination,
     draft: &Draft,
@@ -132,15 +133,15 @@ impl<'a> IntoFuture for Guaranteed<'a> {
     }
 }
 
-/// A guaranteed message that is being stored: what awaiting a [`Guaranteed`] does. Once it was
-/// polled, the message is on its way to this node's disk even if this is dropped. Over a broker,
-/// dropping it may leave the message unsent.
+/// The future of a [`Guaranteed`] message that is being stored. Once polled, the message is written
+/// to this node's disk even if the future is dropped. Over a broker, dropping the future may leave
+/// the message unsent.
 #[must_use = "a message is stored when this is awaited"]
 pub struct Storing<'a>(Step<'a>);
 
 opaque!(Storing<'_>, |_it|);
 
-/// It is no async block, since such a one would be ten times as large, and on the heap.
+/// The state of a [`Storing`]. An async block would be ten times as large, and on the heap.
 enum Step<'a> {
     New(Guaranteed<'a>),
     Submitted(Submission),
@@ -208,11 +209,11 @@ impl<'a> Transaction<'a> {
         self.messages.push(message);
     }
 
-    /// Stores all messages, in one atomic record; the receipts are in their order. They are sent
-    /// and processed each on its own.
+    /// Stores all messages in one atomic record, and returns the receipts in the order of the
+    /// messages. Each message is sent and processed separately.
     ///
     /// # Errors
-    /// [`OutboxError`]; none of them is stored then, and none is sent.
+    /// [`OutboxError`]: then no message is stored, and none is sent.
     pub async fn commit(self) -> Result<Vec<Receipt>, OutboxError> {
         self.node.carrier.require(Capability::Transactions)?;
         let messages = self.messages.into_iter().map(Guaranteed::into_message);

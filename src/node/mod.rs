@@ -1,4 +1,4 @@
-//! The handles of a node: the calls of its user.
+//! The handles of a node for its user.
 
 mod calls;
 mod consumer;
@@ -44,13 +44,13 @@ use crate::opaque::opaque;
 use crate::peer::{PeerInfo, Unreachable};
 use crate::report::Counters;
 
-/// How long [`Node::shutdown`] gives what is on its way.
+/// The time limit of [`Node::shutdown`].
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// A participant of a mesh. Cloning is cheap; all clones are the same node.
 ///
-/// It lives until [`Node::shutdown`], or until the last clone is dropped, which ends it without
-/// a goodbye.
+/// The node lives until [`Node::shutdown`], or until the last clone is dropped, which ends it
+/// without a goodbye.
 ///
 /// ```
 /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
@@ -97,14 +97,14 @@ impl Inner {
         self.core.routes.notify();
     }
 
-    /// Ends the requests and subscriptions of the user.
+    /// Ends the user's requests and subscriptions.
     fn end_calls(&self) {
         self.core.with_front(|front, _| front.handle_shut_down());
         self.core.subscriptions.close_all();
     }
 }
 
-/// Ends a node with its last handle.
+/// Ends a node when its last handle is dropped.
 struct Life(Arc<Inner>);
 
 impl Drop for Life {
@@ -119,7 +119,7 @@ impl Drop for Life {
 }
 
 impl Node {
-    /// A configuration with the defaults, to be changed and started.
+    /// Returns a configuration with the defaults, to be changed and started.
     pub fn builder() -> Config {
         Config::default()
     }
@@ -132,7 +132,7 @@ impl Node {
         &self.inner().core
     }
 
-    /// Whether it shuts down, or has.
+    /// Returns true if the node is shutting down, or has shut down.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn is_stopping(&self) -> bool {
         self.core().is_stopping()
@@ -148,16 +148,16 @@ impl Node {
         &self.core().name
     }
 
-    /// The TCP addresses that it listens on, with their ports.
+    /// The TCP addresses on which this node listens, with their ports.
     pub fn listening(&self) -> &[SocketAddr] {
         &self.inner().listening
     }
 
     /// Publishes an event to every node with a matching subscription, this one included.
     ///
-    /// It never waits: awaiting it queues the message and returns a
+    /// Publishing never waits: awaiting it queues the message and returns a
     /// [`PublishReport`](crate::PublishReport). A peer that takes events more slowly than they
-    /// are published loses messages, which are counted, and holds nobody up.
+    /// are published loses messages, which are counted, and delays no other peer.
     /// [`Publish::within`] waits for such a peer instead, up to a deadline.
     pub fn publish<T>(&self, topic: T, body: impl Into<Body>) -> Publish<'_>
     where
@@ -168,7 +168,7 @@ impl Node {
         Publish::new(self.inner(), to, Draft::new(body.into()))
     }
 
-    /// A publisher for a topic that many messages are published on: it keeps who subscribes.
+    /// Returns a publisher for a topic with many messages. It caches the topic's subscribers.
     ///
     /// ```
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
@@ -205,14 +205,15 @@ impl Node {
         Request::new(self.inner(), recipient.into_recipient(), Draft::new(body.into()))
     }
 
-    /// Answers a message that carries a return address, whenever it suits: the answer is sent
-    /// there as a one-way message with the message's id as its correlation id.
+    /// Answers a message with a return address, at any time: the answer is sent there as a one-way
+    /// message, with the message's id as its correlation id. Returns `None` if the message has no
+    /// return address.
     ///
-    /// A handler's own return value is sent by itself; this is for answers that come later, or
-    /// to messages that were published.
+    /// A handler's return value is sent automatically. This method is for later answers, and for
+    /// answers to published messages.
     ///
     /// # Errors
-    /// [`SendError`]; `None` where the message has no return address.
+    /// [`SendError`], when the result is awaited.
     pub fn answer(&self, message: &Message, body: impl Into<Body>) -> Option<Send<'_>> {
         let address = message.header.reply_to?;
         Some(self.send(address, body).correlation_id(message.header.id))
@@ -220,8 +221,8 @@ impl Node {
 
     /// Subscribes to the topics that match a pattern.
     ///
-    /// Peers take 10,000 patterns and services from a node in all; one that announces more loses
-    /// its links.
+    /// Peers accept at most 10,000 patterns and services of a node in all. A node that announces
+    /// more loses its links.
     ///
     /// # Errors
     /// [`SubscribeError::Address`] if the pattern can't be parsed.
@@ -233,11 +234,11 @@ impl Node {
         self.subscribe_with(pattern, Overflow::default())
     }
 
-    /// Subscribes as [`Node::subscribe`] does, and says what is lost when messages are not taken
-    /// in time.
+    /// Subscribes as [`Node::subscribe`] does, with an overflow policy for messages that are not
+    /// taken in time.
     ///
     /// # Errors
-    /// [`SubscribeError`] if the pattern can't be parsed, or a broker can't hold back.
+    /// [`SubscribeError`] if the pattern can't be parsed, or the broker can't hold back senders.
     pub fn subscribe_with<P>(
         &self,
         pattern: P,
@@ -259,13 +260,13 @@ impl Node {
         Transaction { node: self.inner(), messages: Vec::new() }
     }
 
-    /// Takes guaranteed events on a pattern's topics: a durable subscription, named for good. Its
-    /// publishers keep what it has not processed, whether it runs or not: the handler's Ok tells
-    /// them that a message is done, its error has it tried again. It is named within this node,
-    /// so the node has to keep its identity, as [`Config::outbox`] does.
+    /// Takes guaranteed events on a pattern's topics: a durable subscription with a permanent name.
+    /// Its publishers keep unprocessed messages, whether it runs or not. The handler's Ok confirms
+    /// to them that a message is processed; its error makes them retry. The name belongs to this
+    /// node, so the node must keep its identity, as [`Config::outbox`] does.
     ///
-    /// A publisher that has never met this node doesn't know of the subscription: what it
-    /// publishes until then is not promised.
+    /// A publisher that was never linked to this node does not know the subscription: the delivery
+    /// of messages that it published before is not guaranteed.
     ///
     /// ```no_run
     /// # async fn example(node: peerbus::Node) -> Result<(), Box<dyn std::error::Error>> {
@@ -290,32 +291,32 @@ impl Node {
         Consume::new(self.inner(), name, pattern, boxed(handler))
     }
 
-    /// Has this node's outbox forget a durable subscription of a node that is gone for good, with
-    /// the messages that it keeps for it: how many, or `None` if it knows no such subscription.
-    /// The receipts of those messages take it as processed.
+    /// Removes a durable subscription of a permanently absent node from this node's outbox, with
+    /// its queued messages. Returns their number, or `None` if the outbox does not know the
+    /// subscription. The receipts of those messages report them as processed.
     ///
-    /// If that node still has it, it is remembered again, for what is published from then on,
-    /// when the two next link.
+    /// If that node still has the subscription, the outbox learns of it again when the two link,
+    /// for messages published from then on.
     pub fn forget_subscription(&self, node: &NodeId, name: &ServiceName) -> Option<u64> {
         let durable = self.inner().durable.as_ref()?;
         durable.with_outbox(|outbox, _| outbox.handle_unsubscribed(*node, name))
     }
 
-    /// What was found in the store when the node started; `None` if it has none.
+    /// The report of reading the store when the node started; `None` if the node has no store.
     pub fn store_report(&self) -> Option<&StoreReport> {
         self.inner().durable.as_ref().map(|durable| durable.report())
     }
 
-    /// How much this node's outbox keeps; nothing if it has none.
+    /// The size of this node's outbox; zero if the node has none.
     pub fn outbox_size(&self) -> OutboxSize {
         let durable = self.inner().durable.as_ref();
         let (pending, dead_letters) = durable.map_or((0, 0), |durable| durable.outbox_size());
         OutboxSize { pending, dead_letters }
     }
 
-    /// Serves a name with a handler: what it returns is the reply, a body or a [`Reply`], and its
-    /// error reaches the caller with code and text. Nodes that serve the same name share its calls (competing
-    /// consumers).
+    /// Serves a name with a handler. The handler returns the reply, as a body or a [`Reply`]; its
+    /// error reaches the caller with code and text. Nodes that serve the same name share its calls
+    /// (competing consumers).
     ///
     /// ```
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
@@ -340,7 +341,7 @@ impl Node {
         Serve::new(self.inner(), name.try_into().map_err(Into::into), boxed(handler))
     }
 
-    /// Takes messages that are addressed to this node itself, by its id.
+    /// Takes messages addressed to this node itself, by its id.
     pub fn serve_node<F, R, B>(&self, handler: F) -> Serve
     where
         F: Fn(Call) -> R + std::marker::Send + Sync + 'static,
@@ -352,29 +353,29 @@ impl Node {
 
     /// The peers with a live link.
     ///
-    /// In broker mode that is the broker, with the id [`NodeId::BROKER`].
+    /// In broker mode the only peer is the broker, with the id [`NodeId::BROKER`].
     pub fn peers(&self) -> Vec<PeerInfo> {
         self.inner().carrier.peers()
     }
 
-    /// The addresses that are known, but behind which nobody could be reached.
+    /// The known addresses at which no node could be reached.
     pub fn unreachable(&self) -> Vec<Unreachable> {
         self.inner().carrier.unreachable()
     }
 
-    /// What happens: peers that come and go, messages that are dropped. The first call returns
-    /// all since the node's start, so that no early peer is missed; later calls what happens
-    /// from then on.
+    /// The node's events, such as peers that come and go, and dropped messages. The first call
+    /// returns all events since the node's start, so that no early peer is missed; later calls
+    /// return events from then on.
     pub fn events(&self) -> Events {
         self.core().reporter.events()
     }
 
-    /// All that was sent, received and dropped so far.
+    /// The counters of messages sent, received and dropped so far.
     pub fn counters(&self) -> Counters {
         self.core().reporter.counters.snapshot()
     }
 
-    /// The bytes that wait here for a peer to take them; none for one that is not linked.
+    /// The number of bytes queued here for a peer; 0 for a peer that is not linked.
     pub fn queued_bytes(&self, peer: &NodeId) -> u64 {
         self.inner().carrier.queued_bytes(peer)
     }
@@ -427,8 +428,8 @@ impl Node {
         self.wait_for_instances(name, 1, within).await
     }
 
-    /// Waits until at least `count` nodes offer a service, this one included. Who sends with
-    /// ordering keys does well to know all instances before it begins.
+    /// Waits until at least `count` nodes offer a service, this one included. A sender with
+    /// ordering keys should wait for all instances before its first message, so that no keys move.
     ///
     /// # Errors
     /// [`WaitError`] if the name can't be parsed or the time runs out.
@@ -446,11 +447,11 @@ impl Node {
         self.wait(Condition::Instances(name, count), within).await
     }
 
-    /// Waits until at least `count` peers are up. Over a broker, that is the only one.
+    /// Waits until at least `count` peers are up. Over a broker, the broker is the only peer.
     ///
     /// # Errors
-    /// [`WaitError::TimedOut`] if the time runs out, [`WaitError::Unsupported`] if a broker is
-    /// asked for more than itself.
+    /// [`WaitError::TimedOut`] if the time runs out, [`WaitError::Unsupported`] over a broker for
+    /// more than one peer.
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
         self.wait(Condition::Peers(count), within).await
     }
@@ -462,52 +463,52 @@ impl Node {
         })
     }
 
-    /// Shuts down: withdraws the services and lets their handlers end, waits until the peers
-    /// have confirmed what they were sent, says goodbye, closes. Takes 5 s for that at most, and
-    /// about one more to say goodbye.
+    /// Shuts down: withdraws the services and lets their handlers end, waits until the peers have
+    /// confirmed all messages, says goodbye and closes. Takes at most 5 s, and about one more for
+    /// the goodbye.
     pub async fn shutdown(&self) -> ShutdownReport {
         self.shutdown_within(DRAIN).await
     }
 
-    /// [`Node::shutdown`] with another limit.
+    /// Shuts down as [`Node::shutdown`] does, with another time limit.
     pub async fn shutdown_within(&self, within: Duration) -> ShutdownReport {
         shutdown::run(self.inner(), within).await
     }
 }
 
-/// What an outbox keeps. A message counts once for each of its destinations.
+/// The size of an outbox. A message counts once for each of its destinations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OutboxSize {
-    /// Messages that are not processed yet.
+    /// The number of unprocessed messages.
     pub pending: u64,
-    /// Those that won't be sent again by themselves.
+    /// The number of dead letters.
     pub dead_letters: u64,
 }
 
-/// A subscription that can't be had.
+/// The error of subscribing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubscribeError {
     /// The pattern can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// A broker can't do that.
+    /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
 }
 
-/// What was waited for did not come.
+/// The error of waiting for a condition.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
     /// The topic or name can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// A broker can't tell.
+    /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
     /// The time ran out.
-    #[error("it did not happen within {0:?}")]
+    #[error("timed out after {0:?}; check that the other nodes run and are linked")]
     TimedOut(Duration),
 }

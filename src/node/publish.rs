@@ -1,4 +1,4 @@
-//! Publishing: to every node that subscribes, without waiting for any unless one asks to.
+//! Publishing: to every subscribed node, without waiting for any unless asked to.
 
 use std::future::{self, IntoFuture};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub enum PublishError {
     /// The topic can't be parsed.
     #[error(transparent)]
     Topic(#[from] AddressError),
-    /// It is too large.
+    /// The message is too large.
     #[error(transparent)]
     TooLarge(#[from] BodyError),
     /// The node is shutting down.
@@ -35,7 +35,7 @@ pub enum PublishError {
     ShutDown,
 }
 
-/// A publish that happens when it is awaited, or by [`Publish::now`].
+/// A message that is published when this is awaited, or by [`Publish::now`].
 #[must_use = "a message is published when this is awaited, or by now()"]
 pub struct Publish<'a> {
     node: &'a Arc<Inner>,
@@ -45,9 +45,9 @@ pub struct Publish<'a> {
 
 opaque!(Publish<'_>, |it| topic: it.to.as_ref().map(To::topic));
 
-/// Whom a message is published to.
+/// The receivers of a published message.
 pub(crate) enum To<'a> {
-    /// Whoever subscribes now.
+    /// The current subscribers of a topic.
     Topic(Topic),
     Known(&'a Route),
 }
@@ -72,30 +72,30 @@ impl<'a> Publish<'a> {
 
     message_setters!();
 
-    /// How long the message is worth handling.
+    /// Sets the time for which the message is worth handling.
     pub fn time_to_live(mut self, ttl: Duration) -> Self {
         self.draft.rare().ttl = Some(ttl);
         self
     }
 
-    /// Asks receivers to send an answer, if any, to this node.
+    /// Sets the node to which receivers send an answer, if any.
     pub fn reply_to(mut self, node: NodeId) -> Self {
         self.draft.rare().reply_to = Some(node);
         self
     }
 
-    /// Stores the message here until every durable subscription that this node's outbox has met
-    /// has processed it ([`Node::consume`](crate::Node::consume)): see [`Guaranteed`]. It goes to
-    /// those alone, and not to other subscriptions.
+    /// Stores the message here until every durable subscription that this node's outbox knows has
+    /// processed it ([`Node::consume`](crate::Node::consume)): see [`Guaranteed`]. Other
+    /// subscriptions do not receive the message.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.to.map(|to| Destination::Topic(to.topic().clone()));
         Guaranteed::new(self.node, destination, self.draft)
     }
 
-    /// Publishes at once: it never waits for anybody.
+    /// Publishes at once, without waiting for any peer.
     ///
     /// # Errors
-    /// [`PublishError`]; a node that gets nothing is no error, but in the report.
+    /// [`PublishError`]. A node for which the message is dropped is no error, but is in the report.
     pub fn now(self) -> Result<PublishReport, PublishError> {
         let (node, to, message) = self.into_parts()?;
         let event = message.publication(to.topic(), &node.core.id);
@@ -106,18 +106,18 @@ impl<'a> Publish<'a> {
         Ok(spread.finish(node, &event))
     }
 
-    /// Publishes, and waits for the peers whose queues are full, up to a deadline. The others
-    /// have the message at once. A publisher that always waits loses nothing to a
-    /// subscription that [holds it back](crate::Overflow::HoldBack); other subscriptions drop by
-    /// their own rule what they don't take in time.
+    /// Publishes, and waits for peers with full queues, up to a deadline. The message is queued for
+    /// the others at once. A publisher that always waits loses no messages to a subscription that
+    /// [holds it back](crate::Overflow::HoldBack); other subscriptions drop messages by their own
+    /// overflow policy.
     ///
     /// # Errors
-    /// [`PublishError`]; a node that had no room by then is no error, but in the report as
+    /// [`PublishError`]. A node without room by the deadline is no error, but is in the report as
     /// [`SlowPeer`](DropReason::SlowPeer).
     ///
     /// # Cancel safety
-    /// Once polled, the message is on its way to all peers that had room; dropping the future
-    /// leaves out the others and this node's own subscriptions, uncounted.
+    /// Once polled, the message is queued for all peers that had room. Dropping the future leaves
+    /// out the others and this node's own subscriptions, without counting them.
     pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
         let (node, to, message) = self.into_parts()?;
         let event = message.publication(to.topic(), &node.core.id);
@@ -146,7 +146,7 @@ impl<'a> Publish<'a> {
 /// A message with its id.
 struct Ready {
     id: MessageId,
-    /// `None` where it would hold no more than the id and the topic.
+    /// `None` if it would hold only the id and the topic.
     header: Option<Box<Header>>,
     body: Bytes,
 }
@@ -191,7 +191,7 @@ struct Spread {
     /// The ways whose queues are full.
     full: Vec<Arc<dyn Way>>,
     backlog: Backlog,
-    /// This node's own subscriptions get it apart.
+    /// This node's own subscriptions are served separately.
     here: bool,
 }
 
@@ -212,7 +212,7 @@ impl Spread {
         spread
     }
 
-    /// Queues an event on one way, or leaves it to wait.
+    /// Queues an event on one way, or keeps the way if its queue is full.
     fn send(&mut self, way: &Arc<dyn Way>, event: &Publication<'_>) {
         match way.send_event(event) {
             Err(DropReason::SlowPeer) => self.full.push(way.clone()),
@@ -225,7 +225,7 @@ impl Spread {
         }
     }
 
-    /// Lets the tasks that write go on, and waits for the ways that had no room.
+    /// Yields to the writing tasks, and waits for the ways without room.
     async fn settle(&mut self, event: &Publication<'_>, deadline: Duration) {
         let deadline = Instant::now() + deadline;
         if self.backlog == Backlog::Grew {

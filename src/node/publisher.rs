@@ -1,4 +1,4 @@
-//! A publisher: a topic, and who hears it.
+//! Publishers: a topic, with its cached subscribers.
 
 use std::sync::Arc;
 
@@ -10,10 +10,11 @@ use crate::core::Way;
 use crate::message::Body;
 use crate::opaque::opaque;
 
-/// Publishes on one topic. It knows who subscribes, and looks again only when that changes, so a
-/// message costs less than with [`Node::publish`](crate::Node::publish), which looks each time.
+/// Publishes on one topic. A publisher caches the subscribers, and searches again only when they
+/// change, so a message costs less than with [`Node::publish`](crate::Node::publish), which
+/// searches each time.
 ///
-/// Cloning is cheap; each task has its own.
+/// Cloning is cheap: use a clone for each task.
 #[derive(Clone)]
 pub struct Publisher {
     node: Arc<Inner>,
@@ -27,7 +28,7 @@ opaque!(Publisher, |it| topic: it.topic());
 pub(crate) struct Route {
     pub(crate) topic: Topic,
     pub(crate) ways: Vec<Arc<dyn Way>>,
-    /// This node's own subscriptions are reached by none of them.
+    /// This node's own subscriptions match, and none of the ways reaches them.
     pub(crate) here: bool,
     version: u64,
 }
@@ -54,7 +55,7 @@ impl Publisher {
 
 impl Route {
     fn find(node: &Inner, topic: Topic) -> Self {
-        // A change during the search is seen the next time.
+        // A change during the search is detected the next time.
         let version = node.core.routes.version();
         let mut ways = Vec::new();
         let mut here = node.carrier.subscribers(&topic, &mut |way| ways.push(way.clone()));

@@ -25,13 +25,13 @@ pub enum RequestError {
     /// The service's name can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// It is too large.
+    /// The request is too large.
     #[error(transparent)]
     TooLarge(#[from] BodyError),
-    /// Nobody takes messages for the recipient.
+    /// No node takes messages for the recipient.
     #[error("no node serves {0}")]
     NoService(Recipient),
-    /// A broker can't do that.
+    /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
     /// The request could not be queued; it was not executed.
@@ -40,14 +40,14 @@ pub enum RequestError {
     /// The handler declined, with its own code and text.
     #[error("the handler declined: {0}")]
     Handler(HandlerError),
-    /// No reply came in time. The request may or may not have been executed.
+    /// No reply arrived in time. The request may or may not have been executed.
     #[error("no reply within {0:?}")]
     DeadlineExceeded(Duration),
-    /// The chosen node was lost. It is not run again elsewhere by itself: that is the caller's
-    /// choice.
+    /// The chosen node was lost. The request is not retried elsewhere automatically: that is the
+    /// caller's choice.
     #[error("the peer was lost{}", if *.maybe_executed { "; the request may have been executed" } else { " before the request was sent" })]
     PeerLost {
-        /// Whether the request may have been executed.
+        /// True if the request may have been executed.
         maybe_executed: bool,
     },
     /// The node is shutting down.
@@ -55,8 +55,8 @@ pub enum RequestError {
     ShutDown,
 }
 
-/// A request that is sent when this is awaited. Dropping the future takes the request back: from
-/// the queue, or by telling its handler that it is cancelled.
+/// A request that is sent when this is awaited. Dropping the future takes the request back: out of
+/// the queue, or by notifying its handler that it is cancelled.
 #[must_use = "a request is sent when this is awaited"]
 pub struct Request<'a> {
     node: &'a Arc<Inner>,
@@ -78,9 +78,9 @@ impl<'a> Request<'a> {
 
     message_setters!();
 
-    /// How long to wait for the reply: 10 s by default
-    /// ([`Config::request_deadline`](crate::Config::request_deadline)). The time spent in
-    /// waiting for an instance of the service counts.
+    /// Sets the time to wait for the reply: 10 s by default
+    /// ([`Config::request_deadline`](crate::Config::request_deadline)). The time spent waiting for
+    /// an instance of the service counts.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self

@@ -22,16 +22,16 @@ pub enum SendError {
     /// The service's name can't be parsed.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// It is too large.
+    /// The message is too large.
     #[error(transparent)]
     TooLarge(#[from] BodyError),
-    /// Nobody takes messages for the recipient. Try again when it is back.
+    /// No node takes messages for the recipient. Retry when it is back.
     #[error("no node serves {0}")]
     NoService(Recipient),
-    /// A broker can't do that.
+    /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// The recipient can't take it now.
+    /// The message can't be queued for the recipient now.
     #[error("the message was dropped: {0}")]
     Dropped(DropReason),
     /// The node is shutting down.
@@ -43,9 +43,9 @@ pub enum SendError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Sent {
-    /// Its id.
+    /// The message's id.
     pub id: MessageId,
-    /// The node that was chosen; [`NodeId::BROKER`] where a broker chooses.
+    /// The chosen node; [`NodeId::BROKER`] if a broker chooses.
     pub to: NodeId,
 }
 
@@ -70,28 +70,28 @@ impl<'a> Send<'a> {
 
     message_setters!();
 
-    /// How long the message is worth handling: what is older when its turn comes is dropped by
-    /// the receiver, and counted here.
+    /// Sets the time for which the message is worth handling. If it is older when its turn comes,
+    /// the receiver drops it, and it is counted here.
     pub fn time_to_live(mut self, ttl: Duration) -> Self {
         self.draft.rare().ttl = Some(ttl);
         self
     }
 
-    /// Names the node to which an answer should go. The answer is a message of its own, sent
+    /// Sets the node to which an answer should be sent. The answer is a separate message, sent
     /// there by the receiver's handler.
     pub fn reply_to(mut self, node: NodeId) -> Self {
         self.draft.rare().reply_to = Some(node);
         self
     }
 
-    /// Says which message this one answers.
+    /// Sets the id of the message that this one answers.
     pub fn correlation_id(mut self, id: MessageId) -> Self {
         self.draft.rare().correlation_id = Some(id);
         self
     }
 
-    /// Stores the message here until it is processed there: see [`Guaranteed`]. A service that
-    /// nobody offers now is fine; the message waits for it.
+    /// Stores the message here until its receiver has processed it: see [`Guaranteed`]. A message
+    /// to a service without instances is queued until there is one.
     pub fn guaranteed(self) -> Guaranteed<'a> {
         let destination = self.recipient.map(Into::into);
         Guaranteed::new(self.node, destination, self.draft)

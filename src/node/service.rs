@@ -1,4 +1,4 @@
-//! Services as their user offers and withdraws them.
+//! Services: offering and withdrawing them.
 
 use std::sync::Arc;
 
@@ -9,27 +9,27 @@ use crate::core::{Handler, ServiceRunner};
 use crate::engine::ServiceNumber;
 use crate::opaque::opaque;
 
-/// How many calls a service runs at once, unless it says so itself.
+/// The default number of calls that a service runs at once.
 pub(crate) const DEFAULT_CONCURRENCY: u32 = 64;
 
-/// A service name that can't be offered.
+/// The error of offering a service or starting a durable subscription.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The name can't be parsed.
     #[error(transparent)]
     Name(#[from] AddressError),
-    /// This node offers it already.
+    /// This node already offers the name.
     #[error("this node serves {0} already")]
     AlreadyServed(ServiceName),
     /// A durable subscription needs a store: [`Config::outbox`](crate::Config::outbox).
-    #[error("the node has no store: name a folder for its outbox")]
+    #[error("the node has no store; set a folder for its outbox")]
     NoStore,
-    /// A durable subscription over a broker needs a node that keeps its identity:
+    /// A durable subscription over a broker needs a node with a permanent identity:
     /// [`Config::identity`](crate::Config::identity).
-    #[error("the node draws a new identity at each start: name a file for it")]
+    #[error("the node has a new identity at each start; set a file for its identity")]
     NoIdentity,
-    /// A broker can't do that.
+    /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
     /// The node is shutting down.
@@ -47,7 +47,7 @@ impl From<CannotKeep> for ServeError {
     }
 }
 
-/// A service that is about to be offered. [`Serve::start`] does it.
+/// A service to be offered by [`Serve::start`].
 #[must_use = "a service is offered when it is started"]
 pub struct Serve {
     node: Arc<Inner>,
@@ -67,8 +67,8 @@ impl Serve {
         Self { node: node.clone(), name, handler, concurrency: DEFAULT_CONCURRENCY }
     }
 
-    /// How many calls run at once: 64 by default, 1 at the least. Others wait, as far as the
-    /// credit of their senders goes.
+    /// Sets the number of calls that run at once: 64 by default, at least 1. Others are queued, up
+    /// to the credit of their senders.
     pub fn concurrency(mut self, calls: u32) -> Self {
         self.concurrency = calls.max(1);
         self
@@ -77,7 +77,7 @@ impl Serve {
     /// Offers the service and announces it to the mesh.
     ///
     /// # Errors
-    /// [`ServeError`] if the name can't be parsed or is served here already.
+    /// [`ServeError`] if the name can't be parsed, or is already served here.
     pub fn start(self) -> Result<Service, ServeError> {
         let (node, name) = (self.node, self.name?);
         if node.core.is_stopping() {
@@ -93,7 +93,7 @@ impl Serve {
     }
 }
 
-/// A service that this node offers. Dropping it withdraws the service; what runs is finished.
+/// A service that this node offers. Dropping it withdraws the service; admitted calls are finished.
 #[must_use = "dropping a service withdraws it"]
 pub struct Service {
     runner: Arc<ServiceRunner>,
@@ -105,18 +105,18 @@ pub struct Service {
 opaque!(Service, |it| name: it.name());
 
 impl Service {
-    /// The name under which it is offered.
+    /// The service's name.
     pub fn name(&self) -> &ServiceName {
         &self.runner.name
     }
 
-    /// The number of calls that run now.
+    /// The number of running calls.
     pub fn running(&self) -> usize {
         self.node.core.look(|front| front.running(self.number))
     }
 
-    /// Withdraws the service and waits until the calls that it has taken are done: for a
-    /// rolling deploy. Calls that arrive meanwhile are refused with `no_service`.
+    /// Withdraws the service, and waits until its admitted calls are finished: for a rolling
+    /// deploy. Calls that arrive meanwhile are refused with `no_service`.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the service withdrawn.

@@ -1,4 +1,4 @@
-//! Drain, say goodbye, close: in this order.
+//! Shutdown: drains, says goodbye and closes, in this order.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,24 +10,24 @@ use super::Inner;
 use crate::carrier::{Wish, WishEnd};
 use crate::report::Counters;
 
-/// What a node left behind when it shut down.
+/// The outcome of a node's shutdown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Messages that were still queued here and are dropped.
+    /// The number of messages that were still queued here, and are dropped.
     pub undelivered: u64,
-    /// Messages that were sent, and of which nobody can say whether they were handled.
+    /// The number of sent messages that were not confirmed, and may or may not have been handled.
     pub in_doubt: u64,
-    /// Guaranteed messages that are not processed yet. They are kept, and go on their way when
-    /// the store is opened again.
+    /// The number of unprocessed guaranteed messages. They are kept, and sent when the store is
+    /// opened again.
     pub pending: u64,
-    /// Handlers that were still running and were ended.
+    /// The number of handlers that were still running, and were aborted.
     pub aborted: usize,
-    /// All that was counted in the node's life.
+    /// The counters over the node's life.
     pub counters: Counters,
 }
 
-/// Ends a node's work within about `within`. Boxed, so that it is compiled here and not again in
+/// Shuts a node down within about `within`. Boxed, so that it is compiled once, here, and not in
 /// each crate that calls it.
 #[inline(never)]
 pub(crate) fn run(node: &Arc<Inner>, within: Duration) -> BoxFuture<'_, ShutdownReport> {
@@ -63,7 +63,7 @@ async fn run_here(node: &Arc<Inner>, within: Duration) -> ShutdownReport {
     }
 }
 
-/// Takes no more calls; those taken are finished.
+/// Withdraws all services; admitted calls are finished.
 fn withdraw_services(node: &Inner) {
     let served = node.core.look(|front| {
         front.services().map(|(name, number)| (name.clone(), number)).collect::<Vec<_>>()

@@ -1,4 +1,4 @@
-//! From a configuration to a running node.
+//! The start of a node: composes core and carrier by the configuration.
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,17 +26,17 @@ use crate::journal::Options;
 use crate::trust::{MeshKeyFileError, TrustError, TrustedKeysError};
 use crate::wire::{LANES, Limits};
 
-/// A node that can't start, and which setting has to change.
+/// The error of starting a node. It names the setting to change.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// Settings that contradict each other or make no sense.
+    /// Contradictory or invalid settings.
     #[error("{0}")]
     Config(String),
     /// The identity file can't be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The key that the nodes of this user share on this host can't be read or made.
+    /// The key that this user's nodes share on this host can't be read or created.
     #[error(transparent)]
     HostKey(MeshKeyFileError),
     /// The file of trusted keys can't be used.
@@ -50,31 +50,31 @@ pub enum StartError {
     Listen {
         /// The address.
         addr: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The broker's address can't be used.
     #[error(transparent)]
     BrokerUrl(#[from] BrokerUrlError),
-    /// The broker refuses this node, and will do so again: wrong credentials, say, or a queue
-    /// that is there with other settings.
-    #[error("the broker {url} refuses: {reason}")]
+    /// The broker refuses this node permanently, for example because of wrong credentials, or of a
+    /// queue that exists with other settings.
+    #[error("the broker {url} refused: {reason}")]
     Broker {
-        /// Where it is.
+        /// The broker's address.
         url: BrokerUrl,
-        /// What it said.
+        /// The broker's reason.
         reason: String,
     },
-    /// The private socket can't be made.
+    /// The private socket can't be created.
     #[error("can't use the socket folder {dir}: {source}", dir = dir.display())]
     SocketDir {
         /// The folder.
         dir: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// Multicast DNS can't be used.
-    #[error("mDNS can't be used: {0}; it can be turned off (--no-mdns)")]
+    #[error("mDNS can't be used: {0}; turn it off with --no-mdns")]
     Mdns(String),
 }
 
@@ -115,8 +115,7 @@ impl Config {
 }
 
 impl Node {
-    /// Boxed, so that all that a node does is compiled here and not again in each crate that
-    /// starts one.
+    /// Boxed, so that a node's code is compiled once, here, and not in each crate that starts one.
     #[inline(never)]
     pub(crate) fn start(config: Config) -> BoxFuture<'static, Result<Self, StartError>> {
         Box::pin(Self::start_here(config))
@@ -140,7 +139,7 @@ impl Node {
         let name = config.name.clone().unwrap_or_else(host_name);
         keep_freed_memory(config.window);
         let core = Core::new(id, name, config, started);
-        // From here on the node's tasks end with it, whatever fails.
+        // From here on the node's tasks end with this guard, if the start fails.
         let begun = EndOnError(Some(core.clone()));
         let (carrier, durable, listening) = carrier(&core, &identity, store).await?;
         core.spawn_own();
@@ -167,7 +166,7 @@ impl Drop for EndOnError {
 
 type Carried = (Box<dyn Carrier>, Option<Arc<Durable>>, Vec<SocketAddr>);
 
-/// The carrier that the configuration asks for: the one place where that is looked at.
+/// Creates the carrier by the configuration. No other code reads which one that is.
 async fn carrier(
     core: &Arc<Core>,
     identity: &Identity,
@@ -198,7 +197,7 @@ async fn carrier(
     Ok((Box::new(handle), durable, listening))
 }
 
-/// Reads the store on a thread of its own, since that may take a while.
+/// Reads the store on a blocking thread, since that may take long.
 async fn open_store(
     dir: PathBuf,
     me: NodeId,
@@ -227,11 +226,11 @@ async fn open_store(
     Ok(opened.map_err(|error| StartError::Config(error.to_string()))??)
 }
 
-/// Keeps glibc from handing memory back to the system only to ask for it again, message for
-/// message: in two runs of three, a receiver of 64 KiB bodies did so, at a third of its rate. It
-/// gives back what is free at the end of its heap beyond twice the largest mapped
-/// block that was ever freed (`mallopt(3)`, `M_MMAP_THRESHOLD`), so one of a window's size is
-/// mapped and freed, untouched. Other allocators don't mind.
+/// Keeps glibc from returning memory to the system and requesting it again for each message: in two
+/// runs of three, a receiver of 64 KiB bodies did so, at a third of its rate. glibc returns free
+/// memory at the end of its heap beyond twice the largest mapped block that was ever freed
+/// (`mallopt(3)`, `M_MMAP_THRESHOLD`). So a block of a window's size is mapped and freed,
+/// untouched. Other allocators are not affected.
 fn keep_freed_memory(window: u64) {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(window as usize)));
 }

@@ -1,4 +1,4 @@
-//! A subscription in the hands of its user.
+//! Subscriptions, as their user holds them.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,9 +15,10 @@ use crate::opaque::opaque;
 
 /// The messages on a pattern's topics, as a [`Stream`] that ends when the node shuts down.
 ///
-/// From one sender, messages of one topic come in the order in which they were published, over
-/// one link. What it doesn't take in time waits up to [`Config::subscription_queue`]; then its
-/// [`Overflow`] says what is lost. The sender counts that, and nobody else is held up.
+/// Over one link, messages of one sender and topic arrive in the order in which they were
+/// published. Messages that are not taken in time are queued, up to [`Config::subscription_queue`];
+/// beyond that the [`Overflow`] policy decides which are lost, and their sender counts them. No
+/// other subscription is delayed, except by [`Overflow::HoldBack`].
 ///
 /// Dropping it ends the subscription.
 ///
@@ -25,7 +26,7 @@ use crate::opaque::opaque;
 #[must_use = "dropping a subscription ends it"]
 pub struct Subscription {
     subscriber: Arc<Subscriber>,
-    /// The batch that is being handed out, message by message.
+    /// The batch whose messages are being returned.
     current: Option<EventBatch<Hold>>,
     node: Arc<Inner>,
 }
@@ -37,12 +38,12 @@ impl Subscription {
         Self { subscriber, current: None, node: node.clone() }
     }
 
-    /// The pattern that was asked for.
+    /// The subscription's pattern.
     pub fn pattern(&self) -> &Pattern {
         self.subscriber.pattern()
     }
 
-    /// The next message; `None` when the node has shut down and the queue is empty.
+    /// Receives the next message; `None` when the node has shut down and the queue is empty.
     ///
     /// # Cancel safety
     /// Dropping the future loses nothing.

@@ -1,6 +1,6 @@
-//! The adapters: one for each kind of broker, with what it lacks as data.
+//! The adapters: one for each kind of broker, with the capabilities that it lacks as data.
 //!
-//! To add a broker: its kind in `kind.rs`, a file with a [`Session`], and a line in [`ADAPTERS`].
+//! A new broker needs a kind in `kind.rs`, a file with a [`Session`], and a line in [`ADAPTERS`].
 
 use std::sync::Arc;
 
@@ -19,15 +19,15 @@ pub(super) type Connect = for<'a> fn(
     &'a Arc<dyn Incoming>,
 ) -> BoxFuture<'a, Result<Box<dyn Session>, ConnectError>>;
 
-/// A kind of broker, as this build can talk to it.
+/// The adapter of one kind of broker in this build.
 pub(crate) struct Adapter {
     pub(super) kind: BrokerKind,
-    /// The schemes of its URLs, each with its usual port.
+    /// The schemes of its URLs, each with its default port.
     pub(super) schemes: &'static [(&'static str, u16)],
-    /// The Cargo feature that builds it in.
+    /// The Cargo feature that includes it.
     pub(super) feature: &'static str,
     pub(super) lacks: &'static [Capability],
-    /// `None` if it is not built in.
+    /// `None` if this build does not include it.
     pub(super) connect: Option<Connect>,
 }
 
@@ -92,13 +92,15 @@ impl Adapter {
         found.expect("each kind has an adapter, by the test below")
     }
 
-    /// The usual port of one of its schemes.
+    /// Returns the default port of one of its schemes.
     pub(super) fn port(&self, scheme: &str) -> Option<u16> {
         self.schemes.iter().find(|(own, _)| *own == scheme).map(|(_, port)| *port)
     }
 
+    /// Checks that this kind of broker has an ability.
+    ///
     /// # Errors
-    /// [`Unsupported`] if this kind of broker lacks the ability.
+    /// [`Unsupported`] if it lacks the ability.
     pub(super) fn require(&self, capability: Capability) -> Result<(), Unsupported> {
         match self.lacks.contains(&capability) {
             true => Err(Unsupported { broker: self.kind, capability }),
@@ -108,12 +110,12 @@ impl Adapter {
 }
 
 impl BrokerKind {
-    /// Returns true if this build can talk to it.
+    /// Returns true if this build supports it.
     pub fn is_built_in(self) -> bool {
         Adapter::of(self).connect.is_some()
     }
 
-    /// Returns true if brokers of this kind have an ability.
+    /// Returns true if brokers of this kind have that ability.
     pub fn has(self, capability: Capability) -> bool {
         !Adapter::of(self).lacks.contains(&capability)
     }

@@ -1,4 +1,4 @@
-//! Questions that nodes ask each other over a broker, since a broker reports nobody's presence.
+//! Questions between nodes over a broker, since a broker does not report which nodes are present.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +10,6 @@ pub(super) enum Ask {
     Consumers(String),
     /// Asks for the nodes that serve that name.
     Instances(String),
-    /// Tells the node that handles that message that its sender no longer wants it.
+    /// Cancels that message, at the node that handles it.
     Cancel([u8; 16]),
 }

@@ -1,4 +1,4 @@
-//! The broker as a node's carrier.
+//! The broker as the carrier of a node's messages.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -32,12 +32,12 @@ use crate::wire::{
     Delivery, DeliveryId, Envelope, Lane, Parcel, Payload, Stream, Totals, Unpacked,
 };
 
-/// The wait for answers before a question is repeated.
+/// The time after which a question is repeated.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
-/// The pause between two attempts to store a message after a connection was lost.
+/// The pause before a message is stored again after a lost connection.
 const STORE_AGAIN: Duration = Duration::from_millis(20);
 
-/// Refused by the broker, and it will be again: wrong credentials, say.
+/// A permanent refusal by the broker, for example of wrong credentials.
 #[derive(Debug)]
 pub(crate) struct RefusedByBroker {
     pub(crate) url: BrokerUrl,
@@ -47,15 +47,15 @@ pub(crate) struct RefusedByBroker {
 pub(crate) struct BrokerCarrier {
     core: Arc<Core>,
     way: Arc<BrokerWay>,
-    /// The guaranteed messages that are handled here.
+    /// The guaranteed messages in handlers here.
     kept: Mutex<HashMap<KeptKey, oneshot::Sender<Ack>>>,
-    /// The open questions, and the channels for the nodes that said yes.
+    /// The open questions, with the channels for the nodes that answered yes.
     asking: Mutex<HashMap<MessageId, mpsc::UnboundedSender<NodeId>>>,
     /// The broker's title while it is connected.
     title: Mutex<Option<String>>,
 }
 
-/// A kept message, and the durable subscription that it is for.
+/// The key of a kept message: its id, and its durable subscription.
 type KeptKey = (MessageId, Option<ServiceName>);
 
 /// The way to all other nodes.
@@ -69,7 +69,7 @@ impl BrokerWay {
         Parcel::pack(envelope, &self.core.id, None, None)
     }
 
-    /// Broadcasts a question, or word that needs no answer.
+    /// Broadcasts a question, or a notice that needs no answer.
     fn ask(&self, id: MessageId, ask: &Ask) {
         let mut header = Header::new(id, Kind::Command, Destination::Node(NodeId::BROKER));
         header.reply_to = Some(self.core.id);
@@ -135,10 +135,10 @@ impl Way for BrokerWay {
 }
 
 impl BrokerCarrier {
-    /// Connects; a broker that can't be reached now is retried until the node ends.
+    /// Connects. A broker that can't be reached now is retried until the node ends.
     ///
     /// # Errors
-    /// [`RefusedByBroker`] if retrying is of no use.
+    /// [`RefusedByBroker`] if a retry is of no use.
     pub(crate) async fn connect(
         core: &Arc<Core>,
         url: BrokerUrl,
@@ -200,8 +200,8 @@ impl BrokerCarrier {
         }
     }
 
-    /// Has the broker keep a message. One that it may or may not have got is sent again, under
-    /// its id, until the time for a request is over.
+    /// Has the broker keep a message. While it is unknown whether the broker has it, the message
+    /// is sent again with the same id, until the request deadline.
     async fn store_one(self: Arc<Self>, message: NewGuaranteed) -> Result<Receipt, OutboxError> {
         let NewGuaranteed { envelope, expires_at, not_before, .. } = message;
         let envelope = Arc::unwrap_or_clone(envelope);
@@ -209,7 +209,7 @@ impl BrokerCarrier {
         let parcel = Parcel::pack(envelope, &self.core.id, expires_at, not_before);
         let deadline = Instant::now() + self.core.config.request_deadline;
         let client = self.client();
-        // It was sent, and it is not known whether it came.
+        // The message was sent, and may have arrived.
         let mut may_turn_up = false;
         let failed =
             |reason: String, may_turn_up| OutboxError::NotStored(NotStored { reason, may_turn_up });
@@ -244,12 +244,12 @@ impl BrokerCarrier {
                     may_turn_up = true;
                     sleep(STORE_AGAIN).await;
                 }
-                Err(_) => return Err(failed("the broker did not confirm in time".into(), true)),
+                Err(_) => return Err(failed("timed out: the broker did not confirm".into(), true)),
             }
         }
     }
 
-    /// Waits until so many nodes, this one included, have said yes.
+    /// Waits until n nodes, this one included, have answered yes.
     async fn wait_for_answers(&self, ask: &Ask, count: usize, within: Duration) -> bool {
         let (yes, mut answers) = mpsc::unbounded_channel();
         let id = self.core.ids.next_now();
@@ -360,7 +360,8 @@ impl BrokerCarrier {
         let Some(Unpacked { from, envelope, expires_at, not_before }) =
             unpack(&self.core, via, parcel)
         else {
-            let unreadable = crate::wire::DeliveryOutcome::Rejected("it can't be read".into());
+            let unreadable =
+                crate::wire::DeliveryOutcome::Rejected("the message can't be read".into());
             let _gone = ack.send(Ack::Ended(unreadable));
             return;
         };
@@ -376,7 +377,7 @@ impl BrokerCarrier {
         let (Payload::Event(body) | Payload::Call(body)) = envelope.payload else { return };
         match lock(&self.kept).entry((envelope.header.id, subscription.clone())) {
             Entry::Vacant(entry) => _ = entry.insert(ack),
-            // A broker that lost its connection sends again what is still being handled.
+            // After a lost connection, a broker redelivers messages that are still being handled.
             Entry::Occupied(_) => return,
         }
         let mut message = Message::new(from, envelope.header, body);
@@ -426,7 +427,7 @@ impl Settle for BrokerCarrier {
     }
 }
 
-/// The way in. Sessions hold it, and it does not keep the node alive.
+/// The receiver of a session's messages. It holds the node weakly, since sessions hold it.
 struct Gate(Weak<BrokerCarrier>);
 
 impl Gate {
@@ -467,7 +468,7 @@ impl Incoming for Gate {
     }
 }
 
-/// The carrier as the node sees it.
+/// The carrier, as the node owns it.
 pub(crate) struct BrokerHandle(pub(crate) Arc<BrokerCarrier>);
 
 impl Carrier for BrokerHandle {
@@ -481,7 +482,7 @@ impl Carrier for BrokerHandle {
 
     fn check_consumer(&self) -> Result<(), CannotKeep> {
         self.require(Capability::DurableSubscriptions).map_err(CannotKeep::Unsupported)?;
-        // The broker knows a durable subscription by its node's id.
+        // The broker identifies a durable subscription by the node's id.
         match self.0.core.config.identity {
             Some(_) => Ok(()),
             None => Err(CannotKeep::NoIdentity),
@@ -496,7 +497,7 @@ impl Carrier for BrokerHandle {
         self.0.client().end_wish(wish, end);
     }
 
-    /// The broker delivers to this node's own subscriptions as well.
+    /// Passes the one way to the broker, which delivers to this node's own subscriptions too.
     fn subscribers(&self, _: &Topic, each: &mut dyn FnMut(&Arc<dyn Way>)) -> bool {
         each(&self.0.way());
         false
@@ -551,7 +552,7 @@ impl Carrier for BrokerHandle {
         waiting.boxed()
     }
 
-    /// The broker, as the one peer that this node is linked to.
+    /// Returns the broker, as the only peer of this node.
     fn peers(&self) -> Vec<PeerInfo> {
         match self.0.client().state() {
             State::Up { title } => vec![self.0.info(title)],

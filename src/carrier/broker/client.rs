@@ -1,4 +1,4 @@
-//! What a node has in place of a mesh: a session, and what it takes to have another one.
+//! The broker client: keeps a session, and reconnects and restores the wishes when it is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,38 +16,38 @@ use crate::carrier::{Wish, WishEnd};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
 
-/// How long a connection may take to stand.
+/// The time limit of connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between attempts: doubling.
+/// The backoff between attempts to connect, which doubles.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
-/// How soon the broker is asked again for what it refused.
+/// The interval at which refused wishes are retried.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// What a command counts for besides its message.
+/// The cost of a command besides its message, in bytes.
 const COMMAND_COST: u64 = 128;
 
-/// Whether the broker can be talked to.
+/// The state of the connection to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Not yet, or not again: why the last attempt failed.
+    /// Not connected, with the error of the last attempt.
     Down {
         error: String,
     },
     Up {
         title: String,
     },
-    /// The node has left.
+    /// The node closed the connection.
     Closed,
 }
 
-/// The wishes of a node, whatever becomes of a session.
+/// The wishes of a node, which outlive any session.
 #[derive(Debug, Default)]
 pub(crate) struct DesiredState {
-    /// Each pattern, with the number of local subscriptions that ask for it.
+    /// Each pattern, with its number of local subscriptions.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
     consumers: BTreeMap<ServiceName, (Pattern, u32)>,
-    /// The part that the broker has confirmed.
+    /// The patterns, and the services below, that the broker has confirmed.
     subscribed: BTreeSet<Pattern>,
     served: BTreeSet<ServiceName>,
 }
@@ -63,7 +63,7 @@ impl DesiredState {
         patterns.chain(services).chain(consumers).collect()
     }
 
-    /// Adds a wish. Returns false if it is there already.
+    /// Adds a wish. Returns true if the broker must be asked to fulfil it.
     fn add(&mut self, wish: &Wish) -> bool {
         match wish {
             Wish::Subscribe(pattern) => {
@@ -79,7 +79,7 @@ impl DesiredState {
         true
     }
 
-    /// Takes a wish back. Returns true if it has to be undone.
+    /// Removes a wish. Returns true if the broker must undo it.
     fn remove(&mut self, wish: &Wish, end: WishEnd) -> bool {
         match wish {
             Wish::Subscribe(pattern) => {
@@ -110,7 +110,7 @@ impl DesiredState {
         }
     }
 
-    /// The broker has fulfilled a wish.
+    /// Records that the broker fulfilled a wish.
     fn confirm(&mut self, wish: Wish) {
         if !self.contains(&wish) {
             return;
@@ -123,7 +123,7 @@ impl DesiredState {
     }
 }
 
-/// A task for a session.
+/// A command for a session.
 #[derive(Debug)]
 pub(crate) enum Command {
     Send(Outgoing),
@@ -143,7 +143,7 @@ pub(crate) struct BrokerClient {
     closed: Notify,
 }
 
-/// A command, and its place in the queue.
+/// A queued command, and its place in the queue's accounting.
 struct Queued {
     command: Command,
     _place: Place,
@@ -178,18 +178,18 @@ impl Command {
     }
 }
 
-/// Keeps a client connected; to be run as a task.
+/// The task that keeps a client connected.
 pub(crate) struct ConnectionTask {
     client: Arc<BrokerClient>,
     me: Me,
     incoming: Arc<dyn Incoming>,
     commands: mpsc::UnboundedReceiver<Queued>,
-    /// What the broker refused, and is asked for again.
+    /// Wishes that the broker refused, which are retried.
     refused: Vec<Wish>,
 }
 
 impl BrokerClient {
-    /// `limit` is how many bytes of messages may wait for the broker.
+    /// Creates a client, and the task to run for it. `limit` bounds its queued messages, in bytes.
     pub(crate) fn new(
         url: BrokerUrl,
         me: Me,
@@ -225,19 +225,19 @@ impl BrokerClient {
         matches!(*self.state.borrow(), State::Up { .. })
     }
 
-    /// Waits until the broker can be talked to.
+    /// Waits until the broker is connected. Returns false if the deadline passes first.
     pub(crate) async fn wait_until_up(&self, deadline: Instant) -> bool {
         let mut states = self.state.subscribe();
         let up = states.wait_for(|state| matches!(state, State::Up { .. }));
         matches!(timeout_at(deadline, up).await, Ok(Ok(_)))
     }
 
-    /// What waits for the broker, in bytes.
+    /// Returns the number of bytes queued for the broker.
     pub(crate) fn queued_bytes(&self) -> u64 {
         self.queued.bytes.load(Ordering::Acquire)
     }
 
-    /// Hands a message to the session, or queues it.
+    /// Passes a message to the session, or queues it.
     pub(crate) fn send(&self, message: Outgoing) -> Result<(), DropReason> {
         let session = self.session.load();
         let Some(session) = &*session else { return Err(DropReason::LinkLost) };
@@ -269,7 +269,7 @@ impl BrokerClient {
         Ok(())
     }
 
-    /// Waits until there is room for so many bytes. Returns false if there is none by then.
+    /// Waits until there is room for that many bytes. Returns false if the deadline passes first.
     pub(crate) async fn wait_for_room(&self, bytes: usize, deadline: Instant) -> bool {
         let cost = COMMAND_COST + bytes as u64;
         loop {
@@ -291,7 +291,7 @@ impl BrokerClient {
         let _task_has_ended = self.commands.send(Queued { command, _place: place });
     }
 
-    /// Queues a change of the wishes, if there is a session; another one restores them anyway.
+    /// Queues a change of the wishes, if there is a session; a new session restores all wishes.
     fn change(&self, command: Command) {
         if self.session.load().is_some() {
             let cost = command.cost();
@@ -313,23 +313,23 @@ impl BrokerClient {
         }
     }
 
-    /// Whether the broker knows that this node subscribes to a topic.
+    /// Returns true if the broker has confirmed a subscription of this node to a topic.
     pub(crate) fn has_subscribed(&self, topic: &Topic) -> bool {
         lock(&self.desired).subscribed.iter().any(|pattern| pattern.matches(topic))
     }
 
-    /// Whether the broker knows that this node serves a name.
+    /// Returns true if the broker has confirmed that this node serves a name.
     pub(crate) fn has_served(&self, name: &ServiceName) -> bool {
         lock(&self.desired).served.contains(name)
     }
 
-    /// Whether the broker knows of a durable subscription of this node to a topic.
+    /// Returns true if this node has a durable subscription to a topic, and is connected.
     pub(crate) fn has_consumed(&self, topic: &Topic) -> bool {
         let desired = lock(&self.desired);
         self.is_up() && desired.consumers.values().any(|(pattern, _)| pattern.matches(topic))
     }
 
-    /// Sends what waits, says goodbye, closes; within that time.
+    /// Sends queued messages, says goodbye and closes, until the deadline.
     pub(crate) async fn close(&self, deadline: Instant) {
         if *self.state.borrow() == State::Closed {
             return;
@@ -340,7 +340,7 @@ impl BrokerClient {
         let _too_slow = timeout_at(deadline, closed).await;
     }
 
-    /// Lets go of the session without a goodbye.
+    /// Releases the session without a goodbye.
     pub(crate) fn abandon(&self) {
         self.session.store(None);
     }
@@ -352,7 +352,7 @@ impl BrokerClient {
     }
 }
 
-/// How a session's life ended.
+/// The end of a session.
 enum End {
     Lost(Lost),
     Asked,
@@ -362,7 +362,7 @@ impl ConnectionTask {
     /// Connects for the first time.
     ///
     /// # Errors
-    /// Only what trying again won't mend.
+    /// Only errors that a retry can't mend.
     pub(crate) async fn connect_first(&self) -> Result<Option<Box<dyn Session>>, ConnectError> {
         match self.connect().await {
             Ok(session) => Ok(Some(session)),
@@ -377,14 +377,17 @@ impl ConnectionTask {
     async fn connect(&self) -> Result<Box<dyn Session>, ConnectError> {
         let url = &self.client.url;
         let Some(connect) = url.adapter().connect else {
-            return Err(ConnectError::for_good(format!("{} is not built in", url.kind())));
+            return Err(ConnectError::for_good(format!(
+                "this build does not support {}",
+                url.kind()
+            )));
         };
         let connecting = connect(url, &self.me, &self.incoming);
-        let late = |_| Err(ConnectError::passing("no answer within 10 s"));
+        let late = |_| Err(ConnectError::passing("timed out after 10 s: no answer"));
         timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(late)
     }
 
-    /// It is tried again and again; who reads the log needn't hear of each time.
+    /// Logs and reports a failed attempt. Repeated failures are logged at debug level only.
     fn tell_unreachable(&self, error: String) {
         let client = &self.client;
         match client.state() {
@@ -396,7 +399,7 @@ impl ConnectionTask {
         client.set_state(&*self.incoming, State::Down { error });
     }
 
-    /// Keeps a session until the client is closed.
+    /// Keeps the client connected until it is closed.
     pub(crate) async fn run(mut self, mut first: Option<Box<dyn Session>>) {
         let mut retry = FIRST_RETRY;
         let client = self.client.clone();
@@ -411,7 +414,7 @@ impl ConnectionTask {
                     match self.keep(session).await {
                         End::Asked => break,
                         End::Lost(Lost(error)) => {
-                            tracing::warn!(broker = %client.url, error, "the broker is lost");
+                            tracing::warn!(broker = %client.url, error, "broker connection lost");
                             client.set_state(&*self.incoming, State::Down { error });
                         }
                     }
@@ -432,14 +435,14 @@ impl ConnectionTask {
         client.closed.notify_waiters();
     }
 
-    /// Works with a session until it is lost, or the client is to be closed.
+    /// Uses a session until it is lost, or until the client is closed.
     async fn keep(&mut self, session: Box<dyn Session>) -> End {
         let (client, session) = (self.client.clone(), Arc::new(session));
         self.refused.clear();
         let restore = {
             let mut desired = lock(&client.desired);
             (desired.subscribed, desired.served) = Default::default();
-            // From here on changes are asked for.
+            // From here on changes are queued as commands.
             client.session.store(Some(session.clone()));
             desired.wishes()
         };
@@ -504,7 +507,7 @@ impl ConnectionTask {
             Ok(()) => Ok(()),
             Err(Failed::Lost(lost)) => Err(lost),
             Err(Failed::Refused(error)) => {
-                tracing::error!(broker = %self.client.url, error, "the broker refused");
+                tracing::error!(broker = %self.client.url, error, "the broker refused a command");
                 Ok(())
             }
         }
@@ -523,14 +526,14 @@ impl ConnectionTask {
             Ok(()) => lock(&self.client.desired).confirm(wish),
             Err(Failed::Lost(lost)) => return Err(lost),
             Err(Failed::Refused(error)) => {
-                tracing::error!(broker = %self.client.url, error, "the broker refused");
+                tracing::error!(broker = %self.client.url, error, "the broker refused a wish");
                 self.refused.push(wish);
             }
         }
         Ok(())
     }
 
-    /// Asks again for what was refused: a queue of a broker that has just started, say.
+    /// Retries refused wishes, for example for a queue of a broker that has just started.
     async fn ask_again(&mut self, session: &dyn Session) -> Result<(), Lost> {
         for wish in std::mem::take(&mut self.refused) {
             if lock(&self.client.desired).contains(&wish) {
@@ -546,7 +549,7 @@ impl ConnectionTask {
         End::Lost(lost)
     }
 
-    /// What waits for a session that is gone would come too late.
+    /// Drops all queued commands: for the next session they would be too late.
     fn drop_waiting(&mut self) {
         let waiting: Vec<Queued> = std::iter::from_fn(|| self.commands.try_recv().ok()).collect();
         self.drop_orders(waiting);

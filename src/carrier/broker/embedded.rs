@@ -1,4 +1,4 @@
-//! A session with the embedded broker: one DEALER. `hub.rs` has the words that the two use.
+//! A session with the embedded broker: one DEALER. `hub.rs` documents the messages between them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,9 +26,9 @@ use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
-/// How often each side says that it is there.
+/// The interval at which each side sends a sign of life.
 const PING: Duration = Duration::from_secs(1);
-/// How much is taken before the broker is told.
+/// The number of bytes after which the broker is notified that they were taken.
 const TELL_TAKEN: u64 = WINDOW / 16;
 
 /// Connects to a broker.
@@ -44,7 +44,7 @@ pub(super) fn connect<'a>(
 struct EmbeddedSession {
     title: String,
     outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
-    /// Told of each thing that the broker has done.
+    /// Notified of each completed command.
     done: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
     ending: Ending,
     tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -56,9 +56,9 @@ impl EmbeddedSession {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
-        // The crate would try for as long as it may, and not say why it can't.
+        // The crate would retry until its timeout, and not report the reason.
         let probe = timeout(ANSWER, TcpStream::connect((url.host(), url.port()))).await;
-        let probe = probe.map_err(|_| ConnectError::passing("no answer within 5 s"))?;
+        let probe = probe.map_err(|_| ConnectError::passing("timed out after 5 s: no answer"))?;
         drop(probe.map_err(ConnectError::passing)?);
         let mut options = SocketOptions::default();
         let identity = Bytes::copy_from_slice(&random_bytes::<16>());
@@ -83,13 +83,11 @@ impl EmbeddedSession {
             Ok(Ok(message)) => match &message.into_vec()[..] {
                 [welcome, title] if **welcome == *b"W" => text(title).unwrap_or("?").to_owned(),
                 _ => {
-                    return Err(ConnectError::for_good(
-                        "what answers there is no `peerbus broker`",
-                    ));
+                    return Err(ConnectError::for_good("the server is not a `peerbus broker`"));
                 }
             },
             Ok(Err(error)) => return Err(ConnectError::passing(to_io(error))),
-            Err(_) => return Err(ConnectError::passing("no answer within 5 s")),
+            Err(_) => return Err(ConnectError::passing("timed out after 5 s: no answer")),
         };
         let (outgoing, commands) = mpsc::unbounded_channel();
         let (tell_done, done) = mpsc::unbounded_channel();
@@ -112,20 +110,20 @@ impl EmbeddedSession {
         let _tasks_have_ended = self.outgoing.send(frames);
     }
 
-    /// Says something, and waits until the broker has done it.
+    /// Sends a command, and waits until the broker has carried it out.
     async fn ask(&self, frames: Vec<Bytes>) -> Result<(), Failed> {
         let mut done = self.done.lock().await;
         self.say(frames);
         match timeout(ANSWER, done.recv()).await {
             Ok(Some(())) => Ok(()),
             Ok(None) => Err(Failed::lost("the connection was closed")),
-            Err(_) => Err(Failed::lost("no answer within 5 s")),
+            Err(_) => Err(Failed::lost("timed out after 5 s: no answer")),
         }
     }
 
     async fn say_goodbye(&self) {
         self.say(vec![op(b"B")]);
-        // The writer ends behind it.
+        // The writer ends after it.
         let writer = lock(&self.tasks).drain(..1).next();
         if let Some(writer) = writer {
             let _too_slow = timeout(ANSWER, writer).await;
@@ -240,7 +238,7 @@ struct Reader {
     incoming: Arc<dyn Incoming>,
     outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
     done: mpsc::UnboundedSender<()>,
-    /// Bytes that the broker was not told of yet.
+    /// The number of taken bytes of which the broker was not notified yet.
     taken: u64,
 }
 
@@ -263,7 +261,7 @@ impl Reader {
                     }
                     Err(error) => break to_io(error).to_string(),
                 },
-                // At end of file `recv` hangs; only the monitor tells.
+                // At end of file `recv` hangs; only the monitor reports it.
                 event = monitor.next() => {
                     if matches!(event, Some(SocketEvent::Disconnected(_)) | None) {
                         break "the connection was closed".to_owned();
@@ -271,7 +269,7 @@ impl Reader {
                 }
                 _ = pings.tick() => {
                     if heard.elapsed() > SILENCE {
-                        break "nothing was heard of it for 5 s".to_owned();
+                        break "the broker was silent for 5 s".to_owned();
                     }
                 }
             }

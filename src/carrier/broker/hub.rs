@@ -1,21 +1,21 @@
-//! The embedded broker: one ROUTER on loopback, for comparisons that need nothing installed.
+//! The embedded broker: one ROUTER on loopback, for comparisons without installed software.
 //!
-//! Each node has one DEALER, so that what it says is read in its order: a subscription before the
-//! message that answers it. A message is a list of frames, of which the first is one of the bytes
+//! Each node has one DEALER, so that its messages are read in order: a subscription before the
+//! message that it awaits. A message is a list of frames, of which the first is one of the bytes
 //! below.
 //!
 //! | From a node | | To a node | |
 //! |---|---|---|---|
 //! | `H` | mesh, node id: hello | `W` | title: welcome |
-//! | `S` `U` | pattern: subscribe, unsubscribe | `K` | that is done |
+//! | `S` `U` | pattern: subscribe, unsubscribe | `K` | done |
 //! | `V` `X` | service: serve, withdraw | | |
 //! | `P` | topic, head, body: publish | `P` | topic, head, body |
-//! | `C` | service, id, head, body: to one that serves it | `C` | service, head, body |
+//! | `C` | service, id, head, body: to one instance | `C` | service, head, body |
 //! | `N` | node id, id, head, body: to that node | `N` | head, body |
 //! | `A` | head, body: to every node | `A` | head, body |
-//! | `F` | count: so many bytes are taken | `R` | id: nobody takes that |
-//! | `.` | are you there? | `.` | yes |
-//! | `B` | goodbye | `D` | count: so many of yours were dropped |
+//! | `F` | count: bytes taken | `R` | id: no receiver |
+//! | `.` | ping | `.` | pong |
+//! | `B` | goodbye | `D` | count: messages of the node that were dropped |
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -38,22 +38,22 @@ use crate::address::{Pattern, Topic};
 use crate::engine::PatternTrie;
 use crate::opaque::opaque;
 
-/// What a node may have on its way or unread at a time, in bytes; what is beyond it is dropped.
+/// The most bytes of a node in flight or unread; further messages are dropped.
 pub(super) const WINDOW: u64 = 8 * 1024 * 1024;
-/// What a message counts for besides its bytes. It keeps those of a window fewer than the 100,000
-/// that the socket library queues for a peer before it makes everybody wait.
+/// The cost of a message besides its bytes. So a window holds fewer messages than the 100,000 that
+/// the socket library queues for a peer before it blocks all senders.
 pub(super) const MESSAGE_COST: u64 = 128;
-/// Who has said nothing for so long is gone.
+/// The silence after which a node or the broker is gone.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
-/// How often drops are told, and the silent looked for.
+/// The interval at which drops are reported and silent nodes removed.
 const TICK: Duration = Duration::from_millis(100);
 /// The most patterns and services of one node.
 const MAX_WISHES: usize = 10_000;
 
-/// A broker within this process, on loopback: best effort, nothing is kept, nobody is checked.
+/// A broker within this process, on loopback: best effort, without storage or authentication.
 ///
-/// It is there so that broker mode can be tried and measured without installing anything. It
-/// drops what a node doesn't take in time (8 MiB), and tells the sender.
+/// With it, broker mode can be tried and measured without installed software. The broker drops
+/// messages that a node does not take in time (8 MiB), and notifies their sender.
 pub struct EmbeddedBroker {
     addr: SocketAddr,
     counts: Arc<Counts>,
@@ -63,13 +63,13 @@ pub struct EmbeddedBroker {
 
 opaque!(EmbeddedBroker, |it| addr: it.addr);
 
-/// An embedded broker that can't start.
+/// The error of starting an embedded broker.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmbeddedBrokerError {
     /// The address is not on loopback.
     #[error(
-        "{0} is beyond this host; the embedded broker checks nobody, and listens on loopback only"
+        "{0} is beyond this host; the embedded broker has no authentication: give a loopback address"
     )]
     BeyondThisHost(SocketAddr),
     /// The address can't be listened on.
@@ -77,22 +77,22 @@ pub enum EmbeddedBrokerError {
     Listen {
         /// The address.
         addr: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         text: String,
     },
 }
 
-/// What an embedded broker has done so far.
+/// The counters of an embedded broker.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BrokerReport {
-    /// Nodes that are connected now.
+    /// The number of connected nodes.
     pub nodes: u64,
-    /// Messages that came.
+    /// The number of received messages.
     pub received: u64,
-    /// Messages that went out: those on topics once for each node.
+    /// The number of sent messages; those on topics count once for each node.
     pub sent: u64,
-    /// Those of them that were dropped for nodes which were too slow.
+    /// The number of messages dropped for nodes that were too slow.
     pub dropped: u64,
 }
 
@@ -112,7 +112,7 @@ struct Counts {
 }
 
 impl EmbeddedBroker {
-    /// Starts one; port 0 takes a free one.
+    /// Starts a broker; port 0 picks a free port.
     ///
     /// # Errors
     /// [`EmbeddedBrokerError`] if the address is beyond loopback or can't be listened on.
@@ -120,7 +120,7 @@ impl EmbeddedBroker {
         Self::boxed(addr).await
     }
 
-    /// Boxed, so that it is compiled here and not again in each crate that starts one.
+    /// Boxed, so that it is compiled once, here, and not in each crate that starts a broker.
     #[inline(never)]
     fn boxed(addr: SocketAddr) -> BoxFuture<'static, Result<Self, EmbeddedBrokerError>> {
         Box::pin(Self::start_here(addr))
@@ -145,17 +145,17 @@ impl EmbeddedBroker {
         Ok(Self { addr: SocketAddr::new(addr.ip(), port), counts, stop, task })
     }
 
-    /// The address that it listens on.
+    /// The address on which it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The URL by which nodes find it.
+    /// The URL for nodes.
     pub fn url(&self) -> String {
         format!("peerbus://{}", self.addr)
     }
 
-    /// What it has done so far.
+    /// The counters so far.
     pub fn report(&self) -> BrokerReport {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         BrokerReport {
@@ -166,7 +166,7 @@ impl EmbeddedBroker {
         }
     }
 
-    /// Ends it. Nodes notice within 5 s, and connect again when one listens there.
+    /// Stops the broker. Nodes notice within 5 s, and reconnect when one listens there again.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         let _panicked = (&mut self.task).await;
@@ -186,22 +186,22 @@ type Frames = Vec<Bytes>;
 struct Client {
     mesh: String,
     id: Bytes,
-    /// Its place among the subscribers.
+    /// Its number among the subscribers.
     number: u64,
     patterns: Vec<Pattern>,
     services: Vec<Bytes>,
-    /// What it has not taken yet, in bytes.
+    /// The number of bytes that it has not taken yet.
     outstanding: u64,
-    /// How many of its messages were dropped, and it was not told yet.
+    /// The number of its dropped messages that are not reported to it yet.
     untold: u64,
     heard: Instant,
 }
 
-/// What belongs to one mesh.
+/// The nodes, subscriptions and services of one mesh.
 #[derive(Default)]
 struct Mesh {
     topics: PatternTrie<Name>,
-    /// Who serves a name; the first is next.
+    /// The nodes that serve a name; the first is next.
     services: HashMap<Bytes, Vec<Name>>,
     nodes: BTreeMap<Bytes, Name>,
 }
@@ -239,7 +239,7 @@ impl Hub {
         }
     }
 
-    /// What a node says; what makes no sense is passed over.
+    /// Handles a message of a node; an invalid one is ignored.
     async fn handle(&mut self, name: Name, frames: Frames) {
         if let (b"H", [_, mesh, id]) = (&frames[0][..], &frames[..]) {
             return self.handle_hello(name, mesh, id.clone()).await;
@@ -313,7 +313,7 @@ impl Hub {
         }
     }
 
-    /// Whose turn it is among those that serve a name.
+    /// Returns the next of the nodes that serve a name.
     fn next_instance(&mut self, asker: &Name, service: &Bytes) -> Option<Name> {
         let mesh = self.clients.get(asker)?.mesh.clone();
         let instances = self.meshes.get_mut(&mesh)?.services.get_mut(service)?;
@@ -328,7 +328,7 @@ impl Hub {
         }
     }
 
-    /// Sends a message on; one that is dropped is told to its sender later.
+    /// Passes a message on; a drop is reported to its sender later.
     async fn hand_on(&mut self, from: &Name, to: &Name, message: Frames) {
         if !self.send(to, message).await
             && let Some(client) = self.clients.get_mut(from)
@@ -410,7 +410,7 @@ impl Hub {
         }
     }
 
-    /// Sends a message if its taker has room for it.
+    /// Sends a message if its receiver has room for it. Returns false if it is dropped.
     async fn send(&mut self, to: &Name, mut frames: Frames) -> bool {
         let Some(client) = self.clients.get_mut(to) else { return false };
         let is_message = matches!(&frames[0][..], b"P" | b"C" | b"N");
@@ -426,7 +426,7 @@ impl Hub {
         frames.insert(0, to.clone());
         let Ok(message) = ZmqMessage::try_from(frames) else { return false };
         if self.sender.send(message).await.is_err() {
-            // Its connection is gone.
+            // The connection was lost.
             self.remove(to);
             return false;
         }
@@ -457,7 +457,7 @@ async fn ended(stopped: &mut watch::Receiver<bool>) {
     let _owner_is_gone = stopped.wait_for(|stopped| *stopped).await;
 }
 
-/// What a message takes of its taker's window: its frames behind the first.
+/// Returns the cost of a message in its receiver's window: all frames but the first.
 pub(super) fn cost(frames: &[Bytes]) -> u64 {
     MESSAGE_COST + frames[1..].iter().map(|frame| frame.len() as u64).sum::<u64>()
 }

@@ -6,11 +6,11 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BrokerKind {
-    /// `peerbus broker`.
+    /// The embedded broker, `peerbus broker`.
     Embedded,
-    /// NATS, with JetStream for what is guaranteed.
+    /// NATS, with JetStream for guaranteed messages.
     Nats,
-    /// RabbitMQ, with quorum queues for what is guaranteed.
+    /// RabbitMQ, with quorum queues for guaranteed messages.
     RabbitMq,
 }
 

@@ -1,14 +1,14 @@
-//! The broker carrier: every message goes by a connection to a broker.
+//! The broker carrier: every message is sent over one connection to a broker.
 //!
 //! ```text
-//!  Core ── messages, wishes ──▶ BrokerClient ──▶ dyn Session ═══ broker ═══ sessions of other nodes
-//!   ▲                              │ connects again, restores the wishes
+//!  Core ── messages, wishes ──▶ BrokerClient ──▶ dyn Session ═══ broker ══ sessions of other nodes
+//!   ▲                              │ reconnects, restores the wishes
 //!   └──── BrokerCarrier ◀── Incoming ┘
 //! ```
 //!
-//! A session is one connection to one kind of broker: [`embedded`], [`nats`], [`rabbitmq`]. Each
-//! file maps the words of this crate to the broker's own at its head; [`adapter`] lists the kinds,
-//! and what each lacks.
+//! A session is one connection to one kind of broker: [`embedded`], [`nats`], [`rabbitmq`]. The
+//! head of each file maps this crate's terms to the broker's. [`adapter`] lists the kinds, and what
+//! each lacks.
 
 mod adapter;
 mod ask;
@@ -43,31 +43,31 @@ use crate::report::DropReason;
 use crate::wire::{DeliveryOutcome, Parcel};
 use client::State;
 
-/// Who a session speaks for.
+/// The node of a session, and the settings that sessions need.
 #[derive(Debug, Clone)]
 pub(crate) struct Me {
     pub(crate) id: NodeId,
     pub(crate) name: String,
     pub(crate) mesh: MeshName,
-    /// A file of certificates that the broker's own is checked against, besides the system's.
+    /// A file of CA certificates for the broker's certificate, besides the system's.
     pub(crate) ca: Option<PathBuf>,
-    /// How long the handler of a guaranteed message may take.
+    /// The time limit of the handler of a guaranteed message.
     pub(crate) lease: Duration,
-    /// The retries of a message that is handled here.
+    /// The retries of messages handled here.
     pub(crate) retry: RetryPolicy,
 }
 
-/// A message for the broker.
+/// A message to be sent to the broker.
 #[derive(Debug, Clone)]
 pub(crate) enum Outgoing {
     /// An event.
     Publish(Topic, Parcel),
-    /// A call or a request, with its id, by which it is reported if nobody takes it, and its time
-    /// to live.
+    /// A call or a request, with its time to live, and its id, by which it is reported if it has
+    /// no receiver.
     Call(Recipient, MessageId, Option<Duration>, Parcel),
-    /// A reply to that node.
+    /// A reply to a node.
     Reply(NodeId, Parcel),
-    /// For every node of the mesh.
+    /// A message to every node of the mesh.
     Broadcast(Parcel),
 }
 
@@ -81,90 +81,91 @@ impl Outgoing {
         }
     }
 
-    /// Returns true if its end with a session is a loss to be counted.
+    /// Returns true if its loss is counted.
     fn counts(&self) -> bool {
         !matches!(self, Self::Broadcast(_))
     }
 }
 
-/// A message that the broker is to keep until it is processed.
+/// A message for the broker to keep until it is processed.
 #[derive(Debug)]
 pub(crate) struct Guaranteed {
     pub(crate) id: MessageId,
     pub(crate) to: Destination,
     pub(crate) parcel: Parcel,
     pub(crate) expires_at: Option<u64>,
-    /// Told once the broker has confirmed it.
+    /// Notified when the broker has confirmed or refused the message.
     pub(crate) stored: oneshot::Sender<Result<(), StoreFailure>>,
 }
 
-/// Why a broker did not keep a message.
+/// The reason for which a message was not stored by the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum StoreFailure {
-    /// The connection was lost before the broker confirmed: it may have it.
+    /// The connection was lost before the broker confirmed; the broker may have the message.
     Lost,
-    /// The broker said no.
+    /// The broker refused the message.
     Refused(String),
 }
 
-/// How a message came.
+/// The channel over which a message arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Via {
-    /// On a topic, for all local subscriptions that match, or for those with this very pattern.
+    /// A topic: for all matching local subscriptions, or only for those with this pattern.
     Topic(Topic, Option<Pattern>),
     Service(ServiceName),
-    /// To this node.
+    /// The inbox of this node.
     Inbox,
-    /// To every node of the mesh.
+    /// The channel to every node of the mesh.
     All,
 }
 
-/// Word to a broker about a message that it keeps.
+/// An acknowledgement of a message that the broker keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ack {
-    /// Its attempt ended.
+    /// The attempt ended.
     Ended(DeliveryOutcome),
-    /// It is not to be handled before so much time has passed.
+    /// The message is not to be handled before this time has passed.
     Later(Duration),
 }
 
-/// A message that the broker keeps until it is acknowledged. Dropping the sender has it delivered
-/// again.
+/// A message that the broker keeps until it is acknowledged. Dropping `ack` has it delivered again.
 #[derive(Debug)]
 pub(crate) struct Kept {
-    /// The durable subscription that it is for; `None` for a service.
+    /// The durable subscription to which it is delivered; `None` for a service or a node.
     pub(crate) subscription: Option<ServiceName>,
-    /// From 1.
+    /// The number of the attempt, from 1.
     pub(crate) attempt: u32,
     pub(crate) redelivered: bool,
     pub(crate) ack: oneshot::Sender<Ack>,
 }
 
-/// What sessions bring to a node.
+/// The receiver of a session's messages and reports.
 pub(crate) trait Incoming: Send + Sync {
-    /// A message; one without a head comes from another program. Dropping the ticket of a call acknowledges it.
+    /// Handles a message; one without a head is from another program. Dropping the ticket of a call
+    /// acknowledges it.
     fn handle_message(&self, via: Via, parcel: Parcel, ticket: Option<oneshot::Sender<()>>);
+    /// Handles a message that the broker keeps.
     fn handle_kept(&self, via: Via, parcel: Parcel, kept: Kept);
-    /// Nobody takes that call.
+    /// Handles a call without a receiver.
     fn handle_unrouted(&self, id: MessageId);
-    /// Whether the broker can be talked to has changed.
+    /// Handles a change of the connection's state.
     fn handle_state(&self, state: &State);
-    /// Messages of this node were dropped on their way.
+    /// Handles the drop of messages of this node on their way.
     fn handle_dropped(&self, reason: DropReason, count: u64);
 }
 
-/// The use that a broker makes of a message that it keeps.
+/// The broker's action on a message that it keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AckAction {
     Forget,
-    /// Keep it as a dead letter, for that reason.
+    /// Keep the message as a dead letter, for that reason.
     DeadLetter(String),
-    /// Deliver it again after that time.
+    /// Deliver the message again after that time.
     Again(Duration),
 }
 
 impl AckAction {
-    /// Follows from the word about an attempt; `None` is an attempt that was given up.
+    /// Decides the action after an attempt. `None` stands for a missing acknowledgement.
     pub(crate) fn after(ack: Option<Ack>, attempt: u32, retry: &RetryPolicy) -> Self {
         match ack {
             Some(Ack::Later(wait)) => Self::Again(wait),

@@ -1,24 +1,24 @@
-//! A session with NATS; what is guaranteed goes by JetStream.
+//! A session with NATS; guaranteed messages use JetStream.
 //!
-//! | Ours | NATS, all under `peerbus.MESH` |
+//! | peerbus | NATS, all under `peerbus.MESH` |
 //! |---|---|
 //! | topic | subject `.e.TOPIC`; patterns are NATS's own wildcards |
 //! | service | subject `.s.NAME`, queue group `peerbus` |
 //! | a node, replies | subject `.n.NODE` |
-//! | nobody serves that | "no responders", to the reply subject `.x.NODE.ID` |
+//! | no instance | "no responders", to the reply subject `.x.NODE.ID` |
 //! | every node | subject `.c` |
 //! | guaranteed, to a service or node | stream `peerbus_MESH_work` (work queue), subject `.w.NAME`, one durable consumer for each name |
 //! | guaranteed, on a topic | stream `peerbus_MESH_kept` (interest), subject `.k.TOPIC`, one durable consumer for each subscription |
 //! | dead letter | stream `peerbus_MESH_dead`, subject `.d.` and the rest of its own, reason in the header `peerbus-reason` |
 //!
-//! Our head is the header `peerbus`, in base64; the payload is the body.
+//! The parcel's head is the header `peerbus`, in base64; the payload is the body.
 //!
-//! A server that is killed may forget that it had delivered a message, and count its deliveries
-//! from one again. So each durable consumer has in its metadata for which life of the server the
-//! counts are right, and behind which message of the stream; what came before is marked as
-//! redelivered, though it may not have been. A server older than 2.10 keeps no such metadata: all
-//! that was stored before a node connects is marked then. In a cluster a life is that of the server
-//! that the node is connected to: if another one is killed, some may not be marked.
+//! A killed server may forget that it delivered a message, and count its deliveries from one again.
+//! So the metadata of each durable consumer states for which life of the server the counts are
+//! right, and after which message of the stream. Earlier messages are marked as redelivered, even
+//! if they were not. A server older than 2.10 keeps no such metadata: then all messages stored
+//! before a node connects are marked. In a cluster the life is that of the server to which the node
+//! is connected: if another server is killed, some messages may not be marked.
 
 use std::collections::HashMap;
 use std::future::ready;
@@ -53,16 +53,16 @@ use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
-/// The header with our head.
+/// The header with the parcel's head.
 const HEAD: &str = "peerbus";
-/// The header of a dead letter that says why it is one.
+/// The header of a dead letter with its reason.
 const REASON: &str = "peerbus-reason";
 const GROUP: &str = "peerbus";
-/// In a consumer's metadata: the life of the server that counts its deliveries, and the last
-/// message of the stream that was there before.
+/// The keys of a consumer's metadata: the life of the server that counts its deliveries, and the
+/// last message of the stream before that life.
 const COUNTED_BY: &str = "peerbus-counted-by";
 const COUNTED_BEHIND: &str = "peerbus-counted-behind";
-/// How many guaranteed messages are asked for at a time.
+/// The most guaranteed messages requested at a time.
 const BATCH: usize = 500;
 
 /// Connects to a server.
@@ -85,7 +85,7 @@ struct NatsSession {
     tasks: Mutex<HashMap<Task, AbortHandle>>,
 }
 
-/// What the server keeps for a mesh.
+/// The streams of a mesh on the server.
 #[derive(Clone)]
 struct Streams {
     context: jetstream::Context,
@@ -154,7 +154,7 @@ impl NatsSession {
         let (tell, receiver) = (ending.clone(), incoming.clone());
         let mut options = ConnectOptions::new()
             .name(format!("peerbus {} {}", me.name, me.id.short()))
-            // Another session restores what this one had.
+            // Another session restores the state of this one.
             .max_reconnects(1)
             .connection_timeout(ANSWER)
             .event_callback(move |event| {
@@ -162,8 +162,8 @@ impl NatsSession {
                     async_nats::Event::Disconnected => tell.tell("the connection was closed"),
                     async_nats::Event::Closed => tell.tell("the connection has ended"),
                     async_nats::Event::ClientError(error) => tell.tell(error),
-                    // Its own queue, in which messages wait for this session, is full. It may not
-                    // tell of each.
+                    // The client's own queue of received messages is full. It may not report each
+                    // lost message.
                     async_nats::Event::SlowConsumer(_) => {
                         receiver.handle_dropped(DropReason::SlowSubscriber, 1);
                     }
@@ -202,7 +202,7 @@ impl NatsSession {
         Ok(session)
     }
 
-    /// Subscribes to what every node has to hear.
+    /// Subscribes to the subjects that every node receives.
     async fn listen(&self) -> Result<(), async_nats::Error> {
         let inbox = self.client.subscribe(self.names.node(&self.me.id)).await?;
         self.forward(Task::Inbox, inbox, |_| Some(Via::Inbox));
@@ -294,7 +294,7 @@ impl NatsSession {
         self.work(Task::Durable(name.clone()), taken, concurrency, Some(name), via).await
     }
 
-    /// A durable consumer with these settings, and which of its messages are counted.
+    /// Opens a durable consumer with these settings, and returns which deliveries are counted.
     async fn take_on(
         &self,
         stream: &stream::Stream,
@@ -320,7 +320,7 @@ impl NatsSession {
         config.metadata = counted.metadata();
         let consumer = stream.create_consumer(config).await.map_err(|error| {
             let told =
-                format!("the consumer {name} is there with other settings, or can't be made");
+                format!("the consumer {name} exists with other settings, or can't be created");
             Failed::Refused(format!("{told}: {error}"))
         })?;
         Ok(Taken { consumer, counted })
@@ -341,7 +341,7 @@ impl NatsSession {
         }
     }
 
-    /// Takes guaranteed messages, and tells the server what became of them.
+    /// Takes guaranteed messages, and acknowledges them to the server.
     async fn work(
         &self,
         task: Task,
@@ -363,7 +363,7 @@ impl NatsSession {
                 let info = message.info().ok();
                 let attempt = info.as_ref().map_or(1, |info| info.delivered.max(1) as u32);
                 let sequence = info.map_or(0, |info| info.stream_sequence);
-                // The client may have connected again before this session ends.
+                // The client may have reconnected before this session ends.
                 let server = client.server_info().server_id;
                 let redelivered = attempt > 1 || !counted.counts(&server, sequence);
                 let (ack, acked) = oneshot::channel();
@@ -392,7 +392,7 @@ impl NatsSession {
             Destination::Node(node) => self.names.work(&node.to_string()),
         };
         let mut headers = headers(&parcel);
-        // The server knows it again for two minutes.
+        // The server detects duplicates by this for two minutes.
         headers.insert("Nats-Msg-Id", id.to_string());
         let sent = streams.context.publish_with_headers(subject, headers, parcel.body).await;
         tokio::spawn(async move {
@@ -408,7 +408,7 @@ impl NatsSession {
         });
     }
 
-    /// Hands on what comes for a subscription.
+    /// Passes on the messages of a subscription.
     fn forward(
         &self,
         task: Task,
@@ -432,7 +432,7 @@ impl NatsSession {
         }
     }
 
-    /// Dropping its subscriber unsubscribes.
+    /// Ends a task. Dropping its subscriber unsubscribes.
     fn end(&self, task: &Task) {
         if let Some(running) = lock(&self.tasks).remove(task) {
             running.abort();
@@ -447,7 +447,7 @@ impl Session for NatsSession {
         format!("NATS {}{jetstream}", info.version)
     }
 
-    /// Only puts the message into the client's own queue, if that has room.
+    /// Puts the message into the client's own queue, if that has room.
     fn try_send(&self, message: Outgoing) -> Option<Outgoing> {
         let again = message.clone();
         match self.publish(message).now_or_never() {
@@ -524,7 +524,7 @@ impl Drop for NatsSession {
 }
 
 impl Streams {
-    /// The streams of a mesh, made if they are missing; `None` if the server has no JetStream.
+    /// Opens the streams of a mesh, creating missing ones; `None` if the server has no JetStream.
     async fn open(client: &Client, names: &Names, me: &Me) -> Result<Option<Self>, ConnectError> {
         let context = jetstream::new(client.clone());
         if let Err(error) = context.query_account().await {
@@ -546,7 +546,7 @@ impl Streams {
     }
 }
 
-/// A stream with these settings, or why there is none.
+/// Opens a stream with these settings, or creates it.
 async fn find(
     context: &jetstream::Context,
     wanted: stream::Config,
@@ -557,25 +557,25 @@ async fn find(
     match there.subjects == wanted.subjects && there.retention == wanted.retention {
         true => Ok(found),
         false => Err(ConnectError::for_good(format!(
-            "the stream {name} is there with other settings: retention {:?} and subjects {:?} \
+            "the stream {name} exists with other settings: retention {:?} and subjects {:?} \
              instead of {:?} and {:?}",
             there.retention, there.subjects, wanted.retention, wanted.subjects
         ))),
     }
 }
 
-/// A durable consumer, and which of its messages are counted.
+/// A durable consumer, and which of its deliveries are counted.
 struct Taken {
     consumer: jetstream::consumer::Consumer<pull::Config>,
     counted: Counted,
 }
 
-/// Which deliveries of a consumer the server has counted all.
+/// The messages of a consumer of which the server has counted all deliveries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Counted {
     /// The life of the server.
     server: String,
-    /// Those of messages behind this one of the stream.
+    /// The sequence of the last message of the stream whose deliveries may not be counted.
     behind: u64,
 }
 
@@ -590,13 +590,13 @@ impl Counted {
         told.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
-    /// Whether that server has counted all deliveries of a message.
+    /// Returns true if that server has counted all deliveries of a message.
     fn counts(&self, server: &str, sequence: u64) -> bool {
         server == self.server && sequence > self.behind
     }
 }
 
-/// Tells the server what became of a guaranteed message.
+/// Waits for the acknowledgement of a guaranteed message, and passes it to the server.
 async fn settle(
     message: jetstream::Message,
     attempt: u32,
@@ -609,7 +609,7 @@ async fn settle(
     let ack = loop {
         tokio::select! {
             ack = &mut acked => break ack,
-            // The node ends a handler that takes too long; until then it is at work.
+            // The node ends a handler that takes too long; until then it is working.
             () = sleep(lease / 3) => {
                 let _too_late = message.ack_with(AckKind::Progress).await;
             }
@@ -622,14 +622,14 @@ async fn settle(
             match dead_letter(&message, &reason, &context, &names).await {
                 Ok(()) => AckKind::Term,
                 Err(error) => {
-                    tracing::warn!(%error, "a dead letter can't be stored; its message comes again");
+                    tracing::warn!(%error, "can't store a dead letter; its message is redelivered");
                     AckKind::Nak(Some(retry.pause(attempt.saturating_sub(1))))
                 }
             }
         }
     };
     if let Err(error) = message.ack_with(kind).await {
-        tracing::debug!(%error, "an acknowledgement was lost; its message comes again");
+        tracing::debug!(%error, "an acknowledgement was lost; its message is redelivered");
     }
 }
 
@@ -647,7 +647,7 @@ async fn dead_letter(
     buried.await.map(drop)
 }
 
-/// A part of a URL without its escapes (RFC 3986).
+/// Decodes the escapes in a part of a URL (RFC 3986).
 fn plain(escaped: &str) -> String {
     percent_decode_str(escaped).decode_utf8_lossy().into_owned()
 }
@@ -666,7 +666,7 @@ fn parcel(message: &async_nats::Message) -> Parcel {
     Parcel { head: head.map_or_else(Bytes::new, Bytes::from), body: message.payload.clone() }
 }
 
-/// A name that a consumer may have, different for different names.
+/// Escapes a name for use as a consumer's name; different names stay different.
 fn escape(name: &str) -> String {
     let mut escaped = String::with_capacity(name.len());
     for c in name.chars() {

@@ -1,18 +1,18 @@
-//! A session with RabbitMQ (AMQP 0-9-1); what is guaranteed goes to quorum queues.
+//! A session with RabbitMQ (AMQP 0-9-1); guaranteed messages use quorum queues.
 //!
-//! | Ours | RabbitMQ, all names begin with `peerbus.MESH` |
+//! | peerbus | RabbitMQ, all names begin with `peerbus.MESH` |
 //! |---|---|
 //! | topic | topic exchange `.events`, routing key the topic; `>` is `*.#` |
-//! | service | queue `.service.NAME`, taken by its instances, gone with the last of them |
-//! | a node, replies, its subscriptions | queue `.node.NODE`, kept for 60 s without its node |
-//! | nobody serves that | `mandatory`: the message is returned |
+//! | service | queue `.service.NAME`, consumed by its instances, deleted with the last of them |
+//! | a node, replies, its subscriptions | queue `.node.NODE`, deleted after 60 s without its node |
+//! | no instance | `mandatory`: the message is returned |
 //! | every node | fanout exchange `.all` |
 //! | guaranteed, to a service or node | quorum queue `.work.NAME`, publisher confirms |
 //! | guaranteed, on a topic | topic exchange `.kept`, a quorum queue `.durable.NODE.NAME` for each subscription |
 //! | dead letter | fanout exchange and queue `.dead`, the reason in RabbitMQ's `x-death` |
 //!
-//! Our head is the header `peerbus`; the payload is the body. The quorum queues for work and for
-//! subscriptions have `max_attempts` of the node that declares them for their delivery limit.
+//! The parcel's head is the header `peerbus`; the payload is the body. The delivery limit of the
+//! quorum queues for work and for subscriptions is `max_attempts` of the node that declares them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -52,11 +52,11 @@ use crate::sync::{Mutex, Rank, lock};
 use crate::wire::Parcel;
 
 const HEAD: &str = "peerbus";
-/// How long a node's queue outlives it, in milliseconds.
+/// The time for which a node's queue outlives it, in milliseconds.
 const ORPHANED_MS: i32 = 60_000;
-/// How much may wait in a node's queue, in bytes; the oldest go first.
+/// The limit of a node's queue, in bytes; beyond it the oldest messages are dropped.
 const INBOX_BYTES: i64 = 64 * 1024 * 1024;
-/// Between signs of life, in seconds.
+/// The heartbeat interval, in seconds.
 const HEARTBEAT: u16 = 5;
 const PERSISTENT: u8 = 2;
 
@@ -75,11 +75,11 @@ struct RabbitSession {
     names: Names,
     me: Me,
     incoming: Arc<dyn Incoming>,
-    /// For what is published without a confirmation.
+    /// The channel for messages without a confirmation.
     plain: Channel,
-    /// For calls: what nobody takes is returned with its confirmation.
+    /// The channel for calls: one without a receiver is returned with its confirmation.
     calls: Channel,
-    /// For what is stored.
+    /// The channel for stored messages.
     storing: Channel,
     declaring: tokio::sync::Mutex<Channel>,
     declared: Mutex<HashSet<String>>,
@@ -96,7 +96,7 @@ enum Task {
     Durable(ServiceName),
 }
 
-/// A consumer. Its channel gives back what it has not settled when it closes.
+/// A consumer. When its channel closes, unsettled messages go back to the queue.
 struct Running {
     task: AbortHandle,
     channel: Option<Channel>,
@@ -156,7 +156,7 @@ impl RabbitSession {
             .with_properties(properties)
             .with_tls_config(OwnedTLSConfig { identity: None, cert_chain });
         let connection = builder.connect().await.map_err(|error| match error.kind() {
-            // 403 and 530: wrong credentials, no such virtual host.
+            // 403 and 530: wrong credentials, and an unknown virtual host.
             ErrorKind::ProtocolError(refused) if matches!(refused.kind().get_id(), 403 | 530) => {
                 ConnectError::for_good(refused.get_message())
             }
@@ -187,7 +187,7 @@ impl RabbitSession {
                         return;
                     }
                     Event::ConnectionBlocked(reason) => {
-                        tracing::warn!(reason, "RabbitMQ takes nothing for now");
+                        tracing::warn!(reason, "RabbitMQ blocks publishers for now");
                     }
                     other => tracing::debug!(?other, "RabbitMQ"),
                 }
@@ -216,7 +216,7 @@ impl RabbitSession {
         })
     }
 
-    /// Declares what every node has, and takes what comes to this one.
+    /// Declares the exchanges and queues of every node, and takes this node's messages.
     async fn listen(&self) -> Result<(), Failed> {
         self.declare_exchange("events", ExchangeKind::Topic).await?;
         self.declare_exchange("kept", ExchangeKind::Topic).await?;
@@ -353,7 +353,7 @@ impl RabbitSession {
         self.work(Task::Work(name), &queue, concurrency, None, move |_| Some(via.clone())).await
     }
 
-    /// Takes calls, as many as are handled at a time and as many more.
+    /// Takes calls, up to twice as many as are handled at a time.
     async fn serve_calls(&self, name: &ServiceName, concurrency: u32) -> Result<(), Failed> {
         let queue = self.names.service(name);
         let options = QueueDeclareOptions { auto_delete: true, ..QueueDeclareOptions::default() };
@@ -375,7 +375,7 @@ impl RabbitSession {
         Ok(())
     }
 
-    /// Takes guaranteed messages, and tells the broker what became of them.
+    /// Takes guaranteed messages, and acknowledges them to the broker.
     async fn work(
         &self,
         task: Task,
@@ -425,7 +425,7 @@ impl RabbitSession {
             Destination::Service(name) => (String::new(), self.names.work(name)),
             Destination::Node(node) => (String::new(), self.names.work(node)),
         };
-        // It waits there though nobody has served it yet.
+        // Declared here, so that the message is kept even if the name was never served yet.
         if !matches!(to, Destination::Topic(_))
             && let Err(Failed::Refused(error)) =
                 self.declare_queue(&key, durable(), self.kept_arguments()).await
@@ -452,7 +452,9 @@ impl RabbitSession {
         tokio::spawn(async move {
             let result = match confirmed.await {
                 Ok(confirmation) if confirmation.is_ack() => Ok(()),
-                Ok(_) => Err(StoreFailure::Refused("the broker did not take it".into())),
+                Ok(_) => {
+                    Err(StoreFailure::Refused("the broker did not confirm the message".into()))
+                }
                 Err(_) => Err(StoreFailure::Lost),
             };
             let _gave_up = stored.send(result);
@@ -481,7 +483,7 @@ impl RabbitSession {
         options: QueueDeclareOptions,
         arguments: FieldTable,
     ) -> Result<(), Failed> {
-        // One that goes with its last consumer may be gone.
+        // A queue that is deleted with its last consumer may be gone.
         if !options.auto_delete && lock(&self.declared).contains(name) {
             return Ok(());
         }
@@ -493,7 +495,7 @@ impl RabbitSession {
         Ok(())
     }
 
-    /// A channel on which something was refused is closed; the next gets another.
+    /// Checks a declaration. A refusal closes its channel, so another channel replaces it.
     async fn declared(&self, name: &str, result: lapin::Result<()>) -> Result<(), Failed> {
         let Err(error) = result else { return Ok(()) };
         let failed = refused(name, &error);
@@ -518,13 +520,13 @@ impl RabbitSession {
         }
     }
 
-    /// Takes no more; what runs is still settled, what waits goes back.
+    /// Ends a consumer. Running handlers still settle their messages; queued messages go back.
     async fn end(&self, task: &Task) {
         let Some(Running { task, channel }) = lock(&self.tasks).remove(task) else { return };
         task.abort();
         if let Some(channel) = channel {
             let _runs_meanwhile = tokio::spawn(async move {
-                // Its handlers have their time to end.
+                // Running handlers have this time to end.
                 sleep(ANSWER).await;
                 let _gone = channel.close(200, "done".into()).await;
             });
@@ -615,7 +617,7 @@ impl Drop for RabbitSession {
     }
 }
 
-/// Tells the broker what became of a guaranteed message.
+/// Waits for the acknowledgement of a guaranteed message, and passes it to the broker.
 async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>, retry: RetryPolicy) {
     let told = match AckAction::after(acked.await.ok(), attempt, &retry) {
         AckAction::Forget => acker.ack(BasicAckOptions::default()).await,
@@ -624,13 +626,13 @@ async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>, retry
             acker.reject(BasicRejectOptions { requeue: false }).await
         }
         AckAction::Again(wait) => {
-            // The broker has no delay of its own; it keeps the message for this node meanwhile.
+            // The broker has no delay of its own, and keeps the message for this node meanwhile.
             sleep(wait).await;
             acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
         }
     };
     if let Err(error) = told {
-        tracing::debug!(%error, "an acknowledgement was lost; its message comes again");
+        tracing::debug!(%error, "an acknowledgement was lost; its message is redelivered");
     }
 }
 
@@ -638,7 +640,7 @@ fn durable() -> QueueDeclareOptions {
     QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() }
 }
 
-/// A quorum queue; what fails that often goes to that exchange for dead letters.
+/// Returns a quorum queue's arguments, with the exchange and delivery limit for dead letters.
 fn quorum(dead: Option<(&str, u32)>) -> FieldTable {
     let text = |text: &str| AMQPValue::LongString(LongString::from(text));
     let mut arguments = FieldTable::default();
@@ -651,10 +653,12 @@ fn quorum(dead: Option<(&str, u32)>) -> FieldTable {
     arguments
 }
 
-/// A pattern as a topic exchange has it.
+/// Converts a pattern to the binding key of a topic exchange.
 fn binding(pattern: &Pattern) -> Result<String, Failed> {
     if pattern.as_str().split('.').any(|token| token == "#") {
-        return Err(Failed::Refused(format!("{pattern}: `#` stands for something else there")));
+        return Err(Failed::Refused(format!(
+            "{pattern}: `#` is a wildcard of RabbitMQ; choose another pattern"
+        )));
     }
     Ok(match pattern.as_str().strip_suffix('>') {
         Some(rest) => format!("{rest}*.#"),
@@ -666,7 +670,7 @@ fn topic(delivery: &Delivery) -> Option<Via> {
     Some(Via::Topic(delivery.routing_key.as_str().parse().ok()?, None))
 }
 
-/// How often it was delivered, this time included.
+/// Returns the number of deliveries, this one included.
 fn attempt(delivery: &Delivery) -> u32 {
     let headers = delivery.properties.headers().as_ref();
     match headers.and_then(|headers| headers.inner().get("x-delivery-count")) {
@@ -695,11 +699,13 @@ fn parcel(delivery: Delivery) -> Parcel {
 
 fn short(text: &str) -> Result<ShortString, Failed> {
     ShortString::try_new(text).map_err(|_| {
-        Failed::Refused(format!("{text}: over the 255 bytes that a name may have there"))
+        Failed::Refused(format!(
+            "{text}: a name takes at most 255 bytes in RabbitMQ; choose shorter names"
+        ))
     })
 }
 
-/// A soft error is about one thing; anything else ends the connection.
+/// Converts an error. A soft error concerns one operation; any other ends the connection.
 fn refused(name: &str, error: &lapin::Error) -> Failed {
     match error.kind() {
         ErrorKind::ProtocolError(told) if error.is_amqp_soft_error() => {

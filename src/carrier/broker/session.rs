@@ -1,4 +1,4 @@
-//! One connection to a broker, whatever its kind.
+//! Sessions: one connection to a broker of any kind.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use tokio::sync::watch;
 use super::{Guaranteed, Outgoing};
 use crate::address::{Pattern, ServiceName};
 
-/// Why there is no connection.
+/// The error of connecting to a broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ConnectError {
     pub(crate) text: String,
-    /// Trying again won't help: the credentials are wrong, say.
+    /// A retry is of no use, for example with wrong credentials.
     pub(crate) for_good: bool,
 }
 
@@ -26,14 +26,14 @@ impl ConnectError {
     }
 }
 
-/// A connection that was lost, and why.
+/// The reason for which a connection was lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lost(pub(crate) String);
 
-/// How long a broker may take to answer.
+/// The time limit of a broker's answer.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
-/// Tells of the end of a connection, once it is known why.
+/// The end of a connection, reported with its reason.
 #[derive(Clone)]
 pub(super) struct Ending(watch::Sender<Option<String>>);
 
@@ -46,20 +46,20 @@ impl Ending {
         self.0.send_replace(Some(why.to_string()));
     }
 
-    /// Waits for it.
+    /// Waits for the end of the connection.
     pub(super) async fn lost(&self) -> Lost {
         let mut told = self.0.subscribe();
         let why = told.wait_for(Option::is_some).await;
-        Lost(why.ok().and_then(|why| why.clone()).unwrap_or_else(|| "it ended".into()))
+        Lost(why.ok().and_then(|why| why.clone()).unwrap_or_else(|| "the connection ended".into()))
     }
 }
 
-/// What a session could not do.
+/// The error of a session's operation.
 #[derive(Debug)]
 pub(crate) enum Failed {
-    /// The connection is gone.
+    /// The connection was lost.
     Lost(Lost),
-    /// The broker refuses this one thing: an operator has to look.
+    /// The broker refuses this operation: an operator must intervene.
     Refused(String),
 }
 
@@ -69,14 +69,14 @@ impl Failed {
     }
 }
 
-/// One connection to a broker, whatever its kind.
+/// One connection to a broker of any kind.
 ///
-/// What is promised is kept once a future ends: a subscription is in place then.
+/// An operation is in effect when its future completes: a subscription is in place then.
 pub(crate) trait Session: Send + Sync {
-    /// The broker's name and version, as it states them.
+    /// Returns the broker's name and, if it states that, its version.
     fn title(&self) -> String;
 
-    /// Sends a message at once, from whatever task calls, if that needs no waiting. Gives it back
+    /// Sends a message at once, from the calling task, if that needs no waiting. Returns the message
     /// otherwise.
     fn try_send(&self, message: Outgoing) -> Option<Outgoing> {
         Some(message)
@@ -92,7 +92,7 @@ pub(crate) trait Session: Send + Sync {
 
     fn withdraw(&self, name: ServiceName) -> Performed<'_>;
 
-    /// The part for guaranteed messages, if the broker keeps any.
+    /// Returns the part for guaranteed messages, if the broker keeps any.
     fn durable(&self) -> Option<&dyn DurableSession> {
         None
     }
@@ -100,24 +100,24 @@ pub(crate) trait Session: Send + Sync {
     /// Waits until the connection is lost.
     fn lost(&self) -> BoxFuture<'_, Lost>;
 
-    /// Sends what is left and closes the connection.
+    /// Sends the remaining messages and closes the connection.
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
 /// A session with a broker that keeps messages.
 pub(crate) trait DurableSession: Send + Sync {
-    /// Stores a message. Its [`Guaranteed::stored`] is told when it is confirmed.
+    /// Stores a message. Its [`Guaranteed::stored`] is notified when the broker has confirmed it.
     fn store(&self, message: Guaranteed) -> Performed<'_>;
 
-    /// Takes the messages of a durable subscription.
+    /// Starts to take the messages of a durable subscription.
     fn consume(&self, name: ServiceName, pattern: Pattern, concurrency: u32) -> Performed<'_>;
 
-    /// Takes no more of them; they are kept.
+    /// Stops taking those messages; the broker keeps them.
     fn pause(&self, name: ServiceName) -> Performed<'_>;
 
-    /// Ends the durable subscription for good.
+    /// Ends the durable subscription permanently.
     fn forget(&self, name: ServiceName) -> Performed<'_>;
 }
 
-/// One thing that a session does.
+/// The future of a session's operation.
 pub(crate) type Performed<'a> = BoxFuture<'a, Result<(), Failed>>;

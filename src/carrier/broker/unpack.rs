@@ -1,4 +1,4 @@
-//! Messages from the broker, taken apart.
+//! Unpacks messages from the broker.
 
 use super::Via;
 use crate::address::Destination;
@@ -7,7 +7,7 @@ use crate::identity::NodeId;
 use crate::message::{Header, Kind};
 use crate::wire::{Envelope, Parcel, Payload, Unpacked};
 
-/// Takes a parcel apart. One without a head comes from another program.
+/// Unpacks a parcel. One without a head is from another program.
 pub(super) fn unpack(core: &Core, via: &Via, parcel: Parcel) -> Option<Unpacked> {
     if parcel.head.is_empty() {
         let (destination, kind) = match via {
@@ -32,7 +32,7 @@ pub(super) fn unpack(core: &Core, via: &Via, parcel: Parcel) -> Option<Unpacked>
     unpacked.ok()
 }
 
-/// Returns true if a message came by the way that its header names.
+/// Returns true if a message arrived over the channel that its header names.
 pub(super) fn is_for(core: &Core, via: &Via, header: &Header) -> bool {
     match (via, &header.destination) {
         (Via::Topic(topic, _), Destination::Topic(named)) => topic == named,

@@ -1,4 +1,4 @@
-//! Where a broker is, and of which kind.
+//! The addresses of brokers.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,9 +6,9 @@ use std::str::FromStr;
 use super::adapter::{ADAPTERS, Adapter};
 use super::kind::BrokerKind;
 
-/// A broker's address: `peerbus://HOST:PORT` for `peerbus broker`, `nats://` or `tls://` for
-/// NATS, `amqp://` or `amqps://` for RabbitMQ; with `USER:PASSWORD@` before the host if it takes
-/// that.
+/// A broker's address: `peerbus://HOST:PORT` for `peerbus broker`, `nats://` or `tls://` for NATS,
+/// `amqp://` or `amqps://` for RabbitMQ; with `USER:PASSWORD@` before the host if the broker
+/// requires that.
 ///
 /// `Display` and `Debug` never show the password.
 #[derive(Clone, PartialEq, Eq)]
@@ -19,30 +19,30 @@ pub struct BrokerUrl {
     port: u16,
 }
 
-/// The text is no broker's address.
+/// A text that is not a broker's address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BrokerUrlError {
-    /// It does not begin with a scheme that is known.
+    /// The text does not begin with a known scheme.
     #[error(
-        "{found:?} is no broker's scheme: it is one of peerbus, nats, tls, amqp and amqps, and then ://HOST"
+        "{found:?} is no broker's scheme; write peerbus, nats, tls, amqp or amqps, and then ://HOST"
     )]
     Scheme {
-        /// What it begins with.
+        /// The beginning of the text.
         found: String,
     },
-    /// The rest of it is no host and port.
-    #[error(
-        "the broker's address has no host, or a port that is no number: write {scheme}://HOST:PORT"
-    )]
+    /// The rest of the text is not a host and port.
+    #[error("the broker's address has no host, or an invalid port; write {scheme}://HOST:PORT")]
     Host {
-        /// Its scheme.
+        /// The scheme.
         scheme: String,
     },
-    /// This build can't talk to that kind of broker.
-    #[error("{kind} takes a build with the feature `{feature}`: cargo build --features {feature}")]
+    /// This build does not support that kind of broker.
+    #[error(
+        "this build does not support {kind}; build with the feature: cargo build --features {feature}"
+    )]
     NotBuiltIn {
-        /// Which it is.
+        /// The kind of broker.
         kind: BrokerKind,
         /// The Cargo feature.
         feature: &'static str,
@@ -50,27 +50,27 @@ pub enum BrokerUrlError {
 }
 
 impl BrokerUrl {
-    /// The adapter that this build has for it.
+    /// Returns this build's adapter for the broker.
     pub(super) fn adapter(&self) -> &'static Adapter {
         Adapter::of(self.kind)
     }
 
-    /// Its kind.
+    /// The kind of broker.
     pub fn kind(&self) -> BrokerKind {
         self.kind
     }
 
-    /// The address with all that is secret in it.
+    /// Returns the address, including its secrets.
     pub(super) fn reveal(&self) -> &str {
         &self.text
     }
 
-    /// Its host, without the brackets of an IPv6 address.
+    /// The host, without the brackets of an IPv6 address.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// Its port.
+    /// The port.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -83,7 +83,7 @@ impl FromStr for BrokerUrl {
         let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
         let of_scheme = |adapter: &&Adapter| adapter.port(scheme).is_some();
         let Some(adapter) = ADAPTERS.iter().find(of_scheme) else {
-            // A password may stand there, if the scheme was left out.
+            // If the scheme was left out, this may contain a password.
             let found = scheme.split([':', '@', '/']).next().unwrap_or_default().to_owned();
             return Err(BrokerUrlError::Scheme { found });
         };

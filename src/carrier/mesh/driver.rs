@@ -1,4 +1,4 @@
-//! The task that watches the clock for the mesh, its links and the outbox.
+//! The task that handles the timeouts of the mesh, its links and the outbox.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::engine::{DownReason, Liveness, Time};
 
 /// The longest sleep of the driver.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// Timeouts needn't be met to the microsecond; this keeps links from waking it one by one.
+/// The shortest sleep of the driver, so that the timeouts of several links share one wake-up.
 const SHORTEST_SLEEP: Duration = Duration::from_millis(1);
 
 /// Handles timeouts when they are due.

@@ -1,4 +1,4 @@
-//! The links of a node: membership, the table of links, and the routing snapshot.
+//! The links of a node: the mesh's membership, the table of links, and the routing snapshot.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::identity::NodeId;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::{Control, Limits};
 
-/// A link in the routing snapshot, as it is used and as a [`Way`].
+/// A link in the routing snapshot, also as a [`Way`].
 #[derive(Clone)]
 pub(super) struct Route {
     pub(super) link: Arc<PeerLink>,
@@ -30,7 +30,7 @@ impl Route {
     }
 }
 
-/// The peers' patterns and services, by the links that reach them.
+/// The peers' patterns and services, with the links to the peers.
 pub(super) type LiveRouting = Routing<Route>;
 
 /// The next routing snapshot, if it differs from the current one.
@@ -49,7 +49,7 @@ pub(super) struct Links {
     turn: AtomicUsize,
 }
 
-/// An instance of a service, and its load.
+/// An instance of a service, and its load by the outbox.
 struct Weighed {
     node: NodeId,
     load: (u64, u32),
@@ -65,7 +65,7 @@ impl Candidate for Weighed {
     }
 }
 
-/// An instance that could take a call, whose load is looked at only if it matters.
+/// An instance that could take a call. Its load is read only if it matters.
 enum Instances<'a> {
     Here { node: NodeId, load: (u64, u32) },
     There(&'a Instance<Route>),
@@ -129,8 +129,8 @@ impl Links {
     }
 
     /// Passes an input to the mesh, then carries out its actions before any other input, so that
-    /// records leave in the order in which they were decided on. Returns when the mesh has to
-    /// look at the clock as well.
+    /// records leave in the order in which they were decided. Also returns the mesh's next
+    /// timeout.
     pub(super) fn with_mesh<R>(
         &self,
         core: &Core,
@@ -147,7 +147,7 @@ impl Links {
         (result, mesh.poll_timeout())
     }
 
-    /// Takes a change into the next snapshot.
+    /// Applies a change to the next snapshot.
     pub(super) fn apply(
         &self,
         next: &mut NextRouting,
@@ -182,7 +182,7 @@ impl Links {
 
     // The choice among instances.
 
-    /// The instance that takes a call, this node among them.
+    /// Chooses the instance that takes a call; this node may be one.
     pub(super) fn choose(
         &self,
         core: &Core,
@@ -215,8 +215,8 @@ impl Links {
         }
     }
 
-    /// The instance that takes a guaranteed message, by the outbox's own loads; `load` gives none
-    /// for an instance that may not take it.
+    /// Chooses the instance that takes a guaranteed message, by the outbox's own loads. `load`
+    /// returns `None` for an instance that may not take it.
     pub(super) fn choose_by(
         &self,
         core: &Core,
@@ -233,7 +233,7 @@ impl Links {
         choose(&all, key, turn).map(Weighed::node)
     }
 
-    /// Counts and reports a key whose messages go to another instance than before.
+    /// Records the instance that takes a key's message; counts and reports a moved key.
     fn note_taker(&self, reporter: &Reporter, service: &ServiceName, key: &str, taker: NodeId) {
         let moved_from = lock(&self.affinity).note(service, key, taker);
         if let Some(from) = moved_from {

@@ -1,5 +1,4 @@
-//! The mesh: a link to every peer, found by discovery, and guaranteed messages by outbox and
-//! inbox.
+//! The mesh carrier: links to all discovered peers, and guaranteed messages by outbox and inbox.
 //!
 //! ```text
 //!   discovery ──▶ Mesh ──▶ dial ──▶ Transport ──▶ PeerLink ◀── records ── receive
@@ -49,9 +48,9 @@ use receive::NodeAcceptor;
 pub(crate) use sockets::SocketError;
 use transport::Transport;
 
-/// The interval at which peers are asked for what they have confirmed, at a shutdown.
+/// The interval at which peers are asked for confirmations during a shutdown.
 const ASK_EVERY: Duration = Duration::from_millis(20);
-/// The time that peers have to close after the goodbye.
+/// The time that peers have to close their links after the goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 pub(crate) struct MeshCarrier {
@@ -59,22 +58,22 @@ pub(crate) struct MeshCarrier {
     links: Arc<Links>,
     durable: Option<Arc<Durable>>,
     transport: Transport,
-    /// The rights of network peers, if there is a front door.
+    /// The rights of network peers, if this node uses sockets.
     access: Option<Access>,
     /// Wakes the driver for an earlier deadline.
     alarm: Arc<Alarm>,
 }
 
-/// The parts from which a mesh is made.
+/// The parts of a new mesh carrier.
 pub(crate) struct MeshParts {
     pub(crate) mesh: Mesh,
     pub(crate) limits: Limits,
-    /// An open store, if there is one.
+    /// The open store, if the node has one.
     pub(crate) store: Option<durable::store::Store>,
 }
 
 impl MeshCarrier {
-    /// A mesh over links within this process.
+    /// Creates a mesh over links within this process.
     pub(crate) fn over_memory(
         core: &Arc<Core>,
         parts: MeshParts,
@@ -115,7 +114,7 @@ impl MeshCarrier {
         })
     }
 
-    /// Begins the tasks of the mesh.
+    /// Starts the tasks of the mesh.
     fn begin(self: &Arc<Self>) {
         if let Some(durable) = &self.durable {
             durable.begin();
@@ -135,7 +134,7 @@ impl MeshCarrier {
         result
     }
 
-    /// The rights of a peer: all of them, if it is a process of the same user.
+    /// Returns the rights of a peer: all of them for a process of the same user.
     fn grants(&self, connection: &Connection) -> Grants {
         match connection.origin {
             Origin::SameUser | Origin::SameProcess => Grants::Everything,
@@ -169,7 +168,7 @@ impl MeshCarrier {
             Action::Close { link, reason } => self.close_link(link, &reason),
             Action::Route { link, peer, change } => self.links.apply(next, link, peer, change),
             Action::Report(event) => {
-                // Whoever is notified that a peer is up can publish to it.
+                // A user who is notified that a peer is up can publish to it.
                 self.links.publish(&self.core, next);
                 self.report(event);
             }
@@ -219,7 +218,7 @@ impl MeshCarrier {
         });
     }
 
-    /// Waits until no peer is left.
+    /// Waits until no link is left.
     async fn unlinked(&self) {
         let mut changes = self.core.routes.subscribe();
         while self.links.routing().peers() > 0 {
@@ -247,7 +246,7 @@ impl MeshCarrier {
     }
 }
 
-/// The carrier as the node sees it. A mesh is behind an [`Arc`], of which its tasks hold one.
+/// The carrier, as the node owns it. The mesh carrier is shared with its tasks.
 pub(crate) struct MeshHandle(pub(crate) Arc<MeshCarrier>);
 
 impl Carrier for MeshHandle {
@@ -370,7 +369,7 @@ impl Carrier for MeshHandle {
         let Self(carrier) = self;
         let closing = async move {
             carrier.with_mesh(|mesh, _| mesh.say_goodbye());
-            // Peers close a link when they have read the goodbye.
+            // Peers close their link when they have read the goodbye.
             let _too_slow = timeout_at(Instant::now() + GOODBYE, carrier.unlinked()).await;
             carrier.with_mesh(|mesh, now| mesh.close_all(now));
             carrier.core.end_tasks().await;

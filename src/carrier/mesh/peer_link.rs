@@ -1,4 +1,4 @@
-//! A link as the node sees it: its flow, and the transport beneath.
+//! A link of this node: its flow, and the transport beneath it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -21,33 +21,33 @@ use crate::wire::{Control, Envelope, Lane, Totals};
 
 /// One link of a node.
 ///
-/// Whoever changes the flow also hands what it yields to the transport, in the same call and
-/// under the flow's lock, which keeps the order. The lock is never held across an await.
+/// A call that changes the flow also passes the resulting batches to the transport, under the
+/// flow's lock, which keeps the order. The lock is never held across an await.
 pub(crate) struct PeerLink {
     pub(crate) id: LinkId,
     pub(crate) peer: NodeId,
-    /// What the peer may do.
+    /// The rights of the peer.
     pub(crate) grants: Grants,
     me: Weak<Self>,
     flow: Mutex<Flow>,
     link: Arc<dyn Link>,
     reporter: Arc<Reporter>,
     started: Instant,
-    /// Messages may flow: the decider accepted.
+    /// The decider accepted the link: messages may flow.
     open: AtomicBool,
-    /// The link has ended for this side; what still arrives is ignored.
+    /// The link has ended on this side; batches that still arrive are ignored.
     ended: AtomicBool,
-    /// Whether the peer has told its epochs.
+    /// The peer has announced its epochs.
     epochs_told: AtomicBool,
-    /// Batches that the transport has encoded since the flow was last told.
+    /// The number of batches that the transport encoded since the flow was last notified.
     released: AtomicU32,
-    /// The flow has more than the transport may hold.
+    /// The flow has more batches than the transport may hold.
     starved: AtomicBool,
-    /// Wakes the task that goes on when the transport has room again.
+    /// Wakes the sending task when the transport has room again.
     room: Notify,
-    /// The buffer of a batch that the transport is done with.
+    /// The buffer of a batch that the transport has finished with.
     spare: Mutex<Option<Vec<u8>>>,
-    /// Wakes publishers that wait for room in the queue, and how many there are.
+    /// Wakes publishers that wait for room in the queue, and their number.
     queue_room: Notify,
     waiting: AtomicU32,
 }
@@ -87,7 +87,7 @@ impl PeerLink {
         Time::after_start(self.started.elapsed())
     }
 
-    /// Whether the peer tells its epochs for the first time.
+    /// Records that the peer announced its epochs. Returns true the first time.
     pub(crate) fn is_first_epochs(&self) -> bool {
         !self.epochs_told.swap(true, Ordering::Relaxed)
     }
@@ -108,12 +108,12 @@ impl PeerLink {
         lock(&self.flow)
     }
 
-    /// Looks at the flow without sending anything.
+    /// Reads the flow, without sending anything.
     pub(crate) fn peek<R>(&self, look: impl FnOnce(&Flow) -> R) -> R {
         look(&self.lock())
     }
 
-    /// Changes the flow, then sends what can go.
+    /// Changes the flow, then sends the batches that can be sent.
     pub(crate) fn with_flow<R>(&self, change: impl FnOnce(&mut Flow) -> R) -> R {
         let mut flow = self.lock();
         let result = change(&mut flow);
@@ -126,7 +126,7 @@ impl PeerLink {
 
     fn transmit(&self, flow: &mut Flow) {
         loop {
-            // Mostly nothing has changed; looking is cheaper than swapping.
+            // Mostly nothing has changed, and a load is cheaper than a swap.
             if self.released.load(Ordering::SeqCst) > 0 {
                 let released = self.released.swap(0, Ordering::SeqCst);
                 flow.handle_released(released);
@@ -144,8 +144,8 @@ impl PeerLink {
             if !flow.has_pending() {
                 return;
             }
-            // Either the transport sees this flag when it lets go of a batch, or we see here
-            // that it already has.
+            // Either the transport sees this flag when it releases a batch, or the check below sees
+            // the release.
             if !self.starved.load(Ordering::SeqCst) {
                 self.starved.store(true, Ordering::SeqCst);
             }
@@ -155,7 +155,7 @@ impl PeerLink {
         }
     }
 
-    /// Sends on whenever the transport has room again, until the link ends.
+    /// Continues to send whenever the transport has room again, until the link ends.
     pub(crate) async fn keep_sending(self: Arc<Self>) {
         while !self.has_ended() {
             self.room.notified().await;
@@ -179,7 +179,7 @@ impl PeerLink {
         self.peek(Flow::unfinished_calls)
     }
 
-    /// When the transport last heard anything, where it sees more than whole batches.
+    /// The time at which bytes last arrived, if the transport sees more than whole batches.
     pub(crate) fn last_heard(&self) -> Option<Time> {
         let heard = Instant::from_std(self.link.last_heard()?);
         Some(Time::after_start(heard.saturating_duration_since(self.started)))
@@ -258,7 +258,7 @@ impl Way for PeerLink {
     }
 }
 
-/// The head of a batch, whose drop tells that the transport is done with it.
+/// The head of a batch. Its drop reports that the transport has finished with the batch.
 struct Tracked {
     bytes: Vec<u8>,
     link: Arc<PeerLink>,
@@ -272,7 +272,8 @@ impl AsRef<[u8]> for Tracked {
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        // Not the flow's lock: this may run inside the transport's own send, which is under it.
+        // The flow must not be locked here: this may run within the transport's send, under its
+        // lock.
         *lock(&self.link.spare) = Some(std::mem::take(&mut self.bytes));
         self.link.released.fetch_add(1, Ordering::SeqCst);
         if self.link.starved.swap(false, Ordering::SeqCst) {
@@ -281,7 +282,7 @@ impl Drop for Tracked {
     }
 }
 
-/// Counts a publisher that waits for room.
+/// Counts a publisher that waits for room, until it is dropped.
 struct Waiting<'a>(&'a AtomicU32);
 
 impl<'a> Waiting<'a> {

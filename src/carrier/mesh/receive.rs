@@ -1,4 +1,4 @@
-//! The records that links bring: batches are taken apart, and each record goes to its handler.
+//! Received batches: takes them apart, and passes each record to its handler.
 
 use std::sync::{Arc, Weak};
 
@@ -20,8 +20,8 @@ use crate::wire::{
     Control, Decoded, INLINE_BODY, Lane, PROTOCOL_VERSION, Totals, WireError, decode,
 };
 
-/// Adds each new connection to the mesh. The transports hold it and the mesh holds the
-/// transports, so it does not keep the mesh alive.
+/// Adds each new connection to the mesh. Its reference is weak, since the transports hold it and
+/// the mesh holds the transports.
 pub(super) struct NodeAcceptor(pub(super) Weak<MeshCarrier>);
 
 impl Acceptor for NodeAcceptor {
@@ -31,7 +31,7 @@ impl Acceptor for NodeAcceptor {
             return Arc::new(NobodyHome);
         };
         let core = &carrier.core;
-        // Every transport knows which node the connection claims to be.
+        // Every transport sets the claimed node.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
         let limits = &carrier.links.limits;
         let flow = Flow::new(core.now(), core.id, limits, core.config.send_queue);
@@ -47,7 +47,7 @@ impl Acceptor for NodeAcceptor {
     }
 }
 
-/// Stands in for a node that is gone.
+/// The receiver of connections to a node that is gone.
 struct NobodyHome;
 
 impl Receiver for NobodyHome {
@@ -99,7 +99,7 @@ impl Receiver for LinkReceiver {
             }
             Fault::Wire(error) => error.to_string(),
             Fault::Flow(violation) => violation.to_string(),
-            Fault::OutOfTurn => "a message before the link was accepted".into(),
+            Fault::OutOfTurn => "a message arrived before the link was accepted".into(),
         };
         carrier.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
@@ -121,7 +121,7 @@ impl LinkReceiver {
         link.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
         let mut events = Events { receiver: self, batch: None };
         let taken = self.take_records(&mut batch, &mut events);
-        // Events before a fault are delivered all the same.
+        // Events that precede a fault are delivered all the same.
         events.deliver()?;
         taken
     }
@@ -217,21 +217,21 @@ impl LinkReceiver {
             (ReceivedControl::Mesh(control), _) => {
                 carrier.with_mesh(|mesh, now| mesh.handle_control(now, link.id, control));
             }
-            // Without a store they are about messages that this node can't know.
+            // A node without a store has no messages to which these could refer.
             (ReceivedControl::Answers(_) | ReceivedControl::Epochs(_), None) => {}
         }
         Ok(())
     }
 }
 
-/// The events of a batch of records, on their way into batches by topic.
+/// The events of a received batch, gathered into batches by topic.
 struct Events<'a> {
     receiver: &'a LinkReceiver,
     batch: Option<EventBatchBuilder>,
 }
 
 impl Events<'_> {
-    /// Adds a plain event on the topic of the last.
+    /// Adds a plain event on the topic of the previous one.
     fn add_successor(&mut self, id: MessageId, body: &[u8]) -> Result<(), Fault> {
         if self.batch.as_ref().is_some_and(|batch| batch.is_full(body.len())) {
             self.deliver()?;

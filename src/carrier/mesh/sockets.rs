@@ -1,4 +1,4 @@
-//! A mesh over sockets: the front door, what it listens on, and discovery.
+//! A mesh over sockets: the front door, its listeners, and discovery.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -17,7 +17,7 @@ use crate::peer::Address;
 use crate::trust::{Access, LetIn, Trust, TrustError, TrustedKeys, Watched};
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
 
-/// Sockets that can't be had.
+/// The error of opening a mesh's sockets.
 #[derive(Debug)]
 pub(crate) enum SocketError {
     SocketDir { dir: PathBuf, source: io::Error },
@@ -26,7 +26,7 @@ pub(crate) enum SocketError {
     Mdns(String),
 }
 
-/// Counts and reports what the front door turned away.
+/// Counts and reports the connections that the front door refused.
 struct DoorWatch(Weak<Reporter>);
 
 impl Watch for DoorWatch {
@@ -41,7 +41,7 @@ impl Watch for DoorWatch {
 }
 
 impl MeshCarrier {
-    /// A mesh over TCP, TLS and this host's Unix sockets, and the addresses that it listens on.
+    /// Creates a mesh over TCP, TLS and this host's Unix sockets; also returns its addresses.
     pub(crate) async fn over_sockets(
         core: &Arc<Core>,
         parts: MeshParts,
@@ -69,7 +69,7 @@ impl MeshCarrier {
         Ok((carrier, listening))
     }
 
-    /// Begins to listen and to discover.
+    /// Starts the listeners and discovery.
     async fn open(
         self: &Arc<Self>,
         door: &Arc<FrontDoor>,
@@ -91,12 +91,15 @@ impl MeshCarrier {
             listening.push(bound.map_err(|source| SocketError::Listen { addr, source })?);
         }
         if matches!(config.trust, Trust::Open { anywhere: true }) {
-            tracing::warn!(?listening, "whoever reaches this node can read, forge and join");
+            tracing::warn!(
+                ?listening,
+                "trust is open: anyone who reaches this node can read, forge and join"
+            );
         }
         if let LetIn::TrustedKeys(watched) = let_in {
             if config.rules.is_none() {
                 tracing::warn!(
-                    "there are no rules, so trusted nodes may do nothing here (--rules)"
+                    "there are no rules, so trusted nodes may do nothing here; set some (--rules)"
                 );
             }
             core.spawn(watch_trusted_keys(self.clone(), watched.clone()));
@@ -151,24 +154,24 @@ fn front_door(
     FrontDoor::new(door_config, core.id, acceptor, watch)
 }
 
-/// Returns true if the nodes of this host meet over Unix sockets.
+/// Returns true if the nodes of this host find each other by Unix sockets.
 fn meets_locally(config: &Config) -> bool {
     cfg!(unix) && config.local
 }
 
-/// The addresses to listen on.
+/// Returns the addresses to listen on.
 fn wanted(config: &Config) -> Vec<SocketAddr> {
     let any_port = |ip| vec![SocketAddr::from((ip, 0))];
     match config.listen.as_slice() {
         [] if config.trust.reaches_networks() => any_port(Ipv4Addr::UNSPECIFIED),
-        // Without the socket folder, loopback TCP is how the nodes of this host meet.
+        // Without the socket folder, the nodes of this host connect over loopback TCP.
         [] if !meets_locally(config) => any_port(Ipv4Addr::LOCALHOST),
         listen => listen.to_vec(),
     }
 }
 
-/// Cuts the links of nodes that are no longer trusted, or have other roles now: those come back
-/// with them.
+/// Cuts the links of nodes that are no longer trusted, or whose roles changed. The latter connect
+/// again with their new roles.
 async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, watched: Arc<Watched>) {
     let changed = |before: &TrustedKeys, now: &TrustedKeys| {
         let as_before = |id: &NodeId| now.get(id).is_some() && now.get(id) == before.get(id);
@@ -177,7 +180,7 @@ async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, watched: Arc<Watched>) {
     watched.watch(changed).await;
 }
 
-/// The addresses under which a node that listens at `listening` can be dialled.
+/// Returns the addresses at which a node that listens on `listening` can be dialled.
 fn reachable(listening: &[SocketAddr], advertise: &[Address]) -> Vec<Address> {
     if !advertise.is_empty() {
         return advertise.to_vec();

@@ -1,4 +1,4 @@
-//! The ways in which a node reaches others.
+//! The transports of a mesh's links: sockets, or memory.
 
 use std::sync::Arc;
 
@@ -13,13 +13,13 @@ pub(super) enum Transport {
     Sockets(Arc<FrontDoor>),
     Memory {
         port: MemoryPort,
-        /// The network holds no more than a weak reference to it.
+        /// The network holds only a weak reference to it.
         _acceptor: Arc<dyn Acceptor>,
     },
 }
 
 impl Transport {
-    /// Dials a target; returns when the link has been handed to the node.
+    /// Dials a target. Returns when the link has been passed to the node.
     pub(super) async fn dial(
         &self,
         target: &TargetKey,

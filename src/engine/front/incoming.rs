@@ -1,4 +1,4 @@
-//! Permission: the use that is made of a record, by what the peer may do.
+//! Permission: sorts received records by their handler and by the rights of the peer.
 
 use crate::address::Destination;
 use crate::engine::RequestOutcome;
@@ -9,12 +9,12 @@ use crate::wire::{Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, P
 
 pub(super) const NOT_ALLOWED: &str = "the node's rules don't allow it";
 
-/// A record from a peer, sorted by the one who handles it.
+/// A record from a peer, sorted by its handler.
 #[derive(Debug)]
 pub(crate) enum Incoming {
-    /// An event. Its topic has yet to be checked: [`may_publish`], once for each batch.
+    /// An event. Its topic is not checked yet: see [`may_publish`], once for each batch.
     Event(Message),
-    /// Another message, and the credit that it holds.
+    /// Any other message, and the credit that it holds.
     Message {
         received: ReceivedMessage,
         lane: Lane,
@@ -25,16 +25,16 @@ pub(crate) enum Incoming {
     Unknown,
 }
 
-/// A message that is no event. It is large and moves from queue to queue, so it is boxed.
+/// A message other than an event. It is large and moves between queues, so it is boxed.
 #[derive(Debug)]
 pub(crate) enum ReceivedMessage {
     /// A call or a request, for the front.
     Call(Box<Message>),
-    /// The same, which the peer may not send.
+    /// A call that the peer may not send.
     RefusedCall(Box<Message>),
     /// A guaranteed message, for the inbox.
     Delivery(Box<Message>),
-    /// The same, which the peer may not send, and the answer to it.
+    /// The answer to a guaranteed message that the peer may not send.
     RefusedDelivery(Answer),
     /// The outcome of a request of this node.
     Outcome(Option<MessageId>, RequestOutcome),
@@ -42,30 +42,29 @@ pub(crate) enum ReceivedMessage {
 
 #[derive(Debug)]
 pub(crate) enum ReceivedControl {
-    /// The peer dropped messages of this node, counted by reason since the link began.
+    /// The number of this node's messages that the peer dropped since the link began, by reason.
     DropReport(Vec<(String, u64)>),
-    /// The peer gave up a call.
+    /// The peer cancelled a call.
     Cancel(MessageId),
     /// Answers to guaranteed messages, for the outbox.
     Answers(Vec<Answer>),
     /// The epochs of the peer's outbox, for the inbox.
     Epochs(Vec<u64>),
-    /// The peer's durable subscriptions, for the outbox; and the denial of those that are not
-    /// allowed.
+    /// The peer's durable subscriptions, for the outbox, and the denial of the forbidden ones.
     Inbox(Box<InboxInfo>, Option<Control>),
     /// A record about the link or its peer, for the mesh.
     Mesh(Control),
 }
 
-/// A record that may not come before its link is accepted.
+/// A record that must not arrive before its link is accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OutOfTurn;
 
-/// Sorts a record that came from `peer`, which may do what `grants` says. `is_open` says whether
-/// the link is accepted.
+/// Sorts a record from `peer`, which has the rights `grants`. `is_open` is true once the link is
+/// accepted.
 ///
 /// # Errors
-/// [`OutOfTurn`] ends the link.
+/// [`OutOfTurn`] if the link must end.
 pub(crate) fn incoming(
     record: Record,
     peer: NodeId,

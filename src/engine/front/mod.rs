@@ -7,9 +7,9 @@
 //!   a lost path, a deadline ────────────────────────▶                Complete, TakeBack
 //! ```
 //!
-//! The node's shell (`core/`) and the simulator drive the same front and only carry out its
-//! effects. What an event passes on its way to a subscription is in [`super::subscription`], the
-//! choice among instances in [`super::choice`].
+//! The node's shell (`core/`) and the simulator drive the same front, and only carry out its
+//! effects. [`super::subscription`] delivers events to subscriptions, and [`super::choice`] chooses
+//! among instances.
 
 mod incoming;
 mod requests;
@@ -36,17 +36,17 @@ use crate::message::{Extra, Message, MessageId, check_size};
 use crate::report::DropReason;
 use crate::wire::{Delivery, DeliveryOutcome, Failure, Payload};
 
-/// The types by which a front's owner carries out its effects.
+/// The types with which the owner of a front carries out its effects.
 pub(crate) trait Host {
     /// The part of its path that a received message holds until it ends, such as credit.
     type Hold;
-    /// Waits for the outcome of a request.
+    /// Receives the outcome of a request.
     type Waiter;
-    /// The way that a request was sent on, by which it is taken back.
+    /// The way on which a request was sent, and is taken back.
     type Way;
     /// Runs the calls of one service.
     type Service: Clone;
-    /// Interrupts one call. Clones reach the same call.
+    /// Interrupts one call. Clones refer to the same call.
     type Handle: Clone + Default;
 }
 
@@ -59,12 +59,12 @@ pub(crate) enum RequestOutcome {
     PeerLost {
         maybe_executed: bool,
     },
-    /// The broker found no taker.
+    /// The broker found no receiver.
     Unrouted,
     ShutDown,
 }
 
-/// How a handler ended.
+/// The end of a handler.
 #[derive(Debug)]
 pub(crate) enum Ended {
     Replied {
@@ -73,19 +73,19 @@ pub(crate) enum Ended {
     },
     Failed {
         failure: Failure,
-        /// A guaranteed message becomes a dead letter at once.
+        /// A guaranteed message becomes a dead letter at once, without retries.
         rejects: bool,
     },
 }
 
-/// One call among all that a node has received.
+/// The key of a received call within a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct CallKey {
     pub(crate) path: Path,
     pub(crate) id: MessageId,
 }
 
-/// One service or durable subscription of this node, from its start to the end of its last call.
+/// The number of a service or durable subscription, from its start to the end of its last call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ServiceNumber(u64);
 
@@ -99,8 +99,8 @@ pub(crate) struct Run<H: Host> {
     pub(crate) handle: H::Handle,
 }
 
-/// A reply to a call. It goes to the node that called, whatever return address the call names: a
-/// reply elsewhere could pass for the answer to another node's request.
+/// A reply to a call. It goes to the calling node, whatever return address the call names: sent
+/// elsewhere, it could pass for the reply to another node's request.
 pub(crate) struct Reply {
     pub(crate) to: NodeId,
     pub(crate) call: MessageId,
@@ -113,62 +113,61 @@ pub(crate) struct Settlement {
     pub(crate) id: MessageId,
     pub(crate) from: NodeId,
     pub(crate) delivery: Arc<Delivery>,
-    /// `None` if it left its queue without having been run.
+    /// `None` if the message left its queue without having been run.
     pub(crate) outcome: Option<DeliveryOutcome>,
 }
 
-/// A decision of the front, in the order in which they are to be carried out.
+/// A decision of the front. Effects are carried out in order.
 pub(crate) enum Effect<H: Host> {
-    /// Run a handler; [`Front::handle_ended`] tells of its end.
+    /// Run a handler, and report its end by [`Front::handle_ended`].
     Run(Run<H>),
-    /// The caller gave up or is gone: let the handler know.
+    /// Notify the handler that its caller gave up or is gone.
     Interrupt(H::Handle),
-    /// End a call's task.
+    /// Abort a call's task.
     Abort(H::Handle),
     /// A call of that service ended.
     CallEnded(H::Service),
-    /// Hand a request's outcome to whoever waits.
+    /// Pass a request's outcome to its caller.
     Complete(H::Waiter, RequestOutcome),
-    /// Take a request back: from the queue, or by a cancel record.
+    /// Take a request back: out of the queue, or by a cancel record.
     TakeBack(H::Way, MessageId),
     /// Give the hold back and send a reply, in one batch.
     Reply(H::Hold, Reply),
-    /// Give the hold back; nothing else follows.
+    /// Give the hold back.
     Release(H::Hold),
-    /// Drop a message that is over, outside of any lock: its body may run code of the user's.
+    /// Drop a finished message, outside the front's lock: its body may run the user's code.
     Discard(Box<Message>),
     /// Drop a received message, count it, and report it to its sender.
     Drop(H::Hold, DropReason),
-    /// Count a received message as dropped. Its sender is gone, and counts it as in doubt.
+    /// Count a received message as dropped. Its sender is gone, and counts it in doubt.
     Forget(DropReason),
-    /// Give the hold back and settle a guaranteed message, counted as dropped if there is a
-    /// reason.
+    /// Give the hold back and settle a guaranteed message. With a reason, count it as dropped.
     Settle(H::Hold, Settlement, Option<DropReason>),
     /// Messages of this node were dropped.
     OwnDropped { to: NodeId, reason: DropReason, count: u64 },
-    /// Messages of this node were sent, and their fate is unknown.
+    /// Messages of this node were sent, and are in doubt.
     OwnInDoubt(u64),
 }
 
-/// The bounds of what a node takes in without a link's credit.
+/// The limits of calls that no link's credit bounds.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FrontLimits {
-    /// The longest body of a reply, in bytes.
+    /// The maximum body of a reply, in bytes.
     pub(crate) max_body: usize,
-    /// This node's calls to itself, in bytes.
+    /// The limit of this node's unfinished calls to itself, in bytes.
     pub(crate) local: u64,
-    /// Calls from a broker, in bytes.
+    /// The limit of unfinished calls from a broker, in bytes.
     pub(crate) broker: u64,
 }
 
-/// The calls that a node handles, and the requests that it waits for; pure.
+/// The calls that a node handles, and its own open requests. Pure.
 pub(crate) struct Front<H: Host> {
     me: NodeId,
     limits: FrontLimits,
     requests: Requests<H>,
     services: BTreeMap<ServiceName, ServiceNumber>,
     durable: BTreeMap<ServiceName, (Pattern, ServiceNumber)>,
-    /// Those two, and those that take no more and still have calls.
+    /// The services and durable subscriptions above, and withdrawn ones with unfinished calls.
     served: BTreeMap<ServiceNumber, Served<H>>,
     numbers: u64,
     local_bytes: u64,
@@ -183,7 +182,7 @@ struct Served<H: Host> {
     offered: bool,
 }
 
-/// A call that waits for its turn.
+/// A queued call.
 struct Call<H: Host> {
     message: Box<Message>,
     deadline: Option<Time>,
@@ -191,7 +190,7 @@ struct Call<H: Host> {
     handle: H::Handle,
 }
 
-/// The part of a call that outlives its message, which its handler has.
+/// The part of a call that is kept while its handler has the message.
 struct Running<H: Host> {
     heading: Heading,
     hold: H::Hold,
@@ -293,7 +292,7 @@ impl<H: Host> Front<H> {
         number
     }
 
-    /// Takes no more calls; queued and running ones go on. Returns false if it did so already.
+    /// Stops taking calls; queued and running ones go on. Returns false if already withdrawn.
     pub(crate) fn withdraw(&mut self, number: ServiceNumber) -> bool {
         let Some(served) = self.served.get_mut(&number) else { return false };
         let was_offered = std::mem::replace(&mut served.offered, false);
@@ -313,7 +312,7 @@ impl<H: Host> Front<H> {
         self.forget_if_over(number);
     }
 
-    /// Refuses the queued calls and aborts the running ones; returns the number of the latter.
+    /// Refuses all queued calls and aborts the running ones. Returns the number of the latter.
     pub(crate) fn abort_all(&mut self) -> usize {
         let numbers: Vec<_> = self.served.keys().copied().collect();
         numbers.iter().for_each(|number| self.refuse_queued(*number));
@@ -324,7 +323,7 @@ impl<H: Host> Front<H> {
         count
     }
 
-    /// Returns true if none of its calls is queued or running.
+    /// Returns true if none of its calls is running or queued.
     pub(crate) fn is_idle(&self, number: ServiceNumber) -> bool {
         self.served.get(&number).is_none_or(|served| served.calls.is_idle())
     }
@@ -333,7 +332,7 @@ impl<H: Host> Front<H> {
         self.served.get(&number).map_or(0, |served| served.calls.running())
     }
 
-    /// The unfinished calls of a service that takes more, and its concurrency.
+    /// Returns the number of a service's unfinished calls, and its concurrency, if it takes calls.
     pub(crate) fn load(&self, name: &ServiceName) -> Option<(u64, u32)> {
         let served = self.served.get(self.services.get(name)?)?;
         Some((served.calls.unfinished() as u64, served.concurrency))
@@ -343,22 +342,22 @@ impl<H: Host> Front<H> {
         self.services.iter().map(|(name, number)| (name, *number))
     }
 
-    /// All that has calls or takes some.
+    /// Returns all services and durable subscriptions that take calls or have unfinished ones.
     pub(crate) fn numbers(&self) -> impl Iterator<Item = (ServiceNumber, &H::Service)> {
         self.served.iter().map(|(number, served)| (*number, &served.service))
     }
 
-    /// The durable subscriptions, by name.
+    /// Returns the durable subscriptions, by name.
     pub(crate) fn consumed(&self) -> impl Iterator<Item = (&ServiceName, &Pattern)> {
         self.durable.iter().map(|(name, (pattern, _))| (name, pattern))
     }
 
     // Calls.
 
-    /// A call of this node to itself.
+    /// Handles a call of this node to itself.
     ///
     /// # Errors
-    /// [`DropReason::SlowPeer`] if its own calls hold as much as they may.
+    /// [`DropReason::SlowPeer`] if this node's calls to itself are at their limit.
     pub(crate) fn handle_own_call(
         &mut self,
         now: Time,
@@ -372,7 +371,7 @@ impl<H: Host> Front<H> {
         Ok(())
     }
 
-    /// A call, a request or a guaranteed message that may be run.
+    /// Handles a permitted call, request or guaranteed message.
     pub(crate) fn handle_call(
         &mut self,
         now: Time,
@@ -409,7 +408,7 @@ impl<H: Host> Front<H> {
         }
     }
 
-    /// The service or durable subscription that a message is for.
+    /// Returns the service or durable subscription to which a message is addressed.
     fn target(&self, message: &Message) -> Option<ServiceNumber> {
         let subscription =
             message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
@@ -434,7 +433,7 @@ impl<H: Host> Front<H> {
         Some(Run { service: served.service.clone(), number, key, message, deadline, handle })
     }
 
-    /// A message that is not run: its sender is answered, one way or the other.
+    /// Refuses a message: its sender is notified by a reply, an answer or a drop report.
     pub(crate) fn handle_refused(
         &mut self,
         path: Path,
@@ -462,13 +461,13 @@ impl<H: Host> Front<H> {
         self.effects.push_back(effect);
     }
 
-    /// Refuses a call that was admitted.
+    /// Refuses an admitted call.
     fn refuse(&mut self, path: Path, call: Call<H>, reason: DropReason) {
         self.free_room(path, call.message.cost());
         self.handle_refused(path, call.message, call.hold, reason);
     }
 
-    /// A handler ended. Returns the call to run in its place.
+    /// Handles the end of a handler. Returns the call to run in its place.
     pub(crate) fn handle_ended(
         &mut self,
         now: Time,
@@ -492,7 +491,7 @@ impl<H: Host> Front<H> {
         run
     }
 
-    /// What follows from a handler's end.
+    /// Concludes a call whose handler ended.
     fn conclude(&mut self, heading: &Heading, hold: H::Hold, ended: Ended) {
         let effect = match (&heading.delivery, ended) {
             (Some(delivery), ended) => {
@@ -525,7 +524,7 @@ impl<H: Host> Front<H> {
             .map_err(|error| Failure { code: "too_large".into(), text: error.to_string() })
     }
 
-    /// The caller gave up.
+    /// Handles the cancellation of a call by its caller.
     pub(crate) fn handle_cancel(&mut self, path: Path, id: MessageId) {
         let key = CallKey { path, id };
         let mut cancelled = None;
@@ -550,7 +549,7 @@ impl<H: Host> Front<H> {
         self.forget_if_over(number);
     }
 
-    /// A link is lost, with what its flow says was on its way to `peer`.
+    /// Handles the loss of the link to `peer`, with the messages lost in its flow.
     pub(crate) fn handle_link_lost(&mut self, link: LinkId, peer: NodeId, lost: &LinkLoss) {
         let path = Path::Link(link);
         if lost.unsent > 0 {
@@ -572,12 +571,12 @@ impl<H: Host> Front<H> {
         }
     }
 
-    /// Nobody is left to wait for the calls of a service that came over a path.
+    /// Drops the queued calls that arrived over a lost path, and interrupts the running ones.
     fn lose_calls(&mut self, number: ServiceNumber, path: Path) {
         let Some(served) = self.served.get_mut(&number) else { return };
         let queued = served.calls.take_waiting(|key| key.path == path);
         for (_, running) in served.calls.all_kept().filter(|(key, _)| key.path == path) {
-            // Its outbox still waits for a guaranteed message.
+            // The sender's outbox still waits for a guaranteed message.
             if running.heading.delivery.is_none() {
                 self.effects.push_back(Effect::Interrupt(running.handle.clone()));
             }
@@ -627,7 +626,7 @@ impl<H: Host> Front<H> {
 
     // Requests.
 
-    /// A request of this node is about to be sent.
+    /// Opens a request of this node, which is about to be sent.
     pub(crate) fn open_request(
         &mut self,
         id: MessageId,
@@ -639,12 +638,12 @@ impl<H: Host> Front<H> {
         self.requests.insert(id, deadline, path, way, waiter);
     }
 
-    /// Forgets a request that could not be sent. Returns false if it has ended.
+    /// Closes a request that could not be sent. Returns false if it has ended already.
     pub(crate) fn close_request(&mut self, id: MessageId) -> bool {
         self.requests.remove(id).is_some()
     }
 
-    /// The caller no longer waits.
+    /// Handles a request whose caller no longer waits.
     pub(crate) fn handle_abandoned(&mut self, id: MessageId) {
         if let Some(open) = self.requests.remove(id) {
             self.take_back(id, open.path, open.way);
@@ -658,7 +657,7 @@ impl<H: Host> Front<H> {
         }
     }
 
-    /// The outcome of a request came over a path. It counts only if the request took that path.
+    /// Handles an outcome that arrived over a path. It counts only if the request took that path.
     pub(crate) fn handle_outcome(
         &mut self,
         path: Path,
@@ -668,7 +667,7 @@ impl<H: Host> Front<H> {
     ) {
         match id.and_then(|id| self.requests.remove_over(id, path)) {
             Some(waiter) => {
-                // Consumed before its caller wakes, so that the caller's next message says so.
+                // Consumed before its caller wakes, so that the caller's next message confirms it.
                 self.effects.push_back(Effect::Release(hold));
                 self.effects.push_back(Effect::Complete(waiter, outcome));
             }
@@ -676,7 +675,7 @@ impl<H: Host> Front<H> {
         }
     }
 
-    /// The broker found no taker for a request. Returns false if it is none of this node's.
+    /// Handles a request for which the broker found no receiver. Returns false if it is not open.
     pub(crate) fn handle_unrouted(&mut self, id: MessageId) -> bool {
         let waiter = self.requests.remove_over(id, Path::Broker);
         let found = waiter.is_some();
@@ -684,7 +683,7 @@ impl<H: Host> Front<H> {
         found
     }
 
-    /// The broker is lost: the requests that it had may have been executed.
+    /// Handles the loss of the broker. Requests sent through it may have been executed.
     pub(crate) fn handle_broker_lost(&mut self) {
         for (_, waiter) in self.requests.remove_all(Path::Broker) {
             let outcome = RequestOutcome::PeerLost { maybe_executed: true };
@@ -703,14 +702,14 @@ impl<H: Host> Front<H> {
         self.requests.poll_timeout()
     }
 
-    /// The node ends: no request is answered any more.
+    /// Ends all open requests, since the node shuts down.
     pub(crate) fn handle_shut_down(&mut self) {
         for waiter in self.requests.drain() {
             self.effects.push_back(Effect::Complete(waiter, RequestOutcome::ShutDown));
         }
     }
 
-    /// Returns true if no request is open and no call queued or running.
+    /// Returns true if no request is open and no call is running or queued.
     #[cfg(test)]
     pub(crate) fn is_quiet(&self) -> bool {
         self.requests.len() == 0 && self.served.values().all(|served| served.calls.is_idle())
@@ -722,7 +721,7 @@ impl<H: Host> Front<H> {
     }
 }
 
-/// An empty room takes any one call.
+/// Returns true if a call fits the limit. With nothing held, any one call fits.
 fn has_room(held: u64, cost: u64, limit: u64) -> bool {
     held == 0 || held + cost <= limit
 }

@@ -45,7 +45,7 @@ impl<H: Host> Requests<H> {
         Some(open)
     }
 
-    /// Ends a request if it took that path.
+    /// Ends a request, if it took that path.
     pub(super) fn remove_over(&mut self, id: MessageId, path: Path) -> Option<H::Waiter> {
         if self.open.get(&id)?.path != path {
             return None;

@@ -1,7 +1,7 @@
-//! A service: how many calls run at once, which wait.
+//! The calls of a service: a bounded number runs at once, the others are queued.
 //!
-//! Calls with the same ordering key run one after the other, in the order in which they came;
-//! the others run beside them.
+//! Calls with the same ordering key run one after the other, in the order of their arrival; the
+//! others run beside them.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
@@ -10,21 +10,21 @@ use std::sync::Arc;
 
 use crate::engine::{HashMap, Time};
 
-/// What becomes of a call that arrives.
+/// The decision on a call that arrives.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Admission<C> {
-    /// Run it now.
+    /// The call runs now.
     Start(C),
-    /// It waits; a later [`Service::handle_finished`] hands it out.
+    /// The call is queued; a later [`Service::handle_finished`] returns it.
     Waits,
-    /// The service takes no more.
+    /// The name of the call is in use.
     Refused(C),
 }
 
-/// What follows from the end of a call.
+/// The consequences of a call's end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Finished<K, C, R> {
-    /// The part of it that was kept.
+    /// The kept part of the call.
     pub(crate) kept: Option<R>,
     /// The call to run in its place.
     pub(crate) next: Option<(K, C)>,
@@ -32,19 +32,19 @@ pub(crate) struct Finished<K, C, R> {
     pub(crate) expired: Vec<(K, C)>,
 }
 
-/// The calls of one service on one node. `K` names a call, `C` is what it takes to run it, and
-/// `R` is what its owner keeps of it while it runs.
+/// The calls of one service on one node. `K` names a call, `C` holds the data needed to run it, and
+/// `R` the part of it that its owner keeps while it runs.
 ///
-/// What waits is bounded by the credit of the links that it came over.
+/// Queued calls are bounded by the credit of their links.
 #[derive(Debug)]
 pub(crate) struct Service<K, C, R> {
     concurrency: usize,
-    /// All that run and wait, by name.
+    /// All running and queued calls, by name.
     calls: HashMap<K, State<R>>,
     running: usize,
-    /// What runs as soon as there is room.
+    /// Queued calls that run as soon as there is room.
     waiting: VecDeque<Waiting<K, C>>,
-    /// For each ordering key of a call that runs or is in `waiting`: the calls behind that one.
+    /// For each ordering key of a running call or one in `waiting`: the calls behind that one.
     behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
 }
 
@@ -86,7 +86,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         }
     }
 
-    /// A call arrived; `order` is its ordering key.
+    /// Handles a call that arrived; `order` is its ordering key.
     pub(crate) fn handle_call(
         &mut self,
         key: K,
@@ -94,7 +94,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         expires: Option<Time>,
         call: C,
     ) -> Admission<C> {
-        // A name that is in use already would hide the one behind it.
+        // A second call of the same name would hide the first.
         let Entry::Vacant(entry) = self.calls.entry(key) else {
             return Admission::Refused(call);
         };
@@ -118,24 +118,24 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         Admission::Waits
     }
 
-    /// Keeps something of a call for as long as it runs.
+    /// Keeps a part of a call for as long as the call runs.
     pub(crate) fn keep(&mut self, key: K, what: R) {
         if let Some(State::Runs { kept, .. }) = self.calls.get_mut(&key) {
             *kept = Some(what);
         }
     }
 
-    /// What is kept of a call.
+    /// Returns the kept part of a running call.
     pub(crate) fn kept(&self, key: K) -> Option<&R> {
         self.calls.get(&key)?.kept()
     }
 
-    /// What is kept of all calls.
+    /// Returns the kept parts of all running calls.
     pub(crate) fn all_kept(&self) -> impl Iterator<Item = (&K, &R)> {
         self.calls.iter().filter_map(|(key, state)| Some((key, state.kept()?)))
     }
 
-    /// A running call ended.
+    /// Handles the end of a running call.
     pub(crate) fn handle_finished(&mut self, now: Time, key: K) -> Finished<K, C, R> {
         let mut finished = Finished { kept: None, next: None, expired: Vec::new() };
         if let Some(State::Runs { order, kept }) = self.calls.remove(&key) {
@@ -160,15 +160,15 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         finished
     }
 
-    /// The caller gave up. Returns the call if it was still waiting; one that runs is not ours
-    /// to stop.
+    /// Handles a cancellation. Returns the call if it was still queued; a running one is not
+    /// stopped here.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
         let waits = matches!(self.calls.get(&key), Some(State::Waits));
         let (_, call) = waits.then(|| self.take_waiting(|waiting| *waiting == key).pop())??;
         Some(call)
     }
 
-    /// Takes out the waiting calls that are wanted.
+    /// Removes and returns the queued calls for which `wanted` is true.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<(K, C)> {
         let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
         let mut taken = Vec::new();
@@ -183,7 +183,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         taken.into_iter().map(|waiting| (waiting.key, waiting.call)).collect()
     }
 
-    /// Whether nothing runs or waits.
+    /// Returns true if no call is running or queued.
     pub(crate) fn is_idle(&self) -> bool {
         self.calls.is_empty()
     }
@@ -192,12 +192,12 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         self.running
     }
 
-    /// What runs and waits.
+    /// Returns the number of running and queued calls.
     pub(crate) fn unfinished(&self) -> usize {
         self.calls.len()
     }
 
-    /// A call with that ordering key is out of the way: the one behind it is next.
+    /// Releases an ordering key: the call behind the one that left is next.
     fn release(&mut self, order: Option<Arc<str>>) {
         let Some(order) = order else { return };
         match self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
@@ -207,7 +207,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
     }
 }
 
-/// Takes out of a queue what is wanted; most often that is nothing.
+/// Removes the items for which `wanted` is true; most often there are none.
 fn extract<T>(queue: &mut VecDeque<T>, wanted: impl Fn(&T) -> bool) -> VecDeque<T> {
     if !queue.iter().any(&wanted) {
         return VecDeque::new();
@@ -222,7 +222,7 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    /// What runs next, and what expired.
+    /// Returns the next call, and the expired ones.
     fn finish(
         service: &mut Service<u32, char, ()>,
         now: Time,

@@ -130,7 +130,7 @@ fn calls_of_the_node_to_itself_have_a_room_that_is_given_back() {
     let (runs, _) = effects(&mut front);
     front.handle_ended(at(1), number, runs[0].key, replied("done"));
     assert_eq!(own(&mut front), Ok(()));
-    // What comes from a broker has a room of its own.
+    // Calls from a broker have a limit of their own.
     for _ in 0..3 {
         front.handle_call(at(0), Path::Broker, call(&ids, true), "broker");
     }

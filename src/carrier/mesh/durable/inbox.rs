@@ -27,7 +27,7 @@ impl Durable {
         while let Some(action) = inbox.poll_action() {
             match action {
                 InboxAction::Append { token, entry, messages, persist } => {
-                    // What is processed here lets others free room.
+                    // A processed record lets senders free space.
                     store.with_journals(|it| {
                         it.inbox.append_for_sink(token, &entry, messages, persist, Need::Urgent);
                     });
@@ -65,7 +65,7 @@ impl Durable {
         result
     }
 
-    /// A function of its own, so that [`Self::with_inbox`] is not generic over its own closure.
+    /// A separate function, so that [`Self::with_inbox`] is not generic over its own closure.
     fn handle_begun(self: &Arc<Self>, node: NodeId) {
         self.with_inbox(|inbox| inbox.handle_begun(node));
     }
@@ -89,13 +89,13 @@ impl Durable {
         epochs: &[u64],
     ) {
         self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
-        // An earlier announcement may have come before the peer knew that the link is up.
+        // An earlier announcement may have arrived before the peer knew that the link is up.
         if over.is_first_epochs() {
             self.announce_inbox(&over.peer);
         }
     }
 
-    /// A guaranteed message arrived.
+    /// Handles a guaranteed message that arrived.
     pub(in crate::carrier::mesh) fn handle_delivery(
         self: &Arc<Self>,
         mut message: Box<Message>,
@@ -136,12 +136,12 @@ impl Durable {
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
     }
 
-    /// Returns true if all that was processed here is stored and answered.
+    /// Returns true if all messages processed here are stored and answered.
     pub(in crate::carrier::mesh) fn inbox_is_idle(&self) -> bool {
         lock(&self.store.inbox).is_idle()
     }
 
-    /// Retries what the disk refused.
+    /// Retries the entries that the disk refused.
     pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>) {
         if lock(&self.store.inbox).has_unstored() {
             self.with_inbox(Inbox::handle_timeout);
@@ -179,9 +179,9 @@ impl Durable {
         InboxInfo { epoch, subscriptions, ended }
     }
 
-    /// Announces the durable subscriptions of this node, itself included.
+    /// Announces this node's durable subscriptions, to its own outbox too.
     fn announce_consumers(self: &Arc<Self>) {
-        // Not by two at once: the last announcement has to be the truth.
+        // The lock keeps announcements in order: the last one must be true.
         let ended = lock(&self.store.ended);
         let info = self.inbox_info(&ended);
         let own = InboxInfo { epoch: 0, ..info.clone() };

@@ -1,4 +1,4 @@
-//! The entry of the outbox's journal that was read last: its messages are wanted one after the
+//! A cache of the last read entry of the outbox's journal, whose messages are read one after the
 //! other.
 
 use bytes::Bytes;
@@ -8,12 +8,12 @@ use crate::journal::Position;
 
 #[derive(Default)]
 pub(crate) struct LastRead {
-    /// Where it is, and the messages that are in it, by their numbers.
+    /// The entry's position, and its messages by their numbers.
     entry: Option<(Position, Vec<(u64, Bytes)>)>,
 }
 
 impl LastRead {
-    /// A message of the entry at `position`, as it was stored; `read` reads the entry.
+    /// Returns a message of the entry at `position`, as it was stored. `read` reads the entry.
     pub(crate) fn message(
         &mut self,
         position: Position,
@@ -26,7 +26,7 @@ impl LastRead {
         let (_, messages) = self.entry.as_ref()?;
         let place = messages.binary_search_by_key(&number, |(number, _)| *number).ok();
         let found = place.map(|place| messages[place].1.clone());
-        // The last one is not wanted again soon.
+        // After its last message, the entry is not wanted again soon.
         self.entry.take_if(|(_, messages)| messages.last().is_none_or(|(last, _)| *last == number));
         found
     }

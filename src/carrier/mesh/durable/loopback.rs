@@ -1,4 +1,4 @@
-//! Guaranteed messages of a node to itself, which no link brings.
+//! Guaranteed messages of a node to itself, which use no link.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,16 +8,16 @@ use crate::core::Hold;
 use crate::message::Message;
 use crate::sync::lock;
 
-/// In the order in which the outbox sends them; a link would keep it too.
+/// Queued messages, in the order in which the outbox sent them, as on a link.
 #[derive(Default)]
 pub(crate) struct Loopback {
     waiting: VecDeque<Box<Message>>,
-    /// A task hands them to the inbox: one at a time does.
+    /// A task is passing the messages to the inbox; there is at most one.
     taken: bool,
 }
 
 impl Durable {
-    /// Sends a message to this node. It arrives a little later: the outbox is locked.
+    /// Sends a message to this node. A task passes it on, since the outbox is locked.
     pub(super) fn loop_back(self: &Arc<Self>, message: Box<Message>) {
         let mut loopback = lock(&self.store.loopback);
         loopback.waiting.push_back(message);

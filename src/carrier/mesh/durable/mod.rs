@@ -1,4 +1,4 @@
-//! Guaranteed delivery over the mesh: carries out the actions of outbox and inbox.
+//! Guaranteed delivery over the mesh: carries out the actions of the outbox and the inbox.
 
 mod inbox;
 mod last_read;
@@ -32,16 +32,16 @@ use crate::wire::{
 use reader::{Transmission, Wanted};
 use store::{Store, StoreReport};
 
-/// A node's outbox and inbox at work.
+/// The outbox and inbox of a node, and the means to carry out their actions.
 pub(crate) struct Durable {
     core: Arc<Core>,
     links: Arc<Links>,
-    /// The mesh driver's, which looks at the outbox's deadlines as well.
+    /// The alarm of the mesh's driver, which also handles the outbox's timeouts.
     alarm: Arc<Alarm>,
     store: Store,
 }
 
-/// The answer of a node without a store.
+/// Returns the answer of a node without a store.
 pub(super) fn no_inbox(message: &Message) -> Option<Answer> {
     let delivery = message.delivery.as_ref()?;
     let (id, attempt) = (delivery.id.clone(), delivery.attempt);
@@ -59,7 +59,7 @@ impl Durable {
         Arc::new(Self { core, links, alarm, store })
     }
 
-    /// From here on the journals report here, and the outbox sends.
+    /// Starts: from here on the journals report to this, and the outbox sends.
     pub(super) fn begin(self: &Arc<Self>) {
         self.store.belongs_to(self);
         self.with_inbox(|_| ());
@@ -72,13 +72,13 @@ impl Durable {
         &self.store.report
     }
 
-    /// The number of unprocessed messages, once for each destination, and of dead letters.
+    /// Returns the numbers of unprocessed messages and of dead letters, once for each destination.
     pub(crate) fn outbox_size(&self) -> (u64, u64) {
         let outbox = lock(&self.store.outbox);
         (outbox.pending(), outbox.dead_letters())
     }
 
-    /// The number of durable subscriptions to a topic that the outbox knows.
+    /// Returns the number of durable subscriptions to a topic that the outbox knows.
     pub(super) fn count_consumers(&self, topic: &Topic) -> usize {
         lock(&self.store.outbox).subscribers(topic).len()
     }
@@ -164,7 +164,7 @@ impl Durable {
         }
     }
 
-    /// Hands a stored message to the link of its node.
+    /// Passes a stored message to the link of its node.
     fn transmit(
         self: &Arc<Self>,
         outbox: &mut Outbox,
@@ -226,7 +226,7 @@ impl Durable {
         });
     }
 
-    /// The outbox's journal reports of its disk.
+    /// Handles news of the disk of the outbox's journal.
     fn handle_outbox_disk(self: &Arc<Self>, news: DiskNews) {
         self.with_outbox(|outbox, now| match news {
             DiskNews::Room(room) => outbox.handle_room(now, room),
@@ -248,7 +248,7 @@ impl Durable {
         self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
     }
 
-    /// A link is up: each side says what it has stored.
+    /// Handles a new link: each side announces its epochs and its inbox.
     pub(super) fn handle_link_up(self: &Arc<Self>, peer: NodeId) {
         self.with_outbox(|outbox, _| outbox.handle_link_up(peer));
         self.announce_inbox(&peer);
@@ -269,7 +269,7 @@ impl Durable {
 
     // Messages of the user.
 
-    /// Sets messages on their way to the disk, all of them or none.
+    /// Submits messages to the outbox, all of them or none.
     pub(super) fn submit(
         self: &Arc<Self>,
         messages: SmallVec<[NewGuaranteed; 1]>,
@@ -279,7 +279,7 @@ impl Durable {
             let id = message.id();
             let message = self.addressed(message);
             receipts.push(Receipt::new(id, message.targets.len()));
-            // Without a subscriber there is nothing to process.
+            // Without a subscriber there is nothing to store.
             if !message.targets.is_empty() {
                 wanted.push(message);
             }
@@ -302,7 +302,7 @@ impl Durable {
         }
     }
 
-    /// A message with its destinations.
+    /// Adds its destinations to a message.
     fn addressed(&self, message: NewGuaranteed) -> NewMessage {
         use crate::address::Destination;
         let NewGuaranteed { envelope, expires_at, not_before, once } = message;
@@ -314,7 +314,7 @@ impl Durable {
         NewMessage { envelope, targets, expires_at, not_before, once }
     }
 
-    /// Lets receipts follow the progress of submitted messages.
+    /// Connects receipts to the progress of submitted messages.
     fn follow<'a>(
         &self,
         submitted: impl IntoIterator<Item = Submitted>,
@@ -343,7 +343,7 @@ impl Durable {
 
     // The store.
 
-    /// Closes the files; returns the number of messages that are left in the outbox.
+    /// Closes the files. Returns the number of messages left in the outbox.
     pub(super) async fn close(self: &Arc<Self>) -> u64 {
         let durable = self.clone();
         let _panicked = tokio::task::spawn_blocking(move || durable.store.close()).await;
@@ -352,7 +352,7 @@ impl Durable {
 
     // Clocks and changes.
 
-    /// When the outbox has to look at a clock.
+    /// Returns the next timeout of the outbox, by the monotonic clock.
     pub(super) fn outbox_timeout(&self, now: Time) -> Option<Time> {
         let (timer, wall) = lock(&self.store.outbox).poll_timeout();
         let now = Now { time: now, unix_ms: unix_ms() };
@@ -365,10 +365,10 @@ impl Durable {
         }
     }
 
-    /// Notifies the outbox of each change of services and subscriptions.
+    /// Notifies the outbox of each change of services and subscriptions, until this is dropped.
     async fn watch_routes(self: Arc<Self>) {
         let mut changes = self.core.routes.subscribe();
-        // Changes before this task began count too.
+        // Changes before the start of this task count too.
         changes.mark_changed();
         while changes.changed().await.is_ok() {
             self.with_outbox(|outbox, _| outbox.handle_routes_changed());
@@ -376,7 +376,7 @@ impl Durable {
     }
 }
 
-/// The time by the monotonic clock at which the wall clock will show `unix_ms`, unless it is set.
+/// Returns the monotonic time at which the wall clock shows `unix_ms`, unless it is set.
 fn after_wall(now: Now, unix_ms: u64) -> Time {
     now.time + Duration::from_millis(unix_ms.saturating_sub(now.unix_ms))
 }

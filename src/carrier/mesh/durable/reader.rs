@@ -1,5 +1,5 @@
-//! Reads stored messages back, on a thread that may wait for the disk: the outbox asks for them
-//! under its lock, and is told of them later.
+//! Reads stored messages back, on a blocking thread: the outbox asks for them under its lock, and
+//! receives them later.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -17,29 +17,29 @@ use crate::journal::Position;
 use crate::sync::{Mutex, calling_out, lock};
 use crate::wire::{Delivery, Envelope, decode_stored};
 
-/// A message on its way to a node.
+/// A message to be sent to a node.
 pub(super) struct Transmission {
     pub(super) to: NodeId,
     pub(super) key: DeliveryKey,
     pub(super) delivery: Arc<Delivery>,
-    /// In ms since 1970.
+    /// The expiry, in ms since the Unix epoch.
     pub(super) expires_at: Option<u64>,
 }
 
-/// A stored message that is to be read.
+/// A stored message to be read.
 pub(super) enum Wanted {
-    /// To be stored once more, elsewhere: its number, and where it is.
+    /// A message to be stored again elsewhere: its number and its position.
     Move(u64, Position),
     Transmit(Transmission, Source),
 }
 
-/// A message that was read, or can't be.
+/// A message that was read, or can't be read.
 enum Found {
     Moved(u64, Option<Bytes>),
     Transmission(Transmission, Option<Arc<Envelope>>),
 }
 
-/// Messages that wait to be read. The outbox's windows bound how many.
+/// Messages queued to be read. The outbox's windows bound their number.
 #[derive(Default)]
 pub(super) struct Reader {
     waiting: Mutex<Waiting>,
@@ -49,8 +49,8 @@ pub(super) struct Reader {
 #[derive(Default)]
 struct Waiting {
     wanted: Vec<Wanted>,
-    /// Messages on their way to each node through here, counted. Others for it come behind them,
-    /// though they be in memory.
+    /// The number of messages queued here for each node. Further messages for a node are queued
+    /// behind them, even those in memory.
     to: HashMap<NodeId, u64>,
 }
 
@@ -65,7 +65,7 @@ impl Reader {
         self.more.notify_one();
     }
 
-    /// Something for that node is on its way through here.
+    /// Returns true if a message for that node is queued here.
     pub(super) fn is_busy_for(&self, node: &NodeId) -> bool {
         lock(&self.waiting).to.contains_key(node)
     }
@@ -85,7 +85,7 @@ impl Reader {
 }
 
 impl Durable {
-    /// Reads the messages that the outbox asks for, until it is dropped.
+    /// Reads the messages that the outbox asks for, until this future is dropped.
     pub(super) async fn keep_reading(self: Arc<Self>) {
         let mut last = LastRead::default();
         loop {
@@ -139,7 +139,7 @@ impl Durable {
         }
         match found {
             Found::Moved(number, encoded) => outbox.handle_read(now, number, encoded),
-            // Its link may have ended meanwhile, or it is over.
+            // Its link may have ended meanwhile, or the message is settled.
             Found::Transmission(it, _) if !outbox.is_in_flight(it.key, it.delivery.attempt) => {}
             Found::Transmission(it, Some(message)) => {
                 self.transmit(outbox, now, it, Arc::unwrap_or_clone(message));

@@ -1,4 +1,4 @@
-//! A node's store: its outbox and inbox, each with a journal, and who waits for what is in them.
+//! A node's store: its outbox and inbox, each with a journal, and their waiters.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -24,40 +24,40 @@ use crate::private;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::DeliveryId;
 
-/// The folder of a store holds these.
+/// The names in a store's folder.
 pub(crate) const OUTBOX: &str = "outbox";
 pub(crate) const INBOX: &str = "inbox";
 pub(crate) const IDENTITY: &str = "identity";
 
-/// A folder that can't be a node's store.
+/// A folder that can't be used as a node's store.
 #[derive(Debug, thiserror::Error)]
 #[error("the store {path} can't be used", path = path.display())]
 #[non_exhaustive]
 pub struct StoreError {
     /// The folder.
     pub path: PathBuf,
-    /// Why not.
+    /// The reason.
     #[source]
     pub problem: StoreProblem,
 }
 
-/// Why a folder can't be a node's store.
+/// The reason for which a folder can't be used as a node's store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreProblem {
-    /// It isn't there.
-    #[error("there is no outbox in it")]
+    /// The folder holds no outbox.
+    #[error("it holds no outbox")]
     Missing,
-    /// Another process has it open.
+    /// Another process uses it.
     #[error("another process uses it")]
     InUse,
-    /// It is somebody else's.
-    #[error("it holds other files ({0}): name an empty or a new folder")]
+    /// The folder holds files of another program.
+    #[error("it holds other files ({0}); choose an empty or a new folder")]
     Foreign(String),
-    /// It was written by a newer version of this software.
-    #[error("a newer version wrote it ({0})")]
+    /// A newer version of this software wrote it.
+    #[error("a newer version wrote it ({0}); use that version")]
     Newer(String),
-    /// What the system said.
+    /// The system's error.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
@@ -76,26 +76,26 @@ impl From<JournalError> for StoreProblem {
     }
 }
 
-/// A part of a store's file that can't be read, though it was stored, or a file that is missing.
-/// What is there is left as it is.
+/// An unreadable part of a store's file that was stored, or a missing file. The file is left as it
+/// is.
 ///
-/// A journal's `manifest` lists its other files. Without it nobody knows whether any are missing,
-/// or were cut short; a new one is begun when the store is opened, and this is told once.
+/// A journal's `manifest` lists its other files. Without it, missing or shortened files go
+/// undetected. Opening the store writes a new one, so the damage is reported once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedPart {
     /// The file, in the store's folder.
     pub file: PathBuf,
-    /// Its first byte that can't be read.
+    /// The offset of the first unreadable byte.
     pub from: u64,
-    /// The one behind the last.
+    /// The offset after the last unreadable byte.
     pub to: u64,
-    /// The file is not there.
+    /// The file is missing.
     pub missing: bool,
 }
 
 impl DamagedPart {
-    /// What of one of a store's journals is damaged.
+    /// Returns the damaged parts of one of a store's journals.
     pub(crate) fn all(journal: &str, recovery: &Recovery) -> Vec<Self> {
         let part = |it: &Damage| {
             let file = Path::new(journal).join(it.file.name());
@@ -115,30 +115,30 @@ impl fmt::Display for DamagedPart {
     }
 }
 
-/// What reading a store back found.
+/// The result of reading a store back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreReport {
-    /// Messages that wait to be processed, once for each destination.
+    /// The number of unprocessed messages, once for each destination.
     pub pending: u64,
-    /// Dead letters.
+    /// The number of dead letters, once for each destination.
     pub dead_letters: u64,
-    /// What can't be read, and is lost. After a power cut that may be a part of the last write, of
-    /// which nobody was told that it was stored.
+    /// The unreadable parts, which are lost. After a power cut, one may be part of the last write,
+    /// which was never reported as stored.
     pub damaged: Vec<DamagedPart>,
-    /// How many messages of the outbox that may have cost, at the most: so many were stored in what
-    /// can't be read. Those among them that were processed already, or stored once more elsewhere,
-    /// are counted too. `None` if nobody knows: the manifest is damaged itself, the damaged part was
-    /// written in the last seconds before a power cut, or by a version that didn't count.
+    /// The maximum number of lost messages of the outbox: those stored in unreadable parts, also if
+    /// they were processed already or stored again elsewhere. `None` if the number is unknown: the
+    /// manifest itself is damaged, or the damaged part was written in the last seconds before a
+    /// power cut, or by a version that did not count.
     pub lost: Option<u64>,
-    /// How many messages may be processed here once more, since what said that they were is in what
-    /// can't be read of the inbox. `None` as for `lost`.
+    /// The maximum number of messages that may be processed here again, since their processed
+    /// records are in unreadable parts of the inbox. `None` as for `lost`.
     pub forgotten: Option<u64>,
-    /// Bytes of last writes that a crash tore. Nobody was told that they were stored.
+    /// The number of bytes of torn last writes, which were never reported as stored.
     pub torn: u64,
 }
 
-/// Those who wait for what becomes of a message.
+/// The receivers of reports on one message.
 type Waiters = SmallVec<[ProgressSender; 1]>;
 
 /// A message, and its hold.
@@ -147,29 +147,30 @@ pub(super) type Parked = (Box<Message>, Hold);
 pub(crate) struct Store {
     pub(super) outbox: Mutex<Outbox>,
     pub(super) inbox: Mutex<Inbox>,
-    /// `None` when the node has shut down.
+    /// The journals; `None` once they are closed.
     journals: RwLock<Option<Journals>>,
     pub(super) reader: Reader,
-    /// Held while an entry is read.
+    /// Locked for reading while an entry is read, and for writing to close.
     reads: RwLock<()>,
     pub(super) waiters: Mutex<Numbered<Waiters>>,
-    /// Durable subscriptions that this node has given up. Held while peers are told.
+    /// Durable subscriptions that this node ended. Locked while peers are notified.
     pub(super) ended: Mutex<BTreeSet<ServiceName>>,
-    /// Redelivered messages, until it is written that their handlers begin.
+    /// Redelivered messages, until the starts of their handlers are written.
     pub(super) parked: Mutex<HashMap<(NodeId, DeliveryId), Parked>>,
     pub(super) loopback: Mutex<Loopback>,
     node: Arc<OnceLock<Weak<Durable>>>,
     pub(super) report: StoreReport,
 }
 
-/// The outbox goes last: it is locked, and who wants to look at the inbox opens it first.
+/// The fields are dropped in order. The outbox is last: its folder is locked, and a program that
+/// reads the store opens it first.
 pub(super) struct Journals {
     pub(super) inbox: Journal,
     pub(super) outbox: Journal,
 }
 
 impl Store {
-    /// Opens a store, or makes a new one. This reads files, and takes its time.
+    /// Opens a store, or creates one. Blocks while it reads the files.
     pub(crate) fn open(
         path: &Path,
         options: &Options,
@@ -177,7 +178,7 @@ impl Store {
         now: Now,
     ) -> Result<Self, StoreError> {
         let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
-        // Opening writes: neither is opened if the other can't be.
+        // Opening writes, so neither journal is opened if the other can't be.
         for journal in [OUTBOX, INBOX] {
             Journal::check(&path.join(journal)).map_err(|error| failed(error.into()))?;
         }
@@ -221,14 +222,14 @@ impl Store {
             torn: recovery.torn + inbox_recovery.torn,
         };
         if report.torn > 0 {
-            tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is left out");
+            tracing::warn!(path = %path.display(), bytes = report.torn, "the last write to the store was torn: it is ignored");
         }
         for part in &report.damaged {
-            tracing::error!(path = %path.display(), %part, "a part of the store can't be read: what it held is lost");
+            tracing::error!(path = %path.display(), %part, "a part of the store can't be read: its contents are lost");
         }
         if !report.damaged.is_empty() {
             let (lost, forgotten) = (at_the_most(report.lost), at_the_most(report.forgotten));
-            tracing::error!(path = %path.display(), lost, forgotten, "so many messages at the most are lost, or may be processed once more");
+            tracing::error!(path = %path.display(), lost, forgotten, "at most this many messages are lost, or may be processed again");
         }
         Ok(Self {
             outbox: Mutex::new(Rank::Outbox, outbox),
@@ -245,7 +246,7 @@ impl Store {
         })
     }
 
-    /// Says whose store it is; what is stored from now on is told to that node.
+    /// Sets the owner of the store, which the journals notify from now on.
     pub(super) fn belongs_to(&self, node: &Arc<Durable>) {
         let _first = self.node.set(Arc::downgrade(node));
     }
@@ -257,7 +258,7 @@ impl Store {
         }
     }
 
-    /// An entry of the outbox's journal; `None` if it can't be read.
+    /// Reads an entry of the outbox's journal; `None` if it can't be read.
     pub(super) fn entry(&self, position: Position) -> Option<Vec<u8>> {
         let _open = self.reads.read().unwrap_or_else(PoisonError::into_inner);
         let mut reader = None;
@@ -265,23 +266,23 @@ impl Store {
         reader?.read(position).ok()
     }
 
-    /// Writes what is to be written and closes the files.
+    /// Writes the queued entries and closes the files.
     pub(super) fn close(&self) {
-        // No lock is held while a read comes to its end.
+        // Waits for running reads first, without holding any other lock.
         let _no_reads = self.reads.write().unwrap_or_else(PoisonError::into_inner);
-        // Not while outbox or inbox is between two actions: what a user was told of the first
-        // one, the second may have to store.
+        // Not between two actions of the outbox or inbox: the second may store what a user was
+        // already notified of by the first.
         let deciding = (lock(&self.outbox), lock(&self.inbox));
         let mut journals = self.journals.write().unwrap_or_else(PoisonError::into_inner);
         let taken = journals.take();
-        // Its sinks may want to append.
+        // The journals' sinks may still append.
         drop((journals, deciding));
         drop(taken);
         *lock(&self.waiters) = Numbered::default();
     }
 }
 
-/// A number of messages, for people.
+/// Formats a number of messages for people.
 fn at_the_most(messages: Option<u64>) -> String {
     messages.map_or("unknown".into(), |messages| messages.to_string())
 }
@@ -292,7 +293,7 @@ fn keep_first(kept: &mut Option<RecordError>, result: Result<(), RecordError>) {
     }
 }
 
-/// Tells a node of what its journals have stored.
+/// Creates a sink that notifies a node of the stored entries of a journal.
 fn sink(node: &Arc<OnceLock<Weak<Durable>>>, tell: fn(&Arc<Durable>, Ended<'_>)) -> Sink {
     let node = node.clone();
     Box::new(move |stored| {
@@ -303,7 +304,7 @@ fn sink(node: &Arc<OnceLock<Weak<Durable>>>, tell: fn(&Arc<Durable>, Ended<'_>))
     })
 }
 
-/// Tells a node of the disk of its outbox's journal.
+/// Creates a callback that notifies a node of news of its outbox's disk.
 fn watch(node: &Arc<OnceLock<Weak<Durable>>>) -> Watch {
     let node = node.clone();
     Box::new(move |news| {
@@ -314,7 +315,7 @@ fn watch(node: &Arc<OnceLock<Weak<Durable>>>) -> Watch {
     })
 }
 
-/// Refuses a folder that is somebody else's.
+/// Refuses a folder with files of another program; creates a missing one.
 pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
     let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
     let entries = match fs::read_dir(path) {
