@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::MeshName;
-use crate::carrier::broker::BrokerUrl;
 use crate::engine::delivery::RetryPolicy;
 use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
@@ -72,8 +71,18 @@ opaque!(Config, |it|
     listen: it.listen,
     peers: it.peers,
     outbox: it.outbox,
-    broker: it.broker_url()
+    broker: it.broker.as_deref().map(without_secret)
 );
+
+/// A broker's URL without its credentials.
+fn without_secret(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_secret, host))) => format!("{scheme}://{host}"),
+        (Some(_), None) => url.to_owned(),
+        // A password may stand there, if the scheme was left out.
+        (None, _) => "…".to_owned(),
+    }
+}
 
 impl Default for Config {
     fn default() -> Self {
@@ -374,11 +383,6 @@ impl Config {
             return problem(format!("{addr} can't be advertised; give a TCP address"));
         }
         Ok(())
-    }
-
-    /// The broker's address, which doesn't show its password.
-    fn broker_url(&self) -> Option<BrokerUrl> {
-        self.broker.as_deref()?.parse().ok()
     }
 
     fn check_retry(&self) -> Result<(), String> {

@@ -1,7 +1,5 @@
 //! The abilities that a carrier may lack.
 
-use super::broker::BrokerKind;
-
 /// An ability that a carrier may lack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -51,11 +49,11 @@ impl std::fmt::Display for Capability {
 
 /// An operation that the node's carrier does not support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{broker} has no {capability}")]
+#[error("{carrier} has no {capability}")]
 #[non_exhaustive]
 pub struct Unsupported {
-    /// The broker.
-    pub broker: BrokerKind,
+    /// The carrier: "NATS", for example.
+    pub carrier: &'static str,
     /// The missing ability.
     pub capability: Capability,
 }

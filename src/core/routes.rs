@@ -23,6 +23,7 @@ impl RouteWatch {
     }
 
     /// Returns the number of changes so far.
+    #[inline]
     pub(crate) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }

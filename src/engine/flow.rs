@@ -9,13 +9,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use crate::address::Destination;
 use crate::engine::{Queue, Time};
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::wire::{
     BatchEncoder, Control, EncodedBatch, Envelope, EventPack, LANES, Lane, Limits, MAX_BATCH,
-    OutgoingEvent, Preamble, Totals,
+    OutgoingEvent, Payload, Preamble, Totals,
 };
 
 /// The most batches that the transport may hold unencoded. Two keep it busy; more would only hide
@@ -211,10 +212,18 @@ impl Flow {
 
     /// Queues a message, or returns the reason for which it is dropped.
     pub(crate) fn enqueue(&mut self, envelope: Envelope) -> Result<(), DropReason> {
+        if let (Payload::Event(body), Destination::Topic(topic)) =
+            (&envelope.payload, &envelope.header.destination)
+        {
+            // Events are queued encoded.
+            let me = self.me;
+            let event = OutgoingEvent::new(&envelope.header, topic, body, &me);
+            return self.enqueue_event(&event).map(drop);
+        }
         let (lane, cost) = (envelope.lane(), envelope.cost());
         self.check(lane, envelope.body_len(), cost)?;
         let queue = match lane {
-            Lane::Events => unreachable!("events are queued encoded"),
+            Lane::Events => return Err(DropReason::Other),
             Lane::Calls => &mut self.calls,
             Lane::Replies => &mut self.replies,
             Lane::Guaranteed => &mut self.guaranteed,

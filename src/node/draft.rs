@@ -29,6 +29,7 @@ pub(super) struct Rare {
 }
 
 impl Draft {
+    #[inline]
     pub(crate) fn new(body: Body) -> Self {
         let mut draft = Self { body, ..Self::default() };
         if let Some(content_type) = draft.body.content_type {

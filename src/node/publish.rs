@@ -4,7 +4,6 @@ use std::future::{self, IntoFuture};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::Inner;
@@ -62,6 +61,8 @@ impl To<'_> {
 }
 
 impl<'a> Publish<'a> {
+    /// Inlined into the caller's crate, so that the message is written in place.
+    #[inline]
     pub(crate) fn new(
         node: &'a Arc<Inner>,
         to: Result<To<'a>, AddressError>,
@@ -96,14 +97,14 @@ impl<'a> Publish<'a> {
     ///
     /// # Errors
     /// [`PublishError`]. A node for which the message is dropped is no error, but is in the report.
-    pub fn now(self) -> Result<PublishReport, PublishError> {
-        let (node, to, message) = self.into_parts()?;
-        let event = message.publication(to.topic(), &node.core.id);
-        let mut spread = Spread::to_subscribers(node, &to, &event);
+    pub fn now(mut self) -> Result<PublishReport, PublishError> {
+        let stamp = self.stamp()?;
+        let event = self.event(&stamp)?;
+        let mut spread = self.spread(&event)?;
         let full = std::mem::take(&mut spread.full);
         let full = full.iter().map(|way| (way.node(), DropReason::SlowPeer));
         spread.report.dropped.extend(full);
-        Ok(spread.finish(node, &event))
+        Ok(spread.finish(self.node, &event))
     }
 
     /// Publishes, and waits for peers with full queues, up to a deadline. The message is queued for
@@ -118,61 +119,87 @@ impl<'a> Publish<'a> {
     /// # Cancel safety
     /// Once polled, the message is queued for all peers that had room. Dropping the future leaves
     /// out the others and this node's own subscriptions, without counting them.
-    pub async fn within(self, deadline: Duration) -> Result<PublishReport, PublishError> {
-        let (node, to, message) = self.into_parts()?;
-        let event = message.publication(to.topic(), &node.core.id);
-        let spread = Spread::to_subscribers(node, &to, &event);
-        if spread.backlog == Backlog::Same && spread.full.is_empty() {
-            return Ok(spread.finish(node, &event));
+    pub async fn within(mut self, deadline: Duration) -> Result<PublishReport, PublishError> {
+        match self.begin()? {
+            Ok(report) => Ok(report),
+            Err(rest) => Box::pin(self.finish(rest, deadline)).await,
         }
-        // Few messages wait, so the others needn't have room for it.
-        Ok(Box::pin(settle(node, to, message, spread, deadline)).await)
     }
 
-    fn into_parts(mut self) -> Result<(&'a Arc<Inner>, To<'a>, Ready), PublishError> {
-        let (to, core) = (self.to?, &self.node.core);
+    /// Queues the event on all ways that have room. A message is not moved on the way, which would
+    /// cost as much as all the rest.
+    fn begin(&mut self) -> Result<Result<PublishReport, Box<Rest>>, PublishError> {
+        let stamp = self.stamp()?;
+        let event = self.event(&stamp)?;
+        let spread = self.spread(&event)?;
+        if spread.backlog == Backlog::Same && spread.full.is_empty() {
+            return Ok(Ok(spread.finish(self.node, &event)));
+        }
+        drop(event);
+        Ok(Err(Box::new(Rest { stamp, spread })))
+    }
+
+    /// Waits for the ways that had no room.
+    async fn finish(
+        self,
+        rest: Box<Rest>,
+        deadline: Duration,
+    ) -> Result<PublishReport, PublishError> {
+        let Rest { stamp, mut spread } = *rest;
+        let event = self.event(&stamp)?;
+        spread.settle(&event, deadline).await;
+        Ok(spread.finish(self.node, &event))
+    }
+
+    /// Checks the message, and gives it an id.
+    fn stamp(&mut self) -> Result<Stamp, PublishError> {
+        self.to()?;
+        let core = &self.node.core;
         self.draft.check(&core.config)?;
         if core.is_stopping() {
             return Err(PublishError::ShutDown);
         }
         let id = self.draft.id(&core.ids);
-        let header = (!self.draft.is_plain())
-            .then(|| self.draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())));
-        let message = Ready { id, header: header.map(Box::new), body: self.draft.body.bytes };
-        Ok((self.node, to, message))
+        let header = match self.draft.is_plain() {
+            true => None,
+            false => {
+                let destination = Destination::Topic(self.to()?.topic().clone());
+                Some(Box::new(self.draft.header(id, Kind::Event, destination)))
+            }
+        };
+        Ok(Stamp { id, header })
     }
-}
 
-/// A message with its id.
-struct Ready {
-    id: MessageId,
-    /// `None` if it would hold only the id and the topic.
-    header: Option<Box<Header>>,
-    body: Bytes,
-}
+    fn to(&self) -> Result<&To<'a>, PublishError> {
+        self.to.as_ref().map_err(|error| error.clone().into())
+    }
 
-impl Ready {
-    fn publication<'a>(&'a self, topic: &'a Topic, me: &NodeId) -> Publication<'a> {
-        let (id, header, body) = (self.id, self.header.as_deref(), &self.body);
+    fn event<'b>(&'b self, stamp: &'b Stamp) -> Result<Publication<'b>, PublishError> {
+        let (topic, body) = (self.to()?.topic(), &self.draft.body.bytes);
+        let (id, header) = (stamp.id, stamp.header.as_deref());
         let encoded = match header {
-            Some(header) => OutgoingEvent::new(header, topic, body, me),
+            Some(header) => OutgoingEvent::new(header, topic, body, &self.node.core.id),
             None => OutgoingEvent::plain(id, topic, body),
         };
-        Publication { topic, id, header, body, encoded }
+        Ok(Publication { topic, id, header, body, encoded })
+    }
+
+    fn spread(&self, event: &Publication<'_>) -> Result<Spread, PublishError> {
+        Ok(Spread::to_subscribers(self.node, self.to()?, event))
     }
 }
 
-/// Publishes the rest of an event, when some way had no room or a batch more is queued.
-async fn settle(
-    node: &Inner,
-    to: To<'_>,
-    message: Ready,
-    mut spread: Spread,
-    deadline: Duration,
-) -> PublishReport {
-    let event = message.publication(to.topic(), &node.core.id);
-    spread.settle(&event, deadline).await;
-    spread.finish(node, &event)
+/// The part of a message that it gets when it is published.
+struct Stamp {
+    id: MessageId,
+    /// `None` where it would hold no more than the id and the topic.
+    header: Option<Box<Header>>,
+}
+
+/// A publish for which some way had no room, or after which a batch more is queued.
+struct Rest {
+    stamp: Stamp,
+    spread: Spread,
 }
 
 impl PublishReport {

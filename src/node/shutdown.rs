@@ -7,7 +7,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
 
 use super::Inner;
+use crate::address::{Pattern, ServiceName};
 use crate::carrier::{Wish, WishEnd};
+use crate::engine::ServiceNumber;
 use crate::report::Counters;
 
 /// The outcome of a node's shutdown.
@@ -71,6 +73,16 @@ fn withdraw_services(node: &Inner) {
     for (name, number) in served {
         if node.core.with_front(|front, _| front.withdraw(number)) {
             node.carrier.end_wish(Wish::Serve(name, 0), WishEnd::Forget);
+        }
+    }
+    let consumed = node.core.look(|front| {
+        let consumed = front.consumers();
+        consumed.map(|(name, pattern, number)| (name.clone(), pattern.clone(), number)).collect()
+    });
+    let consumed: Vec<(ServiceName, Pattern, ServiceNumber)> = consumed;
+    for (name, pattern, number) in consumed {
+        if node.core.with_front(|front, _| front.withdraw(number)) {
+            node.carrier.end_wish(Wish::Consume(name, pattern, 0), WishEnd::Pause);
         }
     }
 }

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{timeout, timeout_at};
 
+use super::ended::Ended;
 use super::gate::Gate;
 use super::socket::Socket;
 use super::{GateLimits, Refusal, Tls, zmtp};
@@ -40,26 +41,6 @@ pub(super) struct Context {
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) handshake_timeout: Duration,
     pub(super) acceptor: Arc<dyn Acceptor>,
-}
-
-/// The outcome of a connection.
-#[derive(Debug)]
-pub(super) enum Ended {
-    Closed,
-    Failed(io::Error),
-    Refused(Refusal),
-}
-
-impl From<io::Error> for Ended {
-    fn from(error: io::Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-impl From<Refusal> for Ended {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
 }
 
 /// A link over a byte stream.

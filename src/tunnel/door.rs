@@ -14,7 +14,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::admissions::{Admissions, Most};
-use super::connection::{self, Context, Ended};
+use super::connection::{self, Context};
+use super::ended::Ended;
 use super::socket::{Listener, Socket};
 use super::{GateLimits, Tls, Watch};
 use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};

@@ -18,6 +18,7 @@
 mod admissions;
 mod connection;
 mod door;
+mod ended;
 mod gate;
 mod socket;
 mod tls;

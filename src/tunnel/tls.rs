@@ -42,7 +42,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::Refusal;
-use super::connection::Ended;
+use super::ended::Ended;
+use super::zmtp::TLS_HANDSHAKE;
 use crate::identity::{Identity, NodeId};
 use crate::trust::{LetIn, PROOF_LEN, Proof, Role};
 
@@ -51,8 +52,6 @@ const EXPORTER: &[u8] = b"EXPORTER-peerbus-mesh";
 const MAGIC: &[u8] = b"pbus\x01";
 /// The maximum number of proofs from a peer, and so of mesh keys of a node.
 pub(crate) const MAX_PROOFS: usize = 8;
-/// The first byte of a TLS handshake record.
-pub(super) const TLS_HANDSHAKE: u8 = 0x16;
 
 /// The SubjectPublicKeyInfo of an Ed25519 key (RFC 8410), without the key.
 const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0];

@@ -1,8 +1,10 @@
 //! ZMTP 3.0 (RFC 23), as far as a node speaks it: the NULL mechanism, ROUTER, frames.
 
 use super::Refusal;
-use super::tls::TLS_HANDSHAKE;
 use crate::identity::NodeId;
+
+/// The first byte of a TLS handshake record.
+pub(super) const TLS_HANDSHAKE: u8 = 0x16;
 
 pub(super) const GREETING_LEN: usize = 64;
 /// The length of a greeting's signature.

@@ -103,7 +103,7 @@ impl Adapter {
     /// [`Unsupported`] if it lacks the ability.
     pub(super) fn require(&self, capability: Capability) -> Result<(), Unsupported> {
         match self.lacks.contains(&capability) {
-            true => Err(Unsupported { broker: self.kind, capability }),
+            true => Err(Unsupported { carrier: self.kind.as_str(), capability }),
             false => Ok(()),
         }
     }

@@ -5,31 +5,26 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures_util::FutureExt;
-use futures_util::future::{self, BoxFuture};
-use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::ask::Ask;
 use super::client::{BrokerClient, State};
 use super::unpack::{is_for, unpack};
+use super::way::BrokerWay;
 use super::{Ack, BrokerUrl, Guaranteed, Incoming, Kept, Me, Outgoing, StoreFailure, Via};
-use crate::address::{Destination, Recipient, ServiceName, Topic};
-use crate::carrier::{
-    CannotKeep, Capability, Carrier, Choice, Condition, NewGuaranteed, NotMet, OutboxError,
-    Receipt, Submission, Unsupported, Wish, WishEnd,
-};
+use crate::address::{Destination, ServiceName};
+use crate::carrier::{Capability, NewGuaranteed, OutboxError, Receipt, Unsupported};
 use crate::clock::unix_ms;
-use crate::core::{Core, DownCause, Event, Hold, NotStored, Publication, Settle, Ticket, Way, add};
-use crate::engine::{Backlog, EventBatch, Path, RequestOutcome, Settlement};
+use crate::core::{Core, DownCause, Event, Hold, NotStored, Settle, Ticket, Way, add};
+use crate::engine::{EventBatch, Path, RequestOutcome, Settlement};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::{Header, Kind, Message, MessageId};
-use crate::peer::{Address, PeerInfo, Source, Unreachable};
+use crate::peer::{Address, PeerInfo, Source};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::{
-    Delivery, DeliveryId, Envelope, Lane, Parcel, Payload, Stream, Totals, Unpacked,
+    Delivery, DeliveryId, DeliveryOutcome, Envelope, Parcel, Payload, Stream, Unpacked,
 };
 
 /// The time after which a question is repeated.
@@ -45,7 +40,7 @@ pub(crate) struct RefusedByBroker {
 }
 
 pub(crate) struct BrokerCarrier {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     way: Arc<BrokerWay>,
     /// The guaranteed messages in handlers here.
     kept: Mutex<HashMap<KeptKey, oneshot::Sender<Ack>>>,
@@ -57,82 +52,6 @@ pub(crate) struct BrokerCarrier {
 
 /// The key of a kept message: its id, and its durable subscription.
 type KeptKey = (MessageId, Option<ServiceName>);
-
-/// The way to all other nodes.
-struct BrokerWay {
-    core: Arc<Core>,
-    client: Arc<BrokerClient>,
-}
-
-impl BrokerWay {
-    fn parcel(&self, envelope: Envelope) -> Parcel {
-        Parcel::pack(envelope, &self.core.id, None, None)
-    }
-
-    /// Broadcasts a question, or a notice that needs no answer.
-    fn ask(&self, id: MessageId, ask: &Ask) {
-        let mut header = Header::new(id, Kind::Command, Destination::Node(NodeId::BROKER));
-        header.reply_to = Some(self.core.id);
-        let body = rmp_serde::to_vec(ask).unwrap_or_default();
-        let payload = Payload::Request(body.into());
-        let parcel = self.parcel(Envelope { header, payload });
-        let _asked_again = self.client.send(Outgoing::Broadcast(parcel));
-    }
-}
-
-impl Way for BrokerWay {
-    fn path(&self) -> Path {
-        Path::Broker
-    }
-
-    fn node(&self) -> NodeId {
-        NodeId::BROKER
-    }
-
-    fn send(&self, call: Envelope) -> Result<(), DropReason> {
-        let to = match &call.header.destination {
-            Destination::Service(name) => Recipient::Service(name.clone()),
-            Destination::Node(node) => Recipient::Node(*node),
-            Destination::Topic(_) => return Err(DropReason::NoService),
-        };
-        let (id, ttl) = (call.header.id, call.header.time_to_live);
-        self.client.send(Outgoing::Call(to, id, ttl, self.parcel(call)))
-    }
-
-    fn send_event(&self, event: &Publication<'_>) -> Result<Backlog, DropReason> {
-        let parcel = self.parcel(event.envelope());
-        self.client.send(Outgoing::Publish(event.topic.clone(), parcel)).map(|()| Backlog::Same)
-    }
-
-    fn send_event_within<'a>(
-        &'a self,
-        event: &'a Publication<'_>,
-        deadline: Instant,
-    ) -> BoxFuture<'a, Result<Backlog, DropReason>> {
-        let sending = async move {
-            match self.client.wait_for_room(event.body.len(), deadline).await {
-                true => self.send_event(event),
-                false => Err(DropReason::SlowPeer),
-            }
-        };
-        sending.boxed()
-    }
-
-    fn take_back(&self, id: MessageId) {
-        self.ask(self.core.ids.next_now(), &Ask::Cancel(id.to_bytes()));
-    }
-
-    fn give_back(&self, _: Lane, _: Totals) {}
-
-    fn answer(&self, _: Lane, _: Totals, reply: Envelope) -> Result<(), DropReason> {
-        let Destination::Node(to) = reply.header.destination else {
-            return Err(DropReason::NoService);
-        };
-        self.client.send(Outgoing::Reply(to, self.parcel(reply)))
-    }
-
-    fn report_drop(&self, _: DropReason, _: u64) {}
-}
 
 impl BrokerCarrier {
     /// Connects. A broker that can't be reached now is retried until the node ends.
@@ -173,21 +92,21 @@ impl BrokerCarrier {
         Ok(carrier)
     }
 
-    fn client(&self) -> &BrokerClient {
+    pub(super) fn client(&self) -> &BrokerClient {
         &self.way.client
     }
 
-    fn way(&self) -> Arc<dyn Way> {
+    pub(super) fn way(&self) -> Arc<dyn Way> {
         self.way.clone()
     }
 
-    fn address(&self) -> Address {
+    pub(super) fn address(&self) -> Address {
         let url = self.client().url();
         let text = format!("{}:{}", url.host(), url.port());
         text.parse().unwrap_or_else(|_| Address::Host(url.host().into(), url.port()))
     }
 
-    fn info(&self, name: String) -> PeerInfo {
+    pub(super) fn info(&self, name: String) -> PeerInfo {
         PeerInfo {
             id: NodeId::BROKER,
             incarnation: Incarnation(0),
@@ -202,7 +121,10 @@ impl BrokerCarrier {
 
     /// Has the broker keep a message. While it is unknown whether the broker has it, the message
     /// is sent again with the same id, until the request deadline.
-    async fn store_one(self: Arc<Self>, message: NewGuaranteed) -> Result<Receipt, OutboxError> {
+    pub(super) async fn store_one(
+        self: Arc<Self>,
+        message: NewGuaranteed,
+    ) -> Result<Receipt, OutboxError> {
         let NewGuaranteed { envelope, expires_at, not_before, .. } = message;
         let envelope = Arc::unwrap_or_clone(envelope);
         let (id, to) = (envelope.header.id, envelope.header.destination.clone());
@@ -233,15 +155,15 @@ impl BrokerCarrier {
             match confirmed {
                 Ok(Ok(Ok(()))) => {
                     add(&self.core.reporter.counters.stored, 1);
-                    let lack = Capability::ProcessedReceipts;
-                    let broker = client.url().kind();
-                    return Ok(Receipt::of_broker(id, Unsupported { broker, capability: lack }));
+                    let (carrier, capability) =
+                        (client.url().kind().as_str(), Capability::ProcessedReceipts);
+                    return Ok(Receipt::of_broker(id, Unsupported { carrier, capability }));
                 }
                 Ok(Ok(Err(StoreFailure::Refused(error)))) => {
                     return Err(failed(error, may_turn_up));
                 }
                 Ok(Ok(Err(StoreFailure::Lost)) | Err(_)) => {
-                    may_turn_up = true;
+                    may_turn_up |= queued;
                     sleep(STORE_AGAIN).await;
                 }
                 Err(_) => return Err(failed("timed out: the broker did not confirm".into(), true)),
@@ -250,7 +172,7 @@ impl BrokerCarrier {
     }
 
     /// Waits until n nodes, this one included, have answered yes.
-    async fn wait_for_answers(&self, ask: &Ask, count: usize, within: Duration) -> bool {
+    pub(super) async fn wait_for_answers(&self, ask: &Ask, count: usize, within: Duration) -> bool {
         let (yes, mut answers) = mpsc::unbounded_channel();
         let id = self.core.ids.next_now();
         lock(&self.asking).insert(id, yes);
@@ -360,21 +282,24 @@ impl BrokerCarrier {
         let Some(Unpacked { from, envelope, expires_at, not_before }) =
             unpack(&self.core, via, parcel)
         else {
-            let unreadable =
-                crate::wire::DeliveryOutcome::Rejected("the message can't be read".into());
+            let unreadable = DeliveryOutcome::Rejected("the message can't be read".into());
             let _gone = ack.send(Ack::Ended(unreadable));
             return;
         };
         let now = unix_ms();
         if expires_at.is_some_and(|at| at <= now) {
-            let _gone = ack.send(Ack::Ended(crate::wire::DeliveryOutcome::Expired));
+            let _gone = ack.send(Ack::Ended(DeliveryOutcome::Expired));
             return;
         }
         if let Some(wait) = not_before.and_then(|at| at.checked_sub(now)).filter(|wait| *wait > 0) {
             let _gone = ack.send(Ack::Later(Duration::from_millis(wait)));
             return;
         }
-        let (Payload::Event(body) | Payload::Call(body)) = envelope.payload else { return };
+        let (Payload::Event(body) | Payload::Call(body)) = envelope.payload else {
+            let other = DeliveryOutcome::Rejected("not an event or a one-way message".into());
+            let _gone = ack.send(Ack::Ended(other));
+            return;
+        };
         match lock(&self.kept).entry((envelope.header.id, subscription.clone())) {
             Entry::Vacant(entry) => _ = entry.insert(ack),
             // After a lost connection, a broker redelivers messages that are still being handled.
@@ -465,135 +390,5 @@ impl Incoming for Gate {
 
     fn handle_dropped(&self, reason: DropReason, count: u64) {
         self.with(|carrier| carrier.core.reporter.count_drop(NodeId::BROKER, reason, count));
-    }
-}
-
-/// The carrier, as the node owns it.
-pub(crate) struct BrokerHandle(pub(crate) Arc<BrokerCarrier>);
-
-impl Carrier for BrokerHandle {
-    fn require(&self, capability: Capability) -> Result<(), Unsupported> {
-        self.0.client().url().adapter().require(capability)
-    }
-
-    fn check_store(&self) -> Result<(), CannotKeep> {
-        self.require(Capability::Guaranteed).map_err(CannotKeep::Unsupported)
-    }
-
-    fn check_consumer(&self) -> Result<(), CannotKeep> {
-        self.require(Capability::DurableSubscriptions).map_err(CannotKeep::Unsupported)?;
-        // The broker identifies a durable subscription by the node's id.
-        match self.0.core.config.identity {
-            Some(_) => Ok(()),
-            None => Err(CannotKeep::NoIdentity),
-        }
-    }
-
-    fn wish(&self, wish: Wish) {
-        self.0.client().wish(wish);
-    }
-
-    fn end_wish(&self, wish: Wish, end: WishEnd) {
-        self.0.client().end_wish(wish, end);
-    }
-
-    /// Passes the one way to the broker, which delivers to this node's own subscriptions too.
-    fn subscribers(&self, _: &Topic, each: &mut dyn FnMut(&Arc<dyn Way>)) -> bool {
-        each(&self.0.way());
-        false
-    }
-
-    fn choose(&self, _: &Recipient, _: Option<&str>) -> Choice {
-        match self.0.client().is_up() {
-            true => Choice::Found(self.0.way()),
-            false => Choice::Later { otherwise: Some(self.0.way()) },
-        }
-    }
-
-    fn store(&self, messages: SmallVec<[NewGuaranteed; 1]>) -> Result<Submission, OutboxError> {
-        let mut messages = messages.into_iter();
-        match (messages.next(), messages.next()) {
-            (Some(only), None) => {
-                let storing = self.0.clone().store_one(only);
-                Ok(Submission::ToBroker(Box::pin(storing)))
-            }
-            _ => Err(self
-                .require(Capability::Transactions)
-                .err()
-                .map_or(OutboxError::NoOutbox, OutboxError::Unsupported)),
-        }
-    }
-
-    fn wait<'a>(
-        &'a self,
-        condition: Condition,
-        within: Duration,
-    ) -> BoxFuture<'a, Result<(), NotMet>> {
-        let (ask, count) = match condition {
-            Condition::Subscribers(topic, n) => (Ask::Subscribers(topic.to_string()), n),
-            Condition::Consumers(topic, n) => (Ask::Consumers(topic.to_string()), n),
-            Condition::Instances(name, n) => (Ask::Instances(name.to_string()), n),
-            Condition::Peers(0) => return future::ready(Ok(())).boxed(),
-            Condition::Peers(1) => {
-                let up = self.0.client().wait_until_up(Instant::now() + within);
-                return up.map(|up| if up { Ok(()) } else { Err(NotMet::TimedOut) }).boxed();
-            }
-            Condition::Peers(_) => {
-                let lacks = self.require(Capability::PeerCount);
-                return future::ready(lacks.map_err(NotMet::Unsupported)).boxed();
-            }
-        };
-        let waiting = async move {
-            match self.0.wait_for_answers(&ask, count, within).await {
-                true => Ok(()),
-                false => Err(NotMet::TimedOut),
-            }
-        };
-        waiting.boxed()
-    }
-
-    /// Returns the broker, as the only peer of this node.
-    fn peers(&self) -> Vec<PeerInfo> {
-        match self.0.client().state() {
-            State::Up { title } => vec![self.0.info(title)],
-            State::Down { .. } | State::Closed => Vec::new(),
-        }
-    }
-
-    fn unreachable(&self) -> Vec<Unreachable> {
-        let State::Down { error } = self.0.client().state() else { return Vec::new() };
-        vec![Unreachable {
-            address: self.0.address(),
-            id: Some(NodeId::BROKER),
-            source: Source::Fixed,
-            failures: 1,
-            last_error: error,
-        }]
-    }
-
-    fn queued_bytes(&self, peer: &NodeId) -> u64 {
-        match *peer == NodeId::BROKER {
-            true => self.0.client().queued_bytes(),
-            false => 0,
-        }
-    }
-
-    fn stop_linking(&self) {}
-
-    fn settle(&self) -> BoxFuture<'_, ()> {
-        future::ready(()).boxed()
-    }
-
-    fn close(&self, deadline: Instant) -> BoxFuture<'_, u64> {
-        let closing = async move {
-            self.0.client().close(deadline).await;
-            self.0.core.end_tasks().await;
-            0
-        };
-        closing.boxed()
-    }
-
-    fn abandon(&self) {
-        self.0.client().abandon();
     }
 }

@@ -14,12 +14,19 @@ pub enum BrokerKind {
     RabbitMq,
 }
 
-impl fmt::Display for BrokerKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl BrokerKind {
+    /// Returns its name, as it stands in texts.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Self::Embedded => "the embedded broker",
             Self::Nats => "NATS",
             Self::RabbitMq => "RabbitMQ",
-        })
+        }
+    }
+}
+
+impl fmt::Display for BrokerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }

@@ -15,6 +15,7 @@ mod ask;
 mod carrier;
 mod client;
 mod embedded;
+mod handle;
 mod hub;
 mod kind;
 #[cfg(feature = "nats")]
@@ -24,13 +25,15 @@ mod rabbitmq;
 mod session;
 mod unpack;
 mod url;
+mod way;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-pub(crate) use carrier::{BrokerCarrier, BrokerHandle, RefusedByBroker};
+pub(crate) use carrier::{BrokerCarrier, RefusedByBroker};
+pub(crate) use handle::BrokerHandle;
 pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use kind::BrokerKind;
 pub use url::{BrokerUrl, BrokerUrlError};

@@ -51,7 +51,7 @@ use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
-use crate::wire::Parcel;
+use crate::wire::{DeliveryOutcome, Parcel};
 
 /// The header with the parcel's head.
 const HEAD: &str = "peerbus";
@@ -367,10 +367,16 @@ impl NatsSession {
                 let server = client.server_info().server_id;
                 let redelivered = attempt > 1 || !counted.counts(&server, sequence);
                 let (ack, acked) = oneshot::channel();
-                if let Some(via) = via(&message.subject) {
-                    let subscription = subscription.clone();
-                    let kept = Kept { subscription, attempt, redelivered, ack };
-                    incoming.handle_kept(via, parcel(&message), kept);
+                match via(&message.subject) {
+                    Some(via) => {
+                        let subscription = subscription.clone();
+                        let kept = Kept { subscription, attempt, redelivered, ack };
+                        incoming.handle_kept(via, parcel(&message), kept);
+                    }
+                    None => {
+                        let reason = format!("{} is not a topic", message.subject);
+                        let _waits = ack.send(Ack::Ended(DeliveryOutcome::Rejected(reason)));
+                    }
                 }
                 let (context, names) = (streams.context.clone(), names.clone());
                 tokio::spawn(settle(message, attempt, acked, lease, retry, context, names));

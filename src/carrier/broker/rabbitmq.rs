@@ -49,7 +49,7 @@ use crate::clock::unix_ms;
 use crate::engine::delivery::RetryPolicy;
 use crate::message::MessageId;
 use crate::sync::{Mutex, Rank, lock};
-use crate::wire::Parcel;
+use crate::wire::{DeliveryOutcome, Parcel};
 
 const HEAD: &str = "peerbus";
 /// The time for which a node's queue outlives it, in milliseconds.
@@ -393,8 +393,12 @@ impl RabbitSession {
                 let redelivered = delivery.redelivered || attempt > 1;
                 let kept = Kept { subscription: subscription.clone(), attempt, redelivered, ack };
                 let (acker, via) = (delivery.acker.clone(), via(&delivery));
-                if let Some(via) = via {
-                    incoming.handle_kept(via, parcel(delivery), kept);
+                match via {
+                    Some(via) => incoming.handle_kept(via, parcel(delivery), kept),
+                    None => {
+                        let reason = format!("{} is not a topic", delivery.routing_key);
+                        let _waits = kept.ack.send(Ack::Ended(DeliveryOutcome::Rejected(reason)));
+                    }
                 }
                 tokio::spawn(settle(acker, attempt, acked, retry));
             }

@@ -352,6 +352,13 @@ impl<H: Host> Front<H> {
         self.durable.iter().map(|(name, (pattern, _))| (name, pattern))
     }
 
+    /// The durable subscriptions, with the numbers of their services.
+    pub(crate) fn consumers(
+        &self,
+    ) -> impl Iterator<Item = (&ServiceName, &Pattern, ServiceNumber)> {
+        self.durable.iter().map(|(name, (pattern, number))| (name, pattern, *number))
+    }
+
     // Calls.
 
     /// Handles a call of this node to itself.

@@ -15,6 +15,28 @@ const QUEUE_RETRY: Duration = Duration::from_millis(50);
 /// The number of consecutive failed reads after which a message is lost.
 pub(super) const MOST_UNREADABLE: u32 = 10;
 
+/// An answer by which a message is not settled.
+enum Refusal {
+    Failed(String),
+    Rejected(String),
+    Refused,
+    NoInbox,
+    Expired,
+}
+
+impl Refusal {
+    fn of(outcome: DeliveryOutcome) -> Option<Self> {
+        Some(match outcome {
+            DeliveryOutcome::Processed => return None,
+            DeliveryOutcome::Failed(text) => Self::Failed(text),
+            DeliveryOutcome::Rejected(text) => Self::Rejected(text),
+            DeliveryOutcome::Refused => Self::Refused,
+            DeliveryOutcome::NoInbox => Self::NoInbox,
+            DeliveryOutcome::Expired => Self::Expired,
+        })
+    }
+}
+
 impl Outbox {
     /// Handles a message that could not be passed to its link.
     pub(crate) fn handle_not_transmitted(
@@ -75,35 +97,34 @@ impl Outbox {
             // The peer answers a delivery that was never sent.
             return true;
         }
-        if answer.outcome == DeliveryOutcome::Processed {
-            // Any attempt counts, also one from before the message went to another node.
-            if !matches!(part.state, State::DeadLettering(_) | State::Dead(_) | State::Settled) {
-                self.settle(key);
-            }
-            return true;
-        }
         let current = part.state == State::InFlight
             && part.bound == Some(bound)
             && part.attempts == answer.attempt;
-        if !current {
-            return true;
-        }
+        let over = matches!(part.state, State::DeadLettering(_) | State::Dead(_) | State::Settled);
+        let refusal = match Refusal::of(answer.outcome) {
+            Some(refusal) if current => refusal,
+            Some(_) => return true,
+            None => {
+                // Any attempt counts, also one from before the message went to another node.
+                if !over {
+                    self.settle(key);
+                }
+                return true;
+            }
+        };
         let (target, attempts, maybe_processed) = (part.target, part.attempts, part.redelivered);
         self.unreadable.remove(&key.number);
         self.stop(key);
-        match answer.outcome {
-            DeliveryOutcome::Processed => unreachable!("it was settled above"),
-            DeliveryOutcome::Failed(text) => self.handle_failure(now, key, text),
-            DeliveryOutcome::Rejected(text) => {
-                self.dead_letter(key, DeadLetterReason::Rejected { text })
-            }
-            DeliveryOutcome::Expired => {
+        match refusal {
+            Refusal::Failed(text) => self.handle_failure(now, key, text),
+            Refusal::Rejected(text) => self.dead_letter(key, DeadLetterReason::Rejected { text }),
+            Refusal::Expired => {
                 self.dead_letter(key, DeadLetterReason::Expired { maybe_processed })
             }
-            DeliveryOutcome::Refused if self.has_expired(now, key) => {
+            Refusal::Refused if self.has_expired(now, key) => {
                 self.dead_letter(key, DeadLetterReason::Expired { maybe_processed });
             }
-            DeliveryOutcome::Refused => {
+            Refusal::Refused => {
                 if matches!(self.targets[target as usize], Target::Service(_)) {
                     self.unbind(key);
                     let free = OutboxRecord::Bound(vec![(key.number, key.part, None)]);
@@ -111,7 +132,7 @@ impl Outbox {
                 }
                 self.pause(now, key, attempts.saturating_sub(1), true);
             }
-            DeliveryOutcome::NoInbox => {
+            Refusal::NoInbox => {
                 if let Some(peer) = self.peers.get_mut(&from) {
                     peer.inbox = None;
                 }
