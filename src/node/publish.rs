@@ -98,13 +98,18 @@ impl<'a> Publish<'a> {
     /// # Errors
     /// [`PublishError`]. A node for which the message is dropped is no error, but is in the report.
     pub fn now(mut self) -> Result<PublishReport, PublishError> {
-        let stamp = self.stamp()?;
-        let event = self.event(&stamp)?;
-        let mut spread = self.spread(&event)?;
-        let full = std::mem::take(&mut spread.full);
-        let full = full.iter().map(|way| (way.node(), DropReason::SlowPeer));
-        spread.report.dropped.extend(full);
-        Ok(spread.finish(self.node, &event))
+        match self.begin() {
+            Begun::Done(report) => Ok(report),
+            Begun::Failed(error) => Err(*error),
+            Begun::Rest(rest) => {
+                let Rest { stamp, mut spread } = *rest;
+                let full = std::mem::take(&mut spread.full);
+                let full = full.iter().map(|way| (way.node(), DropReason::SlowPeer));
+                spread.report.dropped.extend(full);
+                Ok(spread
+                    .finish(self.node, &publication(self.node, &self.to?, &self.draft, &stamp)))
+            }
+        }
     }
 
     /// Publishes, and waits for peers with full queues, up to a deadline. The message is queued for
@@ -120,23 +125,32 @@ impl<'a> Publish<'a> {
     /// Once polled, the message is queued for all peers that had room. Dropping the future leaves
     /// out the others and this node's own subscriptions, without counting them.
     pub async fn within(mut self, deadline: Duration) -> Result<PublishReport, PublishError> {
-        match self.begin()? {
-            Ok(report) => Ok(report),
-            Err(rest) => Box::pin(self.finish(rest, deadline)).await,
+        match self.begin() {
+            Begun::Done(report) => Ok(report),
+            Begun::Failed(error) => Err(*error),
+            Begun::Rest(rest) => Box::pin(self.finish(rest, deadline)).await,
         }
     }
 
-    /// Queues the event on all ways that have room. A message is not moved on the way, which would
+    /// Queues the event on all ways that have room. The message is not moved meanwhile: that would
     /// cost as much as all the rest.
-    fn begin(&mut self) -> Result<Result<PublishReport, Box<Rest>>, PublishError> {
-        let stamp = self.stamp()?;
-        let event = self.event(&stamp)?;
-        let spread = self.spread(&event)?;
+    fn begin(&mut self) -> Begun {
+        let Self { node, to, draft } = self;
+        let to = match to {
+            Ok(to) => &*to,
+            Err(error) => return Begun::Failed(Box::new(error.clone().into())),
+        };
+        let stamp = match Stamp::new(node, to, draft) {
+            Ok(stamp) => stamp,
+            Err(error) => return Begun::Failed(error),
+        };
+        let event = publication(node, to, draft, &stamp);
+        let spread = Spread::to_subscribers(node, to, &event);
         if spread.backlog == Backlog::Same && spread.full.is_empty() {
-            return Ok(Ok(spread.finish(self.node, &event)));
+            return Begun::Done(spread.finish(node, &event));
         }
         drop(event);
-        Ok(Err(Box::new(Rest { stamp, spread })))
+        Begun::Rest(Box::new(Rest { stamp, spread }))
     }
 
     /// Waits for the ways that had no room.
@@ -145,48 +159,24 @@ impl<'a> Publish<'a> {
         rest: Box<Rest>,
         deadline: Duration,
     ) -> Result<PublishReport, PublishError> {
-        let Rest { stamp, mut spread } = *rest;
-        let event = self.event(&stamp)?;
+        let (to, Rest { stamp, mut spread }) = (self.to?, *rest);
+        let event = publication(self.node, &to, &self.draft, &stamp);
         spread.settle(&event, deadline).await;
         Ok(spread.finish(self.node, &event))
     }
+}
 
-    /// Checks the message, and gives it an id.
-    fn stamp(&mut self) -> Result<Stamp, PublishError> {
-        self.to()?;
-        let core = &self.node.core;
-        self.draft.check(&core.config)?;
-        if core.is_stopping() {
-            return Err(PublishError::ShutDown);
-        }
-        let id = self.draft.id(&core.ids);
-        let header = match self.draft.is_plain() {
-            true => None,
-            false => {
-                let destination = Destination::Topic(self.to()?.topic().clone());
-                Some(Box::new(self.draft.header(id, Kind::Event, destination)))
-            }
-        };
-        Ok(Stamp { id, header })
-    }
+/// The progress of a publish that waits for nothing.
+enum Begun {
+    Done(PublishReport),
+    Failed(Box<PublishError>),
+    Rest(Box<Rest>),
+}
 
-    fn to(&self) -> Result<&To<'a>, PublishError> {
-        self.to.as_ref().map_err(|error| error.clone().into())
-    }
-
-    fn event<'b>(&'b self, stamp: &'b Stamp) -> Result<Publication<'b>, PublishError> {
-        let (topic, body) = (self.to()?.topic(), &self.draft.body.bytes);
-        let (id, header) = (stamp.id, stamp.header.as_deref());
-        let encoded = match header {
-            Some(header) => OutgoingEvent::new(header, topic, body, &self.node.core.id),
-            None => OutgoingEvent::plain(id, topic, body),
-        };
-        Ok(Publication { topic, id, header, body, encoded })
-    }
-
-    fn spread(&self, event: &Publication<'_>) -> Result<Spread, PublishError> {
-        Ok(Spread::to_subscribers(self.node, self.to()?, event))
-    }
+/// A publish for which some way had no room, or after which a batch more is queued.
+struct Rest {
+    stamp: Stamp,
+    spread: Spread,
 }
 
 /// The part of a message that it gets when it is published.
@@ -196,10 +186,35 @@ struct Stamp {
     header: Option<Box<Header>>,
 }
 
-/// A publish for which some way had no room, or after which a batch more is queued.
-struct Rest {
-    stamp: Stamp,
-    spread: Spread,
+impl Stamp {
+    /// Checks a message, and gives it an id.
+    fn new(node: &Inner, to: &To<'_>, draft: &mut Draft) -> Result<Self, Box<PublishError>> {
+        let core = &node.core;
+        draft.check(&core.config).map_err(|error| Box::new(error.into()))?;
+        if core.is_stopping() {
+            return Err(Box::new(PublishError::ShutDown));
+        }
+        let id = draft.id(&core.ids);
+        let header = (!draft.is_plain()).then(|| {
+            Box::new(draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())))
+        });
+        Ok(Self { id, header })
+    }
+}
+
+fn publication<'a>(
+    node: &Inner,
+    to: &'a To<'_>,
+    draft: &'a Draft,
+    stamp: &'a Stamp,
+) -> Publication<'a> {
+    let (topic, body) = (to.topic(), &draft.body.bytes);
+    let (id, header) = (stamp.id, stamp.header.as_deref());
+    let encoded = match header {
+        Some(header) => OutgoingEvent::new(header, topic, body, &node.core.id),
+        None => OutgoingEvent::plain(id, topic, body),
+    };
+    Publication { topic, id, header, body, encoded }
 }
 
 impl PublishReport {
