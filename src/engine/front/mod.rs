@@ -570,9 +570,9 @@ impl<H: Host> Front<H> {
     fn lose_calls(&mut self, number: ServiceNumber, path: Path) {
         let Some(served) = self.served.get_mut(&number) else { return };
         let queued = served.calls.take_waiting(|key| key.path == path);
-        for (_, running) in served.calls.all_kept().filter(|(key, _)| key.path == path) {
+        for (key, running) in served.calls.all_kept() {
             // Its outbox still waits for a guaranteed message.
-            if running.heading.delivery.is_none() {
+            if key.path == path && running.heading.delivery.is_none() {
                 self.effects.push_back(Effect::Interrupt(running.handle.clone()));
             }
         }

@@ -1,7 +1,10 @@
 //! Seeds. A failing one is printed; `PEERBUS_SIM_SEED=n` runs it alone, `PEERBUS_SIM_SEEDS=n`
 //! runs that many.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use super::ledger::Seen;
@@ -11,18 +14,63 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
-/// Runs the seeds that are asked for, and names the one that fails.
-pub(super) fn each_seed(default: u64, mut run: impl FnMut(u64)) {
-    let seeds = match number("PEERBUS_SIM_SEED") {
+fn seeds(default: u64) -> Range<u64> {
+    match number("PEERBUS_SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("PEERBUS_SIM_SEEDS").unwrap_or(default),
+    }
+}
+
+/// Runs the seeds that are asked for, on all cores; what they saw, each added to what was seen
+/// before.
+///
+/// # Panics
+/// If a seed fails. The lowest that does is named.
+pub(super) fn each_seed<S: Default + Send>(
+    default: u64,
+    run: impl Fn(u64) -> S + Sync,
+    add: impl Fn(&mut S, S) + Sync,
+) -> S {
+    let seeds = seeds(default);
+    let next = AtomicU64::new(seeds.start);
+    let failed = AtomicU64::new(u64::MAX);
+    let work = || {
+        let mut seen = S::default();
+        loop {
+            // Seeds are handed out in order, so that all below one that fails are run.
+            let seed = next.fetch_add(1, Ordering::SeqCst);
+            if seed >= seeds.end || seed > failed.load(Ordering::SeqCst) {
+                return Ok(seen);
+            }
+            match catch_unwind(AssertUnwindSafe(|| run(seed))) {
+                Ok(one) => add(&mut seen, one),
+                Err(panic) => {
+                    failed.fetch_min(seed, Ordering::SeqCst);
+                    return Err((seed, panic));
+                }
+            }
+        }
     };
-    for seed in seeds {
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(seed))) {
-            eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
-            resume_unwind(panic);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let results: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        running.into_iter().map(|it| it.join().expect("panics are caught")).collect()
+    });
+    let (mut seen, mut first) = (S::default(), None);
+    for result in results {
+        match result {
+            Ok(part) => add(&mut seen, part),
+            Err((seed, panic)) => match &first {
+                Some((before, _)) if *before < seed => {}
+                _ => first = Some((seed, panic)),
+            },
         }
     }
+    if let Some((seed, panic)) = first {
+        eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
+        resume_unwind(panic);
+    }
+    seen
 }
 
 /// Whether only one seed is asked for.
@@ -31,11 +79,11 @@ pub(super) fn is_alone() -> bool {
 }
 
 fn run_seeds(faults: bool, default: u64) -> Seen {
-    let mut seen = Seen::default();
-    each_seed(default, |seed| {
+    let run = |seed| {
         let nodes = 3 + (seed % 3) as usize;
-        seen.add(&World::new(seed, nodes, faults).run(Duration::from_secs(4)).seen);
-    });
+        World::new(seed, nodes, faults).run(Duration::from_secs(4)).seen
+    };
+    let seen = each_seed(default, run, |seen: &mut Seen, one| seen.add(&one));
     println!("{seen:#?}");
     seen
 }

@@ -508,8 +508,8 @@ fn least_loaded(serving: &[usize], load: &dyn Fn(&NodeId) -> Option<u64>) -> Opt
 
 #[test]
 fn ten_thousand_faulty_runs_process_what_was_stored_once_and_in_order() {
-    let mut seen = Seen::default();
-    super::tests::each_seed(10_000, |seed| seen.extend(World::new(seed).run()));
+    let run = |seed| World::new(seed).run();
+    let seen = super::tests::each_seed(10_000, run, Seen::extend);
     println!("{seen:#?}");
     if !super::tests::is_alone() {
         seen.check();
