@@ -709,11 +709,6 @@ impl<H: Host> Front<H> {
     pub(crate) fn is_quiet(&self) -> bool {
         self.requests.len() == 0 && self.served.values().all(|served| served.calls.is_idle())
     }
-
-    #[cfg(test)]
-    pub(crate) fn open_requests(&self) -> Vec<MessageId> {
-        self.requests.ids()
-    }
 }
 
 /// An empty room takes any one call.

@@ -81,9 +81,4 @@ impl<H: Host> Requests<H> {
     pub(super) fn len(&self) -> usize {
         self.open.len()
     }
-
-    #[cfg(test)]
-    pub(super) fn ids(&self) -> Vec<MessageId> {
-        self.deadlines.iter().map(|(_, id)| *id).collect()
-    }
 }

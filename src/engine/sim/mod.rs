@@ -7,12 +7,16 @@
 //! disk without room.
 
 mod crowd;
-mod delivery;
 mod disk;
 mod full_disk;
 mod ledger;
+mod machine;
 mod node;
+mod operator;
+mod promises;
 mod rules;
+mod seen;
+mod settings;
 mod tests;
 mod world;
 
