@@ -1,6 +1,6 @@
 //! What was promised of events, calls and requests, held against what happened.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::node::Life;
 use super::promises::Promises;
@@ -31,8 +31,8 @@ pub(super) struct Ledger {
     reached: HashMap<Life, HashSet<(MessageId, Life)>>,
     /// The last message by sender, topic and subscriber.
     last: HashMap<(Life, String, Life), MessageId>,
-    /// By their callers.
-    open_requests: BTreeSet<(Life, MessageId)>,
+    /// Who was asked, by the caller.
+    open_requests: BTreeMap<(Life, MessageId), Life>,
     /// Requests whose callers were told that they failed, by their sender.
     failed: HashMap<Life, HashSet<MessageId>>,
     /// The same of guaranteed messages.
@@ -46,7 +46,7 @@ impl Ledger {
             accounts: BTreeMap::new(),
             reached: HashMap::new(),
             last: HashMap::new(),
-            open_requests: BTreeSet::new(),
+            open_requests: BTreeMap::new(),
             failed: HashMap::new(),
             promises: Promises::new(settings),
             seen: Seen::default(),
@@ -89,12 +89,12 @@ impl Ledger {
     pub(super) fn crashed(&mut self, life: Life) {
         self.account(life).crashed = true;
         // Nobody is left to wait.
-        self.open_requests.retain(|(caller, _)| *caller != life);
+        self.open_requests.retain(|(caller, _), _| *caller != life);
     }
 
     /// A node has shut down: all its requests have ended.
     pub(super) fn shut_down(&self, life: Life) {
-        let open = self.open_requests.iter().find(|(caller, _)| *caller == life);
+        let open = self.open_requests.keys().find(|(caller, _)| *caller == life);
         assert!(open.is_none(), "a request outlives its node: {open:?}");
     }
 
@@ -122,12 +122,22 @@ impl Ledger {
         self.seen.add("replies", 1);
     }
 
-    pub(super) fn request_opened(&mut self, caller: Life, id: MessageId) {
-        self.open_requests.insert((caller, id));
+    pub(super) fn request_opened(&mut self, caller: Life, id: MessageId, asked: Life) {
+        self.open_requests.insert((caller, id), asked);
+    }
+
+    /// Some request that is neither by nor to a node, and its caller.
+    pub(super) fn any_request(&self, not_of: Life, number: u64) -> Option<(Life, MessageId)> {
+        let others = self
+            .open_requests
+            .iter()
+            .filter(|((caller, _), asked)| caller.node != not_of.node && asked.node != not_of.node);
+        let others: Vec<_> = others.map(|(key, _)| *key).collect();
+        others.get(number as usize % others.len().max(1)).copied()
     }
 
     pub(super) fn request_ended(&mut self, caller: Life, id: MessageId, outcome: &RequestOutcome) {
-        assert!(self.open_requests.remove(&(caller, id)), "request {id} ended twice");
+        assert!(self.open_requests.remove(&(caller, id)).is_some(), "request {id} ended twice");
         if !matches!(outcome, RequestOutcome::Reply(_)) {
             self.failed.entry(caller).or_default().insert(id);
         }

@@ -13,8 +13,9 @@ use crate::message::MessageId;
 
 /// A probe that was refused is sent again after this time.
 const AGAIN: Duration = Duration::from_millis(50);
-/// An outbox takes messages again this long after room can be had, at the most.
-const SOON: Duration = Duration::from_secs(1);
+/// An outbox takes messages again this long after room can be had, at the most. On a full disk it
+/// waits for half a second before each segment of which little can be freed.
+const SOON: Duration = Duration::from_secs(5);
 
 impl World {
     /// Sees to what is left when the storm is over; whether all is processed.

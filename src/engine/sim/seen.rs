@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-const ALL: [&str; 67] = [
+const ALL: [&str; 68] = [
     // Links, and those who are at their ends.
     "cuts",
     "silent cuts",
@@ -23,6 +23,7 @@ const ALL: [&str; 67] = [
     "calls with an ordering key",
     "requests that failed with their link",
     "requests past their deadline",
+    "forged replies",
     "calls taken back",
     "calls that expired in the queue",
     "calls that nothing served any more",

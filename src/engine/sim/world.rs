@@ -73,7 +73,8 @@ pub(super) struct World {
     scheduled: u64,
     digest: u64,
     lives: u64,
-    pub(super) nodes: Vec<Option<SimNode>>,
+    /// Boxed, since they are taken out for each event.
+    pub(super) nodes: Vec<Option<Box<SimNode>>>,
     pub(super) machines: Vec<Machine>,
     woken_at: HashMap<Life, Time>,
     pub(super) connections: BTreeMap<u64, Connection>,
@@ -156,7 +157,7 @@ impl World {
         let calm_for = self.now.since(Time::after_start(STORMY));
         assert!(self.healed || calm_for < HEALED, "the mesh did not heal");
         let settled = self.settle();
-        let quiet = self.nodes.iter().flatten().all(SimNode::is_quiet);
+        let quiet = self.nodes.iter().flatten().all(|node| node.is_quiet());
         if calm_for >= LONGEST {
             let promises = &self.ledger.promises;
             let open: Vec<_> = promises.unsettled().take(5).collect();
@@ -240,7 +241,7 @@ impl World {
         let (now, settings) = (self.clock(), self.settings);
         let ledger = &mut self.ledger;
         let started = SimNode::new(now, life, settings, random, disks, serves, ledger);
-        self.nodes[node] = Some(started);
+        self.nodes[node] = Some(Box::new(started));
         self.act(life, |_, _| {});
     }
 
@@ -257,7 +258,7 @@ impl World {
 
     /// Lets a node do something, if that life of it still lasts, and carries out what follows.
     pub(super) fn act(&mut self, life: Life, act: impl FnOnce(&mut SimNode, &mut Ledger)) {
-        let is_alive = |node: &mut SimNode| node.life == life;
+        let is_alive = |node: &mut Box<SimNode>| node.life == life;
         let Some(mut node) = self.nodes[life.node].take_if(is_alive) else {
             return;
         };
@@ -326,7 +327,11 @@ impl World {
             true => 60,
             false => 1,
         };
+        let forges = self.random.once_in(20) && self.settings.faults;
         self.act_as(node, |node, ledger| {
+            if forges {
+                node.forge(ledger);
+            }
             for _ in 0..burst {
                 if calls { node.call(ledger) } else { node.publish(ledger) }
             }

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Later, Life, Running, SimHold, SimHost, SimNode, Waiter, life_of};
+use super::{
+    CONCURRENCY, Later, Life, Running, SimHold, SimHost, SimNode, Waiter, life_of, node_id,
+};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::engine::front::CallKey;
 use crate::engine::sim::disk::Crash;
@@ -20,6 +22,7 @@ use crate::report::DropReason;
 use crate::wire::{Control, Envelope, Failure, OutgoingEvent, Payload};
 
 const TOPICS: [&str; 4] = ["a.x", "a.y", "b.x", "b.y"];
+const FORGED: &[u8] = b"forged";
 const NAMES: [&str; 2] = ["work", "mill"];
 
 /// An instance of a service, and its load.
@@ -129,7 +132,7 @@ impl SimNode {
             return false;
         }
         if waiter.is_some() {
-            ledger.request_opened(self.life, id);
+            ledger.request_opened(self.life, id, to);
         }
         true
     }
@@ -146,6 +149,20 @@ impl SimNode {
         ledger.queued(self.life);
         self.transmit(link);
         true
+    }
+
+    /// Replies to another node's request in the place of whoever was asked. The caller has to take
+    /// it for a reply that is too late.
+    pub(in super::super) fn forge(&mut self, ledger: &mut Ledger) {
+        let Some((caller, id)) = ledger.any_request(self.life, self.random.next()) else { return };
+        let Some(link) = self.routing.link(&node_id(caller.node)).copied() else { return };
+        let to = Destination::Node(node_id(caller.node));
+        let mut header = Header::new(self.next_id(), Kind::Document, to);
+        header.correlation_id = Some(id);
+        let payload = Payload::Reply(Bytes::from_static(FORGED));
+        if self.enqueue(link, Envelope { header, payload }, ledger) {
+            ledger.seen.add("forged replies", 1);
+        }
     }
 
     // The subscriber.
@@ -191,7 +208,11 @@ impl SimNode {
     // The handlers.
 
     pub(super) fn start(&mut self, run: Run<SimHost>, ledger: &mut Ledger) {
-        let Run { number, key, message, handle, .. } = run;
+        let Run { number, key, message, deadline, handle, .. } = run;
+        assert!(deadline.is_none_or(|at| at >= self.now.time), "it had expired");
+        assert!(!self.taken_back.contains(&key), "it had been taken back");
+        let beside = self.running.values().filter(|other| other.number == number).count();
+        assert!(beside < CONCURRENCY as usize, "too many run at once");
         if let Some(end) = self.end(key.path) {
             assert!(end.rule.lets_send(&message.header.destination), "it was not allowed");
         }
@@ -276,7 +297,11 @@ impl SimNode {
         ledger: &mut Ledger,
     ) {
         match outcome {
-            RequestOutcome::Reply(_) | RequestOutcome::Failed(_) => ledger.replied(to),
+            RequestOutcome::Reply(reply) => {
+                assert_ne!(&reply.body[..], FORGED, "a forged reply ended a request");
+                ledger.replied(to);
+            }
+            RequestOutcome::Failed(_) => ledger.replied(to),
             RequestOutcome::DeadlineExceeded => ledger.seen.add("requests past their deadline", 1),
             RequestOutcome::PeerLost { .. } => {
                 ledger.seen.add("requests that failed with their link", 1);

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::{LIMITS, Life, Link, MAX_BODY, Request, SEND_QUEUE, SimHold, SimNode, node_id};
 use crate::address::Destination;
+use crate::engine::front::CallKey;
 use crate::engine::sim::ledger::Ledger;
 use crate::engine::{
     Action, Connection, Delivered, DownReason, EventBatch, Flow, Incoming, LinkId, MeshEvent, Path,
@@ -102,7 +103,11 @@ impl SimNode {
                     ledger.dropped(self.life, reason, count);
                 }
             }
-            ReceivedControl::Cancel(id) => self.front.handle_cancel(Path::Link(link), id),
+            ReceivedControl::Cancel(id) => {
+                let path = Path::Link(link);
+                self.taken_back.insert(CallKey { path, id });
+                self.front.handle_cancel(path, id);
+            }
             ReceivedControl::Mesh(control) => {
                 self.mesh.handle_control(self.now.time, link, control);
             }

@@ -5,18 +5,19 @@
 //! a node down.
 
 mod calls;
+mod disks;
 mod ending;
 mod links;
 mod senders;
 mod store;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-use store::Which;
-pub(super) use store::{Disks, Store, outbox_config, stored};
+pub(super) use disks::Disks;
+pub(super) use store::{Store, outbox_config, stored};
 
 use super::Random;
 use super::disk::Crash;
@@ -36,6 +37,7 @@ use crate::message::{IdSource, MessageId};
 use crate::peer::{Address, Source};
 use crate::trust::Grants;
 use crate::wire::{EncodedBatch, Lane, Limits, Totals};
+use disks::Which;
 use ending::Ending;
 
 /// A node and which of its incarnations.
@@ -195,6 +197,8 @@ pub(super) struct SimNode {
     links: BTreeMap<LinkId, Link>,
     routing: Routing,
     running: BTreeMap<CallKey, Running>,
+    /// Calls that their callers gave up.
+    taken_back: BTreeSet<CallKey>,
     /// What it offers now.
     offered: Vec<(ServiceName, ServiceNumber)>,
     consumer: Option<ServiceNumber>,
@@ -276,6 +280,7 @@ impl SimNode {
             links: BTreeMap::new(),
             routing: Routing::default(),
             running: BTreeMap::new(),
+            taken_back: BTreeSet::new(),
             offered: Vec::new(),
             consumer: None,
             subscription: Subscription { pattern, overflow, queue: RefCell::new(queue) },
@@ -448,6 +453,12 @@ impl SimNode {
         while let Some(batch) = end.flow.poll_transmit(self.now.time) {
             self.requests.push_back(Request::Transmit { link, batch });
         }
+    }
+
+    /// The process ends here and now.
+    fn die(&mut self, crash: Crash) {
+        self.dead = true;
+        self.requests.push_back(Request::Die(crash));
     }
 
     // What the world wants to know.
