@@ -233,6 +233,17 @@ impl Promises {
         }
     }
 
+    /// A probe that was lost before anybody knew of it is sent again.
+    pub(super) fn forget_lost_probe(&mut self, node: usize, recovered: &HashSet<MessageId>) {
+        if let Some(probe) = self.probes.get_mut(node)
+            && let Some(message) = probe.as_ref()
+            && !self.sent[message].stored
+            && !recovered.contains(message)
+        {
+            *probe = None;
+        }
+    }
+
     // What receivers do.
 
     /// A node's rules refused a message.

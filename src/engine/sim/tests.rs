@@ -44,6 +44,7 @@ pub(super) fn each_seed<S: Default + Send>(
             match catch_unwind(AssertUnwindSafe(|| run(seed))) {
                 Ok(one) => add(&mut seen, one),
                 Err(panic) => {
+                    eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
                     failed.fetch_min(seed, Ordering::SeqCst);
                     return Err((seed, panic));
                 }
@@ -66,7 +67,7 @@ pub(super) fn each_seed<S: Default + Send>(
         }
     }
     if let Some((seed, panic)) = first {
-        eprintln!("seed {seed} failed; PEERBUS_SIM_SEED={seed} runs it alone");
+        eprintln!("seed {seed} is the lowest that failed");
         resume_unwind(panic);
     }
     seen

@@ -20,7 +20,9 @@ const STORMY: Duration = Duration::from_secs(3);
 /// After that, all nodes are linked again within this time.
 const HEALED: Duration = Duration::from_secs(60);
 /// Everything is over by then.
-const LONGEST: Duration = Duration::from_secs(1000);
+const LONGEST: Duration = Duration::from_secs(300);
+/// Far more events than any run takes.
+const MOST_STEPS: u32 = 3_000_000;
 /// How many guaranteed messages, or transactions of them, are sent in a run.
 const SENT: u64 = 120;
 
@@ -141,6 +143,7 @@ impl World {
             let event = self.events.remove(&number).expect("each event is queued once");
             self.handle(event);
             steps += 1;
+            assert!(steps < MOST_STEPS, "it spins at {at:?}\n{}", self.describe_timeouts());
             if self.calm && steps.is_multiple_of(16) && self.is_over() {
                 break;
             }
@@ -175,6 +178,11 @@ impl World {
     }
 
     // Time.
+
+    /// What each node waits for.
+    fn describe_timeouts(&self) -> String {
+        self.nodes.iter().flatten().map(|node| node.describe_timeouts() + "\n").collect()
+    }
 
     pub(super) fn clock(&self) -> Now {
         let unix_ms = self.now.since_start().as_millis() as i64 + self.wall_offset;
@@ -215,8 +223,11 @@ impl World {
                 self.act(life, |node, ledger| node.handle_later(what, ledger));
             }
             Event::Wake { life } => {
-                self.woken_at.remove(&life);
-                self.act(life, SimNode::handle_timeout);
+                // It may have been told to wake earlier since.
+                if self.woken_at.get(&life) == Some(&self.now) {
+                    self.woken_at.remove(&life);
+                    self.act(life, SimNode::handle_timeout);
+                }
             }
             Event::User { node } => self.user(node),
             Event::Send { node } => self.act_as(node, SimNode::send),
@@ -276,11 +287,12 @@ impl World {
                 request => self.perform(life, request),
             }
         }
-        if let Some(at) = wake
-            && self.woken_at.get(&life).is_none_or(|known| *known > at || *known < self.now)
+        let soonest = self.now + Duration::from_micros(1);
+        if let Some(at) = wake.map(|at| at.max(soonest))
+            && self.woken_at.get(&life).is_none_or(|known| *known > at)
         {
             self.woken_at.insert(life, at);
-            self.at(at.max(self.now + Duration::from_micros(1)), Event::Wake { life });
+            self.at(at, Event::Wake { life });
         }
     }
 

@@ -396,6 +396,16 @@ impl SimNode {
         links.into_iter().for_each(|link| self.transmit(link));
     }
 
+    /// The same, one by one, for a failed test.
+    pub(super) fn describe_timeouts(&self) -> String {
+        let flows = self.links.values().map(|it| it.flow.poll_timeout(self.now.time, &TIMING));
+        let (life, flows): (_, Vec<_>) = (self.life, flows.collect());
+        let (mesh, front) = (self.mesh.poll_timeout(), self.front.poll_timeout());
+        let store = self.store.as_ref().map(|store| store.outbox.poll_timeout());
+        let retry = self.store.as_ref().and_then(|store| store.poll_timeout(self.now));
+        format!("{life:?}: {flows:?}, {mesh:?}, {front:?}, {store:?}, {retry:?}")
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Time> {
         let flows = self.links.values().map(|link| link.flow.poll_timeout(self.now.time, &TIMING));
         let store = self.store.as_ref().and_then(|store| store.poll_timeout(self.now));

@@ -129,6 +129,7 @@ impl Store {
         let recovered: HashSet<MessageId> = numbers.values().copied().collect();
         promises.check_transactions(life.node, &recovered);
         promises.check_ends(life.node, &recovered);
+        promises.forget_lost_probe(life.node, &recovered);
         inbox.handle_recovered();
         Self {
             outbox,
