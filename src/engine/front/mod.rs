@@ -582,9 +582,9 @@ impl<H: Host> Front<H> {
     fn lose_calls(&mut self, number: ServiceNumber, path: Path) {
         let Some(served) = self.served.get_mut(&number) else { return };
         let queued = served.calls.take_waiting(|key| key.path == path);
-        for (_, running) in served.calls.all_kept().filter(|(key, _)| key.path == path) {
+        for (key, running) in served.calls.all_kept() {
             // The sender's outbox still waits for a guaranteed message.
-            if running.heading.delivery.is_none() {
+            if key.path == path && running.heading.delivery.is_none() {
                 self.effects.push_back(Effect::Interrupt(running.handle.clone()));
             }
         }
@@ -720,11 +720,6 @@ impl<H: Host> Front<H> {
     #[cfg(test)]
     pub(crate) fn is_quiet(&self) -> bool {
         self.requests.len() == 0 && self.served.values().all(|served| served.calls.is_idle())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn open_requests(&self) -> Vec<MessageId> {
-        self.requests.ids()
     }
 }
 

@@ -67,10 +67,10 @@ impl<H: Host> Requests<H> {
         Some((id, self.remove(id)?))
     }
 
-    /// Ends all requests.
+    /// Ends all requests, in the order of their deadlines.
     pub(super) fn drain(&mut self) -> Vec<H::Waiter> {
-        self.deadlines.clear();
-        self.open.drain().map(|(_, open)| open.waiter).collect()
+        let ids = std::mem::take(&mut self.deadlines).into_iter().map(|(_, id)| id);
+        ids.filter_map(|id| Some(self.open.remove(&id)?.waiter)).collect()
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Time> {
@@ -80,10 +80,5 @@ impl<H: Host> Requests<H> {
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.open.len()
-    }
-
-    #[cfg(test)]
-    pub(super) fn ids(&self) -> Vec<MessageId> {
-        self.open.keys().copied().collect()
     }
 }

@@ -75,7 +75,7 @@ struct Waiting<K, C> {
     call: C,
 }
 
-impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
+impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     pub(crate) fn new(concurrency: usize) -> Self {
         Self {
             concurrency: concurrency.max(1),
@@ -130,9 +130,12 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         self.calls.get(&key)?.kept()
     }
 
-    /// Returns the kept parts of all running calls.
-    pub(crate) fn all_kept(&self) -> impl Iterator<Item = (&K, &R)> {
-        self.calls.iter().filter_map(|(key, state)| Some((key, state.kept()?)))
+    /// Returns the kept parts of all running calls, in the order of their names.
+    pub(crate) fn all_kept(&self) -> Vec<(K, &R)> {
+        let kept = self.calls.iter().filter_map(|(key, state)| Some((*key, state.kept()?)));
+        let mut kept: Vec<_> = kept.collect();
+        kept.sort_unstable_by_key(|(key, _)| *key);
+        kept
     }
 
     /// Handles the end of a running call.
@@ -168,7 +171,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
         Some(call)
     }
 
-    /// Removes and returns the queued calls for which `wanted` is true.
+    /// Removes and returns the queued calls for which `wanted` is true, in the order of their names.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<(K, C)> {
         let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
         let mut taken = Vec::new();
@@ -179,6 +182,7 @@ impl<K: Copy + Eq + Hash, C, R> Service<K, C, R> {
             self.release(waiting.order.clone());
             taken.push(waiting);
         }
+        taken.sort_unstable_by_key(|waiting| waiting.key);
         taken.iter().for_each(|waiting| _ = self.calls.remove(&waiting.key));
         taken.into_iter().map(|waiting| (waiting.key, waiting.call)).collect()
     }

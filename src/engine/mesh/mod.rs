@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, Sighting, TargetKey};
-use crate::engine::{HashMap, LinkId, RouteChange, Time};
+use crate::engine::{LinkId, RouteChange, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
@@ -220,7 +220,8 @@ pub(crate) struct Mesh {
     /// The number of local subscriptions to each pattern.
     patterns: BTreeMap<Pattern, usize>,
     services: BTreeMap<ServiceName, u32>,
-    links: HashMap<LinkId, Link>,
+    /// Ordered, so that a simulated run can be repeated.
+    links: BTreeMap<LinkId, Link>,
     /// The deadlines of connections that are not links yet.
     deadlines: BTreeSet<(Time, LinkId)>,
     peers: BTreeMap<NodeId, LinkId>,
@@ -238,7 +239,7 @@ impl Mesh {
             addresses: Vec::new(),
             patterns: BTreeMap::new(),
             services: BTreeMap::new(),
-            links: HashMap::default(),
+            links: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
             probes: BTreeMap::new(),

@@ -1,18 +1,30 @@
 //! A simulator: many engines, virtual time, one seed.
 //!
-//! `world` moves batches and time, and breaks things; `node` is the engine's shell, as thin as
-//! it can be; `ledger` checks the promises; `tests` runs seeds. `crowd` is another world, of
-//! nothing but meshes, so that there can be many of them; `delivery` is one of outboxes and
-//! inboxes, on a `disk` that fails, with their real journals on it; `full_disk` has one inbox on a
-//! disk without room.
+//! ```text
+//!  World: time, links, faults ──▶ SimNode: mesh, flows, front, subscription, rules
+//!    │ Machine: disks                 └─ Store: outbox, inbox, their journals on disks
+//!    ▼
+//!  Ledger: events, calls, requests ── Promises: guaranteed messages ── Seen: what happened at all
+//! ```
+//!
+//! `world` moves batches and time; `machine` breaks things; `node` is the engine's shell, as thin
+//! as it can be, with its users; `ledger` and `promises` check what was promised; `operator` looks
+//! after dead letters; `tests` runs seeds on all cores. `crowd` is another world, of nothing but
+//! meshes, so that there can be many of them; `full_disk` has one inbox on a disk without room.
+//!
+//! RULES
 
 mod crowd;
-mod delivery;
 mod disk;
 mod full_disk;
 mod ledger;
+mod machine;
 mod node;
+mod operator;
+mod promises;
 mod rules;
+mod seen;
+mod settings;
 mod tests;
 mod world;
 

@@ -11,15 +11,20 @@ pub(super) enum Rule {
     #[default]
     All,
     Nothing,
-    /// Events of topics that begin with `a`, and no calls.
+    /// Events of topics that begin with `a`, guaranteed ones too, and no calls.
     PublishA,
-    /// Calls to `work`, and no events.
+    /// Calls to `work`, guaranteed ones too, and no events.
     SendWork,
 }
 
 impl Rule {
     pub(super) fn any(random: &mut Random) -> Self {
-        [Self::All, Self::Nothing, Self::PublishA, Self::SendWork][random.below(4) as usize]
+        match random.below(6) {
+            0 => Self::Nothing,
+            1 => Self::PublishA,
+            2 => Self::SendWork,
+            _ => Self::All,
+        }
     }
 
     pub(super) fn grants(self) -> Grants {
@@ -42,5 +47,10 @@ impl Rule {
             (Self::SendWork, Destination::Service(name)) => name.as_str() == "work",
             (Self::PublishA | Self::SendWork, _) => false,
         }
+    }
+
+    /// Judges a subscription in the same way.
+    pub(super) fn lets_subscribe(self) -> bool {
+        self != Self::Nothing
     }
 }

@@ -125,7 +125,10 @@ impl Outbox {
                 self.dead_letter(key, DeadLetterReason::Expired { maybe_processed });
             }
             Refusal::Refused => {
-                if matches!(self.targets[target as usize], Target::Service(_)) {
+                // At the end of a disk it stays with its node: records of moves to and fro would
+                // take the last space, and nothing could be settled any more.
+                if matches!(self.targets[target as usize], Target::Service(_)) && !self.is_at_an_end
+                {
                     self.unbind(key);
                     let free = OutboxRecord::Bound(vec![(key.number, key.part, None)]);
                     self.note(&free, [key.number]);
