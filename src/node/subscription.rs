@@ -23,6 +23,8 @@ use crate::opaque::opaque;
 /// Dropping it ends the subscription.
 ///
 /// [`Config::subscription_queue`]: crate::Config::subscription_queue
+/// [`Overflow`]: crate::Overflow
+/// [`Overflow::HoldBack`]: crate::Overflow::HoldBack
 #[must_use = "dropping a subscription ends it"]
 pub struct Subscription {
     subscriber: Arc<Subscriber>,
