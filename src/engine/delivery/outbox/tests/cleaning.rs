@@ -202,3 +202,24 @@ fn numbers_are_never_given_twice_to_what_is_remembered() {
     let mut bench = bench.restart();
     assert_eq!(bench.submit(Target::Node(CAROL)).unwrap(), 23);
 }
+
+#[test]
+fn refusals_take_none_of_the_last_room_of_a_full_disk() {
+    let mut bench = bench();
+    bench.serving = vec![BOB];
+    bench.submit(Target::Service("work".parse().unwrap())).unwrap();
+    bench.room(FULL);
+    bench.sleep(Duration::from_secs(1));
+    assert!(bench.outbox.is_at_an_end, "nothing can be freed");
+    let before = bench.journal.len();
+    for attempt in 1..5 {
+        let (to, sent) = bench.sent.last().unwrap().clone();
+        assert_eq!((to, sent.attempt), (BOB, attempt));
+        bench.answer(BOB, &sent.id, attempt, DeliveryOutcome::Refused);
+        bench.sleep(HOUR);
+    }
+    assert_eq!(bench.journal.len(), before);
+    let (_, sent) = bench.sent.last().unwrap().clone();
+    bench.answer(BOB, &sent.id, 5, DeliveryOutcome::Processed);
+    assert_eq!((bench.done.as_slice(), bench.outbox.pending()), (&[(1, Ok(()))][..], 0));
+}
