@@ -219,6 +219,15 @@ impl MeshCarrier {
     }
 
     /// Waits until no link is left.
+    /// Closes the sockets and the store; returns the number of guaranteed messages that are left.
+    async fn close_files(&self) -> u64 {
+        self.transport.close().await;
+        match &self.durable {
+            Some(durable) => durable.close().await,
+            None => 0,
+        }
+    }
+
     async fn unlinked(&self) {
         let mut changes = self.core.routes.subscribe();
         while self.links.routing().peers() > 0 {
@@ -373,11 +382,7 @@ impl Carrier for MeshHandle {
             let _too_slow = timeout_at(Instant::now() + GOODBYE, carrier.unlinked()).await;
             carrier.with_mesh(|mesh, now| mesh.close_all(now));
             carrier.core.end_tasks().await;
-            carrier.transport.close().await;
-            match &carrier.durable {
-                Some(durable) => durable.close().await,
-                None => 0,
-            }
+            carrier.close_files().await
         };
         closing.boxed()
     }
@@ -386,10 +391,7 @@ impl Carrier for MeshHandle {
         let carrier = self.0.clone();
         carrier.links.all().iter().for_each(|link| link.close());
         self.0.core.runtime.spawn(async move {
-            carrier.transport.close().await;
-            if let Some(durable) = &carrier.durable {
-                durable.close().await;
-            }
+            carrier.close_files().await;
             carrier.core.reporter.write_log();
         });
     }

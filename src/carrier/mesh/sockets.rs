@@ -63,10 +63,17 @@ impl MeshCarrier {
             (Transport::Sockets(door), Some(access))
         });
         let listening = match opened {
-            Some(door) => carrier.open(&door, dir, &let_in).await?,
-            None => Vec::new(),
+            Some(door) => carrier.open(&door, dir, &let_in).await,
+            None => Ok(Vec::new()),
         };
-        Ok((carrier, listening))
+        match listening {
+            Ok(listening) => Ok((carrier, listening)),
+            Err(error) => {
+                // Nothing is left behind: no socket, no lock of the store.
+                carrier.close_files().await;
+                Err(error)
+            }
+        }
     }
 
     /// Starts the listeners and discovery.
