@@ -299,7 +299,7 @@ fn a_comparison_whose_broker_ends_keeps_what_was_finished() {
 #[test]
 fn a_wrong_broker_or_workload_is_explained() {
     let shell = Shell::new();
-    fails(&shell.run(&["pub", "a", "b", "--broker", "nast://x"]), "peerbus, nats, tls, amqp and");
+    fails(&shell.run(&["pub", "a", "b", "--broker", "nast://x"]), "peerbus, nats, tls, amqp or");
     if !cfg!(feature = "nats") {
         fails(&shell.run(&["pub", "a", "b", "--broker", "nats://x"]), "feature `nats`");
     }
@@ -314,7 +314,7 @@ fn a_wrong_broker_or_workload_is_explained() {
     fails(&output, "can't be reached");
     let told = String::from_utf8_lossy(&output.stderr).matches("can't be reached").count();
     assert_eq!(told, 2, "once in the log, and by the command: {output:?}");
-    fails(&shell.run(&["broker", "--listen", "0.0.0.0:0"]), "loopback only");
+    fails(&shell.run(&["broker", "--listen", "0.0.0.0:0"]), "loopback address");
     fails(&shell.run(&["bridge", "--export", "a"]), "--broker URL");
     fails(&shell.run(&["bridge", "--broker", &nowhere]), "nothing to bridge");
     fails(&shell.run(&["bench", "tradeoff", "nofile.toml"]), "nofile.toml");
@@ -360,7 +360,7 @@ fn an_outbox_keeps_what_is_sent_and_tells_of_it() {
     }
     fails(&shell.run(&["outbox", "show", &sender, "9"]), "no message 9");
     fails(&shell.run(&["outbox", "replay", &sender, "1"]), "is not a dead letter");
-    fails(&shell.run(&["outbox", "list", &folder("nothing")]), "there is no outbox");
+    fails(&shell.run(&["outbox", "list", &folder("nothing")]), "it holds no outbox");
     assert!(stdout(&shell.run(&["outbox", "verify", &sender])).contains("2 messages"));
     assert_eq!(
         stdout(&shell.run(&["outbox", "purge", &sender, "2"])),
