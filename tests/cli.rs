@@ -301,10 +301,10 @@ fn a_wrong_broker_or_workload_is_explained() {
     let shell = Shell::new();
     fails(&shell.run(&["pub", "a", "b", "--broker", "nast://x"]), "peerbus, nats, tls, amqp or");
     if !cfg!(feature = "nats") {
-        fails(&shell.run(&["pub", "a", "b", "--broker", "nats://x"]), "feature `nats`");
+        fails(&shell.run(&["pub", "a", "b", "--broker", "nats://x"]), "--features nats");
     }
     if !cfg!(feature = "rabbitmq") {
-        fails(&shell.run(&["pub", "a", "b", "--broker", "amqp://x"]), "feature `rabbitmq`");
+        fails(&shell.run(&["pub", "a", "b", "--broker", "amqp://x"]), "--features rabbitmq");
     }
     // No process listens on this address any more.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
