@@ -180,7 +180,7 @@ fn two_hosts_meet_by_mdns_lose_each_other_with_the_network_and_meet_again() {
             return down;
         }
     };
-    assert!(gone(&left, "right")["reason"].as_str().unwrap().contains("heard"));
+    assert!(gone(&left, "right")["reason"].as_str().unwrap().contains("silent"));
     gone(&right, "left");
 
     lan.cable("up");
