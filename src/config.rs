@@ -321,9 +321,9 @@ impl Config {
     /// The number of handler failures that make a guaranteed message a dead letter: 10 by default,
     /// at least 1, which tries each message once.
     ///
-    /// It applies to the messages that this node sends. Over a broker it applies to those that it
-    /// handles; with RabbitMQ it is a setting of the queue, so all nodes that send or handle such
-    /// messages need the same.
+    /// The limit applies to the messages that this node sends. Over a broker it applies to those
+    /// that it handles; with RabbitMQ it is a setting of the queue, so all nodes that send or
+    /// handle such messages need the same.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.retry.max_attempts = attempts;
         self
@@ -334,7 +334,7 @@ impl Config {
     /// is at least 1 ms. Over links these are upper bounds, and each pause is drawn at random
     /// below them, so that messages that failed together are not retried together.
     ///
-    /// It applies to the same messages as [`Config::max_attempts`].
+    /// The backoff applies to the same messages as [`Config::max_attempts`].
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.retry.first, self.retry.longest) = (first, longest);
         self

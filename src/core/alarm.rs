@@ -9,16 +9,11 @@ use super::Core;
 use crate::engine::Time;
 
 /// The alarm of one task, which any task may set to an earlier time.
+#[derive(Default)]
 pub(crate) struct Alarm {
     earlier: Notify,
     /// The time for which the alarm is set, in ms since the node's start.
     armed_ms: AtomicU64,
-}
-
-impl Default for Alarm {
-    fn default() -> Self {
-        Self { earlier: Notify::new(), armed_ms: AtomicU64::new(0) }
-    }
 }
 
 impl Alarm {
@@ -36,11 +31,10 @@ impl Alarm {
         loop {
             // A deadline that is set meanwhile leaves its notification.
             self.armed_ms.store(u64::MAX, Ordering::Release);
-            let Some(at) = next().and_then(|at| Some((at, core.instant(at)?))) else {
+            let Some((at, instant)) = next().and_then(|at| Some((at, core.instant(at)?))) else {
                 self.earlier.notified().await;
                 continue;
             };
-            let (at, instant) = at;
             self.armed_ms.store(at.since_start().as_millis() as u64, Ordering::Release);
             tokio::select! {
                 () = sleep_until(instant) => return,

@@ -90,7 +90,7 @@ impl CallHandle {
 
     /// Aborts the call's task, at once or as soon as it is spawned.
     pub(super) fn abort(&self) {
-        let began_by = self.began_by.get().map_or(self, |other| other);
+        let began_by = self.began_by.get().map_or(self, AsRef::as_ref);
         let before = std::mem::replace(&mut *lock(&began_by.task), Task::Aborted);
         if let Task::Spawned(task) = before {
             task.abort();
@@ -143,10 +143,9 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
             Ended::Replied { body, extra }
         }
         Err(error) => {
-            if guaranteed {
+            if guaranteed || !wants_reply {
+                let attempt = guaranteed.then_some(attempt);
                 tracing::warn!(service = %service.name, message_id = %key.id, attempt, %error, "a handler failed");
-            } else if !wants_reply {
-                tracing::warn!(service = %service.name, message_id = %key.id, %error, "a handler failed");
             }
             let HandlerError { code, text, rejects } = error;
             Ended::Failed { failure: Failure { code, text }, rejects }

@@ -1,8 +1,8 @@
 //! The engine: every decision of a node, with no I/O and no clock.
 //!
-//! It receives inputs and the time (`handle_*`), and returns what to do (`poll_*`). The shell
-//! (`core/` and `carrier/mesh/`) carries that out over real links, the simulator in `sim/` over
-//! simulated ones.
+//! The engine receives inputs and the time (`handle_*`), and returns what to do (`poll_*`). The
+//! shell (`core/` and `carrier/mesh/`) carries that out over real links, the simulator in `sim/`
+//! over simulated ones.
 //!
 //! ```text
 //!             used rarely                       used for every message

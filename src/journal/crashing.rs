@@ -151,7 +151,7 @@ pub(crate) struct Disk {
     /// A countdown of removals, directory syncs and manifest syncs, at whose end the machine dies.
     pub(super) steps_left: AtomicU64,
     /// The disk as the machine left it when it died.
-    pub(super) encoded: Mutex<Option<Arc<Disk>>>,
+    pub(super) left: Mutex<Option<Arc<Disk>>>,
     /// The damage of the crash that produced this disk.
     pub(crate) lost: Lost,
 }
@@ -232,7 +232,7 @@ impl Disk {
     fn step(&self) {
         if fails(&self.steps_left) {
             let seed = lock(&self.files).len() as u64;
-            *lock(&self.encoded) = Some(self.crash(seed));
+            *lock(&self.left) = Some(self.crash(seed));
         }
     }
 

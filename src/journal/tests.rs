@@ -293,7 +293,7 @@ fn a_crash_while_segments_are_removed_leaves_all_of_them_or_none() {
         let (journal, ..) = open(&disk);
         journal.remove(gone.clone());
         drop(journal);
-        let crashed = lock(&disk.encoded).take().unwrap_or_else(|| disk.crash(random.next()));
+        let crashed = lock(&disk.left).take().unwrap_or_else(|| disk.crash(random.next()));
         let files: Vec<u64> = lock(&crashed.files).keys().copied().collect();
         let (journal, found, recovery) = open(&crashed);
         assert_eq!((recovery.damaged, recovery.lost), (vec![], Some(0)), "seed {seed}");

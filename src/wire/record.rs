@@ -563,11 +563,11 @@ fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
 }
 
 /// The estimated size of a stored header, in bytes.
-const FROZEN_HEADER: usize = 128;
+const STORED_HEADER: usize = 128;
 
 /// Encodes a message without a reply, for storage on disk.
 pub(crate) fn encode_stored(envelope: &Envelope, me: &NodeId) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(FROZEN_HEADER + envelope.body_len());
+    let mut bytes = Vec::with_capacity(STORED_HEADER + envelope.body_len());
     bytes.extend([0; 4]);
     let own_frame = write_message(&mut bytes, envelope, &mut Inheritance::default(), me);
     let length = bytes.len() as u32 - 4;

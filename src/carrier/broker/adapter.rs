@@ -1,23 +1,19 @@
 //! The adapters: one for each kind of broker, with the capabilities that it lacks as data.
 //!
-//! A new broker needs a kind in `kind.rs`, a file with a [`Session`], and a line in [`ADAPTERS`].
+//! A new broker needs a kind in `kind.rs`, a file with a [`Session`](super::session::Session), and a
+//! line in [`ADAPTERS`].
 
 use std::sync::Arc;
 
-use futures_util::future::BoxFuture;
-
 use super::kind::BrokerKind;
-use super::session::{ConnectError, Session};
+use super::session::Connecting;
 use super::url::BrokerUrl;
 use super::{Incoming, Me};
 use crate::carrier::capability::{Capability, Unsupported};
 
 /// Connects to a broker.
-pub(super) type Connect = for<'a> fn(
-    &'a BrokerUrl,
-    &'a Me,
-    &'a Arc<dyn Incoming>,
-) -> BoxFuture<'a, Result<Box<dyn Session>, ConnectError>>;
+pub(super) type Connect =
+    for<'a> fn(&'a BrokerUrl, &'a Me, &'a Arc<dyn Incoming>) -> Connecting<'a>;
 
 /// The adapter of one kind of broker in this build.
 pub(crate) struct Adapter {

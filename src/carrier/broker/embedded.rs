@@ -17,7 +17,9 @@ use zeromq::{
 };
 
 use super::hub::{SILENCE, WINDOW, cost, number, op, text};
-use super::session::{ANSWER, ConnectError, Ending, Failed, Lost, Performed, Session};
+use super::session::{
+    ANSWER, ConnectError, Connecting, Ending, Failed, Lost, Performed, Session, boxed,
+};
 use super::{BrokerUrl, Incoming, Me, Outgoing, Via};
 use crate::address::{Pattern, Recipient, ServiceName};
 use crate::identity::random_bytes;
@@ -36,9 +38,8 @@ pub(super) fn connect<'a>(
     url: &'a BrokerUrl,
     me: &'a Me,
     incoming: &'a Arc<dyn Incoming>,
-) -> BoxFuture<'a, Result<Box<dyn Session>, ConnectError>> {
-    let connecting = EmbeddedSession::connect(url, me, incoming);
-    async { connecting.await.map(|session| Box::new(session) as Box<dyn Session>) }.boxed()
+) -> Connecting<'a> {
+    boxed(EmbeddedSession::connect(url, me, incoming))
 }
 
 struct EmbeddedSession {

@@ -186,7 +186,7 @@ type Frames = Vec<Bytes>;
 struct Client {
     mesh: String,
     id: Bytes,
-    /// Its number among the subscribers.
+    /// The client's number among the subscribers.
     number: u64,
     patterns: Vec<Pattern>,
     services: Vec<Bytes>,

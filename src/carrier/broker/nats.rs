@@ -41,7 +41,8 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::session::{
-    ANSWER, ConnectError, DurableSession, Ending, Failed, Lost, Performed, Session,
+    ANSWER, ConnectError, Connecting, DurableSession, Ending, Failed, Lost, Performed, Session,
+    boxed,
 };
 use super::{
     Ack, AckAction, BrokerUrl, Guaranteed, Incoming, Kept, Me, Outgoing, StoreFailure, Via,
@@ -70,9 +71,8 @@ pub(super) fn connect<'a>(
     url: &'a BrokerUrl,
     me: &'a Me,
     incoming: &'a Arc<dyn Incoming>,
-) -> BoxFuture<'a, Result<Box<dyn Session>, ConnectError>> {
-    let connecting = NatsSession::connect(url, me, incoming);
-    async { connecting.await.map(|session| Box::new(session) as Box<dyn Session>) }.boxed()
+) -> Connecting<'a> {
+    boxed(NatsSession::connect(url, me, incoming))
 }
 
 struct NatsSession {

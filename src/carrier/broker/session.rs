@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, TryFutureExt};
 use tokio::sync::watch;
 
 use super::{Guaranteed, Outgoing};
@@ -24,6 +24,16 @@ impl ConnectError {
     pub(crate) fn for_good(error: impl std::fmt::Display) -> Self {
         Self { text: error.to_string(), for_good: true }
     }
+}
+
+/// The future of a session that is being connected.
+pub(super) type Connecting<'a> = BoxFuture<'a, Result<Box<dyn Session>, ConnectError>>;
+
+/// Boxes a session that is being connected, so that all kinds have the same type.
+pub(super) fn boxed<'a, S: Session + 'static>(
+    connecting: impl Future<Output = Result<S, ConnectError>> + Send + 'a,
+) -> Connecting<'a> {
+    Box::pin(connecting.map_ok(|session| Box::new(session) as Box<dyn Session>))
 }
 
 /// The reason for which a connection was lost.

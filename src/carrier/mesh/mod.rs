@@ -218,7 +218,6 @@ impl MeshCarrier {
         });
     }
 
-    /// Waits until no link is left.
     /// Closes the sockets and the store; returns the number of guaranteed messages that are left.
     async fn close_files(&self) -> u64 {
         self.transport.close().await;
@@ -228,6 +227,7 @@ impl MeshCarrier {
         }
     }
 
+    /// Waits until no link is left.
     async fn unlinked(&self) {
         let mut changes = self.core.routes.subscribe();
         while self.links.routing().peers() > 0 {

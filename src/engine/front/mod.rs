@@ -305,8 +305,7 @@ impl<H: Host> Front<H> {
     /// Refuses the queued calls.
     pub(crate) fn refuse_queued(&mut self, number: ServiceNumber) {
         let Some(served) = self.served.get_mut(&number) else { return };
-        for call in served.calls.take_waiting(|_| true) {
-            let (key, call) = call;
+        for (key, call) in served.calls.take_waiting(|_| true) {
             self.refuse(key.path, call, DropReason::NoService);
         }
         self.forget_if_over(number);
@@ -348,11 +347,6 @@ impl<H: Host> Front<H> {
     }
 
     /// Returns the durable subscriptions, by name.
-    pub(crate) fn consumed(&self) -> impl Iterator<Item = (&ServiceName, &Pattern)> {
-        self.durable.iter().map(|(name, (pattern, _))| (name, pattern))
-    }
-
-    /// The durable subscriptions, with the numbers of their services.
     pub(crate) fn consumers(
         &self,
     ) -> impl Iterator<Item = (&ServiceName, &Pattern, ServiceNumber)> {

@@ -1,4 +1,5 @@
-//! What was promised of events, calls and requests, held against what happened.
+//! The ledger of a run: what was promised of events, calls and requests, held against what
+//! happened.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -31,7 +32,7 @@ pub(super) struct Ledger {
     reached: HashMap<Life, HashSet<(MessageId, Life)>>,
     /// The last message by sender, topic and subscriber.
     last: HashMap<(Life, String, Life), MessageId>,
-    /// Who was asked, by the caller.
+    /// The node that each open request went to, by caller and message.
     open_requests: BTreeMap<(Life, MessageId), Life>,
     /// Requests whose callers were told that they failed, by their sender.
     failed: HashMap<Life, HashSet<MessageId>>,
@@ -53,7 +54,7 @@ impl Ledger {
         }
     }
 
-    /// What the run saw in all.
+    /// Returns the counts of all that the run saw.
     pub(super) fn into_seen(self) -> Seen {
         let Self { mut seen, promises, .. } = self;
         seen.extend(promises.seen);

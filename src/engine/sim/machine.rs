@@ -1,4 +1,5 @@
-//! What outlives a node's process, and all that fails or changes while it runs.
+//! The machine of a node: what outlives the node's process, and all that fails or changes while it
+//! runs.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ pub(super) struct Machine {
     pub(super) disks: Option<Disks>,
     /// A copy of the outbox's.
     backup: Option<Disk>,
-    /// Its node offers services and a durable subscription.
+    /// The node on it offers services and a durable subscription.
     pub(super) serves: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What was promised of guaranteed messages, held against what happened.
+//! The ledger of guaranteed messages: what was promised of them, held against what happened.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 

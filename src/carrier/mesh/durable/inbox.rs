@@ -174,7 +174,7 @@ impl Durable {
     fn inbox_info(&self, ended: &BTreeSet<ServiceName>) -> InboxInfo {
         let (epoch, ended) = (lock(&self.store.inbox).epoch(), ended.iter().cloned().collect());
         let subscriptions = self.core.look(|front| {
-            front.consumed().map(|(name, pattern)| (name.clone(), pattern.clone())).collect()
+            front.consumers().map(|(name, pattern, _)| (name.clone(), pattern.clone())).collect()
         });
         InboxInfo { epoch, subscriptions, ended }
     }

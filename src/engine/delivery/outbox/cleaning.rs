@@ -47,7 +47,7 @@ pub(super) enum Cleaning {
     Idle,
     /// A new segment is being begun, so that this one is no longer written.
     Beginning(u64),
-    /// Its messages are being rewritten; those before `next` are done.
+    /// The segment's messages are being rewritten; those before `next` are done.
     Moving {
         segment: u64,
         next: u64,

@@ -43,7 +43,7 @@ impl Outbox {
             }
         }
         if !(self.config.hold_keys && matches!(state, State::Dead(_))) {
-            self.leave_lane(key);
+            self.leave_key_queue(key);
         }
         if let Some(rare) = self.entries.get(key.number).and_then(|entry| entry.rare.as_ref()) {
             for at in [rare.expires_at, rare.not_before].into_iter().flatten() {
@@ -89,7 +89,7 @@ impl Outbox {
         for part in 0..parts {
             let key = DeliveryKey { number, part };
             self.take_numbers(key).for_each(|bound| self.release_number(bound));
-            self.leave_lane(key);
+            self.leave_key_queue(key);
             match self.part(key).map(|part| &part.state) {
                 Some(State::Settled) | None => {}
                 Some(State::Dead(_)) => self.dead -= 1,

@@ -19,7 +19,7 @@ impl Outbox {
     }
 
     /// Inserts a message into its key's queue, in the order of the numbers.
-    pub(super) fn enter_lane(&mut self, key: DeliveryKey) {
+    pub(super) fn enter_key_queue(&mut self, key: DeliveryKey) {
         let Some(key_queue) = self.key_queue(key) else { return };
         let key_queue = self.key_queues.entry(key_queue).or_default();
         if let Err(place) = key_queue.binary_search(&key) {
@@ -28,7 +28,7 @@ impl Outbox {
     }
 
     /// Removes a message from its key's queue; releases the next one.
-    pub(super) fn leave_lane(&mut self, key: DeliveryKey) {
+    pub(super) fn leave_key_queue(&mut self, key: DeliveryKey) {
         let Some(key_queue) = self.key_queue(key) else { return };
         let Some(queue) = self.key_queues.get_mut(&key_queue) else { return };
         let was_first = queue.front() == Some(&key);

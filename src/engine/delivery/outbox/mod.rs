@@ -234,7 +234,7 @@ struct Peer {
     known_inbox: Option<u64>,
     /// The first epoch that it announced over the current link.
     told_inbox: Option<u64>,
-    /// Its durable subscriptions that currently accept messages.
+    /// The node's durable subscriptions that currently accept messages.
     active: Vec<ServiceName>,
     ready: VecDeque<DeliveryKey>,
     paused: BTreeSet<DeliveryKey>,

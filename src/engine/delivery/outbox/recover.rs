@@ -226,7 +226,7 @@ impl Outbox {
                 self.rebind(key, &binding.binding());
             }
             // A moved message comes later in the journal than in its key's order.
-            self.enter_lane(key);
+            self.enter_key_queue(key);
             match part {
                 PartRecord { settled: true, .. } => self.end_part(key, State::Settled),
                 PartRecord { dead: Some(reason), .. } => {
@@ -270,7 +270,7 @@ impl Outbox {
             (part.state, part.failures) = (State::Storing, 0);
             self.dead -= 1;
             self.open += 1;
-            self.enter_lane(key);
+            self.enter_key_queue(key);
         }
     }
 

@@ -429,8 +429,8 @@ impl SimNode {
 
     fn inbox_info(&self) -> Option<InboxInfo> {
         let epoch = self.store.as_ref()?.inbox.epoch();
-        let consumed = self.front.consumed();
-        let subscriptions = consumed.map(|(name, pattern)| (name.clone(), pattern.clone()));
+        let consumers = self.front.consumers();
+        let subscriptions = consumers.map(|(name, pattern, _)| (name.clone(), pattern.clone()));
         Some(InboxInfo { epoch, subscriptions: subscriptions.collect(), ended: Vec::new() })
     }
 

@@ -230,7 +230,7 @@ impl Broker {
         }
     }
 
-    /// Its process ids; empty if unknown.
+    /// Returns the process ids of the system's broker; empty if unknown.
     pub(super) async fn pids(&self) -> anyhow::Result<Vec<u32>> {
         match self {
             Self::Embedded { child, .. } => Ok(child.id().into_iter().collect()),
