@@ -26,8 +26,9 @@ const MAX_IN_FLIGHT: u32 = 2;
 /// The largest buffer kept for reuse, in bytes.
 const MAX_SPARE: usize = MAX_BATCH;
 
-/// The most control records queued for a peer that does not read.
-const MAX_CONTROL: usize = 10_000;
+/// The most bytes of control records queued for a peer that does not read: room for the patterns of
+/// a large node and for the answers to a window of guaranteed messages.
+const MAX_CONTROL: u64 = 8 << 20;
 
 /// The silence after which a heartbeat is sent, and a peer becomes suspect or dead.
 #[derive(Debug, Clone, Copy)]
@@ -143,6 +144,14 @@ struct Incoming {
     window: u64,
 }
 
+/// An encoded control record.
+#[derive(Debug)]
+struct ControlRecord {
+    bytes: Box<[u8]>,
+    /// It is a hello, which a batch ends with.
+    greets: bool,
+}
+
 /// The flow control of one link. Pure.
 #[derive(Debug)]
 pub(crate) struct Flow {
@@ -155,7 +164,11 @@ pub(crate) struct Flow {
     /// Guaranteed messages precede events in the next batch; the two alternate.
     guaranteed_first: bool,
     incoming: [Incoming; LANES],
-    control: VecDeque<Control>,
+    control: Queue<ControlRecord>,
+    /// The nonce of the latest probe: one answer suffices for all.
+    probed: Option<u64>,
+    /// The queue of control records was full.
+    overflowed: bool,
     in_flight: u32,
     peer_max_body: u64,
     /// A batch is worth sending even if empty: as a heartbeat, or for credit.
@@ -188,7 +201,9 @@ impl Flow {
             guaranteed: Queue::new(queue_bytes),
             guaranteed_first: false,
             incoming: ours.windows.map(incoming),
-            control: VecDeque::new(),
+            control: Queue::new(MAX_CONTROL),
+            probed: None,
+            overflowed: false,
             in_flight: 0,
             peer_max_body: 0,
             batch_due: false,
@@ -250,15 +265,27 @@ impl Flow {
         Ok(())
     }
 
-    pub(crate) fn enqueue_control(&mut self, control: Control) {
-        if self.closed {
+    /// Queues a control record, encoded, so that its size is exact. A peer for which there is no
+    /// room has overflowed: it causes records and reads none, and its link must end.
+    pub(crate) fn enqueue_control(&mut self, control: &Control) {
+        if self.closed || self.overflowed {
             return;
         }
-        // One answer suffices for all probes.
-        if matches!(control, Control::ProbeReply(_)) {
-            self.control.retain(|waiting| !matches!(waiting, Control::ProbeReply(_)));
+        if let Control::ProbeReply(nonce) = control {
+            self.probed = Some(*nonce);
+            return;
         }
-        self.control.push_back(control);
+        let record = ControlRecord {
+            bytes: control.encode().into_boxed_slice(),
+            greets: matches!(control, Control::Hello(_)),
+        };
+        let cost = record.bytes.len() + size_of::<ControlRecord>();
+        self.overflowed = self.control.push(record, cost as u64).is_err();
+    }
+
+    /// Returns true if the peer causes control records and does not read them.
+    pub(crate) fn has_overflowed(&self) -> bool {
+        self.overflowed
     }
 
     /// Removes a call that has not been passed to the transport yet.
@@ -281,13 +308,16 @@ impl Flow {
             let counts = counts.map(|(reason, count)| (reason.as_str().to_owned(), *count));
             batch.push_control(&Control::Dropped(counts.collect()));
         }
+        if let Some(nonce) = self.probed.take() {
+            batch.push_control(&Control::ProbeReply(nonce));
+        }
         let mut greets = false;
         while !batch.is_full()
             && !greets
-            && let Some(control) = self.control.pop_front()
+            && let Some(record) = self.control.pop()
         {
-            greets = matches!(control, Control::Hello(_));
-            batch.push_control(&control);
+            greets = record.greets;
+            batch.push_encoded(&record.bytes);
         }
         // A batch with a hello must be small, so nothing follows the hello.
         if !greets {
@@ -325,7 +355,8 @@ impl Flow {
     fn has_something_to_send(&self) -> bool {
         self.batch_due
             || self.dropped_here_unreported
-            || !self.control.is_empty()
+            || self.probed.is_some()
+            || self.control.len() > 0
             || self.sendable_events().is_some()
             || sendable(&self.calls, &self.outgoing[Lane::Calls as usize]).is_some()
             || sendable(&self.replies, &self.outgoing[Lane::Replies as usize]).is_some()
@@ -432,8 +463,7 @@ impl Flow {
             self.batch_due = true;
             self.events.spare = None;
         }
-        if self.control.len() > MAX_CONTROL {
-            // The peer sends but does not read; records for it would pile up.
+        if self.overflowed {
             return Liveness::Dead;
         }
         match now.since(self.last_heard) {
@@ -496,7 +526,8 @@ impl Flow {
         if std::mem::replace(&mut self.closed, true) {
             return lost;
         }
-        self.control.clear();
+        drop(self.control.drain());
+        self.probed = None;
         // Guaranteed messages are in the outbox, and sent again.
         drop(self.guaranteed.drain());
         for lane in &self.outgoing[..Lane::Guaranteed as usize] {
@@ -527,3 +558,7 @@ fn fill(batch: &mut BatchEncoder<'_>, queue: &mut Queue<Envelope>, lane: &mut Se
 fn sendable<'a>(queue: &'a Queue<Envelope>, lane: &Sent) -> Option<&'a Envelope> {
     queue.front().filter(|next| next.cost() <= lane.room())
 }
+
+#[cfg(test)]
+#[path = "flow_tests.rs"]
+mod tests;

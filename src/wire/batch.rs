@@ -183,6 +183,13 @@ impl<'a> BatchEncoder<'a> {
         *cost = (*cost).max(bytes.len() as u64);
     }
 
+    /// Appends a record from [`Control::encode`].
+    pub(crate) fn push_encoded(&mut self, record: &[u8]) {
+        let Records { bytes, cost, .. } = &mut self.records;
+        prefixed(bytes, |buf| buf.extend_from_slice(record));
+        *cost = (*cost).max(bytes.len() as u64);
+    }
+
     pub(crate) fn has_room_for_events(&self, pack: &EventPack) -> bool {
         let bodies = self.records.bodies.len() + pack.records.bodies.len();
         self.records.has_room_for(pack.records.cost) && bodies + 2 <= MAX_FRAMES

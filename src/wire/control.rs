@@ -178,10 +178,17 @@ fn read_addresses(fields: &mut Fields<'_, '_>) -> Result<Vec<Address>, WireError
 }
 
 impl Control {
-    /// Returns a record of denials, truncated to the most names.
-    pub(crate) fn denied(mut denied: Vec<(Action, String)>) -> Self {
-        denied.truncate(MAX_DENIED);
-        Self::Denied(denied)
+    /// Returns a record of denials, of the first names; `None` if there are none.
+    pub(crate) fn denied(denied: impl IntoIterator<Item = (Action, String)>) -> Option<Self> {
+        let denied: Vec<_> = denied.into_iter().take(MAX_DENIED).collect();
+        (!denied.is_empty()).then_some(Self::Denied(denied))
+    }
+
+    /// Returns the record, without its length prefix.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.write(&mut bytes);
+        bytes
     }
 
     /// Appends the record, without its length prefix.

@@ -164,7 +164,13 @@ impl PeerLink {
     }
 
     pub(crate) fn send_control(&self, control: Control) {
-        self.with_flow(|flow| flow.enqueue_control(control));
+        let overflowed = self.with_flow(|flow| {
+            flow.enqueue_control(&control);
+            flow.has_overflowed()
+        });
+        if overflowed {
+            self.link.close();
+        }
     }
 
     pub(crate) fn admit(&self) {
@@ -233,7 +239,7 @@ impl Way for PeerLink {
         let taken_back = self.with_flow(|flow| {
             let taken_back = flow.take_back(id);
             if !taken_back {
-                flow.enqueue_control(Control::Cancel(id));
+                flow.enqueue_control(&Control::Cancel(id));
             }
             taken_back
         });

@@ -105,8 +105,11 @@ impl Receiver for LinkReceiver {
     }
 
     fn handle_closed(&self) {
-        let link = self.link.id;
-        self.carrier.with_mesh(|mesh, now| mesh.handle_closed(now, link, DownReason::Closed));
+        let reason = match self.link.peek(Flow::has_overflowed) {
+            true => DownReason::Violation("it reads nothing of what it is sent".into()),
+            false => DownReason::Closed,
+        };
+        self.carrier.with_mesh(|mesh, now| mesh.handle_closed(now, self.link.id, reason));
     }
 }
 

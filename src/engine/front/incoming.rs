@@ -96,17 +96,23 @@ fn incoming_control(
         Control::Answers(answers) => ReceivedControl::Answers(answers),
         Control::Epochs(epochs) => ReceivedControl::Epochs(epochs),
         Control::Inbox(mut info) => {
-            let denied = info
-                .subscriptions
-                .extract_if(.., |(_, pattern)| !grants.permit_all(Action::Subscribe, pattern));
-            let denied: Vec<_> =
-                denied.map(|(_, pattern)| (Action::Subscribe, pattern.to_string())).collect();
-            let denial = (!denied.is_empty()).then(|| Control::denied(denied));
+            let denial = take_denied(&mut info, grants);
             ReceivedControl::Inbox(info, denial)
         }
         Control::Cancel(id) => ReceivedControl::Cancel(id),
         control => ReceivedControl::Mesh(control),
     })
+}
+
+/// Removes the durable subscriptions that the peer's rights deny; returns their denial.
+fn take_denied(info: &mut InboxInfo, grants: &Grants) -> Option<Control> {
+    let (permitted, denied): (Vec<_>, Vec<_>) = std::mem::take(&mut info.subscriptions)
+        .into_iter()
+        .partition(|(_, pattern)| grants.permit_all(Action::Subscribe, pattern));
+    info.subscriptions = permitted;
+    Control::denied(
+        denied.into_iter().map(|(_, pattern)| (Action::Subscribe, pattern.to_string())),
+    )
 }
 
 fn incoming_message(envelope: Envelope, peer: NodeId, grants: &Grants) -> Incoming {

@@ -232,8 +232,8 @@ impl Mesh {
     }
 
     fn deny(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {
-        if !denied.is_empty() {
-            self.send(link, Control::denied(denied));
+        if let Some(denial) = Control::denied(denied) {
+            self.send(link, denial);
         }
     }
 

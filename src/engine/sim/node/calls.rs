@@ -339,7 +339,7 @@ impl SimNode {
                     if end.flow.take_back(id) {
                         ledger.dropped(self.life, DropReason::Cancelled, 1);
                     } else {
-                        end.flow.enqueue_control(Control::Cancel(id));
+                        end.flow.enqueue_control(&Control::Cancel(id));
                     }
                 }
                 self.transmit(link);

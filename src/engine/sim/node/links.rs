@@ -133,7 +133,7 @@ impl SimNode {
                 assert!(!allowed || denial.is_none(), "it was allowed");
                 if let Some(denial) = denial {
                     ledger.seen.add("inboxes that a rule kept subscriptions of", 1);
-                    end.flow.enqueue_control(denial);
+                    end.flow.enqueue_control(&denial);
                     self.transmit(link);
                 }
                 if let Some(store) = &mut self.store {
@@ -177,7 +177,7 @@ impl SimNode {
     fn answer_over(&mut self, link: LinkId, hold: SimHold, answer: Answer) {
         drop(hold);
         if let Some(end) = self.links.get_mut(&link) {
-            end.flow.enqueue_control(Control::Answers(vec![answer]));
+            end.flow.enqueue_control(&Control::Answers(vec![answer]));
         }
         self.transmit(link);
     }
@@ -234,7 +234,7 @@ impl SimNode {
             }
             Action::Send(link, control) => {
                 if let Some(end) = self.links.get_mut(&link) {
-                    end.flow.enqueue_control(control);
+                    end.flow.enqueue_control(&control);
                 }
                 self.transmit(link);
             }

@@ -291,7 +291,7 @@ impl SimNode {
     fn send_control(&mut self, to: NodeId, control: Control) {
         let Some(link) = self.routing.link(&to).copied() else { return };
         if let Some(end) = self.links.get_mut(&link) {
-            end.flow.enqueue_control(control);
+            end.flow.enqueue_control(&control);
         }
         self.transmit(link);
     }
@@ -450,7 +450,7 @@ impl SimNode {
         let open: Vec<_> = self.links.iter().filter(|(_, end)| end.open).map(|it| *it.0).collect();
         for link in open {
             if let Some(end) = self.links.get_mut(&link) {
-                end.flow.enqueue_control(Control::Inbox(Box::new(info.clone())));
+                end.flow.enqueue_control(&Control::Inbox(Box::new(info.clone())));
             }
             self.transmit(link);
         }
