@@ -49,7 +49,6 @@ pub struct Config {
     pub(crate) fail_fast: bool,
     pub(crate) handshake_timeout: Duration,
     pub(crate) max_pending_handshakes: usize,
-    pub(crate) max_pending_per_address: usize,
     pub(crate) max_connections: usize,
     pub(crate) runtime_dir: Option<PathBuf>,
     pub(crate) outbox: Option<PathBuf>,
@@ -114,8 +113,7 @@ impl Default for Config {
             service_grace: Duration::from_secs(1),
             fail_fast: true,
             handshake_timeout: Duration::from_secs(5),
-            max_pending_handshakes: 128,
-            max_pending_per_address: 8,
+            max_pending_handshakes: 512,
             max_connections: 1024,
             runtime_dir: None,
             outbox: None,
@@ -275,13 +273,16 @@ impl Config {
         fail_fast: bool;
         /// The time limit of the handshake of a connection from a network: 5 s by default.
         handshake_timeout: Duration;
-        /// The maximum number of connections from networks in their handshake: 128 by default.
-        /// Connections over Unix sockets, from processes of the same user on this host, have limits
-        /// of their own: 1,024 handshakes and 4,096 connections.
+        /// The maximum number of connections from networks in their handshake: 512 by default.
+        /// Beyond it, the oldest of the address with the most makes room.
         max_pending_handshakes: usize;
-        /// The maximum number of those from one address: 8 by default.
-        max_pending_per_address: usize;
-        /// The maximum number of accepted connections from networks: 1,024 by default.
+        /// The maximum number of accepted connections from networks: 1,024 by default. Beyond it,
+        /// one that has carried no message makes room, of the address with the most; if all have
+        /// carried one, newcomers are refused.
+        ///
+        /// Connections over Unix sockets, from processes of the same user on this host, have limits
+        /// of their own: 1,024 handshakes and 4,096 connections. All limits are lowered to what the
+        /// process's limit of file descriptors (`ulimit -n`) leaves.
         max_connections: usize;
         /// The point at which a guaranteed message counts as stored: [`Durability::Sync`] by
         /// default.

@@ -409,7 +409,8 @@ async fn a_thousand_slow_handshakes_do_not_keep_a_real_peer_out() {
     client_hello[..11].copy_from_slice(&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]);
     for (trust, says) in [(OPEN, GREETING), (Trust::ThisHost, client_hello)] {
         let impatient = std::time::Duration::from_millis(300);
-        let change = |config: peerbus::Config| config.trust(trust.clone());
+        let change =
+            |config: peerbus::Config| config.trust(trust.clone()).max_pending_handshakes(32);
         let target = Target::with(|config| change(config).handshake_timeout(impatient)).await;
         let mut slow = tokio::task::JoinSet::new();
         for _ in 0..1000 {
@@ -424,30 +425,90 @@ async fn a_thousand_slow_handshakes_do_not_keep_a_real_peer_out() {
                 cut(&mut stream).await;
             });
         }
-        // At most 8 handshakes may be pending from one address; others are refused.
+        // At most 32 handshakes may be pending; the oldest of an address make room for others.
         let late = change(target.host.tcp_config("late"));
         let late = late.peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
         late.wait_for_service("echo", SOON).await.unwrap();
         assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
         soon(slow.join_all()).await;
         drop(late);
-        for counted in ["pending_from_address", "handshake_timeout"] {
-            assert!(target.node.counters().refused.contains_key(counted), "{counted}");
-        }
+        let refused = target.node.counters().refused;
+        assert!(refused.contains_key("made_room"), "{refused:?}");
     }
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_are_turned_away_and_the_others_stay() {
-    let target = Target::with(|config| config.max_connections(1)).await;
+async fn idle_strangers_at_the_door_do_not_keep_a_real_peer_out() {
+    let target = Target::with(|config| config.max_pending_handshakes(16)).await;
+    let mut idle = Vec::new();
+    for _ in 0..64 {
+        idle.push(target.connect().await);
+    }
+    let late = target.host.tcp_config("late").trust(OPEN);
+    let late = late.peer(peerbus::Address::Tcp(target.addr)).start().await.unwrap();
+    late.wait_for_service("echo", SOON).await.unwrap();
+    assert_eq!(late.request("echo", "made it").await.unwrap().text(), "made it");
+    target.friend.request("echo", "still there").await.unwrap();
+    let refused = target.node.counters().refused;
+    assert!(refused["made_room"] >= 48, "{refused:?}");
+}
+
+#[tokio::test]
+async fn idle_members_make_room_for_newcomers_and_those_in_use_stay() {
+    let target = Target::with(|config| config.max_connections(2)).await;
     let host = Host::new();
-    let address = peerbus::Address::Tcp(target.addr);
-    let first = host.tcp_config("first").trust(OPEN).peer(address).start().await.unwrap();
-    first.wait_for_service("echo", SOON).await.unwrap();
-    let mut second = target.connect().await;
-    cut(&mut second).await;
-    assert!(target.node.counters().refused["connections"] > 0);
+    let node = async |name| {
+        let address = peerbus::Address::Tcp(target.addr);
+        let node = host.tcp_config(name).trust(OPEN).peer(address).gossip(false).start();
+        let node = node.await.unwrap();
+        node.wait_for_service("echo", SOON).await.unwrap();
+        node
+    };
+    let first = node("first").await;
+    first.request("echo", "here").await.unwrap();
+    let mut events = first.events();
+    let mut idle = member(&target).await;
+    // The newcomer takes the place of the member that has said nothing.
+    let mut refusals = target.node.events();
+    let second = node("second").await;
+    cut(&mut idle).await;
+    second.request("echo", "here too").await.unwrap();
+    let mut refused = async |why: &str| {
+        wait_for(&mut refusals, |event| match event {
+            Event::Refused { reason, .. } => reason.contains(why).then_some(()),
+            _ => None,
+        })
+        .await;
+    };
+    refused("made room").await;
+    // Both places are in use now.
+    let mut third = shaken(&target).await;
+    cut(&mut third).await;
+    refused("in use").await;
     assert_eq!(first.request("echo", "unmoved").await.unwrap().text(), "unmoved");
+    second.request("echo", "unmoved").await.unwrap();
+    while let Some(Some(event)) = futures_util::FutureExt::now_or_never(events.recv()) {
+        assert!(!matches!(event, Event::PeerDown { .. }), "{event:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_member_that_causes_records_and_reads_nothing_loses_its_link() {
+    let rules = "nobody publish x".parse().unwrap();
+    let target = Target::with(|config| config.rules(rules)).await;
+    let mut stream = member(&target).await;
+    let mut events = target.node.events();
+    // [12, epoch, [[name, pattern]; 256]]: each is answered by a denial of 256 long names.
+    let mut inbox = vec![0x93, 12, 1, 0xdc, 1, 0];
+    for n in 0..=255_u8 {
+        inbox.extend_from_slice(&[0x92, 0xa2, b'a' + n / 16, b'a' + n % 16, 0xd9, 250]);
+        inbox.extend_from_slice(&[b'x'; 250]);
+    }
+    let flood = batch(&PREAMBLE, &inbox);
+    let flood = async { while stream.write_all(&flood).await.is_ok() {} };
+    soon(flood).await;
+    let reason = lost(&target, &mut events).await;
+    assert!(reason.contains("reads nothing"), "{reason}");
 }
 
 #[tokio::test]

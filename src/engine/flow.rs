@@ -463,9 +463,6 @@ impl Flow {
             self.batch_due = true;
             self.events.spare = None;
         }
-        if self.overflowed {
-            return Liveness::Dead;
-        }
         match now.since(self.last_heard) {
             silence if silence >= timing.dead => Liveness::Dead,
             silence if silence >= timing.suspect => Liveness::Suspect,

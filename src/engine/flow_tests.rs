@@ -36,12 +36,6 @@ fn a_peer_that_causes_records_and_reads_none_overflows_at_a_number_of_bytes() {
     }
     assert!(flow.has_overflowed());
     assert!(flow.control.bytes() <= MAX_CONTROL);
-    let timing = Timing {
-        heartbeat: Duration::from_secs(1),
-        suspect: Duration::from_secs(3),
-        dead: Duration::from_secs(5),
-    };
-    assert_eq!(flow.handle_timeout(Time::default(), &timing), Liveness::Dead);
 }
 
 #[test]

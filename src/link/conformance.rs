@@ -117,7 +117,6 @@ fn door(key: &Identity, let_in: &LetIn, acceptor: Arc<dyn Acceptor>) -> Arc<Fron
         gate: GateLimits::for_bodies(1024 * 1024),
         handshake_timeout: SOON,
         max_pending: 8,
-        max_pending_per_address: 8,
         max_connections: 8,
         loopback_only: true,
     };

@@ -29,6 +29,9 @@ pub(crate) trait Link: Send + Sync {
     /// only.
     fn admit(&self) {}
 
+    /// Notifies the link that it carried a message: it makes room for no other.
+    fn prove(&self) {}
+
     /// The time at which bytes last arrived, if the link sees more than whole batches.
     fn last_heard(&self) -> Option<Instant> {
         None

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{timeout, timeout_at};
 
+use super::admissions::{Place, Standing};
 use super::ended::Ended;
 use super::gate::Gate;
 use super::socket::Socket;
@@ -50,6 +51,8 @@ struct StreamLink {
     started: Instant,
     heard_after_ms: Arc<AtomicU64>,
     admitted: Arc<AtomicBool>,
+    /// The standing of an accepted connection.
+    standing: Option<Arc<Standing>>,
 }
 
 impl Link for StreamLink {
@@ -67,24 +70,46 @@ impl Link for StreamLink {
         self.admitted.store(true, Ordering::Relaxed);
     }
 
+    fn prove(&self) {
+        if let Some(standing) = &self.standing {
+            standing.prove();
+        }
+    }
+
     fn last_heard(&self) -> Option<Instant> {
         Some(self.started + Duration::from_millis(self.heard_after_ms.load(Ordering::Relaxed)))
     }
 }
 
-/// Runs a connection to its end. `pending` is dropped when the handshake is complete; `live` is
-/// notified when the link is up.
+/// Runs a connection to its end. `place` is that of an accepted connection; `live` is notified when
+/// the link is up.
 pub(super) async fn run(
     socket: Socket,
     context: Context,
     connection: Connection,
     live: oneshot::Sender<()>,
-    pending: impl Send,
+    place: Option<(Place, oneshot::Receiver<()>)>,
+) -> Ended {
+    let Some((place, evicted)) = place else {
+        return open(socket, context, connection, live, None).await;
+    };
+    tokio::select! {
+        ended = open(socket, context, connection, live, Some(&place)) => ended,
+        Ok(()) = evicted => Refusal::MadeRoom.into(),
+    }
+}
+
+async fn open(
+    socket: Socket,
+    context: Context,
+    connection: Connection,
+    live: oneshot::Sender<()>,
+    place: Option<&Place>,
 ) -> Ended {
     let dialled = connection.target.is_some();
     let deadline = tokio::time::Instant::now() + context.handshake_timeout;
     let tls = context.tls.clone();
-    let opening = Opening { context, connection, live, pending, deadline };
+    let opening = Opening { context, connection, live, place, deadline };
     match (socket, tls) {
         #[cfg(unix)]
         (Socket::Unix(unix), _) => {
@@ -123,22 +148,22 @@ enum Checked {
 }
 
 /// A connection with an open stream, before its ZMTP handshake.
-struct Opening<Pending> {
+struct Opening<'a> {
     context: Context,
     connection: Connection,
     live: oneshot::Sender<()>,
-    pending: Pending,
+    place: Option<&'a Place>,
     deadline: tokio::time::Instant,
 }
 
-impl<Pending> Opening<Pending> {
+impl Opening<'_> {
     async fn run(
         self,
         mut from_peer: impl AsyncRead + Unpin,
         mut to_peer: impl AsyncWrite + Unpin,
         checked: Checked,
     ) -> Ended {
-        let Self { context, connection, live, pending, deadline } = self;
+        let Self { context, connection, live, place, deadline } = self;
         let mut input = Input::new(context.gate);
         let dialled = connection.target.is_some();
         let shaking = handshake(&mut from_peer, &mut to_peer, &mut input, &context.id, dialled);
@@ -150,16 +175,18 @@ impl<Pending> Opening<Pending> {
         if matches!(checked, Checked::Key(verified, _) if verified != claimed) {
             return Refusal::Impostor.into();
         }
-        drop(pending);
-
+        if let Some(Err(refusal)) = place.map(Place::open) {
+            return refusal.into();
+        }
         let origin = match checked {
             Checked::SameUser => Origin::SameUser,
             Checked::Nothing | Checked::Key(..) => Origin::Network,
         };
         let connection = Connection { origin, claimed: Some(claimed), ..connection };
-        let (link, ends) = StreamLink::new();
+        let (link, ends) = StreamLink::new(place.map(Place::standing));
         let link = Arc::new(link);
         let receiver = context.acceptor.handle_connected(link.clone(), connection);
+        let receiver = Closing(receiver);
         // A peer that lost trust after the check may have been missed when links were cut.
         if let Checked::Key(peer, tls) = checked
             && !tls.trusts(&peer)
@@ -168,9 +195,16 @@ impl<Pending> Opening<Pending> {
         }
         drop(link);
         let _no_longer_awaited = live.send(());
-        let ended = ends.run(from_peer, to_peer, input, &*receiver).await;
-        receiver.handle_closed();
-        ended
+        ends.run(from_peer, to_peer, input, &*receiver.0).await
+    }
+}
+
+/// Notifies a receiver of the end of its connection, also if the connection's task is dropped.
+struct Closing(Arc<dyn Receiver>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.handle_closed();
     }
 }
 
@@ -184,7 +218,7 @@ struct LinkEnds {
 }
 
 impl StreamLink {
-    fn new() -> (Self, LinkEnds) {
+    fn new(standing: Option<Arc<Standing>>) -> (Self, LinkEnds) {
         let (outbox, batches) = mpsc::unbounded_channel();
         let (closing, closed) = watch::channel(false);
         let started = Instant::now();
@@ -197,7 +231,7 @@ impl StreamLink {
             heard_after_ms: heard_after_ms.clone(),
             admitted: admitted.clone(),
         };
-        (Self { outbox, closing, started, heard_after_ms, admitted }, ends)
+        (Self { outbox, closing, started, heard_after_ms, admitted, standing }, ends)
     }
 }
 

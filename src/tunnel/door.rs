@@ -13,11 +13,11 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::admissions::{Admissions, Most};
+use super::admissions::{Admissions, Most, Place};
 use super::connection::{self, Context};
 use super::ended::Ended;
 use super::socket::{Listener, Socket};
-use super::{GateLimits, Tls, Watch};
+use super::{GateLimits, Tls, Watch, descriptors};
 use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};
 use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
@@ -33,15 +33,15 @@ pub(crate) struct FrontDoorConfig {
     pub(crate) gate: GateLimits,
     /// The time limit of a connection up to its READY.
     pub(crate) handshake_timeout: Duration,
+    /// The most connections in their handshake, and after it.
     pub(crate) max_pending: usize,
-    pub(crate) max_pending_per_address: usize,
     pub(crate) max_connections: usize,
     /// Limits dialling to loopback addresses.
     pub(crate) loopback_only: bool,
 }
 
 /// Limits for processes of the same user: a guard against a runaway program, not an attacker.
-const MOST_LOCAL: Most = Most { connections: 4096, pending: 1024, pending_from_one: 1024 };
+const MOST_LOCAL: Most = Most { open: 4096, pending: 1024 };
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Shorter, since the remote side is on this host.
 const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -67,12 +67,8 @@ impl FrontDoor {
     ) -> Self {
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
         let context = Context { id, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
-        let network = Admissions::new(Most {
-            connections: config.max_connections,
-            pending: config.max_pending,
-            pending_from_one: config.max_pending_per_address,
-        });
-        let local = Admissions::new(MOST_LOCAL);
+        let network = Most { open: config.max_connections, pending: config.max_pending };
+        let [network, local] = descriptors::share([network, MOST_LOCAL]).map(Admissions::new);
         let tasks = Mutex::new(Rank::Leaf, JoinSet::new());
         Self { config, context, watch, network, local, tasks }
     }
@@ -111,7 +107,7 @@ impl FrontDoor {
         };
         let (live, went_live) = oneshot::channel();
         let (told, ended) = oneshot::channel();
-        let run = self.run(socket, connection, live, ());
+        let run = self.run(socket, connection, live, None);
         self.spawn(async move {
             let _no_longer_awaited = told.send(run.await);
         });
@@ -181,12 +177,12 @@ impl FrontDoor {
         socket: Socket,
         connection: Connection,
         live: oneshot::Sender<()>,
-        admitted: impl Send + 'static,
+        place: Option<(Place, oneshot::Receiver<()>)>,
     ) -> impl Future<Output = Ended> + Send + 'static {
         let (context, watch) = (self.context.clone(), self.watch.clone());
         async move {
             let address = connection.address.clone();
-            let ended = connection::run(socket, context, connection, live, admitted).await;
+            let ended = connection::run(socket, context, connection, live, place).await;
             // A refusal on a socket file is reported to the dialler only: the file may belong to a
             // process that is exiting, or to another program.
             if let Ended::Refused(refusal) = &ended
@@ -202,17 +198,10 @@ impl FrontDoor {
     fn take(&self, socket: Socket, from: Option<SocketAddr>) {
         let admissions = if from.is_some() { &self.network } else { &self.local };
         let address = from.map(Address::Tcp);
-        match admissions.admit(from.map(|addr| addr.ip())) {
-            Ok((pending, open)) => {
-                let connection = Connection { address, ..Connection::default() };
-                let run = self.run(socket, connection, oneshot::channel().0, pending);
-                self.spawn(async move {
-                    let _open = open;
-                    run.await;
-                });
-            }
-            Err(refusal) => self.watch.handle_refusal(address, refusal),
-        }
+        let place = admissions.admit(from.map(|addr| addr.ip()));
+        let connection = Connection { address, ..Connection::default() };
+        let run = self.run(socket, connection, oneshot::channel().0, Some(place));
+        self.spawn(async move { _ = run.await });
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

@@ -17,6 +17,7 @@
 
 mod admissions;
 mod connection;
+mod descriptors;
 mod door;
 mod ended;
 mod gate;
@@ -33,12 +34,10 @@ use crate::peer::Address;
 /// The reason for which the front door refused or cut a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("too many connections")]
+    #[error("all places are taken by connections in use; --max-connections allows more")]
     Connections,
-    #[error("too many pending handshakes")]
-    PendingHandshakes,
-    #[error("too many pending handshakes from one address")]
-    PendingFromAddress,
+    #[error("it made room for another connection, as too many are open that carry no messages")]
+    MadeRoom,
     #[error("the handshake timed out")]
     HandshakeTimeout,
     #[error(
@@ -88,8 +87,7 @@ impl Refusal {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Connections => "connections",
-            Self::PendingHandshakes => "pending_handshakes",
-            Self::PendingFromAddress => "pending_from_address",
+            Self::MadeRoom => "made_room",
             Self::HandshakeTimeout => "handshake_timeout",
             Self::EndedEarly => "ended_early",
             Self::ClearText => "clear_text",

@@ -62,7 +62,6 @@ impl Scene {
             gate: GateLimits::for_bodies(1 << 20),
             handshake_timeout: Duration::from_secs(20),
             max_pending: 8,
-            max_pending_per_address: 8,
             max_connections: 8,
             loopback_only: true,
         };

@@ -177,6 +177,10 @@ impl PeerLink {
         self.link.admit();
     }
 
+    pub(crate) fn prove(&self) {
+        self.link.prove();
+    }
+
     pub(crate) fn send_message(&self, envelope: Envelope) -> Result<(), DropReason> {
         self.with_flow(|flow| flow.enqueue(envelope))
     }

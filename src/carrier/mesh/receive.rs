@@ -122,6 +122,9 @@ impl LinkReceiver {
         let mut batch = decode(frames, &core.id, &link.peer, core.config.max_body)?;
         let now = core.now();
         link.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
+        if batch.preamble.consumed.iter().any(|lane| lane.messages > 0) {
+            link.prove();
+        }
         let mut events = Events { receiver: self, batch: None };
         let taken = self.take_records(&mut batch, &mut events);
         // Events that precede a fault are delivered all the same.
@@ -160,6 +163,7 @@ impl LinkReceiver {
     ) -> Result<(), Fault> {
         let (core, link) = (&self.carrier.core, &self.link);
         link.with_flow(|flow| flow.handle_received(lane, new))?;
+        link.prove();
         add(&core.reporter.counters.received, 1);
         let (path, hold) = (Path::Link(link.id), Hold::new(self.way.clone(), lane, new));
         match received {
@@ -272,6 +276,7 @@ impl Events<'_> {
         let LinkReceiver { carrier, link, way } = self.receiver;
         let (core, new) = (&carrier.core, batch.totals());
         link.with_flow(|flow| flow.handle_received(Lane::Events, new))?;
+        link.prove();
         add(&core.reporter.counters.received, new.messages);
         let path = Path::Link(link.id);
         let hold = |held| Some(Hold::new(way.clone(), Lane::Events, held));

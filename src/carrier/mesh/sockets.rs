@@ -153,7 +153,6 @@ fn front_door(
         gate: GateLimits::for_bodies(config.max_body as u64),
         handshake_timeout: config.handshake_timeout,
         max_pending: config.max_pending_handshakes,
-        max_pending_per_address: config.max_pending_per_address,
         max_connections: config.max_connections,
         loopback_only: !config.trust.reaches_networks(),
     };

@@ -110,9 +110,7 @@ fn take_denied(info: &mut InboxInfo, grants: &Grants) -> Option<Control> {
         .into_iter()
         .partition(|(_, pattern)| grants.permit_all(Action::Subscribe, pattern));
     info.subscriptions = permitted;
-    Control::denied(
-        denied.into_iter().map(|(_, pattern)| (Action::Subscribe, pattern.to_string())),
-    )
+    Control::denied(denied.into_iter().map(|(_, pattern)| (Action::Subscribe, pattern.to_string())))
 }
 
 fn incoming_message(envelope: Envelope, peer: NodeId, grants: &Grants) -> Incoming {
