@@ -50,6 +50,8 @@ pub struct Config {
     pub(crate) handshake_timeout: Duration,
     pub(crate) max_pending_handshakes: usize,
     pub(crate) max_connections: usize,
+    pub(crate) peer_memory: u64,
+    pub(crate) log_lines: u32,
     pub(crate) runtime_dir: Option<PathBuf>,
     pub(crate) outbox: Option<PathBuf>,
     pub(crate) durability: Durability,
@@ -115,6 +117,8 @@ impl Default for Config {
             handshake_timeout: Duration::from_secs(5),
             max_pending_handshakes: 512,
             max_connections: 1024,
+            peer_memory: 512 * 1024 * 1024,
+            log_lines: 25,
             runtime_dir: None,
             outbox: None,
             durability: Durability::Sync,
@@ -284,6 +288,14 @@ impl Config {
         /// of their own: 1,024 handshakes and 4,096 connections. All limits are lowered to what the
         /// process's limit of file descriptors (`ulimit -n`) leaves.
         max_connections: usize;
+        /// The memory for what all peers together send and this node has not handled, for what is
+        /// queued for them, and for what they announce: 512 MiB by default, at least 16 MiB. Once
+        /// half of it is taken, the link of a peer that takes more than an equal share of the other
+        /// half is cut.
+        peer_memory: u64;
+        /// The most log lines per second about what peers and messages cause: 25 by default, and
+        /// four seconds' worth at once. Further ones are counted in the log.
+        log_lines: u32;
         /// The point at which a guaranteed message counts as stored: [`Durability::Sync`] by
         /// default.
         durability: Durability;
@@ -371,6 +383,12 @@ impl Config {
             .is_some_and(|name| name.len() > 255 || name.chars().any(char::is_control))
         {
             return problem("name takes at most 255 bytes and no control characters".into());
+        }
+        if self.peer_memory < 16 << 20 {
+            return problem(format!(
+                "peer_memory is {} bytes; at least 16777216 are needed",
+                self.peer_memory
+            ));
         }
         if self.lease.is_zero() {
             return problem("lease is zero; set a positive duration".into());

@@ -596,7 +596,7 @@ async fn a_process_of_another_user_is_cut_though_the_folder_lets_it_in() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
     let reason = wait_for(&mut events, |event| match event {
-        Event::Refused { address: None, reason } => Some(reason),
+        Event::Refused { address: None, reason, .. } => Some(reason),
         _ => None,
     });
     assert!(reason.await.contains("another user"));

@@ -1,12 +1,15 @@
 //! Counters shared by many tasks.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::address::ServiceName;
 use crate::identity::NodeId;
+use crate::peer::Address;
 use crate::report::{Counters, DropReason};
 use crate::sync::{Guard, Mutex, lock};
+use crate::trust::Action;
 
 #[derive(Default)]
 pub(crate) struct LiveCounters {
@@ -34,17 +37,34 @@ struct Rare {
     unreported: Unreported,
 }
 
-/// Drops and moved keys that no event has reported yet.
+/// Facts that no event has reported yet, in groups. What others cause is bounded.
 #[derive(Default)]
 pub(crate) struct Unreported {
     pub(crate) dropped: BTreeMap<(NodeId, DropReason), u64>,
     /// The number of keys of a service that moved from one node to another.
     pub(crate) moved: BTreeMap<(ServiceName, NodeId, NodeId), u64>,
+    pub(crate) refused: BTreeMap<(Option<IpAddr>, Refused), (Option<Address>, u64)>,
+    pub(crate) denied: BTreeMap<(NodeId, Action, String), u64>,
 }
+
+/// The refusal of a connection.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Refused {
+    pub(crate) reason: String,
+    /// Any stranger can cause it, so it is logged only when a fault is investigated.
+    pub(crate) by_door: bool,
+}
+
+/// The most groups of refusals, and of denials; further ones share one.
+const MOST_GROUPS: usize = 16;
 
 impl Unreported {
     fn is_empty(&self) -> bool {
-        self.dropped.is_empty() && self.moved.is_empty()
+        self.dropped.is_empty() && self.moved.is_empty() && !self.has_refusals()
+    }
+
+    pub(crate) fn has_refusals(&self) -> bool {
+        !self.refused.is_empty() || !self.denied.is_empty()
     }
 }
 
@@ -80,8 +100,51 @@ impl LiveCounters {
         first
     }
 
-    pub(crate) fn take_unreported(&self) -> Unreported {
-        std::mem::take(&mut self.rare().unreported)
+    /// Counts a refused connection. Returns true if nothing else is unreported.
+    pub(crate) fn refusal(&self, address: Option<Address>, refused: Refused) -> bool {
+        let ip = match &address {
+            Some(Address::Tcp(address)) => Some(address.ip()),
+            _ => None,
+        };
+        let mut rare = self.rare();
+        let first = rare.unreported.is_empty();
+        let groups = &mut rare.unreported.refused;
+        let (key, address) = match groups.len() < MOST_GROUPS {
+            _ if groups.contains_key(&(ip, refused.clone())) => ((ip, refused), address),
+            true => ((ip, refused), address),
+            false => {
+                let reason = "further refusals, for several reasons".into();
+                ((None, Refused { reason, by_door: true }), None)
+            }
+        };
+        groups.entry(key).or_insert((address, 0)).1 += 1;
+        first
+    }
+
+    /// Counts an action that a peer denies to this node. Returns true if nothing else is unreported.
+    pub(crate) fn denial(&self, peer: NodeId, action: Action, name: String) -> bool {
+        let mut rare = self.rare();
+        let first = rare.unreported.is_empty();
+        let groups = &mut rare.unreported.denied;
+        let key = (peer, action, name);
+        match groups.len() < MOST_GROUPS || groups.contains_key(&key) {
+            true => *groups.entry(key).or_default() += 1,
+            false => *groups.entry((peer, action, "further names".into())).or_default() += 1,
+        }
+        first
+    }
+
+    /// Takes what is unreported: drops and moved keys, and `all` for the rest.
+    pub(crate) fn take_unreported(&self, all: bool) -> Unreported {
+        let unreported = &mut self.rare().unreported;
+        match all {
+            true => std::mem::take(unreported),
+            false => Unreported {
+                dropped: std::mem::take(&mut unreported.dropped),
+                moved: std::mem::take(&mut unreported.moved),
+                ..Unreported::default()
+            },
+        }
     }
 
     pub(crate) fn dropped_for_others(&self, reason: DropReason, count: u64) {

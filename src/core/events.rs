@@ -88,13 +88,19 @@ pub enum Event {
         action: Action,
         /// The pattern or the service.
         name: String,
+        /// How often it was denied since the last such event. At most 16 names are reported in a
+        /// second; further ones share an event.
+        count: u64,
     },
-    /// A connection was refused or cut.
+    /// Connections were refused or cut. Those from one address for one reason are reported
+    /// together, once a second; beyond 16 such groups a second, further ones share an event.
     Refused {
-        /// The remote address, if known.
+        /// The remote address of the first, if known.
         address: Option<Address>,
         /// The reason.
         reason: String,
+        /// The number of connections.
+        count: u64,
     },
     /// Another live node has this node's identity. The two compete for every peer.
     IdentityConflict {
@@ -162,8 +168,10 @@ impl From<MeshEvent> for Event {
             MeshEvent::PeerDown { id, name, reason } => {
                 Self::PeerDown { id, name, reason: reason.into() }
             }
-            MeshEvent::Denied { id, action, name } => Self::Denied { peer: id, action, name },
-            MeshEvent::Refused { address, reason } => Self::Refused { address, reason },
+            MeshEvent::Denied { id, action, name } => {
+                Self::Denied { peer: id, action, name, count: 1 }
+            }
+            MeshEvent::Refused { address, reason } => Self::Refused { address, reason, count: 1 },
             MeshEvent::IdentityConflict { address } => Self::IdentityConflict { address },
         }
     }

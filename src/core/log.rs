@@ -4,13 +4,17 @@
 //! every thread that wants the lock.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 
 use super::events::Event;
+use crate::address::ServiceName;
+use crate::engine::{Bucket, Time};
 use crate::identity::NodeId;
-use crate::sync::{Mutex, calling_out, lock};
+use crate::message::MessageId;
+use crate::sync::{Mutex, Rank, calling_out, lock};
 
 /// The most queued lines. Further ones are only counted.
 const MOST_LINES: usize = 1024;
@@ -18,6 +22,16 @@ const MOST_LINES: usize = 1024;
 /// A log line: an event, or a fact that is not reported as an event.
 pub(crate) enum Line {
     Event(Event),
+    /// A connection that the front door refused.
+    AtTheDoor(Event),
+    /// A handler of this node failed, and no reply tells its caller.
+    HandlerFailed {
+        service: ServiceName,
+        id: MessageId,
+        /// The attempt at a guaranteed message.
+        attempt: Option<u32>,
+        error: String,
+    },
     LinkClosed {
         peer: NodeId,
         reason: String,
@@ -29,26 +43,39 @@ pub(crate) enum Line {
     NotRemembered(NodeId),
 }
 
-#[derive(Default)]
 pub(crate) struct Log {
     waiting: Mutex<Waiting>,
     more: Notify,
+    started: Instant,
 }
 
-#[derive(Default)]
 struct Waiting {
     lines: VecDeque<Line>,
     skipped: u64,
+    /// The limit of lines per second; four seconds' worth may come at once.
+    pace: Bucket,
 }
 
 impl Log {
+    pub(super) fn new(lines_per_second: u32) -> Self {
+        let pace = u64::from(lines_per_second);
+        let pace = Bucket::new(Time::default(), 4 * pace, pace);
+        let waiting = Waiting { lines: VecDeque::new(), skipped: 0, pace };
+        Self {
+            waiting: Mutex::new(Rank::Leaf, waiting),
+            more: Notify::new(),
+            started: Instant::now(),
+        }
+    }
+
     /// Queues a line. Never waits, and calls no foreign code.
     pub(super) fn push(&self, line: Line) {
         if line.is_detail() && LevelFilter::current() < LevelFilter::DEBUG {
             return;
         }
+        let now = Time::after_start(self.started.elapsed());
         let mut waiting = lock(&self.waiting);
-        match waiting.lines.len() < MOST_LINES {
+        match waiting.lines.len() < MOST_LINES && waiting.pace.take(now, 1) {
             true => waiting.lines.push_back(line),
             false => waiting.skipped += 1,
         }
@@ -67,11 +94,21 @@ impl Log {
     /// Writes the queued lines.
     pub(super) fn write(&self) {
         calling_out();
-        let Waiting { lines, skipped } = std::mem::take(&mut *lock(&self.waiting));
-        lines.into_iter().for_each(Line::write);
+        let mut waiting = lock(&self.waiting);
+        let lines = std::mem::take(&mut waiting.lines);
+        // They are told of with the next line that is written.
+        let skipped = match lines.is_empty() {
+            true => 0,
+            false => std::mem::take(&mut waiting.skipped),
+        };
+        drop(waiting);
         if skipped > 0 {
-            tracing::warn!(lines = skipped, "the log queue was full: lines were skipped");
+            tracing::warn!(
+                lines = skipped,
+                "more lines than the limit per second: some were skipped"
+            );
         }
+        lines.into_iter().for_each(Line::write);
     }
 }
 
@@ -80,13 +117,24 @@ impl Line {
     fn is_detail(&self) -> bool {
         matches!(
             self,
-            Self::LinkClosed { .. } | Self::UnknownAnswer(_) | Self::Event(Event::Dropped { .. })
+            Self::LinkClosed { .. }
+                | Self::UnknownAnswer(_)
+                | Self::AtTheDoor(_)
+                | Self::Event(Event::Dropped { .. })
         )
     }
 
     fn write(self) {
         match self {
             Self::Event(event) => write_event(event),
+            Self::AtTheDoor(Event::Refused { address, reason, count }) => {
+                let address = address.as_ref().map(tracing::field::display);
+                tracing::debug!(address, %reason, count, "the front door refused connections");
+            }
+            Self::AtTheDoor(event) => write_event(event),
+            Self::HandlerFailed { service, id, attempt, error } => {
+                tracing::warn!(%service, message_id = %id, attempt, error, "a handler failed");
+            }
             Self::LinkClosed { peer, reason } => {
                 tracing::debug!(peer = %peer.short(), reason, "link closed");
             }
@@ -113,12 +161,12 @@ fn write_event(event: Event) {
         Event::PeerDown { id, name, reason } => {
             tracing::info!(peer = %id.short(), %name, %reason, "peer down");
         }
-        Event::Denied { peer, action, name } => {
-            tracing::warn!(peer = %peer.short(), %action, %name, "a peer's rules deny an action");
-        }
-        Event::Refused { address, reason } => {
+        Event::Denied { peer, action, name, count } => tracing::warn!(
+            peer = %peer.short(), %action, %name, count, "a peer's rules deny an action"
+        ),
+        Event::Refused { address, reason, count } => {
             let address = address.as_ref().map(tracing::field::display);
-            tracing::warn!(address, %reason, "connection refused");
+            tracing::warn!(address, %reason, count, "connections refused");
         }
         Event::IdentityConflict { address } => {
             let address = address.as_ref().map(tracing::field::display);

@@ -97,13 +97,14 @@ impl Core {
             local: config.send_queue,
             broker: config.window,
         };
+        let reporter = Arc::new(Reporter::new(config.log_lines));
         Arc::new_cyclic(|core: &Weak<Self>| Self {
             id,
             name,
             config,
             ids: IdSource::new(random_u64() >> 22),
             runtime: Handle::current(),
-            reporter: Arc::default(),
+            reporter,
             subscriptions: Subscriptions::default(),
             routes: RouteWatch::default(),
             started,

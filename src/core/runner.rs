@@ -10,7 +10,8 @@ use tokio::task::{AbortHandle, yield_now};
 
 use super::handler::{Call, Handler, HandlerError, Reply};
 use super::lease::Lease;
-use super::{Core, Shell, add};
+use super::log::Line;
+use super::{Core, Reporter, Shell, add};
 use crate::address::ServiceName;
 use crate::engine::{Ended, Run, ServiceNumber};
 use crate::message::MessageId;
@@ -135,7 +136,7 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
     let lease = guaranteed.then(|| Arc::new(Lease::new(core.config.lease)));
     let deadline = deadline.and_then(|at| core.instant(at));
     let call = Call { message: *message, handle, deadline, lease: lease.clone() };
-    let result = hold_panic(&service, key.id, call, lease).await;
+    let result = hold_panic(&core.reporter, &service, key.id, call, lease).await;
     add(&core.reporter.counters.handled, 1);
     let ended = match result {
         Ok(reply) => {
@@ -144,8 +145,12 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
         }
         Err(error) => {
             if guaranteed || !wants_reply {
-                let attempt = guaranteed.then_some(attempt);
-                tracing::warn!(service = %service.name, message_id = %key.id, attempt, %error, "a handler failed");
+                core.reporter.log(Line::HandlerFailed {
+                    service: service.name.clone(),
+                    id: key.id,
+                    attempt: guaranteed.then_some(attempt),
+                    error: error.to_string(),
+                });
             }
             let HandlerError { code, text, rejects } = error;
             Ended::Failed { failure: Failure { code, text }, rejects }
@@ -156,6 +161,7 @@ async fn run_one(core: &Arc<Core>, run: Run<Shell>) -> Option<Run<Shell>> {
 
 /// Runs a handler within its lease. A panic becomes an error for the caller of that call only.
 async fn hold_panic(
+    reporter: &Reporter,
     service: &ServiceRunner,
     id: MessageId,
     call: Call,
@@ -176,7 +182,12 @@ async fn hold_panic(
     };
     ended.unwrap_or_else(|panic| {
         let text = panic_text(panic.as_ref());
-        tracing::warn!(service = %service.name, message_id = %id, text, "a handler panicked");
+        reporter.log(Line::HandlerFailed {
+            service: service.name.clone(),
+            id,
+            attempt: None,
+            error: format!("it panicked: {text}"),
+        });
         Err(HandlerError::new("panic", "the handler panicked"))
     })
 }

@@ -15,6 +15,7 @@
 //!  └──────────────────────────────┘   └──────────────────────────────────────────┘
 //! ```
 
+mod bucket;
 mod choice;
 pub(crate) mod delivery;
 mod dialer;
@@ -28,6 +29,7 @@ mod routing;
 mod sim;
 mod subscription;
 
+pub(crate) use bucket::Bucket;
 pub(crate) use choice::{Affinity, Candidate, choose};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};

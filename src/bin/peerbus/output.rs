@@ -100,16 +100,19 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             }),
             format!("{count} keys of {service} moved from {} to {}", from.short(), to.short()),
         ),
-        Event::Denied { peer, action, name } => (
-            json!({ "event": "denied", "peer": peer, "action": action, "name": name }),
-            format!("{} does not allow this node to {action} {name}", peer.short()),
+        Event::Denied { peer, action, name, count } => (
+            json!({
+                "event": "denied", "peer": peer, "action": action, "name": name, "count": count,
+            }),
+            format!("{} does not allow this node to {action} {name}", peer.short())
+                + &times(*count),
         ),
-        Event::Refused { address, reason } => (
-            json!({ "event": "refused", "address": address, "reason": reason }),
+        Event::Refused { address, reason, count } => (
+            json!({ "event": "refused", "address": address, "reason": reason, "count": count }),
             match address {
                 Some(address) => format!("refused {address}: {reason}"),
                 None => format!("refused a connection: {reason}"),
-            },
+            } + &times(*count),
         ),
         Event::IdentityConflict { address } => (
             json!({ "event": "identity_conflict", "address": address }),
@@ -131,6 +134,13 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
             ),
         ),
         other => (json!({ "event": "other" }), format!("{other:?}")),
+    }
+}
+
+fn times(count: u64) -> String {
+    match count {
+        1 => String::new(),
+        count => format!(" ({count} times)"),
     }
 }
 

@@ -328,7 +328,7 @@ impl BrokerCarrier {
                     }
                     None => {
                         let (address, reason) = (Some(self.address()), error.clone());
-                        Event::Refused { address, reason }
+                        Event::Refused { address, reason, count: 1 }
                     }
                 }
             }

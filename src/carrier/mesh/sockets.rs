@@ -9,7 +9,7 @@ use super::receive::NodeAcceptor;
 use super::transport::Transport;
 use super::{MeshCarrier, MeshParts};
 use crate::config::Config;
-use crate::core::{Core, Event, Reporter};
+use crate::core::{Core, Reporter};
 use crate::discovery::{self, Sink, local};
 use crate::identity::{Identity, NodeId};
 use crate::link::Acceptor;
@@ -33,9 +33,7 @@ impl Watch for DoorWatch {
     fn handle_refusal(&self, address: Option<Address>, refusal: Refusal) {
         if let Some(reporter) = self.0.upgrade() {
             reporter.counters.refused(refusal.as_str());
-            let from = address.as_ref().map(tracing::field::display);
-            tracing::debug!(address = from, %refusal, "the front door cut a connection");
-            reporter.report_unlogged(Event::Refused { address, reason: refusal.to_string() });
+            reporter.report_refusal(address, refusal.to_string());
         }
     }
 }
