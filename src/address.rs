@@ -273,6 +273,11 @@ impl ServiceName {
         check_tokens("service name", text)
     }
 
+    /// Returns true if the name is the mesh's own, and no user's.
+    pub(crate) fn is_reserved(&self) -> bool {
+        self.0.starts_with('$')
+    }
+
     /// The name under which a node announces that it accepts messages addressed to itself. Users
     /// can't claim it, since `$` is not allowed in parsed names.
     pub(crate) fn node_inbox() -> Self {

@@ -59,7 +59,8 @@ impl fmt::Display for Action {
 /// The permissions of peers over a network. An action that no rule allows is refused.
 ///
 /// Each line is one rule: a subject, an action, and a pattern of topics or services, in which `*`
-/// matches one token and a `>` at the end one or more. The subject is a name or a role from the
+/// matches one token and a `>` at the end one or more; names that begin with `$` are the mesh's own,
+/// and no pattern reaches them. The subject is a name or a role from the
 /// file of trusted keys, a node id, or `*` for every peer. The action `*` means all four.
 ///
 /// ```
@@ -201,7 +202,8 @@ impl Grants {
 
     /// Returns true if the action on that topic or service is allowed.
     pub(crate) fn permit(&self, action: Action, name: &str) -> bool {
-        self.any(action, |pattern| pattern.matches_text(name))
+        // Wildcards don't reach the mesh's own names, and no pattern can spell them out.
+        self.any(action, |pattern| !name.starts_with('$') && pattern.matches_text(name))
     }
 
     /// Returns true if sending to the node itself is allowed, which requires the right to send to
@@ -213,6 +215,11 @@ impl Grants {
     /// Returns true if the action is allowed on every name that `wanted` matches.
     pub(crate) fn permit_all(&self, action: Action, wanted: &Pattern) -> bool {
         self.any(action, |pattern| pattern.covers(wanted))
+    }
+
+    /// Returns true if no rule allows the peer anything.
+    pub(crate) fn allow_nothing(&self) -> bool {
+        matches!(self, Self::These(granted) if granted.is_empty())
     }
 
     fn any(&self, action: Action, fits: impl Fn(&Pattern) -> bool) -> bool {
@@ -261,6 +268,17 @@ mod tests {
         assert!(granted.into_iter().all(may));
         let refused = [">", "*", "orders.*.*", "orders.>", "orders.eu", "news", "orders.eu.new.>"];
         assert!(!refused.into_iter().any(may));
+    }
+
+    #[test]
+    fn wildcards_do_not_reach_the_names_of_the_mesh_itself() {
+        let id = NodeId::from_bytes([1; 32]);
+        for rules in ["* * >", "* send *"] {
+            let grants = rules.parse::<Rules>().unwrap().grants(&id, None);
+            assert!(grants.permit(Action::Send, "stock"));
+            assert!(!grants.permit(Action::Send, "$node"), "{rules}");
+        }
+        assert!("* send $node".parse::<Rules>().is_err());
     }
 
     #[test]

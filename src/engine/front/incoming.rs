@@ -156,7 +156,29 @@ pub(crate) fn may_publish(grants: &Grants, topic: &str) -> bool {
 fn permits(grants: &Grants, destination: &Destination) -> bool {
     match destination {
         Destination::Topic(topic) => may_publish(grants, topic.as_str()),
-        Destination::Service(name) => grants.permit(Action::Send, name.as_str()),
-        Destination::Node(_) => grants.permit_node(),
+        Destination::Service(name) if !name.is_reserved() => {
+            grants.permit(Action::Send, name.as_str())
+        }
+        Destination::Service(_) | Destination::Node(_) => grants.permit_node(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::ServiceName;
+    use crate::trust::Rules;
+
+    #[test]
+    fn a_node_is_not_reached_by_the_name_of_its_inbox() {
+        let id = NodeId::from_bytes([1; 32]);
+        let inbox = Destination::Service(ServiceName::node_inbox());
+        let may = |rules: &str, destination: &Destination| {
+            permits(&rules.parse::<Rules>().unwrap().grants(&id, None), destination)
+        };
+        for destination in [inbox, Destination::Node(id)] {
+            assert!(!may("* send *", &destination));
+            assert!(may("* send >", &destination));
+        }
     }
 }

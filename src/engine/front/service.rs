@@ -40,39 +40,52 @@ pub(crate) struct Finished<K, C, R> {
 pub(crate) struct Service<K, C, R> {
     concurrency: usize,
     /// All running and queued calls, by name.
-    calls: HashMap<K, State<R>>,
+    calls: HashMap<K, State<C, R>>,
     running: usize,
-    /// Queued calls that run as soon as there is room.
-    waiting: VecDeque<Waiting<K, C>>,
+    /// The tickets of queued calls that run as soon as there is room.
+    waiting: VecDeque<Ticket<K>>,
     /// For each ordering key of a running call or one in `waiting`: the calls behind that one.
-    behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
+    behind: HashMap<Arc<str>, VecDeque<Ticket<K>>>,
+    tickets: u64,
+    /// The number of tickets in the queues whose calls were cancelled.
+    void: usize,
 }
 
 #[derive(Debug)]
-enum State<R> {
-    Waits,
+enum State<C, R> {
+    Waits(Waiting<C>),
     Runs { order: Option<Arc<str>>, kept: Option<R> },
 }
 
-impl<R> State<R> {
+impl<C, R> State<C, R> {
     fn running(order: Option<Arc<str>>) -> Self {
         Self::Runs { order, kept: None }
     }
 
     fn kept(&self) -> Option<&R> {
         match self {
-            Self::Waits => None,
+            Self::Waits(_) => None,
             Self::Runs { kept, .. } => kept.as_ref(),
         }
     }
 }
 
 #[derive(Debug)]
-struct Waiting<K, C> {
-    key: K,
+struct Waiting<C> {
+    number: u64,
+    /// The call is in `waiting`, not behind another.
+    is_next: bool,
     order: Option<Arc<str>>,
     expires: Option<Time>,
     call: C,
+}
+
+/// The place of a call in a queue. It is void once the call was cancelled, so that a cancellation
+/// takes no search.
+#[derive(Debug, Clone, Copy)]
+struct Ticket<K> {
+    key: K,
+    number: u64,
 }
 
 impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
@@ -83,6 +96,8 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             running: 0,
             waiting: VecDeque::new(),
             behind: HashMap::default(),
+            tickets: 0,
+            void: 0,
         }
     }
 
@@ -106,15 +121,17 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             self.running += 1;
             return Admission::Start(call);
         }
-        entry.insert(State::Waits);
-        let waiting = Waiting { key, order: order.clone(), expires, call };
+        self.tickets += 1;
+        let (number, is_next) = (self.tickets, before.is_none());
+        let ticket = Ticket { key, number };
         match before {
-            Some(behind) => behind.push_back(waiting),
+            Some(behind) => behind.push_back(ticket),
             None => {
-                self.behind.extend(order.map(|order| (order, VecDeque::new())));
-                self.waiting.push_back(waiting);
+                self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+                self.waiting.push_back(ticket);
             }
         }
+        entry.insert(State::Waits(Waiting { number, is_next, order, expires, call }));
         Admission::Waits
     }
 
@@ -147,17 +164,17 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             finished.kept = kept;
         }
         while self.running < self.concurrency
-            && let Some(next) = self.waiting.pop_front()
+            && let Some(ticket) = self.waiting.pop_front()
         {
+            let Some(next) = self.redeem(ticket) else { continue };
             if next.expires.is_some_and(|expires| expires <= now) {
-                self.calls.remove(&next.key);
                 self.release(next.order);
-                finished.expired.push((next.key, next.call));
+                finished.expired.push((ticket.key, next.call));
                 continue;
             }
-            self.calls.insert(next.key, State::running(next.order));
+            self.calls.insert(ticket.key, State::running(next.order));
             self.running += 1;
-            finished.next = Some((next.key, next.call));
+            finished.next = Some((ticket.key, next.call));
             break;
         }
         finished
@@ -166,25 +183,28 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     /// Handles a cancellation. Returns the call if it was still queued; a running one is not
     /// stopped here.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
-        let waits = matches!(self.calls.get(&key), Some(State::Waits));
-        let (_, call) = waits.then(|| self.take_waiting(|waiting| *waiting == key).pop())??;
-        Some(call)
+        if !matches!(self.calls.get(&key), Some(State::Waits(_))) {
+            return None;
+        }
+        let Some(State::Waits(waiting)) = self.calls.remove(&key) else { return None };
+        self.void += 1;
+        if waiting.is_next {
+            self.release(waiting.order);
+        }
+        if self.void > self.calls.len() + MOST_VOID {
+            self.drop_void_tickets();
+        }
+        Some(waiting.call)
     }
 
     /// Removes and returns the queued calls for which `wanted` is true, in the order of their names.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<(K, C)> {
-        let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
-        let mut taken = Vec::new();
-        for behind in self.behind.values_mut() {
-            taken.extend(extract(behind, wanted));
-        }
-        for waiting in extract(&mut self.waiting, wanted) {
-            self.release(waiting.order.clone());
-            taken.push(waiting);
-        }
-        taken.sort_unstable_by_key(|waiting| waiting.key);
-        taken.iter().for_each(|waiting| _ = self.calls.remove(&waiting.key));
-        taken.into_iter().map(|waiting| (waiting.key, waiting.call)).collect()
+        let waits = |(key, state): (&K, &State<C, R>)| {
+            (matches!(state, State::Waits(_)) && wanted(key)).then_some(*key)
+        };
+        let mut keys: Vec<K> = self.calls.iter().filter_map(waits).collect();
+        keys.sort_unstable();
+        keys.into_iter().filter_map(|key| Some((key, self.handle_cancel(key)?))).collect()
     }
 
     /// Returns true if no call is running or queued.
@@ -201,24 +221,46 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         self.calls.len()
     }
 
+    /// Takes the call of a ticket, unless it was cancelled.
+    fn redeem(&mut self, ticket: Ticket<K>) -> Option<Waiting<C>> {
+        if !is_valid(&self.calls, &ticket) {
+            self.void -= 1;
+            return None;
+        }
+        match self.calls.remove(&ticket.key) {
+            Some(State::Waits(waiting)) => Some(waiting),
+            _ => None,
+        }
+    }
+
     /// Releases an ordering key: the call behind the one that left is next.
     fn release(&mut self, order: Option<Arc<str>>) {
         let Some(order) = order else { return };
-        match self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
-            Some(next) => self.waiting.push_back(next),
-            None => _ = self.behind.remove(&order),
+        while let Some(ticket) = self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
+            match self.calls.get_mut(&ticket.key) {
+                Some(State::Waits(waiting)) if waiting.number == ticket.number => {
+                    waiting.is_next = true;
+                    return self.waiting.push_back(ticket);
+                }
+                _ => self.void -= 1,
+            }
         }
+        self.behind.remove(&order);
+    }
+
+    fn drop_void_tickets(&mut self) {
+        let Self { calls, waiting, behind, void, .. } = self;
+        waiting.retain(|ticket| is_valid(calls, ticket));
+        behind.values_mut().for_each(|queue| queue.retain(|ticket| is_valid(calls, ticket)));
+        *void = 0;
     }
 }
 
-/// Removes the items for which `wanted` is true; most often there are none.
-fn extract<T>(queue: &mut VecDeque<T>, wanted: impl Fn(&T) -> bool) -> VecDeque<T> {
-    if !queue.iter().any(&wanted) {
-        return VecDeque::new();
-    }
-    let (taken, kept) = std::mem::take(queue).into_iter().partition(wanted);
-    *queue = kept;
-    taken
+/// The void tickets that may outnumber the calls before they are searched for.
+const MOST_VOID: usize = 64;
+
+fn is_valid<K: Hash + Eq, C, R>(calls: &HashMap<K, State<C, R>>, ticket: &Ticket<K>) -> bool {
+    matches!(calls.get(&ticket.key), Some(State::Waits(it)) if it.number == ticket.number)
 }
 
 #[cfg(test)]
@@ -294,5 +336,24 @@ mod tests {
         assert_eq!(finish(&mut service, at(6), 1), (Some('d'), vec!['b']), "b expired");
         assert_eq!(finish(&mut service, at(6), 4), (None, vec![]));
         assert!(service.is_idle() && service.behind.is_empty());
+    }
+
+    #[test]
+    fn calls_that_are_cancelled_at_once_leave_no_tickets_behind() {
+        let mut service = Service::new(1);
+        service.handle_call(0, Some("x"), None, 'a');
+        for _ in 0..1000 {
+            for order in [None, Some("x"), Some("y")] {
+                assert_eq!(service.handle_call(7, order, None, 'b'), Admission::Waits);
+                assert_eq!(service.handle_cancel(7), Some('b'));
+            }
+        }
+        let behind: usize = service.behind.values().map(VecDeque::len).sum();
+        assert!(service.waiting.len() + behind <= MOST_VOID + 2, "{}", service.void);
+        service.handle_call(7, Some("x"), None, 'c');
+        assert_eq!(finish(&mut service, at(1), 0), (Some('c'), vec![]), "its own ticket counts");
+        finish(&mut service, at(1), 7);
+        assert!(service.is_idle() && service.behind.is_empty());
+        assert_eq!((service.waiting.len(), service.void), (0, 0));
     }
 }
