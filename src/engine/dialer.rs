@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::engine::random::Random;
-use crate::engine::{LinkId, Time};
+use crate::engine::{Bucket, LinkId, Time};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source, Unreachable};
 
@@ -76,6 +76,10 @@ const MAX_DIALING: usize = 32;
 /// The pause before a retry when a source other than this host and its configuration reports
 /// changed addresses. A forger could report changes at any rate.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
+/// The addresses dialled at once, and per second, of a tier that anybody can fill: a forger may name
+/// the addresses of a third party.
+const DIAL_BURST: u64 = 256;
+const DIALS_A_SECOND: u64 = 64;
 /// The most addresses kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
 /// The tiers of trust in a source, queued and dialled separately: this host and the configuration;
@@ -87,6 +91,10 @@ const MAX_KNOWN: [usize; TIERS] = [usize::MAX, 4096, 4096];
 /// The number of attempts before a target is removed, if it is known from gossip only or its tier
 /// is full.
 const ATTEMPTS: u32 = 5;
+
+fn pace() -> Bucket {
+    Bucket::new(Time::default(), DIAL_BURST, DIALS_A_SECOND)
+}
 
 fn tier(source: Source) -> usize {
     match source {
@@ -108,6 +116,8 @@ pub(crate) struct Dialer {
     /// The number of targets being dialled, and known, per tier.
     dialing: [usize; TIERS],
     known: [usize; TIERS],
+    /// The pace of the tiers that anybody can fill.
+    pace: [Option<Bucket>; TIERS],
     random: Random,
 }
 
@@ -121,6 +131,7 @@ impl Dialer {
             by_node: HashMap::new(),
             dialing: [0; TIERS],
             known: [0; TIERS],
+            pace: [None, Some(pace()), Some(pace())],
             random: Random::new(seed),
         }
     }
@@ -267,6 +278,11 @@ impl Dialer {
         }
     }
 
+    /// Returns true if a hint about a node is the first.
+    pub(crate) fn is_new(&self, id: &NodeId) -> bool {
+        !self.targets.contains_key(&TargetKey::Node(*id))
+    }
+
     /// Handles the end of a connection: its target may be dialled again, unless it leads to a peer
     /// that has another link.
     pub(crate) fn handle_ended(&mut self, now: Time, link: LinkId) {
@@ -340,7 +356,7 @@ impl Dialer {
         is_linked: impl Fn(&NodeId) -> bool,
     ) -> Option<(TargetKey, Vec<Address>)> {
         while let Some((until, key)) = self.next_due()
-            && *until <= now
+            && until <= now
         {
             let key = key.clone();
             let target = self.targets.get(&key)?;
@@ -348,7 +364,13 @@ impl Dialer {
                 self.enter(&key, State::Idle);
                 continue;
             }
-            let addresses = target.addresses.clone();
+            let (addresses, tier) = (target.addresses.clone(), tier(target.source));
+            if let Some(pace) = &mut self.pace[tier] {
+                if !pace.take(now, 1) {
+                    break;
+                }
+                pace.owe(addresses.len().saturating_sub(1) as u64);
+            }
             self.enter(&key, State::Dialing);
             return Some((key, addresses));
         }
@@ -357,13 +379,17 @@ impl Dialer {
 
     /// Returns the time at which [`Dialer::poll_dial`] may next return a target.
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
-        self.next_due().map(|(until, _)| *until)
+        self.next_due().map(|(until, _)| until)
     }
 
-    fn next_due(&self) -> Option<&(Time, TargetKey)> {
-        let tiers = self.due.iter().zip(self.dialing);
+    fn next_due(&self) -> Option<(Time, &TargetKey)> {
+        let tiers = self.due.iter().zip(&self.pace).zip(self.dialing);
         let open = tiers.filter(|(_, dialing)| *dialing < MAX_DIALING);
-        open.filter_map(|(due, _)| due.first()).min()
+        let next = open.filter_map(|((due, pace), _)| {
+            let (until, key) = due.first()?;
+            Some((pace.as_ref().map_or(*until, |pace| pace.next().max(*until)), key))
+        });
+        next.min()
     }
 
     pub(crate) fn source(&self, link: LinkId) -> Option<Source> {

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::address::Destination;
-use crate::engine::{Queue, Time};
+use crate::engine::{Queue, Share, Time};
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
@@ -29,6 +29,9 @@ const MAX_SPARE: usize = MAX_BATCH;
 /// The most bytes of control records queued for a peer that does not read: room for the patterns of
 /// a large node and for the answers to a window of guaranteed messages.
 const MAX_CONTROL: u64 = 8 << 20;
+
+/// The bytes of a kept message besides those that its credit counts.
+const MESSAGE_OVERHEAD: u64 = 512;
 
 /// The silence after which a heartbeat is sent, and a peer becomes suspect or dead.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +58,8 @@ pub(crate) enum Violation {
     Overrun,
     #[error("reported drops were taken back")]
     Drops,
+    #[error("it takes more than its share of this node's memory")]
+    Share,
 }
 
 /// The messages lost with a link.
@@ -178,12 +183,20 @@ pub(crate) struct Flow {
     dropped_there: BTreeMap<DropReason, u64>,
     last_sent: Time,
     last_heard: Time,
+    /// The bytes that the peer makes this node keep.
+    share: Share,
     closed: bool,
 }
 
 impl Flow {
     /// Creates a flow that carries only control records until the peer's limits are known.
-    pub(crate) fn new(now: Time, me: NodeId, ours: &Limits, queue_bytes: u64) -> Self {
+    pub(crate) fn new(
+        now: Time,
+        me: NodeId,
+        ours: &Limits,
+        queue_bytes: u64,
+        share: Share,
+    ) -> Self {
         let events = EventQueue {
             packs: VecDeque::new(),
             queued: Totals::default(),
@@ -212,6 +225,7 @@ impl Flow {
             dropped_there: BTreeMap::new(),
             last_sent: now,
             last_heard: now,
+            share,
             closed: false,
         }
     }
@@ -243,7 +257,9 @@ impl Flow {
             Lane::Replies => &mut self.replies,
             Lane::Guaranteed => &mut self.guaranteed,
         };
-        queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)
+        queue.push(envelope, cost).map_err(|_| DropReason::SlowPeer)?;
+        self.record_held();
+        Ok(())
     }
 
     /// Queues an event, or returns the reason for which it is dropped.
@@ -252,7 +268,11 @@ impl Flow {
         event: &OutgoingEvent<'_>,
     ) -> Result<Backlog, DropReason> {
         self.check(Lane::Events, event.body_len(), event.cost())?;
-        self.events.push(event)
+        let backlog = self.events.push(event)?;
+        if backlog == Backlog::Grew {
+            self.record_held();
+        }
+        Ok(backlog)
     }
 
     fn check(&self, lane: Lane, body_len: usize, cost: u64) -> Result<(), DropReason> {
@@ -280,7 +300,7 @@ impl Flow {
             greets: matches!(control, Control::Hello(_)),
         };
         let cost = record.bytes.len() + size_of::<ControlRecord>();
-        self.overflowed = self.control.push(record, cost as u64).is_err();
+        self.overflowed = self.control.push(record, cost as u64).is_err() || !self.record_held();
     }
 
     /// Returns true if the peer causes control records and does not read them.
@@ -344,7 +364,9 @@ impl Flow {
         self.batch_due = false;
         self.last_sent = now;
         self.in_flight += 1;
-        Some(batch.finish())
+        let batch = batch.finish();
+        self.record_held();
+        Some(batch)
     }
 
     /// Returns true if [`Flow::poll_transmit`] has a batch; cheaper than reading the clock.
@@ -411,7 +433,19 @@ impl Flow {
         if lane.received.bytes - lane.consumed.bytes > lane.window {
             return Err(Violation::Overrun);
         }
-        Ok(())
+        if self.record_held() { Ok(()) } else { Err(Violation::Share) }
+    }
+
+    /// Records the bytes that are kept for the peer: queued for it, or received from it and not
+    /// consumed. Returns false if they are more than its share.
+    fn record_held(&mut self) -> bool {
+        let unconsumed = self.incoming.iter().map(|lane| {
+            let messages = lane.received.messages - lane.consumed.messages;
+            lane.received.bytes - lane.consumed.bytes + messages * MESSAGE_OVERHEAD
+        });
+        let queued = self.calls.len() + self.replies.len() + self.guaranteed.len();
+        let queued = self.queued_bytes() + queued as u64 * MESSAGE_OVERHEAD;
+        self.share.set(self.control.bytes() + queued + unconsumed.sum::<u64>())
     }
 
     /// Counts consumed messages: an event when every matching subscription has taken or dropped it,
@@ -424,6 +458,7 @@ impl Flow {
         if lane == Lane::Calls || unreported >= incoming.window / 4 {
             self.batch_due = true;
         }
+        self.record_held();
     }
 
     /// Counts received messages that were dropped. They count as consumed too.
@@ -536,6 +571,7 @@ impl Flow {
         drop(self.replies.drain());
         while self.events.pop().is_some() {}
         self.events.spare = None;
+        self.record_held();
         lost
     }
 }

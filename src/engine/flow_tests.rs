@@ -1,10 +1,12 @@
 use super::*;
+use crate::engine::Budget;
 use crate::trust::Action;
 use crate::wire::{Bye, Hello};
 
 fn flow() -> Flow {
     let limits = Limits { max_body: 1 << 20, windows: [4 << 20; LANES] };
-    Flow::new(Time::default(), NodeId::from_bytes([1; 32]), &limits, 4 << 20)
+    let share = Budget::new(64 << 20).share();
+    Flow::new(Time::default(), NodeId::from_bytes([1; 32]), &limits, 4 << 20, share)
 }
 
 fn denial() -> Control {
@@ -77,4 +79,23 @@ fn nothing_follows_a_hello_in_its_batch() {
     flow.enqueue_control(&Control::Bye(Bye::Shutdown));
     assert!(flow.poll_transmit(Time::default()).is_some());
     assert!(flow.can_transmit(), "the bye is in the next batch");
+}
+
+#[test]
+fn a_peer_that_makes_the_node_keep_more_than_its_share_breaks_the_flow() {
+    let limits = Limits { max_body: 1 << 20, windows: [4 << 20; LANES] };
+    let budget = Budget::new(16 << 20);
+    let new =
+        || Flow::new(Time::default(), NodeId::from_bytes([1; 32]), &limits, 1, budget.share());
+    let [mut greedy, mut honest, _] = [new(), new(), new()];
+    // An empty call holds 128 bytes of credit, and more memory.
+    let call = Totals::one(128);
+    let kept = (0..).take_while(|_| greedy.handle_received(Lane::Calls, call).is_ok()).count();
+    assert!((12_000..14_000).contains(&kept), "{kept}");
+    assert_eq!(greedy.handle_received(Lane::Calls, Totals::one(1 << 20)), Err(Violation::Share));
+    for _ in 0..1000 {
+        honest.handle_received(Lane::Calls, call).unwrap();
+    }
+    greedy.handle_consumed(Lane::Calls, Totals { messages: kept as u64, bytes: 128 * kept as u64 });
+    honest.handle_received(Lane::Calls, Totals::one(3 << 20)).unwrap();
 }

@@ -16,6 +16,7 @@
 //! ```
 
 mod bucket;
+mod budget;
 mod choice;
 pub(crate) mod delivery;
 mod dialer;
@@ -30,6 +31,7 @@ mod sim;
 mod subscription;
 
 pub(crate) use bucket::Bucket;
+pub(crate) use budget::{Budget, Share};
 pub(crate) use choice::{Affinity, Candidate, choose};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
 pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};

@@ -20,7 +20,7 @@ use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::core::Core;
 use crate::engine::delivery::{Now, OutboxConfig};
-use crate::engine::{Mesh, MeshConfig, Time};
+use crate::engine::{Budget, Mesh, MeshConfig, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
 use crate::trust::{MeshKeyFileError, TrustError, TrustedKeysError};
@@ -186,6 +186,7 @@ async fn carrier(
         limits,
         gossip: config.gossip,
         loopback_only: !config.trust.reaches_networks(),
+        budget: Budget::new(config.peer_memory),
     };
     let parts = MeshParts { mesh: Mesh::new(mesh_config, random_u64()), limits, store };
     let (mesh, listening) = match &config.memory {

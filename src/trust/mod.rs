@@ -118,6 +118,14 @@ impl Access {
         Self { rules, let_in }
     }
 
+    /// Returns false if no node with that id can be linked over a network.
+    pub(crate) fn may_link(&self, id: &NodeId) -> bool {
+        match &self.let_in {
+            LetIn::TrustedKeys(watched) => watched.keys().get(id).is_some(),
+            _ => true,
+        }
+    }
+
     /// The permissions of a peer over a network. Without rules a peer may do everything, except
     /// that a trusted key may do only what a rule allows.
     pub(crate) fn grants(&self, id: &NodeId) -> Grants {

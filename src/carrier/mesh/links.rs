@@ -11,7 +11,8 @@ use super::peer_link::PeerLink;
 use crate::address::{Recipient, ServiceName};
 use crate::core::{Core, Reporter, Way};
 use crate::engine::{
-    Action, Affinity, Candidate, Instance, LinkId, Mesh, RouteChange, Routing, Time, Timing, choose,
+    Action, Affinity, Budget, Candidate, Instance, LinkId, Mesh, RouteChange, Routing, Time,
+    Timing, choose,
 };
 use crate::identity::NodeId;
 use crate::sync::{Mutex, Rank, lock};
@@ -40,6 +41,8 @@ pub(super) struct NextRouting(Option<LiveRouting>);
 pub(super) struct Links {
     pub(super) timing: Timing,
     pub(super) limits: Limits,
+    /// The memory for what peers send and don't take.
+    pub(super) budget: Arc<Budget>,
     mesh: Mutex<Mesh>,
     table: Mutex<HashMap<LinkId, Arc<PeerLink>>>,
     numbers: AtomicU64,
@@ -92,6 +95,7 @@ impl Links {
         Self {
             timing,
             limits,
+            budget: mesh.budget().clone(),
             mesh: Mutex::new(Rank::Mesh, mesh),
             table: Mutex::new(Rank::Table, HashMap::new()),
             numbers: AtomicU64::new(1),

@@ -145,6 +145,11 @@ impl MeshCarrier {
         }
     }
 
+    /// Returns false for a node whose key is not trusted: dialling it would be in vain.
+    fn may_link(&self, id: &NodeId) -> bool {
+        self.access.as_ref().is_none_or(|access| access.may_link(id))
+    }
+
     fn perform(self: &Arc<Self>, action: Action, next: &mut NextRouting) {
         match action {
             Action::Dial { target, addresses } => self.dial(target, addresses),

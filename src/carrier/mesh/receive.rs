@@ -34,7 +34,8 @@ impl Acceptor for NodeAcceptor {
         // Every transport sets the claimed node.
         let peer = connection.claimed.unwrap_or(NodeId::from_bytes([0; 32]));
         let limits = &carrier.links.limits;
-        let flow = Flow::new(core.now(), core.id, limits, core.config.send_queue);
+        let share = carrier.links.budget.share();
+        let flow = Flow::new(core.now(), core.id, limits, core.config.send_queue, share);
         let grants = carrier.grants(&connection);
         let connection = Connection { grants: grants.clone(), ..connection };
         let link = carrier.links.add(|id| {
@@ -221,7 +222,10 @@ impl LinkReceiver {
                 }
                 carrier.core.routes.notify();
             }
-            (ReceivedControl::Mesh(control), _) => {
+            (ReceivedControl::Mesh(mut control), _) => {
+                if let Control::Peers(hints) = &mut control {
+                    hints.retain(|hint| carrier.may_link(&hint.id));
+                }
                 carrier.with_mesh(|mesh, now| mesh.handle_control(now, link.id, control));
             }
             // A node without a store has no messages to which these could refer.

@@ -24,6 +24,9 @@ use crate::wire::{Control, Hint, MAX_HINTS};
 /// pause starts anew; it doubles from one to the next.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// The unknown nodes that a peer may name at once, and per second; further hints are ignored.
+pub(super) const NAMED_BURST: u64 = 64;
+pub(super) const NAMED_A_SECOND: u64 = 8;
 /// The number of peers that get a hint about a new one.
 const TOLD_OF_NEW: usize = 3;
 
@@ -122,9 +125,16 @@ impl Mesh {
         if !self.me.gossip || !self.dialing {
             return;
         }
-        let from_here = self.links.get(&link).is_some_and(|link| link.connection.is_of_this_host());
+        let Some(entry) = self.links.get_mut(&link) else { return };
+        if entry.connection.grants.allow_nothing() {
+            return;
+        }
+        let from_here = entry.connection.is_of_this_host();
         for Hint { id, mut addresses } in hints.into_iter().take(MAX_HINTS) {
-            if self.is_linked(&id) {
+            if self.peers.contains_key(&id) {
+                continue;
+            }
+            if self.dialer.is_new(&id) && !entry.hints.take(now, 1) {
                 continue;
             }
             // Loopback and local addresses have another meaning for a peer on another host.

@@ -2,7 +2,7 @@
 
 use super::{
     About, Action, Connection, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent,
-    PROBE_TIMEOUT, Phase, Probe,
+    PROBE_TIMEOUT, Phase, Probe, kept_for,
 };
 use crate::address::{Pattern, ServiceName};
 use crate::engine::{LinkId, RouteChange, TargetKey, Time};
@@ -10,6 +10,8 @@ use crate::identity::{Incarnation, NodeId};
 use crate::peer::ServiceInfo;
 use crate::trust;
 use crate::wire::{Announcement, Bye, Control, Hello};
+
+const TOO_MUCH_MEMORY: &str = "what it announces takes more than its share of this node's memory";
 
 impl Connection {
     /// Removes the patterns and services that the peer's permissions deny, and returns them.
@@ -78,7 +80,10 @@ impl Mesh {
         let id = hello.id;
         let mut hello = hello;
         let denied = entry.connection.take_denied(&mut hello.patterns, &mut hello.services);
-        entry.about = Some(Box::new(About::from(hello)));
+        let about = entry.about.insert(Box::new(About::from(hello)));
+        if !entry.share.set(about.bytes) {
+            return self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
+        }
         let answer = entry.announced.is_none();
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
         self.actions.push_back(Action::Admit(link));
@@ -202,30 +207,38 @@ impl Mesh {
         let (id, mut changes) = (about.id, Vec::new());
         for pattern in news.unsubscribed {
             if about.patterns.remove(&pattern) {
+                about.bytes -= kept_for(pattern.as_str());
                 changes.push(RouteChange::Unsubscribed(pattern));
             }
         }
         for pattern in news.subscribed {
             if about.patterns.insert(pattern.clone()) {
+                about.bytes += kept_for(pattern.as_str());
                 changes.push(RouteChange::Subscribed(pattern));
             }
         }
         for name in news.withdrawn {
             if about.services.remove(&name).is_some() {
+                about.bytes -= kept_for(name.as_str());
                 changes.push(RouteChange::Withdrawn(name));
             }
         }
         for service in news.serving {
-            about.services.insert(service.name.clone(), service.concurrency);
+            if about.services.insert(service.name.clone(), service.concurrency).is_none() {
+                about.bytes += kept_for(service.name.as_str());
+            }
             changes.push(RouteChange::Serving(service));
         }
         let too_much = about.patterns.len() + about.services.len() > MAX_ANNOUNCED;
+        let within_share = entry.share.set(about.bytes);
         if is_up {
             changes.into_iter().for_each(|change| self.route(link, id, change));
         }
         self.deny(link, denied);
         if too_much {
             self.handle_violation(now, link, "it announces too much".into());
+        } else if !within_share {
+            self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
         } else if !is_up {
             self.decide_when_listed(now, link);
         }

@@ -15,17 +15,18 @@ mod gossip;
 mod handshake;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
-use crate::engine::dialer::{Dialer, Sighting, TargetKey};
-use crate::engine::{LinkId, RouteChange, Time};
+use crate::engine::dialer::{Dialer, MAX_ADDRESSES, Sighting, TargetKey};
+use crate::engine::{Bucket, Budget, LinkId, RouteChange, Share, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
 use crate::wire::{Bye, Control, Hello, Limits};
 use allowance::Allowance;
-use gossip::Gossip;
+use gossip::{Gossip, NAMED_A_SECOND, NAMED_BURST};
 
 /// The time after which a connection without a hello is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -46,6 +47,8 @@ pub(crate) struct MeshConfig {
     pub(crate) gossip: bool,
     /// The node dials no address beyond this host.
     pub(crate) loopback_only: bool,
+    /// The memory for what peers announce.
+    pub(crate) budget: Arc<Budget>,
 }
 
 /// The origin of a connection, as verified by the transport.
@@ -167,6 +170,10 @@ struct Link {
     announced: Option<u64>,
     /// The rate limit of the peer's changes.
     allowance: Allowance,
+    /// The rate limit of unknown nodes in its hints.
+    hints: Bucket,
+    /// The bytes that its announcements take.
+    share: Share,
     /// The peer's announced state, once its hello has arrived.
     about: Option<Box<About>>,
 }
@@ -184,23 +191,35 @@ struct About {
     listed_by: u64,
     patterns: BTreeSet<Pattern>,
     services: BTreeMap<ServiceName, u32>,
+    /// The estimated bytes of those, here and in the routing snapshot.
+    bytes: u64,
 }
 
 impl From<Hello> for About {
     fn from(hello: Hello) -> Self {
+        let names = hello.patterns.iter().map(Pattern::as_str);
+        let names = names.chain(hello.services.iter().map(|service| service.name.as_str()));
+        let bytes = names.map(kept_for).sum();
         let services = hello.services.into_iter();
         Self {
+            bytes,
             id: hello.id,
             incarnation: hello.incarnation,
             name: hello.name,
             limits: hello.limits,
-            addresses: hello.addresses,
+            addresses: hello.addresses.into_iter().take(MAX_ADDRESSES).collect(),
             seq: 0,
             listed_by: hello.seq,
             patterns: hello.patterns.into_iter().collect(),
             services: services.map(|info| (info.name, info.concurrency)).collect(),
         }
     }
+}
+
+/// The estimated memory of an announced name: its tokens in the routing trie, and its text twice.
+fn kept_for(name: &str) -> u64 {
+    let tokens = 1 + name.bytes().filter(|byte| *byte == b'.').count();
+    (256 + 2 * name.len() + 176 * tokens) as u64
 }
 
 /// A probe of a peer's old link, on behalf of a new connection.
@@ -252,6 +271,10 @@ impl Mesh {
         }
     }
 
+    pub(crate) fn budget(&self) -> &Arc<Budget> {
+        &self.me.budget
+    }
+
     /// Sets the addresses at which others reach this node over a network, for future hellos.
     pub(crate) fn set_addresses(&mut self, addresses: Vec<Address>) {
         self.addresses = addresses;
@@ -281,7 +304,10 @@ impl Mesh {
         let deadline = now + HELLO_TIMEOUT;
         let phase = Phase::Greeting { deadline };
         let allowance = Allowance::new(now);
-        let fresh = Link { connection, phase, announced: None, allowance, about: None };
+        let hints = Bucket::new(now, NAMED_BURST, NAMED_A_SECOND);
+        let share = self.me.budget.share();
+        let fresh =
+            Link { connection, phase, announced: None, allowance, hints, share, about: None };
         self.links.insert(link, fresh);
         self.deadlines.insert((deadline, link));
         if dialled {

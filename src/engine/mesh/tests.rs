@@ -1,4 +1,5 @@
 use super::*;
+use crate::trust::Grants;
 use crate::wire::{Announcement, Hint};
 
 const LIMITS: Limits = Limits { max_body: 1 << 20, windows: [1 << 22; 4] };
@@ -12,6 +13,7 @@ fn mesh(byte: u8, incarnation: u64) -> Mesh {
         limits: LIMITS,
         gossip: true,
         loopback_only: false,
+        budget: Budget::new(u64::MAX),
     };
     Mesh::new(config, 1)
 }
@@ -360,6 +362,44 @@ fn hearsay_is_bounded_and_forgotten() {
     assert!(me.unreachable().is_empty());
     me.dialer.handle_hint(at(now), id(1), address);
     assert!(me.poll_timeout().is_some(), "a new target is taken");
+}
+
+/// The dials that a mesh makes in ten seconds while a peer names over a thousand unknown
+/// nodes a second, all at one address, and no dial succeeds.
+fn dials_for_hints(grants: Grants) -> usize {
+    let (mut me, mut peer) = (mesh(1, 1), mesh(2, 1));
+    let target = Some(TargetKey::Address(Address::Memory(1)));
+    me.handle_connected(at(1), LinkId(1), Connection { grants, ..Connection::default() });
+    peer.handle_connected(at(1), LinkId(1), Connection { target, ..Connection::default() });
+    exchange(&mut me, &mut peer);
+    assert!(me.is_linked(&peer.me.id));
+    let victim = vec![Address::Tcp(([192, 0, 2, 1], 7).into()); 8];
+    let mut dials = 0;
+    for ms in (0..10_000_u64).step_by(10) {
+        for record in 0..1_u64 {
+            let hints = (0..16).map(|n| {
+                let mut id = [9; 32];
+                id[..8].copy_from_slice(&(ms << 16 | record << 8 | n).to_be_bytes());
+                Hint { id: NodeId::from_bytes(id), addresses: victim.clone() }
+            });
+            me.handle_control(at(ms), LinkId(1), Control::Peers(hints.collect()));
+        }
+        me.handle_timeout(at(ms));
+        for action in actions(&mut me) {
+            if let Action::Dial { target, addresses } = action {
+                dials += addresses.len();
+                me.handle_dial_failed(at(ms), &target, "nobody there".into());
+            }
+        }
+    }
+    dials
+}
+
+#[test]
+fn a_peer_s_hints_make_no_flood_of_dials() {
+    let dials = dials_for_hints(Grants::Everything);
+    assert!((500..=256 + 8 + 64 * 10).contains(&dials), "{dials}");
+    assert_eq!(dials_for_hints(Grants::nothing()), 0, "it is allowed nothing");
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::Random;
 use crate::engine::{
-    Action, Connection, DownReason, HashMap, LinkId, Mesh, MeshConfig, Sighting, TargetKey, Time,
+    Action, Budget, Connection, DownReason, HashMap, LinkId, Mesh, MeshConfig, Sighting, TargetKey,
+    Time,
 };
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, Source};
@@ -77,6 +78,7 @@ impl Crowd {
                 limits: Limits { max_body: 1 << 20, windows: [1 << 22; 4] },
                 gossip: true,
                 loopback_only: false,
+                budget: Budget::new(u64::MAX),
             };
             let mut mesh = Mesh::new(config, node as u64);
             mesh.set_addresses(vec![address(node)]);

@@ -7,8 +7,8 @@ use crate::address::Destination;
 use crate::engine::front::CallKey;
 use crate::engine::sim::ledger::Ledger;
 use crate::engine::{
-    Action, Connection, Delivered, DownReason, EventBatch, Flow, Incoming, LinkId, MeshEvent, Path,
-    ReceivedControl, ReceivedMessage, TargetKey, deliver, incoming, may_publish,
+    Action, Budget, Connection, Delivered, DownReason, EventBatch, Flow, Incoming, LinkId,
+    MeshEvent, Path, ReceivedControl, ReceivedMessage, TargetKey, deliver, incoming, may_publish,
 };
 use crate::message::{Message, MessageId};
 use crate::peer::Address;
@@ -28,7 +28,8 @@ impl SimNode {
         let peer = node_id(life.node);
         let rule = self.rules.get(&peer).copied().unwrap_or_default();
         let grants = rule.grants();
-        let flow = Flow::new(self.now.time, self.id, &LIMITS, SEND_QUEUE);
+        let share = Budget::new(u64::MAX).share();
+        let flow = Flow::new(self.now.time, self.id, &LIMITS, SEND_QUEUE, share);
         let (open, epochs_told) = (false, false);
         let end = Link { peer, life, flow, grants: grants.clone(), rule, open, epochs_told };
         self.links.insert(link, end);

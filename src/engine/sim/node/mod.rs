@@ -28,8 +28,8 @@ use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::Now;
 use crate::engine::front::CallKey;
 use crate::engine::{
-    DownReason, EventBatch, EventSink, Flow, Front, FrontLimits, Host, LinkId, Liveness, Lost,
-    Mesh, MeshConfig, Overflow, Path, Routing, ServiceNumber, Sighting, SubscriptionQueue,
+    Budget, DownReason, EventBatch, EventSink, Flow, Front, FrontLimits, Host, LinkId, Liveness,
+    Lost, Mesh, MeshConfig, Overflow, Path, Routing, ServiceNumber, Sighting, SubscriptionQueue,
     TargetKey, Time, Timing,
 };
 use crate::identity::{Incarnation, NodeId};
@@ -257,6 +257,7 @@ impl SimNode {
             limits: LIMITS,
             gossip: true,
             loopback_only: false,
+            budget: Budget::new(u64::MAX),
         };
         let mut mesh = Mesh::new(config, life.number * 31 + life.node as u64);
         for node in (0..settings.nodes).filter(|node| *node != life.node) {
