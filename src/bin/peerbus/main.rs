@@ -81,6 +81,7 @@ fn main() -> ExitCode {
     if let Command::Bench(bench) = &cli.command {
         bench.prepare();
     }
+    raise_descriptors();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
@@ -88,6 +89,19 @@ fn main() -> ExitCode {
     match runtime.block_on(run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
+    }
+}
+
+/// Raises the limit of file descriptors as far as this user may: the usual one is meant for
+/// programs that use `select`, and each connection takes one.
+fn raise_descriptors() {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum;
+        // The node fits its connections to whatever the limit is.
+        let _refused = setrlimit(Resource::Nofile, limit);
     }
 }
 

@@ -9,6 +9,7 @@ use futures_util::stream::{SelectAll, StreamExt};
 use peerbus::{Body, Call, HandlerError, Node, Pattern, ServiceName, Topic};
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::time::{Interval, interval};
 
 use crate::options::{NodeOptions, interrupted};
 use crate::output;
@@ -60,8 +61,9 @@ impl NodeCommand {
         for name in &self.serve {
             services.push(node.serve(name, echo(self.json, told.clone())).start()?);
         }
-        let mut ticks = tokio::time::interval((*self.every).max(Duration::from_millis(1)));
+        let mut ticks = interval((*self.every).max(Duration::from_millis(1)));
         let mut number = 0u64;
+        let mut pace = Pace::new();
         let mut end = std::pin::pin!(interrupted());
         loop {
             tokio::select! {
@@ -74,7 +76,13 @@ impl NodeCommand {
                 }
                 Some(event) = events.recv() => {
                     let (value, text) = output::event(&event);
-                    output::line(self.json, &value, || text)?;
+                    if pace.take() {
+                        output::line(self.json, &value, || text)?;
+                    }
+                }
+                skipped = pace.skipped() => {
+                    let value = json!({ "event": "skipped", "count": skipped });
+                    output::line(self.json, &value, || format!("{skipped} more events"))?;
                 }
                 _ = ticks.tick(), if self.publish.is_some() => {
                     number += 1;
@@ -99,6 +107,43 @@ impl NodeCommand {
             )
         })?;
         Ok(())
+    }
+}
+
+/// The most events that are printed in a second: strangers can cause any number.
+const EVENTS_A_SECOND: u32 = 25;
+
+/// Limits printed events per second, and counts the others.
+struct Pace {
+    second: Interval,
+    left: u32,
+    skipped: u64,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { second: interval(Duration::from_secs(1)), left: EVENTS_A_SECOND, skipped: 0 }
+    }
+
+    /// Returns true if an event may be printed.
+    fn take(&mut self) -> bool {
+        match self.left.checked_sub(1) {
+            Some(left) => self.left = left,
+            None => self.skipped += 1,
+        }
+        self.skipped == 0
+    }
+
+    /// Waits for the end of a second in which events were skipped; returns their number.
+    async fn skipped(&mut self) -> u64 {
+        loop {
+            self.second.tick().await;
+            self.left = EVENTS_A_SECOND;
+            match std::mem::take(&mut self.skipped) {
+                0 => {}
+                skipped => return skipped,
+            }
+        }
     }
 }
 
