@@ -10,7 +10,7 @@ use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::opaque::opaque;
 use crate::peer::Address;
-use crate::trust::{MeshKey, Rules, Trust};
+use crate::trust::{MeshKey, Rules, RulesSource, Trust};
 use crate::tunnel::MAX_PROOFS;
 
 /// A node's configuration. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`]
@@ -25,7 +25,7 @@ pub struct Config {
     pub(crate) mesh: MeshName,
     pub(crate) identity: Option<PathBuf>,
     pub(crate) trust: Trust,
-    pub(crate) rules: Option<Rules>,
+    pub(crate) rules: Option<RulesSource>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) peers: Vec<Address>,
     pub(crate) advertise: Vec<Address>,
@@ -171,7 +171,15 @@ impl Config {
     /// Limits what peers may do with this node over a network: publish, subscribe, send, serve.
     /// Without rules they may do everything, or nothing in the mode [`Trust::TrustedKeys`].
     pub fn rules(mut self, rules: Rules) -> Self {
-        self.rules = Some(rules);
+        self.rules = Some(RulesSource::Given(rules));
+        self
+    }
+
+    /// Loads the [rules](Config::rules) from this file, and again within a second of a change: a
+    /// peer whose rights changed loses its link, and connects again with the new ones. If the
+    /// changed file can't be used, the last valid rules stay in force, with a warning.
+    pub fn rules_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.rules = Some(RulesSource::File(path.into()));
         self
     }
 
@@ -340,8 +348,12 @@ impl Config {
         self
     }
 
-    /// The folder under which the meshes of this host keep their sockets, instead of `peerbus` in
-    /// `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
+    /// The folder under which the meshes of this host keep their sockets, and the key by which this
+    /// user's nodes know each other over loopback TCP. It is created if it is missing, with mode
+    /// 0700, and must belong to this user. Nodes that are to meet on this host need the same.
+    ///
+    /// By default it is `peerbus` in `$XDG_RUNTIME_DIR`, if that belongs to this user, and otherwise
+    /// `peerbus-UID` in the system's folder for temporary files.
     pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.runtime_dir = Some(dir.into());
         self
@@ -425,6 +437,17 @@ impl Config {
             && !(1..=MAX_PROOFS).contains(&keys.len())
         {
             return problem(format!("{} mesh keys; one to {MAX_PROOFS} can be used", keys.len()));
+        }
+        if let Some(RulesSource::Given(rules)) = &self.rules {
+            rules.check(&self.trust).map_err(|error| format!("rules: {error}"))?;
+        }
+        if self.rules.is_some() && self.local && matches!(self.trust, Trust::ThisHost) {
+            return problem(
+                "the rules would bind nobody: the trust mode this-host accepts only processes of \
+                 this user, which rules don't bind; give a mesh key (--mesh-key-file) or trusted \
+                 keys (--trusted-keys), or no rules"
+                    .into(),
+            );
         }
         let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
         match (beyond, &self.trust) {

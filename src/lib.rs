@@ -154,8 +154,8 @@ pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};
 pub use trust::{
-    Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError, Trust,
-    TrustedKeysError, TrustedLine,
+    Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError,
+    SubjectError, Trust, TrustedKeysError, TrustedLine,
 };
 
 #[cfg(debug_assertions)]

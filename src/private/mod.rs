@@ -1,98 +1,127 @@
-//! Files and folders with access for this user only.
+//! Files and folders that other users of this host must not read or change. All that a node keeps
+//! is opened here, under the rules of sshd's `StrictModes`:
+//!
+//! * Files and folders belong to this user, or to root.
+//! * Others may write to none of them, nor to the folders above: a folder that others may write to,
+//!   such as `/tmp`, must be sticky.
+//! * Others may not read secrets. The group may read one that belongs to root, as in a container.
+//! * Symbolic links are followed only on the way to a file that the user named, if this user or root
+//!   made them.
+//! * New files are made exclusively, with mode 0600, and new folders with mode 0700.
+//!
+//! Outside Unix, the system's own rules apply.
 
-use std::io;
+#[cfg(not(unix))]
+mod elsewhere;
+#[cfg(unix)]
+mod unix;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// The permission bits of a file that are looser than wanted.
-pub(crate) struct LoosePermissions(pub(crate) u32);
+#[cfg(not(unix))]
+use elsewhere as system;
+#[cfg(unix)]
+use unix as system;
 
-/// Creates a file with mode 0600.
+pub(crate) use system::{check_folder, is_ours};
+use system::{check_way, open_named, sync_folder_of};
+
+/// The rights of other users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Others {
+    /// They may neither read nor write.
+    Excluded,
+    /// They may read.
+    MayRead,
+}
+
+/// The maximum length of a file of keys, names or rules, in bytes.
+const MAX_TEXT: u64 = 16 * 1024 * 1024;
+
+/// Reads a file that the user named.
 ///
 /// # Errors
-/// The system's error; also if the file exists.
-#[cfg(unix)]
+/// The system's error, or one that says who else can read or change the file.
+pub(crate) fn read(path: &Path, others: Others) -> io::Result<String> {
+    let file = open_named(path, others)?;
+    let mut text = String::new();
+    file.take(MAX_TEXT + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_TEXT {
+        let error = format!("it has more than {} MiB", MAX_TEXT >> 20);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, error));
+    }
+    Ok(text)
+}
+
+/// Creates a file with this text, durably.
+///
+/// # Errors
+/// The system's error, also if the file exists; or one that says who else can change the file.
 pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
+    check_way(path)?;
+    let mut file = create(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            io::Error::new(error.kind(), "it exists already: name a new file")
+        }
+        _ => error,
+    })?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        let _best_effort = fs::remove_file(path);
+    }
+    written?;
     sync_folder_of(path)
 }
 
-/// Makes a new name in a folder durable: neither the sync of the file itself nor that of a folder
-/// inside does.
-#[cfg(unix)]
-fn sync_folder_of(path: &Path) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        Some(_) => Path::new("."),
-        None => return Ok(()),
-    };
-    match std::fs::File::open(folder) {
-        Ok(folder) => folder.sync_all(),
-        // A folder that is writable but not readable can't be synced.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        Err(error) => Err(error),
-    }
+/// Creates an empty file.
+///
+/// # Errors
+/// The system's error, also if there is anything of that name.
+pub(crate) fn create(path: &Path) -> io::Result<File> {
+    open(path, OpenOptions::new().write(true).create_new(true))
 }
 
-#[cfg(not(unix))]
-pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
-    use std::io::Write;
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
-}
-
-/// The permission bits of a file, if other users may read or write it.
-#[cfg(unix)]
-pub(crate) fn looser(path: &Path) -> io::Result<Option<LoosePermissions>> {
-    let mode = mode(path)?;
-    Ok((mode & 0o077 != 0).then_some(LoosePermissions(mode)))
-}
-
-/// The permission bits of a file, if other users may write it.
-#[cfg(unix)]
-pub(crate) fn writable_by_others(path: &Path) -> io::Result<Option<LoosePermissions>> {
-    let mode = mode(path)?;
-    Ok((mode & 0o022 != 0).then_some(LoosePermissions(mode)))
-}
-
-#[cfg(unix)]
-fn mode(path: &Path) -> io::Result<u32> {
-    use std::os::unix::fs::PermissionsExt;
-    Ok(std::fs::metadata(path)?.permissions().mode() & 0o777)
-}
-
-#[cfg(not(unix))]
-pub(crate) fn writable_by_others(_: &Path) -> io::Result<Option<LoosePermissions>> {
-    Ok(None)
-}
-
-#[cfg(not(unix))]
-pub(crate) fn looser(_: &Path) -> io::Result<Option<LoosePermissions>> {
-    Ok(None)
-}
-
-/// Creates a folder with mode 0700, and its missing parents, unless it exists. The result is
-/// durable.
+/// Creates an empty file in place of any other of that name.
 ///
 /// # Errors
 /// The system's error.
-#[cfg(unix)]
-pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    let new = path.ancestors().take_while(|folder| {
-        *folder != Path::new("") && std::fs::symlink_metadata(folder).is_err()
-    });
-    let new: Vec<&Path> = new.collect();
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    new.into_iter().try_for_each(sync_folder_of)
+pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => create(path),
+    }
 }
 
-#[cfg(not(unix))]
-pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(path)
+/// Opens a file in a folder of this user. Symbolic links are refused, and so is all that is not a
+/// regular file. A new file has mode 0600.
+///
+/// # Errors
+/// The system's error.
+pub(crate) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    system::open(path, options)
 }
+
+/// Creates a folder, and its missing parents, with mode 0700, unless it exists. The result is
+/// durable.
+///
+/// # Errors
+/// The system's error, or one that says who else can change or enter the folder.
+pub(crate) fn create_folder(path: &Path, others: Others) -> io::Result<()> {
+    check_way(path)?;
+    let new = path
+        .ancestors()
+        .take_while(|folder| *folder != Path::new("") && fs::symlink_metadata(folder).is_err());
+    let new: Vec<&Path> = new.collect();
+    let mut builder = fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true).create(path)?;
+    new.into_iter().try_for_each(sync_folder_of)?;
+    check_folder(path, others)
+}
+
+#[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+mod tests;

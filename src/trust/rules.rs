@@ -1,7 +1,6 @@
 //! Rules: which peers may publish, subscribe, send and serve which names.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,8 +9,10 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::trusted_keys::Trusted;
+use super::{Trust, Watched};
 use crate::address::{AddressError, Pattern};
 use crate::identity::NodeId;
+use crate::private::{self, Others};
 
 /// An action on a topic or a service that a rule can allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -105,7 +106,7 @@ pub struct ParseRulesError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RulesError {
-    /// The file can't be read.
+    /// The file can't be read, or other users can change it.
     #[error("rules {path}: {source}", path = path.display())]
     File {
         /// The file.
@@ -121,17 +122,94 @@ pub enum RulesError {
         /// The line, and its fault.
         source: ParseRulesError,
     },
+    /// A rule can bind nobody in the node's trust mode.
+    #[error("rules {path}: {source}", path = path.display())]
+    Subject {
+        /// The file.
+        path: PathBuf,
+        /// The subject, and why it means nobody.
+        source: SubjectError,
+    },
+}
+
+/// A rule whose subject means nobody in the node's trust mode, so that it would not protect
+/// anything.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubjectError {
+    /// In the mode [`Trust::Open`] any peer can claim any id.
+    #[error(
+        "the rule for {0} protects nothing, since peers don't prove their ids in the trust mode \
+         open; use * as subject, or a mesh key or trusted keys"
+    )]
+    Unproven(NodeId),
+    /// Names and roles exist in the mode [`Trust::TrustedKeys`] only.
+    #[error(
+        "the rule for {name:?} means nobody, since names and roles come from a file of trusted keys \
+         (--trusted-keys), and the trust mode is {mode}; use {use_instead} as subject"
+    )]
+    Nameless {
+        /// The name or role.
+        name: String,
+        /// The node's trust mode.
+        mode: &'static str,
+        /// Subjects that have a meaning in this mode.
+        use_instead: &'static str,
+    },
+}
+
+/// The rules of a configuration.
+#[derive(Debug, Clone)]
+pub(crate) enum RulesSource {
+    Given(Rules),
+    File(PathBuf),
+}
+
+impl RulesSource {
+    /// Loads the rules. Those of a file are loaded again when it changes.
+    pub(super) fn open(&self, trust: &Trust) -> Result<Watched<Rules>, RulesError> {
+        match self {
+            Self::Given(rules) => Ok(rules.clone().into()),
+            Self::File(path) => {
+                let trust = trust.clone();
+                Watched::open(path, move |path| {
+                    let rules = Rules::load(path)?;
+                    let wrong = |source| RulesError::Subject { path: path.into(), source };
+                    rules.check(&trust).map_err(wrong)?;
+                    Ok(rules)
+                })
+            }
+        }
+    }
 }
 
 impl Rules {
     /// Loads rules from a file.
     ///
     /// # Errors
-    /// [`RulesError`] if the file can't be read, or a line is invalid.
+    /// [`RulesError`] if the file can't be read, other users can change it, or a line is invalid.
     pub fn load(path: &Path) -> Result<Self, RulesError> {
-        let text = fs::read_to_string(path)
+        let text = private::read(path, Others::MayRead)
             .map_err(|source| RulesError::File { path: path.into(), source })?;
         text.parse().map_err(|source| RulesError::Parse { path: path.into(), source })
+    }
+
+    /// Refuses subjects that mean nobody in a trust mode.
+    pub(crate) fn check(&self, trust: &Trust) -> Result<(), SubjectError> {
+        self.0.iter().try_for_each(|rule| match (&rule.who, trust) {
+            (Who::Node(id), Trust::Open { .. }) => Err(SubjectError::Unproven(*id)),
+            (Who::Named(_), Trust::TrustedKeys(_)) => Ok(()),
+            (Who::Named(name), _) => {
+                let is_open = matches!(trust, Trust::Open { .. });
+                let use_instead = if is_open { "*" } else { "a node id or *" };
+                Err(SubjectError::Nameless {
+                    name: name.clone(),
+                    mode: trust.as_str(),
+                    use_instead,
+                })
+            }
+            (Who::Anybody | Who::Node(_), _) => Ok(()),
+        })
     }
 
     /// The permissions of a node; `trusted` is its entry among the trusted keys.

@@ -10,6 +10,7 @@ mod node;
 mod options;
 mod outbox;
 mod output;
+mod output_file;
 mod peers;
 mod publish;
 mod request;

@@ -60,9 +60,14 @@ pub(crate) struct NodeOptions {
     /// Don't use this network interface for mDNS; repeatable
     #[arg(long, value_name = "NAME")]
     pub(crate) exclude_interface: Vec<String>,
-    /// Don't find nodes on this host by the socket folder
+    /// Don't find nodes on this host by the folder of sockets
     #[arg(long)]
     pub(crate) no_local: bool,
+    /// Folder of this host's sockets and key; created if missing, and this user's own. Nodes that are
+    /// to meet on this host need the same [default: peerbus in $XDG_RUNTIME_DIR if that is this
+    /// user's, else peerbus-UID in the folder for temporary files]
+    #[arg(long, value_name = "DIR", env = "PEERBUS_RUNTIME_DIR")]
+    pub(crate) runtime_dir: Option<PathBuf>,
     /// Don't use multicast DNS
     #[arg(long)]
     pub(crate) no_mdns: bool,
@@ -123,8 +128,11 @@ impl NodeOptions {
             .mesh(self.mesh.clone())
             .mdns(!self.no_mdns)
             .gossip(!self.no_gossip);
-        if let Some(rules) = self.trust.rules()? {
-            config = config.rules(rules);
+        if let Some(path) = &self.trust.rules {
+            config = config.rules_file(path);
+        }
+        if let Some(dir) = &self.runtime_dir {
+            config = config.runtime_dir(dir);
         }
         if self.no_local {
             config = config.local(false);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use peerbus::{MeshKey, Rules, Trust};
+use peerbus::{MeshKey, Trust};
 
 /// Without any of these flags, a node accepts only this user's processes on this host.
 #[derive(Args, Clone)]
@@ -27,10 +27,10 @@ pub(crate) struct TrustOptions {
     /// and roles. The file is reloaded when it changes
     #[arg(long, value_name = "FILE", env = "PEERBUS_TRUSTED_KEYS")]
     trusted_keys: Option<PathBuf>,
-    /// File of rules: which peers may publish, subscribe, send or serve which names here [default:
-    /// all may do everything; with --trusted-keys, nothing]
+    /// File of rules: which peers may publish, subscribe, send or serve which names here. The file is
+    /// reloaded when it changes [default: all may do everything; with --trusted-keys, nothing]
     #[arg(long, value_name = "FILE", env = "PEERBUS_RULES")]
-    rules: Option<PathBuf>,
+    pub(crate) rules: Option<PathBuf>,
     /// Authentication of peers [default: by the given keys; without keys, this-host]
     #[arg(long, value_name = "MODE", env = "PEERBUS_TRUST")]
     trust: Option<Mode>,
@@ -65,6 +65,13 @@ impl TrustOptions {
             (None, false, None) => Mode::ThisHost,
         };
         ensure!(!self.anywhere || mode == Mode::Open, "--anywhere requires --trust open");
+        let keys_are_used = matches!(mode, Mode::MeshKey | Mode::TrustedKeys);
+        ensure!(
+            keys_are_used || !has_key && self.trusted_keys.is_none(),
+            "keys are given (by a flag or the environment), and --trust {} uses none: leave out one \
+             of the two",
+            if mode == Mode::Open { "open" } else { "this-host" }
+        );
         Ok(match mode {
             Mode::ThisHost => Trust::ThisHost,
             Mode::MeshKey => Trust::MeshKey(self.mesh_keys()?),
@@ -75,10 +82,6 @@ impl TrustOptions {
             ),
             Mode::Open => Trust::Open { anywhere: self.anywhere },
         })
-    }
-
-    pub(crate) fn rules(&self) -> anyhow::Result<Option<Rules>> {
-        Ok(self.rules.as_deref().map(Rules::load).transpose()?)
     }
 
     fn mesh_keys(&self) -> anyhow::Result<Vec<MeshKey>> {
