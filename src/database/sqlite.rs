@@ -140,9 +140,14 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
         }
         Ok(())
     });
-    let result = working.await;
+    let ended = working.await;
     drop(stop);
-    match result.map_err(JoinError::try_into_panic) {
+    outcome(ended)
+}
+
+/// The outcome of a relay by the end of its thread.
+fn outcome(ended: Result<Result<(), RelayError>, JoinError>) -> Result<(), RelayError> {
+    match ended.map_err(JoinError::try_into_panic) {
         Ok(result) => result,
         Err(Ok(panic)) => std::panic::resume_unwind(panic),
         // The runtime shuts down, and the node with it.
@@ -189,5 +194,16 @@ fn delete(connection: &Connection, rows: &[(i64, Row)]) -> rusqlite::Result<()> 
             Err(error) if is_busy(&error) => std::thread::sleep(Duration::from_millis(5)),
             other => return other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    #[should_panic(expected = "in the relay")]
+    async fn a_panic_of_the_relay_reaches_its_caller() {
+        let _unreached = outcome(tokio::task::spawn_blocking(|| panic!("in the relay")).await);
     }
 }
