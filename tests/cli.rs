@@ -140,9 +140,14 @@ fn wrong_input_is_explained_and_fails() {
     let rules = shell.dir.path().join("rules");
     std::fs::write(&rules, "* read orders").unwrap();
     fails(
-        &shell.run(&["peers", "--rules", rules.to_str().unwrap()]),
+        &shell.run(&["peers", "--trust", "open", "--rules", rules.to_str().unwrap()]),
         "line 1: \"read\" is none of",
     );
+    fails(&shell.run(&["peers", "--rules", rules.to_str().unwrap()]), "rules would bind nobody");
+    for mode in ["open", "this-host"] {
+        let unused = ["peers", "--trust", mode, "--mesh-key-file", "k"];
+        fails(&shell.run(&unused), &format!("--trust {mode} uses none"));
+    }
     let typo = shell.run(&["peers", "--mesh-key", "peerbus-mesh-my-secret"]);
     fails(&typo, "not a mesh key");
     assert!(!String::from_utf8_lossy(&typo.stderr).contains("my-secret"), "{typo:?}");
@@ -546,7 +551,7 @@ fn keygen_makes_an_identity_once_and_never_writes_over_one() {
     let made = stdout(&shell.run(&["keygen", file]));
     assert_eq!(made.trim().len(), 52, "{made}");
     assert_eq!(stdout(&shell.run(&["keygen", "--show", file])), made);
-    fails(&shell.run(&["keygen", file]), "File exists");
+    fails(&shell.run(&["keygen", file]), "it exists already: name a new file");
     assert_eq!(stdout(&shell.run(&["keygen", "--show", file])), made, "it is as it was");
     fails(&shell.run(&["keygen", "--show", "/nowhere/at/all"]), "No such file");
     #[cfg(unix)]
