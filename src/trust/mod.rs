@@ -147,6 +147,18 @@ impl Access {
         self.rules.as_ref()
     }
 
+    /// Warns of rules for names that no trusted key has.
+    pub(crate) fn warn_of_unknown_subjects(&self) {
+        if let (Some(rules), LetIn::TrustedKeys(keys)) = (&self.rules, &self.let_in) {
+            for subject in rules.current().unknown_to(&keys.current()) {
+                tracing::warn!(
+                    subject,
+                    "a rule means nobody: no trusted key has this name or role"
+                );
+            }
+        }
+    }
+
     /// The permissions of a peer over a network. Without rules a peer may do everything, except
     /// that a trusted key may do only what a rule allows.
     pub(crate) fn grants(&self, id: &NodeId) -> Grants {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::trusted_keys::Trusted;
+use super::trusted_keys::{Trusted, TrustedKeys};
 use super::{Trust, Watched};
 use crate::address::{AddressError, Pattern};
 use crate::identity::NodeId;
@@ -212,6 +212,18 @@ impl Rules {
         })
     }
 
+    /// The subjects that mean nobody, since no trusted key has such a name or role.
+    pub(crate) fn unknown_to(&self, keys: &TrustedKeys) -> Vec<&str> {
+        let named = self.0.iter().filter_map(|rule| match &rule.who {
+            Who::Named(name) => Some(name.as_str()),
+            Who::Anybody | Who::Node(_) => None,
+        });
+        let mut unknown: Vec<&str> = named.filter(|name| !keys.knows(name)).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        unknown
+    }
+
     /// The permissions of a node; `trusted` is its entry among the trusted keys.
     pub(crate) fn grants(&self, id: &NodeId, trusted: Option<&Trusted>) -> Grants {
         let is_meant = |rule: &&Rule| match &rule.who {
@@ -339,6 +351,14 @@ mod tests {
         assert!(granted.into_iter().all(may));
         let refused = [">", "*", "orders.*.*", "orders.>", "orders.eu", "news", "orders.eu.new.>"];
         assert!(!refused.into_iter().any(may));
+    }
+
+    #[test]
+    fn a_name_that_no_trusted_key_has_is_known_as_such() {
+        let rules: Rules = "till-1 send a\ntills send a\ntils send a\n* send a".parse().unwrap();
+        let id = NodeId::from_bytes([1; 32]);
+        let keys = TrustedKeys::parse(&format!("till-1 {id} tills")).unwrap();
+        assert_eq!(rules.unknown_to(&keys), ["tils"]);
     }
 
     #[test]

@@ -68,6 +68,11 @@ impl TrustedKeys {
         self.0.get(id)
     }
 
+    /// Returns true if a key has that name or role.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.0.values().any(|it| it.name == name || it.has_role(name))
+    }
+
     pub(super) fn load(path: &Path) -> Result<Self, TrustedKeysError> {
         let file_error = |source| TrustedKeysError::File { path: path.into(), source };
         let text = private::read(path, Others::MayRead).map_err(file_error)?;
@@ -75,7 +80,7 @@ impl TrustedKeys {
         Self::parse(&text).map_err(broken)
     }
 
-    fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
+    pub(super) fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
         let mut keys = HashMap::new();
         for (number, line) in text.lines().enumerate() {
             let mut fields = line.split('#').next().unwrap_or_default().split_whitespace();

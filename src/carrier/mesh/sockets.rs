@@ -118,6 +118,7 @@ impl MeshCarrier {
                 );
             }
             core.spawn(watch_trusted_keys(self.clone(), keys.clone()));
+            access.warn_of_unknown_subjects();
         }
         core.spawn(watch_rules(self.clone(), access));
         let reachable = reachable(&listening, &config.advertise);
@@ -200,6 +201,7 @@ async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, keys: Arc<Watched<Trusted
 async fn watch_rules(carrier: Arc<MeshCarrier>, access: Access) {
     let Some(rules) = access.rules() else { return };
     let changed = |before: &Rules, now: &Rules| {
+        access.warn_of_unknown_subjects();
         let as_before =
             |id: &NodeId| access.grants_by(Some(before), id) == access.grants_by(Some(now), id);
         carrier.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
