@@ -182,7 +182,12 @@ async fn carrier(
 ) -> Result<Carried, StartError> {
     let config = &core.config;
     if let Some(url) = &config.broker {
-        let carrier = BrokerCarrier::connect(core, url.parse()?).await?;
+        let url: BrokerUrl = url.reveal().parse()?;
+        let url = match &config.broker_credentials {
+            Some(credentials) => url.with_credentials(credentials.clone())?,
+            None => url,
+        };
+        let carrier = BrokerCarrier::connect(core, url).await?;
         return Ok((Box::new(BrokerHandle(carrier)), None, Vec::new()));
     }
     let limits = Limits { max_body: config.max_body as u64, windows: [config.window; LANES] };

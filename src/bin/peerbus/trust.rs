@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use peerbus::{MeshKey, Trust};
+use peerbus::{MeshKey, Secret, Trust};
+
+use crate::secrets;
 
 /// Without any of these flags, a node accepts only this user's processes on this host.
 #[derive(Args, Clone)]
@@ -19,7 +21,7 @@ pub(crate) struct TrustOptions {
         hide_env_values = true,
         value_delimiter = ','
     )]
-    mesh_key: Vec<String>,
+    mesh_key: Vec<Secret>,
     /// File with one mesh key per line
     #[arg(long, value_name = "FILE", env = "PEERBUS_MESH_KEY_FILE", conflicts_with = "mesh_key")]
     mesh_key_file: Option<PathBuf>,
@@ -84,6 +86,13 @@ impl TrustOptions {
         })
     }
 
+    /// Warns of keys on the command line.
+    pub(crate) fn warn_if_on_command_line(&self) {
+        for key in &self.mesh_key {
+            secrets::warn_if_on_command_line(key, "--mesh-key-file");
+        }
+    }
+
     fn mesh_keys(&self) -> anyhow::Result<Vec<MeshKey>> {
         if let Some(path) = &self.mesh_key_file {
             return Ok(MeshKey::load(path)?);
@@ -94,6 +103,7 @@ impl TrustOptions {
              makes a key"
         );
         // A text that is not a key may be a key with a typo, so the error doesn't repeat it.
-        self.mesh_key.iter().map(|key| key.trim().parse().context("--mesh-key")).collect()
+        let parse = |key: &Secret| key.reveal().trim().parse().context("--mesh-key");
+        self.mesh_key.iter().map(parse).collect()
     }
 }

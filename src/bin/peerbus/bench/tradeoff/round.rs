@@ -119,7 +119,7 @@ impl Cast<'_> {
             guaranteed: self.is_guaranteed(),
             mesh: self.mesh.clone(),
             dir,
-            broker: self.broker.as_ref().map(|broker| broker.url().to_owned()),
+            broker: self.broker.as_ref().map(|broker| broker.url().reveal().to_owned()),
             tls: self.workload.tls,
             listen: None,
             peers: Vec::new(),
