@@ -148,6 +148,7 @@ fn root_reads_a_users_store_and_changes_it_only_as_that_user() {
     let listed = shared.run(ROOT, &["outbox", "list", "--json", text(&store)]);
     succeeds(&listed);
     assert!(String::from_utf8_lossy(&listed.stdout).contains("kept"), "{listed:?}");
+    assert_eq!(listed.stderr, b"", "its node could start");
     let purge = ["outbox", "purge", text(&store), "1"];
     fails(&shared.run(ROOT, &purge), &["run this as that user"]);
     succeeds(&shared.run(USER, &purge));

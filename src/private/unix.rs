@@ -31,6 +31,8 @@ struct Exposed {
 enum Fault {
     /// It belongs to this other user.
     Owner(u32),
+    /// A folder or link on the way to it belongs to this other user.
+    OwnerAbove(u32),
     /// Others may change the file or folder, which has this mode.
     Writable(u32),
     /// Others may read the file.
@@ -53,6 +55,11 @@ impl fmt::Display for Exposed {
                 "{path} belongs to another user (uid {uid}): run this as that user, `chown {} \
                  {path}`, or name another place",
                 own_uid()
+            ),
+            Fault::OwnerAbove(uid) => write!(
+                f,
+                "{path} belongs to another user (uid {uid}), who could put something else there: \
+                 run this as that user, or name another place"
             ),
             Fault::Writable(mode) => write!(
                 f,
@@ -87,21 +94,21 @@ fn mode(metadata: &Metadata) -> u32 {
     metadata.mode() & 0o777
 }
 
-/// Fails unless the owner can be trusted: this user; root; or the owner of the root folder, who
-/// stands for root in a user namespace that doesn't map it.
-fn check_owner(path: &Path, metadata: &Metadata) -> io::Result<()> {
+/// Fails with that fault unless the owner can be trusted: this user; root; or the owner of the root
+/// folder, who stands for root in a user namespace that doesn't map it.
+fn check_owner(path: &Path, metadata: &Metadata, fault: fn(u32) -> Fault) -> io::Result<()> {
     let owner = metadata.uid();
     if owner == own_uid() || owner == 0 || owner == fs::metadata("/")?.uid() {
         return Ok(());
     }
-    Err(Fault::Owner(owner).error(path))
+    Err(fault(owner).error(path))
 }
 
 /// Checks that nobody else can change the entries of a folder; in a sticky one, each entry is
 /// checked for itself.
 fn check_holder(path: &Path) -> io::Result<()> {
     let metadata = fs::symlink_metadata(path)?;
-    check_owner(path, &metadata)?;
+    check_owner(path, &metadata, Fault::OwnerAbove)?;
     if metadata.mode() & WRITE != 0 && metadata.mode() & STICKY == 0 {
         return Err(Fault::Writable(mode(&metadata)).error(path));
     }
@@ -127,7 +134,7 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
         }
         match fs::symlink_metadata(&at) {
             Ok(metadata) if metadata.is_symlink() => {
-                check_owner(&at, &metadata)?;
+                check_owner(&at, &metadata, Fault::OwnerAbove)?;
                 links += 1;
                 if links > MAX_LINKS {
                     return Err(rustix::io::Errno::LOOP.into());
@@ -204,7 +211,7 @@ fn check_file(path: &Path, metadata: &Metadata, others: Others) -> io::Result<()
     if !metadata.is_file() && !metadata.file_type().is_fifo() {
         return Err(Fault::NoFile.error(path));
     }
-    check_owner(path, metadata)?;
+    check_owner(path, metadata, Fault::Owner)?;
     let mode = mode(metadata);
     // A secret that an orchestrator mounts belongs to root, and its reader is in the group.
     let is_lent = metadata.uid() != own_uid() && mode & (ALL & !READ_GROUP) == 0;
@@ -226,7 +233,7 @@ pub(crate) fn check_folder(path: &Path, others: Others) -> io::Result<()> {
     if !metadata.is_dir() {
         return Err(Fault::NoFolder.error(path));
     }
-    check_owner(path, &metadata)?;
+    check_owner(path, &metadata, Fault::Owner)?;
     let mode = mode(&metadata);
     match others {
         Others::Excluded if metadata.uid() != own_uid() => {
