@@ -453,15 +453,7 @@ impl Config {
             return problem(format!("{} mesh keys; one to {MAX_PROOFS} can be used", keys.len()));
         }
         if let Some(RulesSource::Given(rules)) = &self.rules {
-            rules.check(&self.trust).map_err(|error| format!("rules: {error}"))?;
-        }
-        if self.rules.is_some() && self.local && matches!(self.trust, Trust::ThisHost) {
-            return problem(
-                "the rules would bind nobody: the trust mode this-host accepts only processes of \
-                 this user, which rules don't bind; give a mesh key (--mesh-key-file) or trusted \
-                 keys (--trusted-keys), or no rules"
-                    .into(),
-            );
+            rules.check(&self.trust, self.local).map_err(|error| format!("rules: {error}"))?;
         }
         let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
         match (beyond, &self.trust) {

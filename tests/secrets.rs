@@ -126,7 +126,7 @@ fn assert_hidden(what: &str, text: &str) {
 
 #[tokio::test]
 async fn the_library_never_shows_a_secret() {
-    tracing::subscriber::set_global_default(Capture).unwrap();
+    let _set_already = tracing::subscriber::set_global_default(Capture);
     let host = Host::new();
     let server = FakeNats::start(true);
     let url = format!("nats://127.0.0.1:{}?token={TOKEN}", server.port);
@@ -178,6 +178,62 @@ async fn the_library_never_shows_a_secret() {
     let logged = LOGGED.lock().unwrap();
     assert!(logged.contains("TRACE async_nats"), "the broker's client was watched too");
     assert_hidden("the log", &logged);
+}
+
+/// A server that asks for credentials as RabbitMQ does, and refuses them. Returns its port, and what
+/// it was told.
+#[cfg(feature = "rabbitmq")]
+fn fake_rabbitmq() -> (u16, std::sync::mpsc::Receiver<Vec<u8>>) {
+    use std::io::Read;
+    /// A frame with a method of the class *connection* (AMQP 0-9-1, 4.2).
+    fn frame(method: u16, arguments: &[u8]) -> Vec<u8> {
+        let payload = [&10_u16.to_be_bytes()[..], &method.to_be_bytes(), arguments].concat();
+        let head = [&[1, 0, 0][..], &(payload.len() as u32).to_be_bytes()].concat();
+        [&head[..], &payload, &[0xCE]].concat()
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 8];
+            stream.read_exact(&mut head).unwrap();
+            let start = b"\x00\x09\0\0\0\0\0\0\0\x05PLAIN\0\0\0\x05en_US";
+            stream.write_all(&frame(10, start)).unwrap();
+            let mut head = [0; 7];
+            stream.read_exact(&mut head).unwrap();
+            let length = u32::from_be_bytes(head[3..].try_into().unwrap());
+            let mut start_ok = vec![0; length as usize + 1];
+            stream.read_exact(&mut start_ok).unwrap();
+            tell.send(start_ok).unwrap();
+            let close = [&403_u16.to_be_bytes()[..], b"\x07REFUSED", &[0; 4]].concat();
+            stream.write_all(&frame(50, &close)).unwrap();
+            let _rest = stream.read_to_end(&mut Vec::new());
+        }
+    });
+    (port, told)
+}
+
+#[cfg(feature = "rabbitmq")]
+#[tokio::test]
+async fn the_client_of_rabbitmq_is_given_its_credentials_and_logs_none() {
+    let _set_already = tracing::subscriber::set_global_default(Capture);
+    let host = Host::new();
+    let (port, told) = fake_rabbitmq();
+    let url = format!("amqp://127.0.0.1:{port}/%2f?heartbeat=5&password={TOKEN}");
+    for config in [
+        host.config("a").broker(url.replace("//", &format!("//me:{PASSWORD}@"))),
+        host.config("a").broker(url.clone()).broker_credentials(Credentials::user("me", PASSWORD)),
+    ] {
+        let error = config.start().await.err().unwrap();
+        let start_ok = told.recv_timeout(SOON).unwrap();
+        let sent = format!("\0me\0{PASSWORD}");
+        assert!(start_ok.windows(sent.len()).any(|window| window == sent.as_bytes()));
+        assert_hidden("the error", &format!("{error} {error:?}"));
+        assert!(error.to_string().contains("REFUSED"), "{error}");
+    }
+    assert_hidden("the log", &LOGGED.lock().unwrap());
 }
 
 fn credentials_file(dir: &std::path::Path) -> std::path::PathBuf {

@@ -251,9 +251,7 @@ async fn nothing_is_stored_in_a_folder_that_was_removed() {
         assert!(is_gone(&error), "{error}");
     }
     // Nor in another folder at the same path.
-    for folder in [store.clone(), store.join("outbox")] {
-        fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
-    }
+    fs::create_dir_all(store.join("outbox")).unwrap();
     let error = send().await.unwrap_err();
     assert!(is_gone(&error), "{error}");
     assert_eq!(contents(&store), []);
@@ -291,6 +289,7 @@ async fn a_store_is_for_its_user_alone_whatever_the_folder_was_before() {
     let (host, dir) = (Host::new(), private_dir());
     let store = dir.path().join("alice");
     fs::DirBuilder::new().mode(0o755).create(&store).unwrap();
+    fs::DirBuilder::new().mode(0o755).create(store.join("outbox")).unwrap();
     let node = host.config("alice").outbox(&store).start().await.unwrap();
     node.send("nobody", "stored").guaranteed().await.unwrap();
     for (path, mode) in modes(&store) {

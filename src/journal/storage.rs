@@ -127,7 +127,7 @@ impl Directory {
         if !lock.exists() {
             check_ours(path)?;
         }
-        private::check_folder(path, Others::Excluded)?;
+        private::close_folder(path)?;
         let file = private::open(&lock, File::options().create(true).truncate(false).write(true))?;
         check_lock(file.try_lock())?;
         let opened = Opened {

@@ -551,7 +551,7 @@ fn a_file_has_room_for_more_until_it_is_closed_and_that_is_no_damage() {
     let before = std::fs::read(&file).unwrap();
     assert_eq!(before.len(), 1024 * 1024);
     // The state after a kill.
-    crate::private::create_folder(&killed, crate::private::Others::Excluded).unwrap();
+    std::fs::create_dir(&killed).unwrap();
     for name in ["journal.lock", "manifest", &storage::file_name(last.segment)] {
         std::fs::copy(there.join(name), killed.join(name)).unwrap();
     }

@@ -18,7 +18,11 @@ pub(super) fn check_way(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
-pub(crate) fn check_folder(_: &Path, _: Others) -> io::Result<()> {
+pub(super) fn check_folder(_: &Path, _: Others) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn close_folder(_: &Path) -> io::Result<()> {
     Ok(())
 }
 

@@ -25,8 +25,8 @@ use elsewhere as system;
 #[cfg(unix)]
 use unix as system;
 
-pub(crate) use system::{check_folder, is_ours};
-use system::{check_way, open_named, sync_folder_of};
+use system::{check_folder, check_way, open_named, sync_folder_of};
+pub(crate) use system::{close_folder, is_ours};
 
 /// The rights of other users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub(crate) fn create_file(path: &Path, text: &str) -> io::Result<()> {
     check_way(path)?;
     let mut file = create(path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
-            io::Error::new(error.kind(), "it exists already: name a new file")
+            io::Error::new(error.kind(), format!("{error}; name a new file"))
         }
         _ => error,
     })?;

@@ -28,7 +28,7 @@ fn a_new_file_and_a_new_folder_are_for_this_user_alone() {
     let (dir, path) = secret();
     assert_eq!((mode(&path), mode(&dir.path().join("inner"))), (0o600, 0o700));
     assert_eq!(read(&path, Others::Excluded).unwrap(), "hush");
-    assert!(refusal(create_file(&path, "other")).contains("exists already"));
+    assert!(refusal(create_file(&path, "other")).contains("name a new file"));
     assert_eq!(read(&path, Others::Excluded).unwrap(), "hush");
 }
 

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::OFlags;
@@ -224,10 +224,7 @@ fn check_file(path: &Path, metadata: &Metadata, others: Others) -> io::Result<()
 
 /// Checks a folder, and the way to it. A folder from which others are excluded must belong to this
 /// user.
-///
-/// # Errors
-/// The system's error, or one that says who else can change or enter the folder.
-pub(crate) fn check_folder(path: &Path, others: Others) -> io::Result<()> {
+pub(super) fn check_folder(path: &Path, others: Others) -> io::Result<()> {
     let real = resolve(path)?;
     let metadata = fs::symlink_metadata(&real)?;
     if !metadata.is_dir() {
@@ -243,6 +240,22 @@ pub(crate) fn check_folder(path: &Path, others: Others) -> io::Result<()> {
         Others::MayRead if mode & WRITE != 0 => Err(Fault::Writable(mode).error(path)),
         _ => Ok(()),
     }
+}
+
+/// Closes a folder of this user to others, if they could read in it, but change nothing.
+///
+/// # Errors
+/// The system's error, or one that says who else can change the folder.
+pub(crate) fn close_folder(path: &Path) -> io::Result<()> {
+    check_folder(path, Others::MayRead)?;
+    let metadata = fs::metadata(path)?;
+    if metadata.uid() != own_uid() {
+        return Err(Fault::Owner(metadata.uid()).error(path));
+    }
+    if mode(&metadata) & ALL != 0 {
+        fs::set_permissions(path, Permissions::from_mode(0o700))?;
+    }
+    Ok(())
 }
 
 /// Returns true if a folder exists, belongs to this user, and can't be changed by others.

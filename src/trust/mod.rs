@@ -126,16 +126,18 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// Loads the rules, which must make sense in that trust mode.
+    /// Loads the rules, which must make sense in that trust mode, with or without sockets for this
+    /// host.
     ///
     /// # Errors
     /// [`TrustError`] if the file of rules can't be used.
     pub(crate) fn new(
         rules: Option<&RulesSource>,
         trust: &Trust,
+        local: bool,
         let_in: LetIn,
     ) -> Result<Self, TrustError> {
-        let rules = rules.map(|rules| rules.open(trust)).transpose()?;
+        let rules = rules.map(|rules| rules.open(trust, local)).transpose()?;
         Ok(Self { rules: rules.map(Arc::new), let_in })
     }
 

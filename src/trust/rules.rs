@@ -132,7 +132,7 @@ pub enum RulesError {
     },
 }
 
-/// A rule whose subject means nobody in the node's trust mode, so that it would not protect
+/// A rule whose subject means nobody that the node's settings let in, so that it would not protect
 /// anything.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -143,6 +143,14 @@ pub enum SubjectError {
          open; use * as subject, or a mesh key or trusted keys"
     )]
     Unproven(NodeId),
+    /// In the mode [`Trust::ThisHost`] all peers are processes of the same user, which over the
+    /// sockets of this host are bound by no rule.
+    #[error(
+        "the rules would bind nobody: the trust mode this-host accepts only processes of this user, \
+         which rules don't bind; give a mesh key (--mesh-key-file) or trusted keys (--trusted-keys), \
+         or no rules"
+    )]
+    SameUser,
     /// Names and roles exist in the mode [`Trust::TrustedKeys`] only.
     #[error(
         "the rule for {name:?} means nobody, since names and roles come from a file of trusted keys \
@@ -167,7 +175,9 @@ pub(crate) enum RulesSource {
 
 impl RulesSource {
     /// Loads the rules. Those of a file are loaded again when it changes.
-    pub(super) fn open(&self, trust: &Trust) -> Result<Watched<Rules>, RulesError> {
+    ///
+    /// With `local`, the node has sockets for this host.
+    pub(super) fn open(&self, trust: &Trust, local: bool) -> Result<Watched<Rules>, RulesError> {
         match self {
             Self::Given(rules) => Ok(rules.clone().into()),
             Self::File(path) => {
@@ -175,7 +185,7 @@ impl RulesSource {
                 Watched::open(path, move |path| {
                     let rules = Rules::load(path)?;
                     let wrong = |source| RulesError::Subject { path: path.into(), source };
-                    rules.check(&trust).map_err(wrong)?;
+                    rules.check(&trust, local).map_err(wrong)?;
                     Ok(rules)
                 })
             }
@@ -194,8 +204,12 @@ impl Rules {
         text.parse().map_err(|source| RulesError::Parse { path: path.into(), source })
     }
 
-    /// Refuses subjects that mean nobody in a trust mode.
-    pub(crate) fn check(&self, trust: &Trust) -> Result<(), SubjectError> {
+    /// Refuses subjects that mean nobody in a trust mode; with `local`, the node has sockets for this
+    /// host.
+    pub(crate) fn check(&self, trust: &Trust, local: bool) -> Result<(), SubjectError> {
+        if local && matches!(trust, Trust::ThisHost) {
+            return Err(SubjectError::SameUser);
+        }
         self.0.iter().try_for_each(|rule| match (&rule.who, trust) {
             (Who::Node(id), Trust::Open { .. }) => Err(SubjectError::Unproven(*id)),
             (Who::Named(_), Trust::TrustedKeys(_)) => Ok(()),

@@ -59,7 +59,8 @@ impl MeshCarrier {
         let sockets = meets_locally(config).then(folder).transpose()?;
         let root = || folder().map(|dir| dir.parent().unwrap_or(&dir).to_owned());
         let let_in = LetIn::new(&config.trust, root)?;
-        let access = Access::new(config.rules.as_ref(), &config.trust, let_in.clone())?;
+        let (rules, local) = (config.rules.as_ref(), meets_locally(config));
+        let access = Access::new(rules, &config.trust, local, let_in.clone())?;
         let door = |carrier: &Weak<Self>| {
             let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(carrier.clone()));
             Arc::new(front_door(core, identity, &let_in, acceptor))
