@@ -14,7 +14,6 @@ type Failed = Box<dyn std::error::Error + Send + Sync>;
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh: MeshName = "example-sqlite".parse()?;
     let dir = std::env::temp_dir().join(format!("peerbus-sqlite-{}", std::process::id()));
-    std::fs::create_dir_all(&dir)?;
 
     // The shop records an order and the charge for it in one transaction.
     let shop = Node::builder().name("shop").mesh(mesh.clone()).outbox(dir.join("shop")).start();

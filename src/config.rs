@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::MeshName;
+use crate::carrier::broker::{BrokerUrl, Credentials};
 use crate::engine::delivery::RetryPolicy;
 use crate::journal::Durability;
 use crate::link::memory::MemoryNetwork;
 use crate::opaque::opaque;
 use crate::peer::Address;
-use crate::trust::{MeshKey, Rules, Trust};
+use crate::secret::Secret;
+use crate::trust::{MeshKey, Rules, RulesSource, Trust};
 use crate::tunnel::MAX_PROOFS;
 
 /// A node's configuration. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`]
@@ -25,7 +27,7 @@ pub struct Config {
     pub(crate) mesh: MeshName,
     pub(crate) identity: Option<PathBuf>,
     pub(crate) trust: Trust,
-    pub(crate) rules: Option<Rules>,
+    pub(crate) rules: Option<RulesSource>,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) peers: Vec<Address>,
     pub(crate) advertise: Vec<Address>,
@@ -35,7 +37,8 @@ pub struct Config {
     pub(crate) mdns: bool,
     pub(crate) gossip: bool,
     pub(crate) memory: Option<MemoryNetwork>,
-    pub(crate) broker: Option<String>,
+    pub(crate) broker: Option<Secret>,
+    pub(crate) broker_credentials: Option<Credentials>,
     pub(crate) broker_ca: Option<PathBuf>,
     pub(crate) max_body: usize,
     pub(crate) window: u64,
@@ -64,7 +67,7 @@ pub struct Config {
     pub(crate) gone_after: Duration,
 }
 
-// The keys in `trust` and the broker's address don't show their secrets.
+// The keys in `trust` don't show their secrets, and the broker's address is shown without them.
 opaque!(Config, |it|
     name: it.name,
     mesh: it.mesh,
@@ -72,18 +75,12 @@ opaque!(Config, |it|
     listen: it.listen,
     peers: it.peers,
     outbox: it.outbox,
-    broker: it.broker.as_deref().map(without_secret)
+    broker: it.broker.as_ref().map(|url| match url.reveal().parse::<BrokerUrl>() {
+        Ok(url) => url.to_string(),
+        // Anything may stand there.
+        Err(_) => url.to_string(),
+    })
 );
-
-/// A broker's URL without its credentials.
-fn without_secret(url: &str) -> String {
-    match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_secret, host))) => format!("{scheme}://{host}"),
-        (Some(_), None) => url.to_owned(),
-        // A password may stand there, if the scheme was left out.
-        (None, _) => "…".to_owned(),
-    }
-}
 
 impl Default for Config {
     fn default() -> Self {
@@ -103,6 +100,7 @@ impl Default for Config {
             gossip: true,
             memory: None,
             broker: None,
+            broker_credentials: None,
             broker_ca: None,
             max_body: 1024 * 1024,
             window: 4 * 1024 * 1024,
@@ -173,7 +171,15 @@ impl Config {
     /// Limits what peers may do with this node over a network: publish, subscribe, send, serve.
     /// Without rules they may do everything, or nothing in the mode [`Trust::TrustedKeys`].
     pub fn rules(mut self, rules: Rules) -> Self {
-        self.rules = Some(rules);
+        self.rules = Some(RulesSource::Given(rules));
+        self
+    }
+
+    /// Loads the [rules](Config::rules) from this file, and again within a second of a change: a
+    /// peer whose rights changed loses its link, and connects again with the new ones. If the
+    /// changed file can't be used, the last valid rules stay in force, with a warning.
+    pub fn rules_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.rules = Some(RulesSource::File(path.into()));
         self
     }
 
@@ -211,21 +217,32 @@ impl Config {
         self
     }
 
-    /// Joins an in-memory network instead of using sockets and discovery: for tests.
+    /// Joins an in-memory network instead of using sockets and discovery: for tests. Neither keys nor
+    /// rules bind its nodes, which are parts of one process.
     pub fn memory(mut self, network: &MemoryNetwork) -> Self {
         self.memory = Some(network.clone());
         self
     }
 
     /// Sends all messages through a broker instead of links to other nodes. The address is a
-    /// [`BrokerUrl`](crate::BrokerUrl), with user and password if the broker requires them. The
-    /// mesh's name still separates nodes that share a broker.
+    /// [`BrokerUrl`], with or without credentials ([`Config::broker_credentials`]). The mesh's name
+    /// still separates nodes that share a broker.
     ///
     /// An operation that the broker can't perform fails with [`Unsupported`](crate::Unsupported).
     /// The broker keeps guaranteed messages, so there is no outbox, and it decides who may connect,
     /// so there are no keys.
-    pub fn broker(mut self, url: impl Into<String>) -> Self {
+    pub fn broker(mut self, url: impl Into<Secret>) -> Self {
         self.broker = Some(url.into());
+        self
+    }
+
+    /// The credentials by which the broker knows this node, if its address has none.
+    ///
+    /// Neither this crate nor the broker's client logs them while it connects, at any level. But a
+    /// program that logs the targets `async_nats` and `lapin` below `warn` logs what those crates
+    /// choose, message bodies among it.
+    pub fn broker_credentials(mut self, credentials: Credentials) -> Self {
+        self.broker_credentials = Some(credentials);
         self
     }
 
@@ -353,8 +370,12 @@ impl Config {
         self
     }
 
-    /// The folder under which the meshes of this host keep their sockets, instead of `peerbus` in
-    /// `$XDG_RUNTIME_DIR` or the system's folder for temporary files.
+    /// The folder under which the meshes of this host keep their sockets, and the key by which this
+    /// user's nodes know each other over loopback TCP. It is created if it is missing, with mode
+    /// 0700, and must belong to this user. Nodes that are to meet on this host need the same.
+    ///
+    /// By default it is `peerbus` in `$XDG_RUNTIME_DIR`, if that belongs to this user, and otherwise
+    /// `peerbus-UID` in the system's folder for temporary files.
     pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.runtime_dir = Some(dir.into());
         self
@@ -423,6 +444,11 @@ impl Config {
 
     fn check_broker(&self) -> Result<(), String> {
         let needless = match &self.broker {
+            None if self.broker_credentials.is_some() => {
+                return Err(
+                    "credentials for a broker are given, and no broker; name it (--broker)".into(),
+                );
+            }
             None => return Ok(()),
             Some(_) if self.outbox.is_some() => "the broker keeps guaranteed messages: no outbox",
             Some(_) if !matches!(self.trust, Trust::ThisHost) || self.rules.is_some() => {
@@ -444,6 +470,9 @@ impl Config {
             && !(1..=MAX_PROOFS).contains(&keys.len())
         {
             return problem(format!("{} mesh keys; one to {MAX_PROOFS} can be used", keys.len()));
+        }
+        if let Some(RulesSource::Given(rules)) = &self.rules {
+            rules.check(&self.trust, self.local).map_err(|error| format!("rules: {error}"))?;
         }
         let beyond = self.listen.iter().find(|addr| !addr.ip().is_loopback());
         match (beyond, &self.trust) {

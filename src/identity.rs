@@ -1,7 +1,6 @@
 //! Node identities: Ed25519 key pairs and the ids made of them.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -12,7 +11,7 @@ use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Serialize, Serializer};
 
 use crate::opaque::opaque;
-use crate::private::{self, LoosePermissions};
+use crate::private::{self, Others};
 
 /// A node's identity: its Ed25519 public key, written in base32 without padding (RFC 4648), 52
 /// lower-case characters.
@@ -108,7 +107,7 @@ opaque!(Identity, |it| id: it.id);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IdentityError {
-    /// The file can't be read or created.
+    /// The file can't be read or created, or other users can read or replace it.
     #[error("identity file {path}: {source}", path = path.display())]
     File {
         /// The file.
@@ -126,14 +125,6 @@ pub enum IdentityError {
         /// The file.
         path: PathBuf,
     },
-    /// Other users can read the file.
-    #[error("identity file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
-    Mode {
-        /// The file.
-        path: PathBuf,
-        /// The permission bits.
-        mode: u32,
-    },
 }
 
 const PEM_HEAD: &str = "-----BEGIN PRIVATE KEY-----";
@@ -149,8 +140,8 @@ impl Identity {
     /// mode 0600.
     ///
     /// # Errors
-    /// [`IdentityError`] if the file can't be read or written, is readable by other users, or holds
-    /// no Ed25519 key.
+    /// [`IdentityError`] if the file can't be read or written, other users can read or replace it, or
+    /// it holds no Ed25519 key.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
         match Self::load(path) {
             Err(IdentityError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -163,25 +154,23 @@ impl Identity {
     /// Loads the identity kept in `path` (PKCS#8 PEM).
     ///
     /// # Errors
-    /// [`IdentityError`] if the file can't be read, is readable by other users, or holds no Ed25519
-    /// key.
+    /// [`IdentityError`] if the file can't be read, other users can read or replace it, or it holds
+    /// no Ed25519 key.
     pub fn load(path: &Path) -> Result<Self, IdentityError> {
         let file_error = |source| IdentityError::File { path: path.into(), source };
         let format = || IdentityError::Format { path: path.into() };
-        let pem = fs::read_to_string(path).map_err(|error| match error.kind() {
+        let pem = private::read(path, Others::Excluded).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => format(),
             _ => file_error(error),
         })?;
-        if let Some(LoosePermissions(mode)) = private::looser(path).map_err(file_error)? {
-            return Err(IdentityError::Mode { path: path.into(), mode });
-        }
         decode_pem(&pem).and_then(|der| Self::from_pkcs8(&der)).ok_or_else(format)
     }
 
     /// Draws a new identity and keeps it in a new file with mode 0600 (PKCS#8 PEM).
     ///
     /// # Errors
-    /// [`IdentityError::File`] if the file can't be written, or exists.
+    /// [`IdentityError::File`] if the file can't be written, exists, or could be replaced by other
+    /// users.
     pub fn create(path: &Path) -> Result<Self, IdentityError> {
         let der = generate();
         private::create_file(path, &encode_pem(&der))
@@ -244,6 +233,7 @@ pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn an_id_survives_being_written_and_read() {
@@ -282,6 +272,6 @@ mod tests {
         Identity::load_or_create(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         let error = Identity::load_or_create(&path).err().unwrap();
-        assert!(matches!(error, IdentityError::Mode { mode: 0o644, .. }), "{error}");
+        assert!(error.to_string().contains("chmod 600"), "{error}");
     }
 }

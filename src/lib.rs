@@ -104,6 +104,7 @@ mod outbox;
 mod peer;
 mod private;
 mod report;
+mod secret;
 mod sync;
 mod trust;
 mod tunnel;
@@ -131,7 +132,8 @@ pub use address::{
 };
 pub use bridge::{Bridge, BridgeBuilder, BridgeError, Crossed};
 pub use carrier::broker::{
-    BrokerKind, BrokerReport, BrokerUrl, BrokerUrlError, EmbeddedBroker, EmbeddedBrokerError,
+    BrokerKind, BrokerReport, BrokerUrl, BrokerUrlError, Credentials, CredentialsError,
+    EmbeddedBroker, EmbeddedBrokerError,
 };
 pub use carrier::mesh::store::{DamagedPart, StoreError, StoreProblem, StoreReport};
 pub use carrier::{Capability, DeliveryError, OutboxError, Receipt, Unsupported};
@@ -153,9 +155,10 @@ pub use node::{
 pub use outbox::{ClosedOutbox, InboxReport, StoredMessage};
 pub use peer::{Address, ParseAddressError, PeerInfo, ServiceInfo, Source, Unreachable};
 pub use report::{Counters, DropReason, PublishReport};
+pub use secret::Secret;
 pub use trust::{
-    Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError, Trust,
-    TrustedKeysError, TrustedLine,
+    Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError,
+    SubjectError, Trust, TrustedKeysError, TrustedLine,
 };
 
 #[cfg(debug_assertions)]

@@ -14,6 +14,7 @@ use crate::identity::{Identity, IdentityError, NodeId, random_u64};
 use crate::journal::{Entry, Journal, JournalError, Options, Position, Reader, Recovery};
 use crate::message::Header;
 use crate::opaque::opaque;
+use crate::private;
 use crate::wire::{Envelope, decode_stored};
 
 /// A message in an outbox, for one of its destinations.
@@ -139,8 +140,8 @@ impl ClosedOutbox {
         }
         let (identity, problem) = match Identity::load(&path.join(store::IDENTITY)) {
             Ok(identity) => (Some(identity), None),
-            // The node may keep it elsewhere.
-            Err(error) if error.is_missing() => (None, None),
+            // The node may keep it elsewhere, or be another user's.
+            Err(error) if error.is_missing() || !private::is_ours(path) => (None, None),
             Err(error) => (None, Some(error)),
         };
         let me = identity.map_or(NodeId::from_bytes([0; 32]), |identity| identity.node_id());

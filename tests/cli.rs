@@ -143,6 +143,12 @@ fn wrong_input_is_explained_and_fails() {
         &shell.run(&["peers", "--rules", rules.to_str().unwrap()]),
         "line 1: \"read\" is none of",
     );
+    std::fs::write(&rules, "* * >").unwrap();
+    fails(&shell.run(&["peers", "--rules", rules.to_str().unwrap()]), "rules would bind nobody");
+    for mode in ["open", "this-host"] {
+        let unused = ["peers", "--trust", mode, "--mesh-key-file", "k"];
+        fails(&shell.run(&unused), &format!("--trust {mode} uses none"));
+    }
     let typo = shell.run(&["peers", "--mesh-key", "peerbus-mesh-my-secret"]);
     fails(&typo, "not a mesh key");
     assert!(!String::from_utf8_lossy(&typo.stderr).contains("my-secret"), "{typo:?}");

@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -270,4 +270,94 @@ async fn nothing_is_stored_in_a_folder_that_was_removed() {
     node.shutdown().await;
     let (damaged, _, found) = look(&store);
     assert!(!damaged && found.contains(&"stored".into()) && found.contains(&"stored too".into()));
+}
+
+/// All files and folders below a folder, with their modes.
+fn modes(folder: &Path) -> Vec<(PathBuf, u32)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        all.push((entry.path(), entry.metadata().unwrap().mode() & 0o777));
+        if entry.path().is_dir() {
+            all.extend(modes(&entry.path()));
+        }
+    }
+    all
+}
+
+#[tokio::test]
+async fn a_store_is_for_its_user_alone_whatever_the_folder_was_before() {
+    let (host, dir) = (Host::new(), private_dir());
+    let store = dir.path().join("alice");
+    fs::DirBuilder::new().mode(0o755).create(&store).unwrap();
+    fs::DirBuilder::new().mode(0o755).create(store.join("outbox")).unwrap();
+    let node = host.config("alice").outbox(&store).start().await.unwrap();
+    node.send("nobody", "stored").guaranteed().await.unwrap();
+    for (path, mode) in modes(&store) {
+        let wanted = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode, wanted, "{}", path.display());
+    }
+    node.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_folder_that_others_can_change_is_no_store() {
+    let (host, dir) = (Host::new(), private_dir());
+    let store = dir.path().join("alice");
+    kept(&host, &store).await;
+    let refused = async |folder: &Path, why: &str| {
+        for outcome in [
+            ClosedOutbox::open(&store).err().map(|error| error.problem.to_string()),
+            host.config("alice").outbox(&store).start().await.err().map(|error| {
+                std::error::Error::source(&error).map_or(String::new(), ToString::to_string)
+            }),
+        ] {
+            let told = outcome.unwrap();
+            assert!(told.contains(why), "{}: {told}", folder.display());
+        }
+    };
+    for folder in [dir.path().to_owned(), store.clone(), store.join("outbox")] {
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+        refused(&folder, "chmod ").await;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+        if chown(&folder, Some(65534), None).is_err() {
+            println!("SKIPPED: only root can give a folder away");
+            continue;
+        }
+        refused(&folder, "belongs to another user (uid 65534)").await;
+        chown(&folder, Some(0), None).unwrap();
+    }
+    assert_eq!(look(&store).2.len(), 30);
+}
+
+#[tokio::test]
+async fn a_link_in_the_place_of_a_stores_file_changes_nothing_elsewhere() {
+    let (host, dir) = (Host::new(), private_dir());
+    let store = dir.path().join("alice");
+    kept(&host, &store).await;
+    let precious = dir.path().join("precious");
+    fs::write(&precious, "precious").unwrap();
+    for name in ["spare", "manifest.new"] {
+        for journal in ["outbox", "inbox"] {
+            let path = store.join(journal).join(name);
+            let _none = fs::remove_file(&path);
+            symlink(&precious, path).unwrap();
+        }
+    }
+    let node = host.config("alice").outbox(&store).start().await.unwrap();
+    node.send("nobody", "stored").guaranteed().await.unwrap();
+    node.shutdown().await;
+    assert_eq!(fs::read(&precious).unwrap(), b"precious");
+    for name in ["manifest", "journal.lock"] {
+        let path = store.join("outbox").join(name);
+        fs::remove_file(&path).unwrap();
+        symlink(&precious, path).unwrap();
+        for error in [
+            ClosedOutbox::open(&store).err().unwrap().problem.to_string(),
+            ClosedOutbox::look(&store).err().unwrap().problem.to_string(),
+        ] {
+            assert!(error.contains("is a symbolic link: remove it"), "{name}: {error}");
+        }
+        fs::remove_file(store.join("outbox").join(name)).unwrap();
+    }
+    assert_eq!(fs::read(&precious).unwrap(), b"precious");
 }

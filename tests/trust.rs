@@ -4,7 +4,9 @@
 
 mod common;
 
+use std::fs::Permissions;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -242,6 +244,15 @@ async fn a_recorded_handshake_opens_nothing_when_it_is_played_again() {
 /// A server with these rules for the role `tills`, and a node that has the role and allows the
 /// server everything.
 async fn till_and_server(host: &Host, rules: Option<&str>) -> (Node, Node) {
+    let parsed = rules.map(|rules| rules.parse::<Rules>().unwrap());
+    till_and_ruled_server(host, |config| match parsed {
+        Some(rules) => config.rules(rules),
+        None => config,
+    })
+    .await
+}
+
+async fn till_and_ruled_server(host: &Host, ruled: impl FnOnce(Config) -> Config) -> (Node, Node) {
     let (server_file, server_id) = identity(host, "server.id");
     let (till_file, till_id) = identity(host, "till.id");
     let known = host.path().join("known");
@@ -251,11 +262,7 @@ async fn till_and_server(host: &Host, rules: Option<&str>) -> (Node, Node) {
         let config = host.tcp_config(name).identity(file).outbox(host.path().join(name));
         config.trust(Trust::TrustedKeys(known.clone()))
     };
-    let mut server_config = config("server", &server_file);
-    if let Some(rules) = rules {
-        server_config = server_config.rules(rules.parse().unwrap());
-    }
-    let (server, addr) = server(server_config).await;
+    let (server, addr) = server(ruled(config("server", &server_file))).await;
     let till = client(config("till", &till_file).rules(anything()), addr).await;
     (till, server)
 }
@@ -329,4 +336,73 @@ async fn trusted_keys_may_do_nothing_without_a_rule() {
     let _service = till.serve("mine", echo).start().unwrap();
     wait_for(&mut events, |event| matches!(event, Event::Denied { .. }).then_some(())).await;
     assert!(server.peers()[0].services.is_empty());
+}
+
+#[tokio::test]
+async fn a_change_of_the_rules_file_changes_the_rights_of_a_linked_peer() {
+    let host = Host::new();
+    let rules = host.path().join("rules");
+    std::fs::write(&rules, "tills send other").unwrap();
+    let (till, server) = till_and_ruled_server(&host, |config| config.rules_file(&rules)).await;
+    till.wait_for_service("echo", SOON).await.unwrap();
+    let error = till.request("echo", "hello").await.unwrap_err();
+    assert!(error.to_string().contains("not_allowed"), "{error}");
+
+    let mut events = till.events();
+    let down = |event| match event {
+        Event::PeerDown { reason, .. } => Some(reason),
+        _ => None,
+    };
+    let up = |event| matches!(event, Event::PeerUp(_)).then_some(());
+    std::fs::write(&rules, "tills send echo\ntills subscribe prices").unwrap();
+    assert_eq!(wait_for(&mut events, down).await, DownCause::Distrusted);
+    wait_for(&mut events, up).await;
+    let mut prices = till.subscribe("prices").unwrap();
+    server.wait_for_subscribers("prices", 1, SOON).await.unwrap();
+    can_ask(&till).await;
+    server.publish("prices", "2").await.unwrap();
+    assert_eq!(soon(prices.recv()).await.unwrap().text(), "2");
+
+    std::fs::write(&rules, "tills subscribe prices").unwrap();
+    assert_eq!(wait_for(&mut events, down).await, DownCause::Distrusted);
+    wait_for(&mut events, up).await;
+    till.wait_for_service("echo", SOON).await.unwrap();
+    let error = till.request("echo", "hello").await.unwrap_err();
+    assert!(error.to_string().contains("not_allowed"), "{error}");
+}
+
+#[tokio::test]
+async fn rules_that_can_bind_nobody_are_refused_with_what_to_do() {
+    let host = Host::new();
+    let id = NodeId::from_bytes([7; 32]);
+    let keyed = || Trust::MeshKey(vec![MeshKey::generate()]);
+    for (trust, rules, told) in [
+        (OPEN, format!("{id} send >"), "don't prove their ids"),
+        (OPEN, "tills send >".into(), "use * as subject"),
+        (keyed(), "tills send >".into(), "--trusted-keys"),
+        (Trust::ThisHost, "* send >".into(), "--mesh-key-file"),
+    ] {
+        let file = host.path().join("rules");
+        std::fs::write(&file, &rules).unwrap();
+        let config = || host.config("x").trust(trust.clone());
+        for config in [config().rules(rules.parse().unwrap()), config().rules_file(&file)] {
+            let error = config.start().await.err().unwrap().to_string();
+            assert!(error.contains(told), "{rules} in {trust:?}: {error}");
+        }
+    }
+    for (trust, rules) in [(OPEN, "* send >".into()), (keyed(), format!("{id} send >"))] {
+        host.config("x").trust(trust).rules(rules.parse().unwrap()).start().await.unwrap();
+    }
+    let (_, id) = identity(&host, "till.id");
+    let known = host.path().join("known");
+    std::fs::write(&known, format!("till {id}\n")).unwrap();
+    let loose = host.path().join("loose");
+    std::fs::write(&loose, "* * >").unwrap();
+    for (path, told) in [(&known, "trusted keys"), (&loose, "rules")] {
+        std::fs::set_permissions(path, Permissions::from_mode(0o666)).unwrap();
+        let config = host.config("x").trust(Trust::TrustedKeys(known.clone()));
+        let error = config.rules_file(&loose).start().await.err().unwrap().to_string();
+        assert!(error.contains(told) && error.contains("chmod go-w"), "{error}");
+        std::fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
+    }
 }

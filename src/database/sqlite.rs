@@ -16,6 +16,7 @@ use std::sync::mpsc::{self, TryRecvError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, params};
+use tokio::task::JoinError;
 
 use super::{BATCH, NewMessage, RelayError, Row, hand_over};
 use crate::message::MessageId;
@@ -107,6 +108,10 @@ pub fn forget_seen(connection: &Connection, longer_ago: Duration) -> rusqlite::R
 /// # Errors
 /// [`RelayError`]. A full outbox is retried.
 ///
+/// # Panics
+/// If the relay's own thread panicked, for example in a function that the user registered with
+/// SQLite.
+///
 /// # Cancel safety
 /// Dropping the future ends the relay after its current batch; nothing is lost.
 pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result<(), RelayError> {
@@ -135,9 +140,19 @@ pub async fn relay(node: Node, connection: Connection, poll: Duration) -> Result
         }
         Ok(())
     });
-    let result = working.await;
+    let ended = working.await;
     drop(stop);
-    result.unwrap_or(Ok(()))
+    outcome(ended)
+}
+
+/// The outcome of a relay by the end of its thread.
+fn outcome(ended: Result<Result<(), RelayError>, JoinError>) -> Result<(), RelayError> {
+    match ended.map_err(JoinError::try_into_panic) {
+        Ok(result) => result,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime shuts down, and the node with it.
+        Err(Err(_cancelled)) => Ok(()),
+    }
 }
 
 fn is_busy(error: &rusqlite::Error) -> bool {
@@ -179,5 +194,16 @@ fn delete(connection: &Connection, rows: &[(i64, Row)]) -> rusqlite::Result<()> 
             Err(error) if is_busy(&error) => std::thread::sleep(Duration::from_millis(5)),
             other => return other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    #[should_panic(expected = "in the relay")]
+    async fn a_panic_of_the_relay_reaches_its_caller() {
+        let _unreached = outcome(tokio::task::spawn_blocking(|| panic!("in the relay")).await);
     }
 }

@@ -6,6 +6,9 @@
 //!      k3vq7a2m.sock                one node; a new name at each start
 //!    host.key                       the key that they prove over loopback TCP
 //! ```
+//!
+//! Where `$XDG_RUNTIME_DIR` is not set, or belongs to another user (as after `sudo -E`), the folder is
+//! `peerbus-UID` in the system's folder for temporary files.
 
 use std::collections::HashSet;
 use std::fs;
@@ -20,6 +23,7 @@ use crate::address::MeshName;
 use crate::engine::{Sighting, TargetKey};
 use crate::identity::random_bytes;
 use crate::peer::{Address, Source};
+use crate::private::{self, Others};
 
 /// The scan interval. A new node dials the sockets that it finds, so rescans catch rare races only.
 const RESCAN: Duration = Duration::from_secs(2);
@@ -37,7 +41,7 @@ pub(crate) fn prepare(
     let root = root.map_or_else(default_root, Path::to_path_buf);
     let dir = root.join(mesh.as_str());
     for dir in [&root, &dir] {
-        platform::create_private(dir).map_err(|source| (dir.clone(), source))?;
+        private::create_folder(dir, Others::Excluded).map_err(|source| (dir.clone(), source))?;
     }
     Ok(dir)
 }
@@ -55,10 +59,29 @@ fn sockets(dir: &Path) -> HashSet<PathBuf> {
 }
 
 fn default_root() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("peerbus"),
-        _ => std::env::temp_dir().join(platform::shared_name()),
+    let fallback = std::env::temp_dir().join(shared_name());
+    let dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // The XDG specification tells programs to ignore relative paths.
+    match dir.filter(|dir| dir.is_absolute()) {
+        Some(dir) if private::is_ours(&dir) => dir.join("peerbus"),
+        Some(dir) => {
+            let (dir, instead) = (dir.display(), fallback.display());
+            tracing::info!(%dir, %instead, "XDG_RUNTIME_DIR is not this user's own: not used");
+            fallback
+        }
+        None => fallback,
     }
+}
+
+/// The name of the folder in a place that all users share.
+#[cfg(unix)]
+fn shared_name() -> String {
+    format!("peerbus-{}", rustix::process::geteuid().as_raw())
+}
+
+#[cfg(not(unix))]
+fn shared_name() -> String {
+    "peerbus".into()
 }
 
 /// Reports sockets that appear and disappear, except `own`. Runs until it is dropped.
@@ -81,9 +104,10 @@ pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
 }
 
 /// Removes a socket that refused a connection, if it is old enough that its process must be dead: a
-/// new one may be about to listen.
+/// new one may be about to listen. Anything else at that path stays.
 pub(crate) fn remove_if_stale(path: &Path) {
-    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let metadata = fs::symlink_metadata(path).ok().filter(is_socket);
+    let age = metadata.and_then(|metadata| metadata.modified().ok());
     if age.and_then(|at| at.elapsed().ok()).is_some_and(|age| age >= STALE_AFTER) {
         tracing::debug!(path = %path.display(), "removing the socket of a dead process");
         let _gone_already = fs::remove_file(path);
@@ -91,43 +115,13 @@ pub(crate) fn remove_if_stale(path: &Path) {
 }
 
 #[cfg(unix)]
-mod platform {
-    use super::{Path, fs, io};
-    use crate::private;
-    use std::os::unix::fs::MetadataExt;
-
-    pub(super) fn shared_name() -> String {
-        format!("peerbus-{}", rustix::process::geteuid().as_raw())
-    }
-
-    pub(super) fn create_private(dir: &Path) -> io::Result<()> {
-        match private::create_folder(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        let metadata = fs::symlink_metadata(dir)?;
-        if !metadata.is_dir() {
-            return Err(io::Error::other("it is not a folder"));
-        }
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Err(io::Error::other("it belongs to another user"));
-        }
-        if metadata.mode() & 0o077 != 0 {
-            return Err(io::Error::other("others may enter it; chmod 700 it"));
-        }
-        Ok(())
-    }
+fn is_socket(metadata: &fs::Metadata) -> bool {
+    std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type())
 }
 
 #[cfg(not(unix))]
-mod platform {
-    use super::{Path, io};
-
-    pub(super) fn shared_name() -> String {
-        "peerbus".into()
-    }
-
-    pub(super) use crate::private::create_folder as create_private;
+fn is_socket(_: &fs::Metadata) -> bool {
+    true
 }
 
 #[cfg(all(test, unix))]

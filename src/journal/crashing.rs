@@ -142,6 +142,8 @@ pub(crate) struct Disk {
     /// A countdown: the write or sync that brings it to zero fails. Any part of such a write may
     /// reach the file.
     pub(crate) write_fails: AtomicU64,
+    /// The releases of the reserve until one fails; 0 is never.
+    pub(crate) give_fails: AtomicU64,
     pub(crate) sync_fails: AtomicU64,
     /// The same countdown for writes and syncs of the manifest.
     pub(super) manifest_fails: AtomicU64,
@@ -346,6 +348,9 @@ impl Storage for Mount {
     }
 
     fn give_spare(&self) -> io::Result<bool> {
+        if fails(&self.0.give_fails) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         Ok(self.0.spare.swap(0, Ordering::SeqCst) > 0)
     }
 }

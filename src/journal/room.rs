@@ -233,16 +233,23 @@ impl Spare {
     }
 
     /// Gives up the reserve; returns true if there was one.
-    pub(super) fn give(&mut self) -> bool {
-        let State::Kept(kept) = self.state else { return false };
-        let gave = self.storage.give_spare().unwrap_or_default();
+    ///
+    /// # Errors
+    /// The system's error if the reserve can't be released. It is taken again with the next segment.
+    pub(super) fn give(&mut self) -> io::Result<bool> {
+        let State::Kept(kept) = self.state else { return Ok(false) };
+        self.state = State::None;
+        let gave = self.storage.give_spare().map_err(|error| {
+            let text = format!("the disk is full, and its reserve can't be released: {error}");
+            io::Error::new(error.kind(), text)
+        })?;
         if gave {
             tracing::warn!("the disk is full: only entries that free space are stored");
             let look = Instant::now() + LOOK_AGAIN;
             let last = if self.is_cleaned { kept / LAST_PART } else { 0 };
             self.state = State::Given { left: kept, last, look };
         }
-        gave
+        Ok(gave)
     }
 }
 

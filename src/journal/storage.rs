@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::identity::random_bytes;
-use crate::private;
+use crate::private::{self, Others};
 use crate::sync::lock_unranked as lock;
 
 /// The disk operations that a journal needs. Segments are files, identified by number.
@@ -122,12 +122,13 @@ pub enum DirectoryError {
 impl Directory {
     /// Opens a journal's directory, or creates one.
     pub(super) fn open(path: &Path) -> Result<Self, DirectoryError> {
-        private::create_folder(path)?;
+        private::create_folder(path, Others::MayRead)?;
         let lock = path.join(LOCK);
         if !lock.exists() {
             check_ours(path)?;
         }
-        let file = File::options().create(true).truncate(false).write(true).open(&lock)?;
+        private::close_folder(path)?;
+        let file = private::open(&lock, File::options().create(true).truncate(false).write(true))?;
         check_lock(file.try_lock())?;
         let opened = Opened {
             #[cfg(unix)]
@@ -139,7 +140,7 @@ impl Directory {
 
     /// Opens a directory to read it. Writes nothing; no process can open it for writing meanwhile.
     pub(super) fn open_to_read(path: &Path) -> Result<Self, DirectoryError> {
-        let lock = match File::open(path.join(LOCK)) {
+        let lock = match read(&path.join(LOCK)) {
             Ok(lock) => lock,
             // No process has it open: opening creates the lock file.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -180,7 +181,10 @@ impl Directory {
         let mut manifest = lock(&self.manifest);
         let file = match &mut *manifest {
             Some(file) => file,
-            none => none.insert(File::options().write(true).open(self.path.join(MANIFEST))?),
+            none => {
+                let path = self.path.join(MANIFEST);
+                none.insert(private::open(&path, File::options().write(true))?)
+            }
         };
         act(file)
     }
@@ -235,14 +239,14 @@ impl Storage for Directory {
     fn create(&self, number: u64) -> io::Result<Box<dyn SegmentFile>> {
         self.check()?;
         let path = self.segment(number);
-        let file = File::options().create_new(true).write(true).open(&path)?;
+        let file = private::create(&path)?;
         Ok(Box::new(Growing::new(file, path)))
     }
 
     fn read(&self, number: u64, at: u64, buf: &mut [u8]) -> io::Result<usize> {
         let mut reading = lock(&self.reading);
         if reading.as_ref().is_none_or(|(open, _)| *open != number) {
-            *reading = Some((number, File::open(self.segment(number))?));
+            *reading = Some((number, read(&self.segment(number))?));
         }
         let (_, file) = reading.as_mut().expect("it was opened just now");
         file.seek(SeekFrom::Start(at))?;
@@ -259,11 +263,11 @@ impl Storage for Directory {
     }
 
     fn length(&self, number: u64) -> io::Result<u64> {
-        Ok(fs::metadata(self.segment(number))?.len())
+        Ok(fs::symlink_metadata(self.segment(number))?.len())
     }
 
     fn sync(&self, number: u64) -> io::Result<()> {
-        File::open(self.segment(number))?.sync_data()
+        read(&self.segment(number))?.sync_data()
     }
 
     fn remove(&self, number: u64) -> io::Result<()> {
@@ -272,16 +276,19 @@ impl Storage for Directory {
     }
 
     fn manifest(&self) -> io::Result<Option<Vec<u8>>> {
-        match fs::read(self.path.join(MANIFEST)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let mut file = match read(&self.path.join(MANIFEST)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
     }
 
     fn replace_manifest(&self, bytes: &[u8]) -> io::Result<()> {
         let (new, path) = (self.path.join(NEW_MANIFEST), self.path.join(MANIFEST));
-        let mut file = File::options().create(true).truncate(true).write(true).open(&new)?;
+        let mut file = private::create_anew(&new)?;
         let written = file.write_all(bytes).and_then(|()| file.sync_all());
         if let Err(error) = written.and_then(|()| fs::rename(&new, path)) {
             let _best_effort = fs::remove_file(new);
@@ -318,7 +325,7 @@ impl Storage for Directory {
 
     fn take_spare(&self, bytes: u64) -> io::Result<()> {
         let path = self.path.join(SPARE);
-        if fs::metadata(&path).is_ok_and(|spare| spare.len() == bytes) {
+        if fs::symlink_metadata(&path).is_ok_and(|spare| spare.is_file() && spare.len() == bytes) {
             return Ok(());
         }
         let filled = fill(&path, bytes);
@@ -358,10 +365,14 @@ pub(super) fn disk(_: &Path) -> Option<FileSystem> {
     None
 }
 
+fn read(path: &Path) -> io::Result<File> {
+    private::open(path, File::options().read(true))
+}
+
 /// Writes that many random bytes, which no file system can compress.
 fn fill(path: &Path, bytes: u64) -> io::Result<()> {
     const AT_ONCE: u64 = 64 * 1024;
-    let mut file = File::options().create(true).truncate(true).write(true).open(path)?;
+    let mut file = private::create_anew(path)?;
     let mut left = bytes;
     while left > 0 {
         let part = left.min(AT_ONCE);

@@ -383,6 +383,21 @@ fn a_full_disk_still_takes_what_frees_room() {
 }
 
 #[test]
+fn a_reserve_that_cant_be_released_is_reported_to_who_needs_it() {
+    let disk = Arc::new(Disk::default());
+    let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();
+    let mut urgent = |text: &str| {
+        let entry = std::iter::once((text.as_bytes().to_vec(), EntryKind::Synced));
+        journal.write(entry).remove(0)
+    };
+    urgent("first").unwrap();
+    disk.fill();
+    disk.give_fails.store(1, Ordering::SeqCst);
+    let error = urgent("no room").unwrap_err().to_string();
+    assert!(error.contains("its reserve can't be released: permission denied"), "{error}");
+}
+
+#[test]
 fn what_was_written_before_a_failure_and_may_be_gone_is_told_by_the_next_entry() {
     let disk = Arc::new(Disk::default());
     let (mut journal, _) = Stepped::open(&disk, &Options::default(), |_| {}).unwrap();

@@ -305,8 +305,11 @@ impl Writer {
                 }
                 Err(problem) => {
                     results.truncate(before);
-                    let gave = is_full(&problem.error) && !self.is_unsure && self.spare.give();
-                    let problem = NotStored::from(problem);
+                    let gives = is_full(&problem.error) && !self.is_unsure;
+                    let (gave, problem) = match gives.then(|| self.spare.give()).transpose() {
+                        Ok(gave) => (gave.unwrap_or_default(), NotStored::from(problem)),
+                        Err(error) => (false, NotStored::from(Failed { error, ..problem })),
+                    };
                     if gave {
                         self.tell_room();
                     } else {
@@ -501,8 +504,12 @@ impl Writer {
         // their sync is not due.
         let mut removed = self.sync().and_then(|()| self.remove_synced(removal));
         // A manifest that outgrew its file needs space before more can be freed.
-        if removed.as_ref().is_err_and(is_full) && self.spare.give() {
-            removed = self.remove_synced(removal);
+        if removed.as_ref().is_err_and(is_full) {
+            match self.spare.give() {
+                Ok(true) => removed = self.remove_synced(removal),
+                Ok(false) => {}
+                Err(error) => removed = Err(error),
+            }
         }
         if let Err(error) = removed {
             tracing::warn!(%error, "can't remove old segments");

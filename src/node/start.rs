@@ -23,7 +23,7 @@ use crate::engine::delivery::{Now, OutboxConfig};
 use crate::engine::{Budget, Mesh, MeshConfig, Time};
 use crate::identity::{Identity, IdentityError, Incarnation, NodeId, random_u64};
 use crate::journal::Options;
-use crate::trust::{MeshKeyFileError, TrustError, TrustedKeysError};
+use crate::trust::{MeshKeyFileError, RulesError, TrustError, TrustedKeysError};
 use crate::wire::{LANES, Limits};
 
 /// The error of starting a node. It names the setting to change.
@@ -42,6 +42,9 @@ pub enum StartError {
     /// The file of trusted keys can't be used.
     #[error(transparent)]
     TrustedKeys(TrustedKeysError),
+    /// The file of rules can't be used.
+    #[error(transparent)]
+    Rules(RulesError),
     /// The store can't be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -65,8 +68,12 @@ pub enum StartError {
         /// The broker's reason.
         reason: String,
     },
-    /// The private socket can't be created.
-    #[error("can't use the socket folder {dir}: {source}", dir = dir.display())]
+    /// The folder of this host's sockets and key can't be used.
+    #[error(
+        "can't use the folder of this host's sockets, {dir}: {source}; --runtime-dir names another \
+         one, and --no-local with a mesh key or trusted keys needs none",
+        dir = dir.display()
+    )]
     SocketDir {
         /// The folder.
         dir: PathBuf,
@@ -83,6 +90,7 @@ impl From<TrustError> for StartError {
         match error {
             TrustError::MeshKey(error) => Self::HostKey(error),
             TrustError::TrustedKeys(error) => Self::TrustedKeys(error),
+            TrustError::Rules(error) => Self::Rules(error),
         }
     }
 }
@@ -174,7 +182,12 @@ async fn carrier(
 ) -> Result<Carried, StartError> {
     let config = &core.config;
     if let Some(url) = &config.broker {
-        let carrier = BrokerCarrier::connect(core, url.parse()?).await?;
+        let url: BrokerUrl = url.reveal().parse()?;
+        let url = match &config.broker_credentials {
+            Some(credentials) => url.with_credentials(credentials.clone())?,
+            None => url,
+        };
+        let carrier = BrokerCarrier::connect(core, url).await?;
         return Ok((Box::new(BrokerHandle(carrier)), None, Vec::new()));
     }
     let limits = Limits { max_body: config.max_body as u64, windows: [config.window; LANES] };

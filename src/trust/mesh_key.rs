@@ -10,7 +10,7 @@ use data_encoding::BASE32_NOPAD;
 use ring::hmac;
 
 use crate::identity::{NodeId, random_bytes, random_u64};
-use crate::private::{self, LoosePermissions};
+use crate::private::{self, Others};
 
 /// A mesh key: 256 random bits, shared by the nodes of a mesh.
 ///
@@ -58,7 +58,7 @@ pub enum MeshKeyError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MeshKeyFileError {
-    /// The file can't be read or created.
+    /// The file can't be read or created, or other users can read or replace it.
     #[error("mesh key file {path}: {source}", path = path.display())]
     File {
         /// The file.
@@ -82,14 +82,6 @@ pub enum MeshKeyFileError {
         /// The file.
         path: PathBuf,
     },
-    /// Other users can read the file.
-    #[error("mesh key file {path} can be read by others (mode {mode:o}): chmod 600 it", path = path.display())]
-    Mode {
-        /// The file.
-        path: PathBuf,
-        /// The permission bits.
-        mode: u32,
-    },
 }
 
 impl MeshKey {
@@ -103,7 +95,8 @@ impl MeshKey {
     /// Draws a new key and keeps it in a new file with mode 0600.
     ///
     /// # Errors
-    /// [`MeshKeyFileError::File`] if the file can't be created, or exists.
+    /// [`MeshKeyFileError::File`] if the file can't be created, exists, or could be replaced by other
+    /// users.
     pub fn create(path: &Path) -> Result<Self, MeshKeyFileError> {
         let key = Self::generate();
         private::create_file(path, &format!("{}\n", key.reveal()))
@@ -115,15 +108,12 @@ impl MeshKey {
     /// skipped.
     ///
     /// # Errors
-    /// [`MeshKeyFileError`] if the file can't be read, is readable by other users, or holds
-    /// anything that is not a key.
+    /// [`MeshKeyFileError`] if the file can't be read, other users can read or replace it, or it
+    /// holds anything that is not a key.
     pub fn load(path: &Path) -> Result<Vec<Self>, MeshKeyFileError> {
         let path_buf = || path.to_path_buf();
         let file_error = |source| MeshKeyFileError::File { path: path_buf(), source };
-        let text = fs::read_to_string(path).map_err(file_error)?;
-        if let Some(LoosePermissions(mode)) = private::looser(path).map_err(file_error)? {
-            return Err(MeshKeyFileError::Mode { path: path_buf(), mode });
-        }
+        let text = private::read(path, Others::Excluded).map_err(file_error)?;
         let mut keys = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -292,6 +282,6 @@ mod tests {
         private::create_file(&path, &MeshKey::generate().reveal()).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let error = MeshKey::load(&path).err().unwrap();
-        assert!(matches!(error, MeshKeyFileError::Mode { mode: 0o640, .. }), "{error}");
+        assert!(error.to_string().contains("chmod 600"), "{error}");
     }
 }

@@ -3,16 +3,18 @@
 mod mesh_key;
 mod rules;
 mod trusted_keys;
+mod watched;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use mesh_key::{MeshKey, MeshKeyError, MeshKeyFileError};
 pub(crate) use mesh_key::{PROOF_LEN, Proof, Role};
-pub(crate) use rules::Grants;
-pub use rules::{Action, ParseRulesError, Rules, RulesError};
-pub(crate) use trusted_keys::{TrustedKeys, Watched};
+pub use rules::{Action, ParseRulesError, Rules, RulesError, SubjectError};
+pub(crate) use rules::{Grants, RulesSource};
+pub(crate) use trusted_keys::TrustedKeys;
 pub use trusted_keys::{TrustedKeysError, TrustedLine};
+pub(crate) use watched::Watched;
 
 use crate::identity::NodeId;
 
@@ -72,19 +74,29 @@ pub(crate) enum LetIn {
     /// The nodes that prove one of these keys.
     MeshKey(Vec<MeshKey>),
     /// The nodes whose keys are in the file.
-    TrustedKeys(Arc<Watched>),
+    TrustedKeys(Arc<Watched<TrustedKeys>>),
 }
 
 impl LetIn {
-    /// Loads the mode's keys. `folder` is the private folder of the user's nodes on this host.
+    /// Loads the mode's keys. `folder` prepares the private folder of the user's nodes on this host,
+    /// if the mode needs it.
     ///
     /// # Errors
-    /// [`TrustError`] if the mode's keys can't be read.
-    pub(crate) fn new(trust: &Trust, folder: &Path) -> Result<Self, TrustError> {
+    /// [`TrustError`] if the mode's keys can't be read, or the error of `folder`.
+    pub(crate) fn new<E: From<TrustError>>(
+        trust: &Trust,
+        folder: impl FnOnce() -> Result<PathBuf, E>,
+    ) -> Result<Self, E> {
         Ok(match trust {
-            Trust::ThisHost => Self::MeshKey(vec![mesh_key::of_this_host(folder)?]),
+            Trust::ThisHost => {
+                let key = mesh_key::of_this_host(&folder()?).map_err(TrustError::from)?;
+                Self::MeshKey(vec![key])
+            }
             Trust::MeshKey(keys) => Self::MeshKey(keys.clone()),
-            Trust::TrustedKeys(path) => Self::TrustedKeys(Arc::new(Watched::open(path)?)),
+            Trust::TrustedKeys(path) => {
+                let keys = Watched::open(path, TrustedKeys::load).map_err(TrustError::from)?;
+                Self::TrustedKeys(Arc::new(keys))
+            }
             Trust::Open { .. } => Self::Anybody,
         })
     }
@@ -101,7 +113,7 @@ impl LetIn {
     pub(crate) fn trusts(&self, id: &NodeId) -> bool {
         match self {
             Self::Anybody | Self::MeshKey(_) => true,
-            Self::TrustedKeys(watched) => watched.keys().get(id).is_some(),
+            Self::TrustedKeys(watched) => watched.current().get(id).is_some(),
         }
     }
 }
@@ -109,19 +121,50 @@ impl LetIn {
 /// The permissions of the peers that are let in.
 #[derive(Debug, Clone)]
 pub(crate) struct Access {
-    rules: Option<Rules>,
+    rules: Option<Arc<Watched<Rules>>>,
     let_in: LetIn,
 }
 
 impl Access {
-    pub(crate) fn new(rules: Option<Rules>, let_in: LetIn) -> Self {
-        Self { rules, let_in }
+    /// Loads the rules, which must make sense in that trust mode, with or without sockets for this
+    /// host.
+    ///
+    /// # Errors
+    /// [`TrustError`] if the file of rules can't be used.
+    pub(crate) fn new(
+        rules: Option<&RulesSource>,
+        trust: &Trust,
+        local: bool,
+        let_in: LetIn,
+    ) -> Result<Self, TrustError> {
+        let rules = rules.map(|rules| rules.open(trust, local)).transpose()?;
+        Ok(Self { rules: rules.map(Arc::new), let_in })
+    }
+
+    pub(crate) fn let_in(&self) -> &LetIn {
+        &self.let_in
+    }
+
+    pub(crate) fn rules(&self) -> Option<&Arc<Watched<Rules>>> {
+        self.rules.as_ref()
+    }
+
+    /// Warns of rules for names that no trusted key has.
+    pub(crate) fn warn_of_unknown_subjects(&self) {
+        if let (Some(rules), LetIn::TrustedKeys(keys)) = (&self.rules, &self.let_in) {
+            for subject in rules.current().unknown_to(&keys.current()) {
+                tracing::warn!(
+                    subject,
+                    "a rule means nobody: no trusted key has this name or role"
+                );
+            }
+        }
     }
 
     /// Returns false if no node with that id can be linked over a network.
     pub(crate) fn may_link(&self, id: &NodeId) -> bool {
         match &self.let_in {
-            LetIn::TrustedKeys(watched) => watched.keys().get(id).is_some(),
+            LetIn::TrustedKeys(watched) => watched.current().get(id).is_some(),
             _ => true,
         }
     }
@@ -129,8 +172,13 @@ impl Access {
     /// The permissions of a peer over a network. Without rules a peer may do everything, except
     /// that a trusted key may do only what a rule allows.
     pub(crate) fn grants(&self, id: &NodeId) -> Grants {
-        match (&self.rules, &self.let_in) {
-            (Some(rules), LetIn::TrustedKeys(watched)) => rules.grants(id, watched.keys().get(id)),
+        self.grants_by(self.rules.as_ref().map(|rules| rules.current()).as_deref(), id)
+    }
+
+    /// The permissions of a peer by those rules.
+    pub(crate) fn grants_by(&self, rules: Option<&Rules>, id: &NodeId) -> Grants {
+        match (rules, &self.let_in) {
+            (Some(rules), LetIn::TrustedKeys(keys)) => rules.grants(id, keys.current().get(id)),
             (None, LetIn::TrustedKeys(_)) => Grants::nothing(),
             (Some(rules), _) => rules.grants(id, None),
             (None, _) => Grants::Everything,
@@ -138,11 +186,13 @@ impl Access {
     }
 }
 
-/// The keys of a trust mode can't be used.
+/// The keys of a trust mode, or the rules, can't be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TrustError {
     #[error(transparent)]
     MeshKey(#[from] MeshKeyFileError),
     #[error(transparent)]
     TrustedKeys(#[from] TrustedKeysError),
+    #[error(transparent)]
+    Rules(#[from] RulesError),
 }

@@ -1,7 +1,6 @@
 //! Rules: which peers may publish, subscribe, send and serve which names.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -9,9 +8,11 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::trusted_keys::Trusted;
+use super::trusted_keys::{Trusted, TrustedKeys};
+use super::{Trust, Watched};
 use crate::address::{AddressError, Pattern};
 use crate::identity::NodeId;
+use crate::private::{self, Others};
 
 /// An action on a topic or a service that a rule can allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -106,7 +107,7 @@ pub struct ParseRulesError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RulesError {
-    /// The file can't be read.
+    /// The file can't be read, or other users can change it.
     #[error("rules {path}: {source}", path = path.display())]
     File {
         /// The file.
@@ -122,17 +123,120 @@ pub enum RulesError {
         /// The line, and its fault.
         source: ParseRulesError,
     },
+    /// A rule can bind nobody in the node's trust mode.
+    #[error("rules {path}: {source}", path = path.display())]
+    Subject {
+        /// The file.
+        path: PathBuf,
+        /// The subject, and why it means nobody.
+        source: SubjectError,
+    },
+}
+
+/// A rule whose subject means nobody that the node's settings let in, so that it would not protect
+/// anything.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubjectError {
+    /// In the mode [`Trust::Open`] any peer can claim any id.
+    #[error(
+        "the rule for {0} protects nothing, since peers don't prove their ids in the trust mode \
+         open; use * as subject, or a mesh key or trusted keys"
+    )]
+    Unproven(NodeId),
+    /// In the mode [`Trust::ThisHost`] all peers are processes of the same user, which over the
+    /// sockets of this host are bound by no rule.
+    #[error(
+        "the rules would bind nobody: the trust mode this-host accepts only processes of this user, \
+         which rules don't bind; give a mesh key (--mesh-key-file) or trusted keys (--trusted-keys), \
+         or no rules"
+    )]
+    SameUser,
+    /// Names and roles exist in the mode [`Trust::TrustedKeys`] only.
+    #[error(
+        "the rule for {name:?} means nobody, since names and roles come from a file of trusted keys \
+         (--trusted-keys), and the trust mode is {mode}; use {use_instead} as subject"
+    )]
+    Nameless {
+        /// The name or role.
+        name: String,
+        /// The node's trust mode.
+        mode: &'static str,
+        /// Subjects that have a meaning in this mode.
+        use_instead: &'static str,
+    },
+}
+
+/// The rules of a configuration.
+#[derive(Debug, Clone)]
+pub(crate) enum RulesSource {
+    Given(Rules),
+    File(PathBuf),
+}
+
+impl RulesSource {
+    /// Loads the rules. Those of a file are loaded again when it changes.
+    ///
+    /// With `local`, the node has sockets for this host.
+    pub(super) fn open(&self, trust: &Trust, local: bool) -> Result<Watched<Rules>, RulesError> {
+        match self {
+            Self::Given(rules) => Ok(rules.clone().into()),
+            Self::File(path) => {
+                let trust = trust.clone();
+                Watched::open(path, move |path| {
+                    let rules = Rules::load(path)?;
+                    let wrong = |source| RulesError::Subject { path: path.into(), source };
+                    rules.check(&trust, local).map_err(wrong)?;
+                    Ok(rules)
+                })
+            }
+        }
+    }
 }
 
 impl Rules {
     /// Loads rules from a file.
     ///
     /// # Errors
-    /// [`RulesError`] if the file can't be read, or a line is invalid.
+    /// [`RulesError`] if the file can't be read, other users can change it, or a line is invalid.
     pub fn load(path: &Path) -> Result<Self, RulesError> {
-        let text = fs::read_to_string(path)
+        let text = private::read(path, Others::MayRead)
             .map_err(|source| RulesError::File { path: path.into(), source })?;
         text.parse().map_err(|source| RulesError::Parse { path: path.into(), source })
+    }
+
+    /// Refuses subjects that mean nobody in a trust mode; with `local`, the node has sockets for this
+    /// host.
+    pub(crate) fn check(&self, trust: &Trust, local: bool) -> Result<(), SubjectError> {
+        if local && matches!(trust, Trust::ThisHost) {
+            return Err(SubjectError::SameUser);
+        }
+        self.0.iter().try_for_each(|rule| match (&rule.who, trust) {
+            (Who::Node(id), Trust::Open { .. }) => Err(SubjectError::Unproven(*id)),
+            (Who::Named(_), Trust::TrustedKeys(_)) => Ok(()),
+            (Who::Named(name), _) => {
+                let is_open = matches!(trust, Trust::Open { .. });
+                let use_instead = if is_open { "*" } else { "a node id or *" };
+                Err(SubjectError::Nameless {
+                    name: name.clone(),
+                    mode: trust.as_str(),
+                    use_instead,
+                })
+            }
+            (Who::Anybody | Who::Node(_), _) => Ok(()),
+        })
+    }
+
+    /// The subjects that mean nobody, since no trusted key has such a name or role.
+    pub(crate) fn unknown_to(&self, keys: &TrustedKeys) -> Vec<&str> {
+        let named = self.0.iter().filter_map(|rule| match &rule.who {
+            Who::Named(name) => Some(name.as_str()),
+            Who::Anybody | Who::Node(_) => None,
+        });
+        let mut unknown: Vec<&str> = named.filter(|name| !keys.knows(name)).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        unknown
     }
 
     /// The permissions of a node; `trusted` is its entry among the trusted keys.
@@ -279,6 +383,14 @@ mod tests {
             assert!(!grants.permit(Action::Send, "$node"), "{rules}");
         }
         assert!("* send $node".parse::<Rules>().is_err());
+    }
+
+    #[test]
+    fn a_name_that_no_trusted_key_has_is_known_as_such() {
+        let rules: Rules = "till-1 send a\ntills send a\ntils send a\n* send a".parse().unwrap();
+        let id = NodeId::from_bytes([1; 32]);
+        let keys = TrustedKeys::parse(&format!("till-1 {id} tills")).unwrap();
+        assert_eq!(rules.unknown_to(&keys), ["tils"]);
     }
 
     #[test]

@@ -1,23 +1,17 @@
-//! The file of trusted public keys, reloaded when it changes.
+//! The file of trusted public keys.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use arc_swap::ArcSwap;
-use tokio::time::interval;
 
 use crate::identity::NodeId;
-use crate::private::{self, LoosePermissions};
+use crate::private::{self, Others};
 
 /// A trusted keys file that can't be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrustedKeysError {
-    /// The file can't be read.
+    /// The file can't be read, or other users can change it.
     #[error("trusted keys {path}: {source}", path = path.display())]
     File {
         /// The file.
@@ -34,14 +28,6 @@ pub enum TrustedKeysError {
         line: usize,
         /// The fault of the line.
         source: TrustedLine,
-    },
-    /// Other users can write to the file.
-    #[error("trusted keys {path} can be written by others (mode {mode:o}): chmod go-w it", path = path.display())]
-    Mode {
-        /// The file.
-        path: PathBuf,
-        /// The permission bits.
-        mode: u32,
     },
 }
 
@@ -82,19 +68,19 @@ impl TrustedKeys {
         self.0.get(id)
     }
 
-    fn load(path: &Path) -> Result<Self, TrustedKeysError> {
+    /// Returns true if a key has that name or role.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.0.values().any(|it| it.name == name || it.has_role(name))
+    }
+
+    pub(super) fn load(path: &Path) -> Result<Self, TrustedKeysError> {
         let file_error = |source| TrustedKeysError::File { path: path.into(), source };
-        let text = fs::read_to_string(path).map_err(file_error)?;
-        if let Some(LoosePermissions(mode)) =
-            private::writable_by_others(path).map_err(file_error)?
-        {
-            return Err(TrustedKeysError::Mode { path: path.into(), mode });
-        }
+        let text = private::read(path, Others::MayRead).map_err(file_error)?;
         let broken = |(line, source)| TrustedKeysError::Line { path: path.into(), line, source };
         Self::parse(&text).map_err(broken)
     }
 
-    fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
+    pub(super) fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
         let mut keys = HashMap::new();
         for (number, line) in text.lines().enumerate() {
             let mut fields = line.split('#').next().unwrap_or_default().split_whitespace();
@@ -113,77 +99,6 @@ impl TrustedKeys {
         }
         Ok(Self(keys))
     }
-}
-
-/// The interval at which the file is checked for changes.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// The stamp by which a change of the file is detected: its modification time and its length; on
-/// Unix also its inode and change time.
-type Stamp = (SystemTime, u64, [i64; 3]);
-
-/// The current trusted keys of a file.
-#[derive(Debug)]
-pub(crate) struct Watched {
-    path: PathBuf,
-    keys: ArcSwap<TrustedKeys>,
-    stamp: Option<Stamp>,
-}
-
-impl Watched {
-    /// Loads the file.
-    ///
-    /// # Errors
-    /// [`TrustedKeysError`] if the file can't be used.
-    pub(crate) fn open(path: &Path) -> Result<Self, TrustedKeysError> {
-        // The stamp is taken first, so that a write in between causes a reload.
-        let stamp = stamp(path);
-        let keys = ArcSwap::from_pointee(TrustedKeys::load(path)?);
-        Ok(Self { path: path.into(), keys, stamp })
-    }
-
-    pub(crate) fn keys(&self) -> Arc<TrustedKeys> {
-        self.keys.load_full()
-    }
-
-    /// Reloads the file when it changes, then calls `changed` with the keys before and after. A
-    /// file that can't be used leaves the keys unchanged, with a warning. Runs until it is dropped.
-    pub(crate) async fn watch(self: Arc<Self>, changed: impl Fn(&TrustedKeys, &TrustedKeys)) {
-        let mut stamp = self.stamp;
-        let mut ticks = interval(LOOK_EVERY);
-        loop {
-            ticks.tick().await;
-            let now = self::stamp(&self.path);
-            if now == stamp {
-                continue;
-            }
-            stamp = now;
-            match TrustedKeys::load(&self.path) {
-                Ok(keys) if keys == **self.keys.load() => {}
-                Ok(keys) => {
-                    tracing::info!(keys = keys.0.len(), "the trusted keys have changed");
-                    let keys = Arc::new(keys);
-                    let before = self.keys.swap(keys.clone());
-                    changed(&before, &keys);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "trusted keys not reloaded; the old ones stay in force");
-                }
-            }
-        }
-    }
-}
-
-fn stamp(path: &Path) -> Option<Stamp> {
-    let metadata = fs::metadata(path).ok()?;
-    #[cfg(unix)]
-    let changed = {
-        use std::os::unix::fs::MetadataExt;
-        [metadata.ino() as i64, metadata.ctime(), metadata.ctime_nsec()]
-    };
-    #[cfg(not(unix))]
-    let changed = [0; 3];
-    Some((metadata.modified().ok()?, metadata.len(), changed))
 }
 
 #[cfg(test)]
@@ -217,11 +132,13 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn a_file_that_others_can_write_is_refused() {
+        use std::fs;
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("keys");
         fs::write(&path, "").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o664)).unwrap();
-        assert!(matches!(Watched::open(&path), Err(TrustedKeysError::Mode { mode: 0o664, .. })));
+        let error = TrustedKeys::load(&path).err().unwrap();
+        assert!(error.to_string().contains("chmod go-w"), "{error}");
     }
 }

@@ -6,14 +6,17 @@ mod bridge;
 mod broker;
 mod demo;
 mod keygen;
+mod log;
 mod node;
 mod options;
 mod outbox;
 mod output;
+mod output_file;
 mod peers;
 mod publish;
 mod request;
 mod scratch;
+mod secrets;
 mod send;
 mod serve;
 mod subscribe;
@@ -67,17 +70,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // The brokers' clients log errors which this command reports anyway.
-    let usual = "warn,async_nats=off,lapin=off";
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("PEERBUS_LOG")
-                .unwrap_or_else(|_| usual.into()),
-        )
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .init();
+    log::begin();
     if let Command::Bench(bench) = &cli.command {
         bench.prepare();
     }

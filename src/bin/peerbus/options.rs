@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use peerbus::{Address, Config, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Trust};
+use peerbus::{
+    Address, Config, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Secret, Trust,
+};
 use serde_json::json;
 
+use crate::secrets;
 use crate::trust::TrustOptions;
 
 #[derive(Args, Clone)]
@@ -35,10 +38,15 @@ pub(crate) struct NodeOptions {
     #[arg(long, value_name = "FIRST..LONGEST", value_parser = parse_backoff)]
     backoff: Option<(Duration, Duration)>,
     /// Send all messages through a broker instead of links: peerbus://HOST:PORT (`peerbus broker`),
-    /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ), with USER:PASSWORD@ before the
-    /// host
+    /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ). Other users of this host can read
+    /// command lines: give credentials by --broker-credentials-file, by PEERBUS_BROKER_CREDENTIALS
+    /// (USER:PASSWORD or TOKEN), or in PEERBUS_BROKER before the host (USER:PASSWORD@)
     #[arg(long, value_name = "URL", env = "PEERBUS_BROKER", hide_env_values = true)]
-    pub(crate) broker: Option<String>,
+    pub(crate) broker: Option<Secret>,
+    /// File with the broker's credentials, one line: USER:PASSWORD, or TOKEN (NATS). Only this user
+    /// may be able to read it
+    #[arg(long, value_name = "FILE", env = "PEERBUS_BROKER_CREDENTIALS_FILE")]
+    broker_credentials_file: Option<PathBuf>,
     /// PEM file of CA certificates for the broker's certificate, besides the system's
     #[arg(long, value_name = "FILE", env = "PEERBUS_BROKER_CA")]
     broker_ca: Option<PathBuf>,
@@ -60,9 +68,14 @@ pub(crate) struct NodeOptions {
     /// Don't use this network interface for mDNS; repeatable
     #[arg(long, value_name = "NAME")]
     pub(crate) exclude_interface: Vec<String>,
-    /// Don't find nodes on this host by the socket folder
+    /// Don't find nodes on this host by the folder of sockets
     #[arg(long)]
     pub(crate) no_local: bool,
+    /// Folder of this host's sockets and key; created if missing, and this user's own. Nodes that are
+    /// to meet on this host need the same [default: peerbus in $XDG_RUNTIME_DIR if that is this
+    /// user's, else peerbus-UID in the folder for temporary files]
+    #[arg(long, value_name = "DIR", env = "PEERBUS_RUNTIME_DIR")]
+    pub(crate) runtime_dir: Option<PathBuf>,
     /// Don't use multicast DNS
     #[arg(long)]
     pub(crate) no_mdns: bool,
@@ -74,7 +87,7 @@ pub(crate) struct NodeOptions {
 impl NodeOptions {
     pub(crate) async fn start(&self) -> anyhow::Result<Node> {
         let config = match &self.broker {
-            Some(url) => self.over_broker(self.config()?, url),
+            Some(url) => self.over_broker(self.config()?, url)?,
             None => self.config()?,
         };
         config.start().await.context("the node can't start")
@@ -89,7 +102,7 @@ impl NodeOptions {
         if let Some(path) = self.kept_identity() {
             outer = outer.identity(path);
         }
-        let outer = self.over_broker(outer, url).start().await;
+        let outer = self.over_broker(outer, url)?.start().await;
         Ok((inner, outer.context("the node of the broker can't start")?))
     }
 
@@ -109,22 +122,32 @@ impl NodeOptions {
         config
     }
 
-    fn over_broker(&self, config: Config, url: &str) -> Config {
-        let config = config.broker(url);
-        match &self.broker_ca {
-            Some(path) => config.broker_ca(path),
-            None => config,
+    fn over_broker(&self, config: Config, url: &Secret) -> anyhow::Result<Config> {
+        if url.reveal().contains('@') {
+            secrets::warn_if_on_command_line(url, "--broker-credentials-file");
         }
+        let mut config = config.broker(url.clone());
+        if let Some(credentials) = secrets::credentials(self.broker_credentials_file.as_deref())? {
+            config = config.broker_credentials(credentials);
+        }
+        if let Some(path) = &self.broker_ca {
+            config = config.broker_ca(path);
+        }
+        Ok(config)
     }
 
     fn config(&self) -> anyhow::Result<Config> {
+        self.trust.warn_if_on_command_line();
         let mut config = Node::builder()
             .trust(self.trust.trust()?)
             .mesh(self.mesh.clone())
             .mdns(!self.no_mdns)
             .gossip(!self.no_gossip);
-        if let Some(rules) = self.trust.rules()? {
-            config = config.rules(rules);
+        if let Some(path) = &self.trust.rules {
+            config = config.rules_file(path);
+        }
+        if let Some(dir) = &self.runtime_dir {
+            config = config.runtime_dir(dir);
         }
         if self.no_local {
             config = config.local(false);
@@ -150,7 +173,9 @@ impl NodeOptions {
     /// Explains how to reach other hosts, for a node that is limited to this host.
     pub(crate) fn hint(&self) -> Option<&'static str> {
         let here = self.broker.is_none() && matches!(self.trust.trust(), Ok(Trust::ThisHost));
-        here.then_some("to join a LAN: --mesh-key KEY; `peerbus keygen --mesh` makes a key")
+        here.then_some(
+            "to join a LAN: --mesh-key-file FILE; `peerbus keygen --mesh FILE` makes a key",
+        )
     }
 }
 

@@ -1,7 +1,7 @@
 //! Temporary folders.
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::Context;
 
@@ -15,19 +15,24 @@ impl Scratch {
     }
 
     pub(crate) fn inside(dir: &Path) -> anyhow::Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = dir.join(format!("peerbus-{}-{number}", std::process::id()));
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).with_context(|| format!("{} can't be created", path.display()))?;
+        // A name that other users can't take first.
+        let random = RandomState::new().hash_one(std::process::id());
+        let path = dir.join(format!("peerbus-{}-{random:016x}", std::process::id()));
+        create_private(&path)?;
         Ok(Self(path))
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// Creates a folder with access for this user only.
+pub(crate) fn create_private(path: &Path) -> anyhow::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).with_context(|| format!("{} can't be created", path.display()))
 }
 
 impl Drop for Scratch {

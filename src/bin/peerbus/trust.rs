@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use peerbus::{MeshKey, Rules, Trust};
+use peerbus::{MeshKey, Secret, Trust};
+
+use crate::secrets;
 
 /// Without any of these flags, a node accepts only this user's processes on this host.
 #[derive(Args, Clone)]
@@ -19,7 +21,7 @@ pub(crate) struct TrustOptions {
         hide_env_values = true,
         value_delimiter = ','
     )]
-    mesh_key: Vec<String>,
+    mesh_key: Vec<Secret>,
     /// File with one mesh key per line
     #[arg(long, value_name = "FILE", env = "PEERBUS_MESH_KEY_FILE", conflicts_with = "mesh_key")]
     mesh_key_file: Option<PathBuf>,
@@ -27,10 +29,10 @@ pub(crate) struct TrustOptions {
     /// and roles. The file is reloaded when it changes
     #[arg(long, value_name = "FILE", env = "PEERBUS_TRUSTED_KEYS")]
     trusted_keys: Option<PathBuf>,
-    /// File of rules: which peers may publish, subscribe, send or serve which names here [default:
-    /// all may do everything; with --trusted-keys, nothing]
+    /// File of rules: which peers may publish, subscribe, send or serve which names here. The file is
+    /// reloaded when it changes [default: all may do everything; with --trusted-keys, nothing]
     #[arg(long, value_name = "FILE", env = "PEERBUS_RULES")]
-    rules: Option<PathBuf>,
+    pub(crate) rules: Option<PathBuf>,
     /// Authentication of peers [default: by the given keys; without keys, this-host]
     #[arg(long, value_name = "MODE", env = "PEERBUS_TRUST")]
     trust: Option<Mode>,
@@ -65,6 +67,13 @@ impl TrustOptions {
             (None, false, None) => Mode::ThisHost,
         };
         ensure!(!self.anywhere || mode == Mode::Open, "--anywhere requires --trust open");
+        let keys_are_used = matches!(mode, Mode::MeshKey | Mode::TrustedKeys);
+        ensure!(
+            keys_are_used || !has_key && self.trusted_keys.is_none(),
+            "keys are given (by a flag or the environment), and --trust {} uses none: leave out one \
+             of the two",
+            if mode == Mode::Open { "open" } else { "this-host" }
+        );
         Ok(match mode {
             Mode::ThisHost => Trust::ThisHost,
             Mode::MeshKey => Trust::MeshKey(self.mesh_keys()?),
@@ -77,8 +86,11 @@ impl TrustOptions {
         })
     }
 
-    pub(crate) fn rules(&self) -> anyhow::Result<Option<Rules>> {
-        Ok(self.rules.as_deref().map(Rules::load).transpose()?)
+    /// Warns of keys on the command line.
+    pub(crate) fn warn_if_on_command_line(&self) {
+        for key in &self.mesh_key {
+            secrets::warn_if_on_command_line(key, "--mesh-key-file");
+        }
     }
 
     fn mesh_keys(&self) -> anyhow::Result<Vec<MeshKey>> {
@@ -91,6 +103,7 @@ impl TrustOptions {
              makes a key"
         );
         // A text that is not a key may be a key with a typo, so the error doesn't repeat it.
-        self.mesh_key.iter().map(|key| key.trim().parse().context("--mesh-key")).collect()
+        let parse = |key: &Secret| key.reveal().trim().parse().context("--mesh-key");
+        self.mesh_key.iter().map(parse).collect()
     }
 }

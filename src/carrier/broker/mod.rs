@@ -14,6 +14,7 @@ mod adapter;
 mod ask;
 mod carrier;
 mod client;
+mod credentials;
 mod embedded;
 mod handle;
 mod hub;
@@ -33,6 +34,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 pub(crate) use carrier::{BrokerCarrier, RefusedByBroker};
+pub use credentials::{Credentials, CredentialsError};
 pub(crate) use handle::BrokerHandle;
 pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use kind::BrokerKind;

@@ -35,14 +35,14 @@ use bytes::Bytes;
 use data_encoding::BASE64_NOPAD;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
-use percent_encoding::percent_decode_str;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use super::credentials::{Credentials, Kind};
 use super::session::{
     ANSWER, ConnectError, Connecting, DurableSession, Ending, Failed, Lost, Performed, Session,
-    boxed,
+    boxed, certificates, unlogged,
 };
 use super::{
     Ack, AckAction, BrokerUrl, Guaranteed, Incoming, Kept, Me, Outgoing, StoreFailure, Via,
@@ -152,7 +152,11 @@ impl NatsSession {
     ) -> Result<Self, ConnectError> {
         let ending = Ending::new();
         let (tell, receiver) = (ending.clone(), incoming.clone());
-        let mut options = ConnectOptions::new()
+        let mut options = match url.credentials() {
+            Some(credentials) => authenticated(credentials),
+            None => ConnectOptions::new(),
+        };
+        options = options
             .name(format!("peerbus {} {}", me.name, me.id.short()))
             // Another session restores the state of this one.
             .max_reconnects(1)
@@ -171,22 +175,22 @@ impl NatsSession {
                 }
                 async {}
             });
-        let server: ServerAddr = url.reveal().parse().map_err(ConnectError::for_good)?;
-        options = match (server.username(), server.password()) {
-            (Some(user), Some(password)) => options.user_and_password(plain(user), plain(password)),
-            (Some(token), None) => options.token(plain(token)),
-            (None, _) => options,
-        };
+        let server: ServerAddr = url.to_string().parse().map_err(ConnectError::for_good)?;
         if let Some(ca) = &me.ca {
+            // The client reads the file itself.
+            certificates(ca)?;
             options = options.add_root_certificates(ca.clone());
         }
-        let client = options.connect(server).await.map_err(|error| match error.kind() {
-            ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
-                ConnectError::for_good("wrong credentials")
-            }
-            ConnectErrorKind::ServerParse | ConnectErrorKind::Tls => ConnectError::for_good(error),
-            _ => ConnectError::passing(error),
-        })?;
+        let client =
+            unlogged(options.connect(server)).await.map_err(|error| match error.kind() {
+                ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+                    ConnectError::for_good("wrong credentials")
+                }
+                ConnectErrorKind::ServerParse | ConnectErrorKind::Tls => {
+                    ConnectError::for_good(error)
+                }
+                _ => ConnectError::passing(error),
+            })?;
         let names = Names { prefix: format!("peerbus.{}", me.mesh) };
         let jetstream = Streams::open(&client, &names, me).await?;
         let session = Self {
@@ -653,9 +657,22 @@ async fn dead_letter(
     buried.await.map(drop)
 }
 
-/// Decodes the escapes in a part of a URL (RFC 3986).
-fn plain(escaped: &str) -> String {
-    percent_decode_str(escaped).decode_utf8_lossy().into_owned()
+/// Options that give the credentials to the first connection alone. The client logs them whenever it
+/// connects, and connects again by itself once, where its log can't be kept away from it.
+fn authenticated(Credentials(credentials): &Credentials) -> ConnectOptions {
+    let mut auth = async_nats::Auth::new();
+    match credentials {
+        Kind::User { name, password } => {
+            auth.username = Some(name.clone());
+            auth.password = Some(password.reveal().to_owned());
+        }
+        Kind::Token(token) => auth.token = Some(token.reveal().to_owned()),
+    }
+    let auth = Mutex::new(Rank::Leaf, Some(auth));
+    ConnectOptions::with_auth_callback(move |_nonce| {
+        let again = || async_nats::AuthError::new("another session connects");
+        ready(lock(&auth).take().ok_or_else(again))
+    })
 }
 
 fn headers(parcel: &Parcel) -> HeaderMap {

@@ -38,9 +38,10 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use super::credentials::Credentials;
 use super::session::{
     ANSWER, ConnectError, Connecting, DurableSession, Ending, Failed, Lost, Performed, Session,
-    boxed,
+    boxed, certificates, unlogged,
 };
 use super::{
     Ack, AckAction, BrokerUrl, Guaranteed, Incoming, Kept, Me, Outgoing, StoreFailure, Via,
@@ -136,18 +137,16 @@ impl RabbitSession {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
-        let mut uri: AMQPUri = url.reveal().parse().map_err(ConnectError::for_good)?;
+        let mut uri: AMQPUri = url.bare().parse().map_err(ConnectError::for_good)?;
+        if let Some((name, password)) = url.credentials().and_then(Credentials::as_user) {
+            uri.authority.userinfo.username = name.to_owned();
+            uri.authority.userinfo.password = password.reveal().to_owned();
+        }
         if uri.vhost.is_empty() {
             uri.vhost = "/".into();
         }
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
-        let cert_chain =
-            match &me.ca {
-                Some(path) => Some(std::fs::read_to_string(path).map_err(|error| {
-                    ConnectError::for_good(format!("{}: {error}", path.display()))
-                })?),
-                None => None,
-            };
+        let cert_chain = me.ca.as_deref().map(certificates).transpose()?;
         let name = format!("peerbus {} {}", me.name, me.id.short());
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let builder = DefaultConnectionBuilder::new().map_err(ConnectError::passing)?;
@@ -155,7 +154,7 @@ impl RabbitSession {
             .with_uri(uri)
             .with_properties(properties)
             .with_tls_config(OwnedTLSConfig { identity: None, cert_chain });
-        let connection = builder.connect().await.map_err(|error| match error.kind() {
+        let connection = unlogged(builder.connect()).await.map_err(|error| match error.kind() {
             // 403 and 530: wrong credentials, and an unknown virtual host.
             ErrorKind::ProtocolError(refused) if matches!(refused.kind().get_id(), 403 | 530) => {
                 ConnectError::for_good(refused.get_message())

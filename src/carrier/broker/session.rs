@@ -36,6 +36,23 @@ pub(super) fn boxed<'a, S: Session + 'static>(
     Box::pin(connecting.map_ok(|session| Box::new(session) as Box<dyn Session>))
 }
 
+/// Reads the CA certificates for a broker, which others must not be able to change.
+#[cfg(any(feature = "nats", feature = "rabbitmq"))]
+pub(super) fn certificates(path: &std::path::Path) -> Result<String, ConnectError> {
+    let failed = |error| ConnectError::for_good(format!("{}: {error}", path.display()));
+    crate::private::read(path, crate::private::Others::MayRead).map_err(failed)
+}
+
+/// Runs a future of a broker's client without its log lines: while it connects, it logs the
+/// credentials.
+#[cfg(any(feature = "nats", feature = "rabbitmq"))]
+pub(super) fn unlogged<F: Future>(future: F) -> tracing::instrument::WithDispatch<F> {
+    tracing::instrument::WithSubscriber::with_subscriber(
+        future,
+        tracing::subscriber::NoSubscriber::default(),
+    )
+}
+
 /// The reason for which a connection was lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lost(pub(crate) String);

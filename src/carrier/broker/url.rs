@@ -4,19 +4,25 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::adapter::{ADAPTERS, Adapter};
+use super::credentials::{Credentials, Kind};
 use super::kind::BrokerKind;
+use crate::secret::Secret;
 
 /// A broker's address: `peerbus://HOST:PORT` for `peerbus broker`, `nats://` or `tls://` for NATS,
-/// `amqp://` or `amqps://` for RabbitMQ; with `USER:PASSWORD@` before the host if the broker
-/// requires that.
+/// `amqp://` or `amqps://` for RabbitMQ. It may have credentials before the host, `USER:PASSWORD@`
+/// or `TOKEN@`, escaped as in RFC 3986.
 ///
-/// `Display` and `Debug` never show the password.
+/// `Display` and `Debug` show neither credentials nor the query.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BrokerUrl {
     kind: BrokerKind,
-    text: String,
+    scheme: String,
     host: String,
     port: u16,
+    /// The path and the query, as they were written.
+    path: String,
+    query: Secret,
+    credentials: Option<Credentials>,
 }
 
 /// A text that is not a broker's address.
@@ -28,11 +34,29 @@ pub enum BrokerUrlError {
         "{found:?} is no broker's scheme; write peerbus, nats, tls, amqp or amqps, and then ://HOST"
     )]
     Scheme {
-        /// The beginning of the text.
+        /// The scheme; empty if there is none.
         found: String,
     },
+    /// There are credentials for a broker that knows no users.
+    #[error("{kind} knows no users; leave out the credentials")]
+    NoUsers {
+        /// The kind of broker.
+        kind: BrokerKind,
+    },
+    /// There is a token for a broker that wants a user and a password.
+    #[error("{kind} knows no tokens; give USER:PASSWORD")]
+    NoTokens {
+        /// The kind of broker.
+        kind: BrokerKind,
+    },
+    /// The address has credentials, and others are given besides.
+    #[error("the broker's address has credentials, and others are given; leave out one of the two")]
+    TwoCredentials,
     /// The rest of the text is not a host and port.
-    #[error("the broker's address has no host, or an invalid port; write {scheme}://HOST:PORT")]
+    #[error(
+        "the broker's address has no host, or an invalid port; write {scheme}://HOST:PORT, and escape \
+         @, /, ? and # in a password (%40, %2F, %3F, %23)"
+    )]
     Host {
         /// The scheme.
         scheme: String,
@@ -60,9 +84,53 @@ impl BrokerUrl {
         self.kind
     }
 
-    /// Returns the address, including its secrets.
-    pub(super) fn reveal(&self) -> &str {
-        &self.text
+    /// Adds the credentials by which the broker knows this node.
+    ///
+    /// # Errors
+    /// [`BrokerUrlError`] if the address has some already, or the broker can't use these.
+    pub fn with_credentials(mut self, credentials: Credentials) -> Result<Self, BrokerUrlError> {
+        if self.credentials.is_some() {
+            return Err(BrokerUrlError::TwoCredentials);
+        }
+        self.credentials = Some(credentials);
+        self.checked()
+    }
+
+    /// The whole address, with credentials. Whoever prints it reveals them.
+    pub fn reveal(&self) -> String {
+        let Self { scheme, path, query, .. } = self;
+        let userinfo = self.credentials.as_ref().map(|it| it.to_userinfo() + "@");
+        let userinfo = userinfo.unwrap_or_default();
+        format!("{scheme}://{userinfo}{}{path}{}", self.authority(), query.reveal())
+    }
+
+    /// The address without credentials, for a client that may print it.
+    #[cfg(any(feature = "rabbitmq", test))]
+    pub(super) fn bare(&self) -> String {
+        Self { credentials: None, ..self.clone() }.reveal()
+    }
+
+    /// The credentials, if there are any.
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.credentials.as_ref()
+    }
+
+    fn authority(&self) -> String {
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
+    }
+
+    fn checked(self) -> Result<Self, BrokerUrlError> {
+        let kind = self.kind;
+        match (&self.credentials, kind) {
+            (Some(_), BrokerKind::Embedded) => Err(BrokerUrlError::NoUsers { kind }),
+            (Some(Credentials(Kind::Token(_))), BrokerKind::RabbitMq) => {
+                Err(BrokerUrlError::NoTokens { kind })
+            }
+            _ => Ok(self),
+        }
     }
 
     /// The host, without the brackets of an IPv6 address.
@@ -80,17 +148,26 @@ impl FromStr for BrokerUrl {
     type Err = BrokerUrlError;
 
     fn from_str(text: &str) -> Result<Self, BrokerUrlError> {
-        let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
+        // Without a scheme, the text may begin with a secret.
+        let (scheme, rest) = text.split_once("://").unwrap_or_default();
         let of_scheme = |adapter: &&Adapter| adapter.port(scheme).is_some();
         let Some(adapter) = ADAPTERS.iter().find(of_scheme) else {
-            // If the scheme was left out, this may contain a password.
-            let found = scheme.split([':', '@', '/']).next().unwrap_or_default().to_owned();
-            return Err(BrokerUrlError::Scheme { found });
+            let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+            let found = if scheme.chars().all(is_scheme) { scheme } else { "" };
+            return Err(BrokerUrlError::Scheme { found: found.into() });
         };
         let (kind, usual_port) = (adapter.kind, adapter.port(scheme).unwrap_or_default());
         let bad = || BrokerUrlError::Host { scheme: scheme.into() };
-        let authority = rest.split(['/', '?']).next().unwrap_or_default();
-        let address = authority.rsplit_once('@').map_or(authority, |(_, address)| address);
+        let (authority, rest) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+        // An unescaped password with one of these characters would pass as something else.
+        if rest.contains(['@', '#']) {
+            return Err(bad());
+        }
+        let (path, query) = rest.split_at(rest.find('?').unwrap_or(rest.len()));
+        let (userinfo, address) = match authority.rsplit_once('@') {
+            Some((userinfo, address)) => (Some(userinfo), address),
+            None => (None, authority),
+        };
         let (host, port) = match address.rsplit_once(':') {
             Some((host, port)) if !port.contains(']') => (host, port.parse().map_err(|_| bad())?),
             _ => (address, usual_port),
@@ -102,15 +179,15 @@ impl FromStr for BrokerUrl {
         if adapter.connect.is_none() {
             return Err(BrokerUrlError::NotBuiltIn { kind, feature: adapter.feature });
         }
-        Ok(Self { kind, text: text.into(), host: host.into(), port })
+        let credentials = userinfo.filter(|it| !it.is_empty()).map(Credentials::from_userinfo);
+        let (scheme, host, path) = (scheme.into(), host.into(), path.into());
+        Self { kind, scheme, host, port, path, query: query.into(), credentials }.checked()
     }
 }
 
 impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (scheme, rest) = self.text.split_once("://").unwrap_or_default();
-        let shown = rest.rsplit_once('@').map_or(rest, |(_secret, rest)| rest);
-        write!(f, "{scheme}://{shown}")
+        write!(f, "{}://{}{}", self.scheme, self.authority(), self.path)
     }
 }
 
@@ -134,14 +211,53 @@ mod tests {
 
     #[cfg(all(feature = "nats", feature = "rabbitmq"))]
     #[test]
-    fn a_password_is_never_shown() {
-        for text in ["nats://me:hunter2@example:4222", "amqps://me:hunter2@[::1]/%2f"] {
+    fn credentials_and_query_are_never_shown() {
+        for (text, shown) in [
+            ("nats://me:hunter2@example:4222", "nats://example:4222"),
+            ("nats://hunter2@example", "nats://example:4222"),
+            ("tls://me:hunter2%40%2F@example", "tls://example:4222"),
+            ("nats://example:1?token=hunter2", "nats://example:1"),
+            ("amqps://me:hunter2@[::1]/%2f?heartbeat=5&password=hunter2", "amqps://[::1]:5671/%2f"),
+        ] {
             let url: BrokerUrl = text.parse().unwrap();
-            assert!(!format!("{url} {url:?}").contains("hunter2"), "{url:?}");
-            assert_eq!(url.reveal(), text);
+            assert_eq!(url.to_string(), shown);
+            assert_eq!(format!("{url:?}"), format!("BrokerUrl({shown})"));
+            let again: BrokerUrl = url.reveal().parse().unwrap();
+            assert!(again == url, "{url} is another after it was written and read");
+            assert!(!url.bare().contains("me:"), "{}", url.bare());
         }
-        let error = "me:hunter2@example".parse::<BrokerUrl>().unwrap_err();
-        assert!(!error.to_string().contains("hunter2"), "{error}");
+        let url: BrokerUrl = "nats://example".parse().unwrap();
+        let with = url.with_credentials(Credentials::user("me", "h@nter2")).unwrap();
+        assert_eq!(with.reveal(), "nats://me:h%40nter2@example:4222");
+        let twice = with.with_credentials(Credentials::token("x"));
+        assert_eq!(twice.unwrap_err(), BrokerUrlError::TwoCredentials);
+    }
+
+    #[test]
+    fn credentials_that_a_broker_cant_use_are_refused() {
+        let error = "peerbus://me:hunter2@x".parse::<BrokerUrl>().unwrap_err();
+        assert!(matches!(error, BrokerUrlError::NoUsers { .. }), "{error}");
+        #[cfg(feature = "rabbitmq")]
+        assert!(
+            "amqp://t0ken@x".parse::<BrokerUrl>().unwrap_err().to_string().contains("no tokens")
+        );
+    }
+
+    #[test]
+    fn a_wrong_address_is_refused_without_repeating_a_secret() {
+        for text in [
+            "me:hunter2@example",
+            "hunter2@example:4222",
+            "hunter2",
+            "me:hunter2@x://y",
+            "peerbus://me:1/hunter2@example",
+            "peerbus://me:1?hunter2@example",
+            "peerbus://me:1#hunter2@example",
+            "peerbus://me:hunter2/@example",
+        ] {
+            let error = text.parse::<BrokerUrl>().unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("hunter2"), "{error}");
+        }
     }
 
     #[test]

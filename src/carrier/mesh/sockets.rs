@@ -14,7 +14,7 @@ use crate::discovery::{self, Sink, local};
 use crate::identity::{Identity, NodeId};
 use crate::link::Acceptor;
 use crate::peer::Address;
-use crate::trust::{Access, LetIn, Trust, TrustError, TrustedKeys, Watched};
+use crate::trust::{Access, LetIn, Rules, Trust, TrustError, TrustedKeys, Watched};
 use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
 
 /// The error of opening a mesh's sockets.
@@ -24,6 +24,12 @@ pub(crate) enum SocketError {
     Trust(TrustError),
     Listen { addr: SocketAddr, source: io::Error },
     Mdns(String),
+}
+
+impl From<TrustError> for SocketError {
+    fn from(error: TrustError) -> Self {
+        Self::Trust(error)
+    }
 }
 
 /// Counts and reports the connections that the front door refused.
@@ -46,10 +52,13 @@ impl MeshCarrier {
         identity: &Identity,
     ) -> Result<(Arc<Self>, Vec<SocketAddr>), SocketError> {
         let config = &core.config;
-        let dir = local::prepare(config.runtime_dir.as_deref(), &config.mesh)
-            .map_err(|(dir, source)| SocketError::SocketDir { dir, source })?;
-        let let_in =
-            LetIn::new(&config.trust, dir.parent().unwrap_or(&dir)).map_err(SocketError::Trust)?;
+        let folder = || local::prepare(config.runtime_dir.as_deref(), &config.mesh);
+        let folder = || folder().map_err(|(dir, source)| SocketError::SocketDir { dir, source });
+        let sockets = meets_locally(config).then(folder).transpose()?;
+        let root = || folder().map(|dir| dir.parent().unwrap_or(&dir).to_owned());
+        let let_in = LetIn::new(&config.trust, root)?;
+        let (rules, local) = (config.rules.as_ref(), meets_locally(config));
+        let access = Access::new(rules, &config.trust, local, let_in.clone())?;
         let door = |carrier: &Weak<Self>| {
             let acceptor: Arc<dyn Acceptor> = Arc::new(NodeAcceptor(carrier.clone()));
             Arc::new(front_door(core, identity, &let_in, acceptor))
@@ -57,11 +66,10 @@ impl MeshCarrier {
         let mut opened = None;
         let carrier = Self::new(core, parts, |carrier| {
             let door = opened.insert(door(carrier)).clone();
-            let access = Access::new(config.rules.clone(), let_in.clone());
-            (Transport::Sockets(door), Some(access))
+            (Transport::Sockets(door), Some(access.clone()))
         });
         let listening = match opened {
-            Some(door) => carrier.open(&door, dir, &let_in).await,
+            Some(door) => carrier.open(&door, sockets, access).await,
             None => Ok(Vec::new()),
         };
         match listening {
@@ -78,13 +86,13 @@ impl MeshCarrier {
     async fn open(
         self: &Arc<Self>,
         door: &Arc<FrontDoor>,
-        dir: PathBuf,
-        let_in: &LetIn,
+        sockets: Option<PathBuf>,
+        access: Access,
     ) -> Result<Vec<SocketAddr>, SocketError> {
         self.begin();
         let (core, config) = (&self.core, &self.core.config);
         let mut watching = None;
-        if meets_locally(config) {
+        if let Some(dir) = sockets {
             let path = local::fresh_socket(&dir);
             let refused = |source| SocketError::SocketDir { dir: path.clone(), source };
             door.listen_local(&path).map_err(refused)?;
@@ -101,14 +109,17 @@ impl MeshCarrier {
                 "trust is open: anyone who reaches this node can read, forge and join"
             );
         }
-        if let LetIn::TrustedKeys(watched) = let_in {
+        let let_in = access.let_in().clone();
+        if let LetIn::TrustedKeys(keys) = &let_in {
             if config.rules.is_none() {
                 tracing::warn!(
                     "there are no rules, so trusted nodes may do nothing here; set some (--rules)"
                 );
             }
-            core.spawn(watch_trusted_keys(self.clone(), watched.clone()));
+            core.spawn(watch_trusted_keys(self.clone(), keys.clone()));
+            access.warn_of_unknown_subjects();
         }
+        core.spawn(watch_rules(self.clone(), access));
         let reachable = reachable(&listening, &config.advertise);
         self.with_mesh(|mesh, _| mesh.set_addresses(reachable));
         let carrier = self.clone();
@@ -123,7 +134,7 @@ impl MeshCarrier {
                 name: core.name.clone(),
                 mesh: config.mesh.clone(),
                 trust: config.trust.as_str(),
-                let_in: let_in.clone(),
+                let_in,
                 listening: listening.clone(),
                 advertise: config.advertise.clone(),
                 interfaces: config.interfaces.clone(),
@@ -176,12 +187,24 @@ fn wanted(config: &Config) -> Vec<SocketAddr> {
 
 /// Cuts the links of nodes that are no longer trusted, or whose roles changed. The latter connect
 /// again with their new roles.
-async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, watched: Arc<Watched>) {
+async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, keys: Arc<Watched<TrustedKeys>>) {
     let changed = |before: &TrustedKeys, now: &TrustedKeys| {
         let as_before = |id: &NodeId| now.get(id).is_some() && now.get(id) == before.get(id);
         carrier.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
     };
-    watched.watch(changed).await;
+    keys.watch(changed).await;
+}
+
+/// Cuts the links of nodes whose rights changed. They connect again with their new rights.
+async fn watch_rules(carrier: Arc<MeshCarrier>, access: Access) {
+    let Some(rules) = access.rules() else { return };
+    let changed = |before: &Rules, now: &Rules| {
+        access.warn_of_unknown_subjects();
+        let as_before =
+            |id: &NodeId| access.grants_by(Some(before), id) == access.grants_by(Some(now), id);
+        carrier.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
+    };
+    rules.watch(changed).await;
 }
 
 /// Returns the addresses at which a node that listens on `listening` can be dialled.

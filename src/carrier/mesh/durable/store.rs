@@ -20,7 +20,7 @@ use crate::journal::{
     Damage, DirectoryError, Ended, Journal, JournalError, Options, Position, Recovery, Sink, Watch,
 };
 use crate::message::Message;
-use crate::private;
+use crate::private::{self, Others};
 use crate::sync::{Mutex, Rank, lock};
 use crate::wire::DeliveryId;
 
@@ -315,16 +315,12 @@ fn watch(node: &Arc<OnceLock<Weak<Durable>>>) -> Watch {
     })
 }
 
-/// Refuses a folder with files of another program; creates a missing one.
+/// Refuses a folder with files of another program, and one that others can change; creates a
+/// missing one.
 pub(crate) fn prepare(path: &Path) -> Result<(), StoreError> {
     let failed = |problem: StoreProblem| StoreError { path: path.to_owned(), problem };
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return private::create_folder(path).map_err(|error| failed(error.into()));
-        }
-        Err(error) => return Err(failed(error.into())),
-    };
+    private::create_folder(path, Others::MayRead).map_err(|error| failed(error.into()))?;
+    let entries = fs::read_dir(path).map_err(|error| failed(error.into()))?;
     let names = entries.map(|entry| Ok(entry?.file_name()));
     let names: Vec<_> = names.collect::<io::Result<_>>().map_err(|error| failed(error.into()))?;
     let ours = names.iter().any(|name| name == OUTBOX || name == IDENTITY);

@@ -20,8 +20,8 @@ use super::workload::Pattern;
 use crate::bench::process::affinity;
 use crate::output;
 
-/// The task of an actor, which it reads at its start.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The task of an actor, which it reads at its start. It has the broker's credentials.
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Part {
     pub(super) role: Role,
     pub(super) library: Library,

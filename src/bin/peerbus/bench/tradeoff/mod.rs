@@ -30,6 +30,7 @@ use workload::Workload;
 use super::process::Placement;
 use crate::options::interrupted;
 use crate::output;
+use crate::output_file::OutputFile;
 
 /// Runs one workload after the other over the mesh, the mesh with an outbox, the embedded broker,
 /// NATS, JetStream and RabbitMQ, in turn, round after round. Unavailable systems are skipped and
@@ -75,10 +76,8 @@ impl Tradeoff {
         }
         let workloads = self.workloads()?;
         let (systems, skipped) = self.systems(&workloads)?;
-        if let Some(path) = &self.html {
-            // An invalid path fails now, not after a quarter of an hour.
-            std::fs::File::create(path).with_context(|| path.display().to_string())?;
-        }
+        // An invalid path fails now, not after a quarter of an hour.
+        let page = self.html.as_deref().map(OutputFile::create).transpose()?;
         let mut comparison = Comparison::new(workloads, systems, skipped, &self.dir).await?;
         let outcome = tokio::select! {
             outcome = comparison.run(self.rounds, self.placement, &self.dir) => outcome,
@@ -87,7 +86,7 @@ impl Tradeoff {
         output::progress(None);
         let cut_short = outcome.as_ref().err().map(|error| format!("{error:#}"));
         let report = comparison.report(cut_short);
-        self.show(&report)?;
+        self.show(&report, page)?;
         outcome.context("the comparison ended early; the finished results are above")
     }
 
@@ -133,11 +132,11 @@ impl Tradeoff {
         Ok((there, skipped))
     }
 
-    fn show(&self, report: &Report) -> anyhow::Result<()> {
+    fn show(&self, report: &Report, page: Option<OutputFile>) -> anyhow::Result<()> {
         let value = serde_json::to_value(report)?;
         output::line(self.json, &value, || table::text(report))?;
-        if let Some(path) = &self.html {
-            std::fs::write(path, html::page(report)).with_context(|| path.display().to_string())?;
+        if let (Some(path), Some(page)) = (&self.html, page) {
+            page.finish(&html::page(report))?;
             output::note(format_args!("the page is in {}", path.display()));
         }
         Ok(())

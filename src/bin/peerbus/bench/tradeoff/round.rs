@@ -13,7 +13,7 @@ use super::tally::{Log, MOMENT, Sent, Tally, now};
 use super::usage::{Usage, ended};
 use super::workload::{Guaranteed, Pattern, Rate, Target, Workload};
 use crate::bench::process::{Far, Placement};
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, create_private};
 
 /// The warm-up of each sender, which does not count.
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -108,7 +108,9 @@ impl Cast<'_> {
 
     fn part(&self, name: &str, role: Role) -> anyhow::Result<Part> {
         let dir = self.dir.join(name);
-        std::fs::create_dir_all(&dir)?;
+        if !dir.is_dir() {
+            create_private(&dir)?;
+        }
         Ok(Part {
             runtime: self.dir.to_owned(),
             role,
@@ -117,7 +119,7 @@ impl Cast<'_> {
             guaranteed: self.is_guaranteed(),
             mesh: self.mesh.clone(),
             dir,
-            broker: self.broker.as_ref().map(|broker| broker.url().to_owned()),
+            broker: self.broker.as_ref().map(|broker| broker.url().reveal().to_owned()),
             tls: self.workload.tls,
             listen: None,
             peers: Vec::new(),

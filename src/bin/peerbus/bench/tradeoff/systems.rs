@@ -5,12 +5,14 @@ use std::process::Stdio;
 
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
+use peerbus::Secret;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::client::Library;
 use super::workload::{Guaranteed, Pattern, Workload};
+use crate::secrets::broker_from_env;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -145,7 +147,7 @@ impl SystemName {
     pub(super) async fn version(self) -> anyhow::Result<String> {
         let ours = concat!("peerbus ", env!("CARGO_PKG_VERSION")).to_owned();
         let Some(variable) = self.variable(false) else { return Ok(ours) };
-        let url = std::env::var(variable)?;
+        let url = broker_from_env(variable)?;
         let mesh = format!("v{}", std::process::id()).parse()?;
         let node = peerbus::Node::builder().mesh(mesh).broker(url).start().await?;
         let met = node.wait_for_peers(1, std::time::Duration::from_secs(20)).await;
@@ -204,7 +206,7 @@ pub(super) enum Broker {
     /// Started for the round.
     Embedded { child: Child, url: String },
     /// Started from outside, usually by the script.
-    There { name: &'static str, url: String },
+    There { name: &'static str, url: Secret },
 }
 
 impl Broker {
@@ -216,7 +218,7 @@ impl Broker {
         let (Some(name), Some(variable)) = (system.server(), system.variable(tls)) else {
             return Ok(None);
         };
-        let url = std::env::var(variable).with_context(|| format!("{variable} is not set"))?;
+        let url = broker_from_env(variable)?;
         let name = match (name, tls) {
             ("nats", true) => "nats-tls",
             (name, _) => name,
@@ -224,9 +226,10 @@ impl Broker {
         Ok(Some(Self::There { name, url }))
     }
 
-    pub(super) fn url(&self) -> &str {
+    pub(super) fn url(&self) -> Secret {
         match self {
-            Self::Embedded { url, .. } | Self::There { url, .. } => url,
+            Self::Embedded { url, .. } => url.as_str().into(),
+            Self::There { url, .. } => url.clone(),
         }
     }
 

@@ -7,6 +7,7 @@ use async_nats::jetstream::{self, consumer::pull, stream};
 use async_nats::{ConnectOptions, ServerAddr};
 use bytes::Bytes;
 use futures_util::StreamExt;
+use peerbus::{BrokerUrl, Credentials};
 
 use super::{Note, PATIENCE, SERVICE, TOPIC};
 use crate::bench::tradeoff::actor::Part;
@@ -26,11 +27,11 @@ pub(in super::super) struct Client {
 
 impl Client {
     pub(super) async fn connect(part: &Part) -> anyhow::Result<Self> {
-        let url = part.broker.as_deref().context("NATS has no address")?;
-        let server: ServerAddr = url.parse()?;
+        let url: BrokerUrl = part.broker.as_deref().context("NATS has no address")?.parse()?;
+        let server: ServerAddr = url.to_string().parse()?;
         let mut options = ConnectOptions::new().request_timeout(Some(PATIENCE));
-        if let (Some(user), Some(password)) = (server.username(), server.password()) {
-            options = options.user_and_password(user.into(), password.into());
+        if let Some((name, password)) = url.credentials().and_then(Credentials::as_user) {
+            options = options.user_and_password(name.into(), password.reveal().into());
         }
         if let Some(ca) = part.ca() {
             options = options.add_root_certificates(ca);
