@@ -494,7 +494,7 @@ async fn idle_members_make_room_for_newcomers_and_those_in_use_stay() {
 
 #[tokio::test]
 async fn a_member_that_causes_records_and_reads_nothing_loses_its_link() {
-    let rules = "nobody publish x".parse().unwrap();
+    let rules = "* publish x".parse().unwrap();
     let target = Target::with(|config| config.rules(rules)).await;
     let mut stream = member(&target).await;
     let mut events = target.node.events();
