@@ -317,7 +317,7 @@ impl Control {
             8 => Self::ProbeReply(fields.need(Reader::uint)?),
             9 => Self::Peers(fields.list(|reader| {
                 let mut pair = reader.array()?;
-                let id = NodeId::from_bytes(pair.need(Reader::bin_array)?);
+                let id = pair.need(Reader::node_id)?;
                 let addresses = read_addresses(&mut pair)?;
                 pair.finish()?;
                 Ok(Hint { id, addresses })
@@ -353,7 +353,7 @@ const MAX_NAME: usize = 255;
 
 fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
     let mesh = fields.need(|reader| Ok(reader.str()?.parse()?))?;
-    let id = NodeId::from_bytes(fields.need(Reader::bin_array)?);
+    let id = fields.need(Reader::node_id)?;
     let incarnation = Incarnation(fields.need(Reader::uint)?);
     let name = fields.need(|reader| reader.str().map(str::to_owned))?;
     if name.len() > MAX_NAME || name.chars().any(char::is_control) {

@@ -462,7 +462,7 @@ pub(super) fn read_record(
     header.correlation_id = fields.opt(Reader::bin_array)?.map(MessageId::from_bytes);
     header.reply_to = fields.opt(|reader| match reader.next_is() {
         Next::True => reader.skip().map(|()| *context.peer),
-        _ => reader.bin_array().map(NodeId::from_bytes),
+        _ => reader.node_id(),
     })?;
     header.time_to_live = fields.opt(Reader::uint)?.map(std::time::Duration::from_millis);
     let owned = |reader: &mut Reader<'_>| reader.str().map(str::to_owned);
