@@ -205,7 +205,9 @@ impl Opened {
             return Err(Refusal::Tls);
         }
         let certificate = tls.peer_certificates().and_then(<[_]>::first).ok_or(Refusal::Tls)?;
-        let peer = node_id(certificate).ok_or(Refusal::Tls)?;
+        let key = public_key(certificate).ok_or(Refusal::Tls)?;
+        // The signature proves nothing if anyone can sign for the key.
+        let peer = NodeId::checked(key).map_err(|_| Refusal::WeakKey)?;
         let exported =
             tls.export_keying_material([0; 32], EXPORTER, Some(b"")).map_err(|_| Refusal::Tls)?;
         Ok(Self { peer, exported })
@@ -241,9 +243,8 @@ fn provider() -> CryptoProvider {
     }
 }
 
-fn node_id(spki: &[u8]) -> Option<NodeId> {
-    let key = spki.strip_prefix(&SPKI_HEAD)?;
-    Some(NodeId::from_bytes(key.try_into().ok()?))
+fn public_key(spki: &[u8]) -> Option<[u8; NodeId::LEN]> {
+    spki.strip_prefix(&SPKI_HEAD)?.try_into().ok()
 }
 
 /// Verifies that a peer holds its key. The key is accepted or refused later, where the peer can be
@@ -253,7 +254,7 @@ struct RawKeys(WebPkiSupportedAlgorithms);
 
 impl RawKeys {
     fn check_key(&self, key: &CertificateDer<'_>) -> Result<(), Error> {
-        match node_id(key) {
+        match public_key(key) {
             Some(_) => Ok(()),
             None => Err(Error::InvalidCertificate(CertificateError::BadEncoding)),
         }

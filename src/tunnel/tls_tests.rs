@@ -7,7 +7,7 @@ use rustls::pki_types::ServerName;
 use tokio::sync::mpsc;
 
 use super::super::zmtp::{greeting, ready};
-use super::super::{FrontDoor, FrontDoorConfig, GateLimits, Watch};
+use super::super::{End, FrontDoor, FrontDoorConfig, GateLimits, Watch};
 use super::*;
 use crate::engine::Connection;
 use crate::link::{Acceptor, Link, Receiver, new_identity};
@@ -66,7 +66,8 @@ impl Scene {
             max_connections: 8,
             loopback_only: true,
         };
-        let door = Arc::new(FrontDoor::new(config, identity.node_id(), keeper.clone(), keeper));
+        let door =
+            Arc::new(FrontDoor::new(config, End::Node(identity.node_id()), keeper.clone(), keeper));
         let addr = door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
         Self { tls: tls(&me, mine), me, addr, connected, refused, _door: door }
     }
@@ -92,7 +93,7 @@ async fn a_node_is_who_its_key_says_and_nobody_else() {
     for (claimed, let_in) in [(scene.me.node_id(), true), (other, false)] {
         let Ok((mut stream, _)) = scene.tls.open(scene.dial().await, true).await else { panic!() };
         stream.write_all(&greeting()).await.unwrap();
-        stream.write_all(&ready(&new_identity(&claimed))).await.unwrap();
+        stream.write_all(&ready(b"ROUTER", &new_identity(&claimed))).await.unwrap();
         stream.flush().await.unwrap();
         match let_in {
             true => assert_eq!(scene.connected.recv().await, Some(Some(claimed))),
@@ -168,7 +169,7 @@ async fn what_a_handshake_costs() {
                 panic!()
             };
             stream.write_all(&greeting()).await.unwrap();
-            stream.write_all(&ready(&new_identity(&scene.me.node_id()))).await.unwrap();
+            stream.write_all(&ready(b"ROUTER", &new_identity(&scene.me.node_id()))).await.unwrap();
             stream.flush().await.unwrap();
             scene.connected.recv().await.unwrap();
         }

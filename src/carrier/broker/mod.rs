@@ -20,8 +20,10 @@ mod hub;
 mod kind;
 #[cfg(feature = "nats")]
 mod nats;
+mod outlet;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq;
+mod server;
 mod session;
 mod unpack;
 mod url;
@@ -34,8 +36,8 @@ use tokio::sync::oneshot;
 
 pub(crate) use carrier::{BrokerCarrier, RefusedByBroker};
 pub(crate) use handle::BrokerHandle;
-pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use kind::BrokerKind;
+pub use server::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use url::{BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
@@ -52,6 +54,7 @@ pub(crate) struct Me {
     pub(crate) id: NodeId,
     pub(crate) name: String,
     pub(crate) mesh: MeshName,
+    pub(crate) max_body: usize,
     /// A file of CA certificates for the broker's certificate, besides the system's.
     pub(crate) ca: Option<PathBuf>,
     /// The time limit of the handler of a guaranteed message.
