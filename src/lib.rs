@@ -105,6 +105,7 @@ mod peer;
 mod private;
 mod report;
 mod sync;
+pub mod text;
 mod trust;
 mod tunnel;
 mod wire;

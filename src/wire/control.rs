@@ -8,6 +8,7 @@ use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::MessageId;
 use crate::peer::{Address, ServiceInfo};
+use crate::text::{clean, is_visible};
 use crate::trust::Action;
 
 /// A control record. It needs no credit.
@@ -343,9 +344,9 @@ fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, Wir
     Ok(denied.into_iter().flatten().take(MAX_DENIED).collect())
 }
 
-/// Makes a peer's text safe for logs and terminals: truncated, and without control characters.
+/// Makes a peer's text safe for logs and terminals.
 fn printable(text: &str) -> String {
-    text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    clean(text, MAX_TEXT)
 }
 
 /// The longest accepted name of a node, in bytes.
@@ -356,8 +357,8 @@ fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
     let id = fields.need(Reader::node_id)?;
     let incarnation = Incarnation(fields.need(Reader::uint)?);
     let name = fields.need(|reader| reader.str().map(str::to_owned))?;
-    if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-        return Err(WireError::Unexpected("the node's name is too long or not printable"));
+    if name.len() > MAX_NAME || !is_visible(&name) {
+        return Err(WireError::Unexpected("the node's name is too long, or has hidden characters"));
     }
     let max_body = fields.need(Reader::uint)?;
     let told = fields.list(Reader::uint)?;
