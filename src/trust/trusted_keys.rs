@@ -99,7 +99,7 @@ impl TrustedKeys {
         Self::parse(&text).map_err(broken)
     }
 
-    fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
+    pub(super) fn parse(text: &str) -> Result<Self, (usize, TrustedLine)> {
         let mut keys = HashMap::new();
         for (number, line) in text.lines().enumerate() {
             let mut fields = line.split('#').next().unwrap_or_default().split_whitespace();

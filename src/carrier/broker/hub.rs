@@ -105,6 +105,12 @@ impl Hub {
         BrokerReport { nodes, ..self.counts }
     }
 
+    /// Returns true if nothing is left of any client.
+    #[cfg(fuzzing)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.clients.is_empty() && self.meshes.is_empty()
+    }
+
     /// Handles a message of a client; an invalid one is ignored.
     pub(super) fn handle(&mut self, from: u64, frames: &[Bytes]) {
         let Some((operation, fields)) = frames.split_first() else { return };

@@ -189,6 +189,35 @@ impl AckAction {
     }
 }
 
+/// For the fuzzer: the messages of two clients to the embedded broker.
+#[cfg(fuzzing)]
+pub(crate) fn check_hub(bytes: &[u8]) {
+    struct Nowhere;
+    impl crate::link::Link for Nowhere {
+        fn send(&self, _: Vec<bytes::Bytes>) {}
+        fn close(&self) {}
+    }
+    let (mut hub, mut rest) = (hub::Hub::default(), bytes);
+    let mut take = |most: usize| {
+        let (len, after) = rest.split_first()?;
+        let (taken, after) = after.split_at(usize::from(*len).min(most).min(after.len()));
+        rest = after;
+        Some(taken)
+    };
+    let now = std::time::Instant::now();
+    let clients = [0, 1]
+        .map(|_| hub.handle_connected(now, outlet::Outlet::new(std::sync::Arc::new(Nowhere))));
+    while let Some(head) = take(2) {
+        let [client, count] = [0, 1].map(|place| head.get(place).copied().unwrap_or_default());
+        let frames: Vec<_> =
+            (0..count % 8).map_while(|_| take(255).map(bytes::Bytes::copy_from_slice)).collect();
+        hub.handle(clients[usize::from(client % 2)], &frames);
+    }
+    hub.handle_tick(now + Duration::from_secs(60));
+    clients.into_iter().for_each(|client| hub.handle_closed(client));
+    assert!(hub.is_empty(), "nothing is left of clients that went");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
