@@ -31,7 +31,7 @@ use rustls::pki_types::{
 };
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
-use rustls::sign::CertifiedKey;
+use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::version::TLS13;
 use rustls::{
     CertificateError, ClientConfig, ConnectionCommon, DigitallySignedStruct, DistinguishedName,
@@ -66,11 +66,15 @@ pub(crate) struct Tls {
 
 impl Tls {
     pub(crate) fn new(identity: &Identity, let_in: LetIn) -> Self {
-        let provider = Arc::new(provider());
         let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(identity.pkcs8().to_vec()));
         let key = ring::sign::any_eddsa_type(&PrivatePkcs8KeyDer::from(der.secret_der()))
             .expect("an identity is an Ed25519 key");
-        let spki = [&SPKI_HEAD[..], identity.node_id().as_bytes()].concat();
+        Self::with_key(identity.node_id(), key, let_in)
+    }
+
+    fn with_key(me: NodeId, key: Arc<dyn SigningKey>, let_in: LetIn) -> Self {
+        let provider = Arc::new(provider());
+        let spki = [&SPKI_HEAD[..], me.as_bytes()].concat();
         let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(spki)], key));
         let verifier = Arc::new(RawKeys(provider.signature_verification_algorithms));
         let only_13 = "the provider has suites for TLS 1.3";
@@ -97,7 +101,7 @@ impl Tls {
         server.alpn_protocols = vec![ALPN.to_vec()];
 
         Self {
-            me: identity.node_id(),
+            me,
             connector: TlsConnector::from(Arc::new(client)),
             acceptor: TlsAcceptor::from(Arc::new(server)),
             let_in,

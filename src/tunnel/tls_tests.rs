@@ -3,7 +3,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use rustls::SignatureAlgorithm;
 use rustls::pki_types::ServerName;
+use rustls::sign::Signer;
 use tokio::sync::mpsc;
 
 use super::super::zmtp::{greeting, ready};
@@ -100,6 +102,48 @@ async fn a_node_is_who_its_key_says_and_nobody_else() {
             false => assert_eq!(scene.refused.recv().await, Some(Refusal::Impostor)),
         }
     }
+}
+
+/// Signs without a private key, as anyone can for this key of small order.
+#[derive(Debug)]
+struct AnyonesKey;
+
+impl AnyonesKey {
+    const ID: NodeId = {
+        let mut bytes = [0; 32];
+        bytes[0] = 1;
+        NodeId::from_bytes(bytes)
+    };
+}
+
+impl SigningKey for AnyonesKey {
+    fn choose_scheme(&self, _: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        Some(Box::new(Self))
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::ED25519
+    }
+}
+
+impl Signer for AnyonesKey {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, Error> {
+        Ok([*Self::ID.as_bytes(), [0; 32]].concat())
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        SignatureScheme::ED25519
+    }
+}
+
+#[tokio::test]
+async fn a_key_for_which_anyone_can_sign_is_refused_even_with_the_mesh_key() {
+    let key = MeshKey::generate();
+    let mut scene = Scene::new(&key, &key).await;
+    let let_in = LetIn::MeshKey(vec![key]);
+    let anyone = Tls::with_key(AnyonesKey::ID, Arc::new(AnyonesKey), let_in);
+    assert!(anyone.open(scene.dial().await, true).await.is_err());
+    assert_eq!(scene.refused.recv().await, Some(Refusal::WeakKey));
 }
 
 #[tokio::test]
