@@ -65,8 +65,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn charge(accounts: &Mutex<Connection>, call: &Call) -> Result<i64, Failed> {
     let mut accounts = accounts.lock().expect("no handler panics while it holds it");
     let transaction = accounts.transaction()?;
-    if !sqlite::inbox_seen(&transaction, "billing", call.message.header.id)? {
-        let amount: i64 = call.message.text().parse()?;
+    let message = &call.message;
+    if !sqlite::inbox_seen(&transaction, "billing", message.from, message.header.id)? {
+        let amount: i64 = message.text().parse()?;
         transaction.execute("INSERT INTO charges VALUES (?)", [amount])?;
     }
     let total = transaction.query_row("SELECT sum(amount) FROM charges", [], |row| row.get(0))?;

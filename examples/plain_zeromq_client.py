@@ -110,6 +110,7 @@ class Client:
             self.handle_message(record)
 
     def handle_control(self, record):
+        record += [None] * (11 - len(record))  # trailing fields may be left out
         if record[0] == HELLO:
             self.peer, name, services = record[2], record[4], [name for name, _ in record[9] or []]
             print(f"met {name}, which serves {services}", flush=True)

@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::text::is_hidden;
+
 use crate::identity::NodeId;
 
 /// The longest topic, pattern or service name, in bytes.
@@ -77,10 +79,10 @@ impl From<std::convert::Infallible> for AddressError {
     }
 }
 
-const TOKENS: &str = "tokens may hold any printable character except blanks, `*`, `>` and `$`";
+const TOKENS: &str = "tokens may hold any visible character except blanks, `*`, `>` and `$`";
 
 fn is_token_char(c: char) -> bool {
-    !(c.is_whitespace() || c.is_control() || matches!(c, '*' | '>' | '$'))
+    !(c.is_whitespace() || is_hidden(c) || matches!(c, '*' | '>' | '$'))
 }
 
 fn check_len(what: &'static str, text: &str, max: usize) -> Result<(), AddressError> {

@@ -1,7 +1,9 @@
 //! Bridges: they copy chosen topics and services of one mesh or broker to another (the Messaging
 //! Bridge of Hohpe and Woolf).
 
-use std::collections::{HashMap, VecDeque};
+mod echoes;
+
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,18 +15,16 @@ use crate::carrier::{Capability, OutboxError, Unsupported};
 use crate::core::{Call, HandlerError, Reply};
 use crate::engine::Overflow;
 use crate::identity::NodeId;
-use crate::message::{Message, MessageId};
+use crate::message::Message;
 use crate::node::{
     Consumer, Draft, Guaranteed, Node, Publish, Request, RequestError, Send, SendError, ServeError,
     Service, SubscribeError, Subscription, To,
 };
 use crate::opaque::opaque;
-use crate::sync::{Mutex, lock};
+use echoes::{Fingerprint, Seen, Sight};
 
 /// The time that an event waits for room on the other side before it is dropped and counted.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The number of message ids remembered, with the side that they came from.
-const REMEMBERED: usize = 65_536;
 
 /// The error with which a bridge can't be opened.
 #[derive(Debug, thiserror::Error)]
@@ -202,6 +202,8 @@ impl Bridge {
     pub const VIA: &str = "peerbus-via";
     /// The user header with the id of the node that sent a message, before any bridge.
     pub const FROM: &str = "peerbus-from";
+    /// The user header with the id that a guaranteed message had before any bridge.
+    pub const ID: &str = "peerbus-id";
 
     /// Builds a bridge between the sides of two nodes, which both belong to it: for example
     /// `inner` on a mesh, and `outer` on a broker ([`Config::broker`](crate::Config::broker)) or in
@@ -223,13 +225,16 @@ impl Bridge {
     ///
     /// On the other side, the bridge is the sender of a message that crosses: the other side's
     /// rules apply to the bridge, and receivers can authenticate only the bridge. Header, key and
-    /// body cross unchanged, and so does the id, except that of a request. The reply address has
-    /// no meaning on the other side and is left out. The user headers [`Bridge::FROM`] and
-    /// [`Bridge::VIA`] name the first sender and the bridges.
+    /// body cross unchanged, and so does the id of an event and of a one-way message. A request has a
+    /// new id on the other side; a guaranteed message has one that follows from its sender and
+    /// content, so that nobody can use up the id of another's message. The reply address has no
+    /// meaning on the other side and is left out. The user headers [`Bridge::FROM`], [`Bridge::ID`]
+    /// and [`Bridge::VIA`] name the first sender, the first id and the bridges.
     ///
     /// **No loops.** A message never crosses a bridge twice, however many bridges there are and
     /// however often they restart. Of the last 65,536 messages, one that came from one side is
-    /// ignored when it comes back from the other, for example by a second bridge beside this one.
+    /// ignored when another bridge brings it back from the other: the same message in sender, id,
+    /// destination, headers and body. A message that no bridge has carried is never taken for another.
     ///
     /// **Guaranteed messages** are stored on the other side before they count as processed on this
     /// side. A bridge that is killed in between receives them again. An outbox and NATS store each
@@ -289,39 +294,6 @@ impl Counts {
     }
 }
 
-/// The sides from which the last messages came.
-#[derive(Default)]
-struct Seen(Mutex<(HashMap<MessageId, Way>, VecDeque<MessageId>)>);
-
-/// The result of looking up a message.
-#[derive(Debug, PartialEq, Eq)]
-enum Sight {
-    New,
-    /// A message that came from this side before.
-    Again,
-    /// A message that came from the other side before.
-    Echo,
-}
-
-impl Seen {
-    fn look(&self, id: MessageId, way: Way) -> Sight {
-        let (ways, order) = &mut *lock(&self.0);
-        match ways.get(&id) {
-            Some(before) if *before == way => return Sight::Again,
-            Some(_) => return Sight::Echo,
-            None => {}
-        }
-        if order.len() == REMEMBERED
-            && let Some(oldest) = order.pop_front()
-        {
-            ways.remove(&oldest);
-        }
-        order.push_back(id);
-        ways.insert(id, way);
-        Sight::New
-    }
-}
-
 /// One direction of a bridge.
 struct Crossing {
     way: Way,
@@ -335,13 +307,17 @@ struct Crossing {
 impl Crossing {
     /// The draft to send on the other side; `None` if the message must not cross. A message that
     /// comes again from the same side is sent again, unless it is an event that two patterns match.
+    ///
+    /// Whoever writes a header of a message decides on that message alone. So a forged
+    /// [`Bridge::VIA`] keeps only its own message from crossing.
     fn admit(&self, message: &Message) -> Option<Draft> {
         let extra = message.header.extra.as_deref();
         let headers = extra.map_or(&[][..], |extra| &extra.headers);
         let header = |name: &str| headers.iter().find(|(found, _)| found == name);
         let via = header(Bridge::VIA).map_or("", |(_, via)| via);
         let bridge = self.bridge.to_string();
-        let sight = self.seen.look(message.header.id, self.way);
+        let fingerprint = Fingerprint::of(message);
+        let sight = self.seen.look(fingerprint, self.way, message.from, !via.is_empty());
         if sight == Sight::Echo || via.split(',').any(|id| id == bridge) {
             self.counts.echoes.fetch_add(1, Ordering::Relaxed);
             return None;
@@ -354,6 +330,12 @@ impl Crossing {
         draft.set_header(Bridge::VIA, via);
         if header(Bridge::FROM).is_none() {
             draft.set_header(Bridge::FROM, message.from.to_string());
+        }
+        if message.delivery.is_some() {
+            if header(Bridge::ID).is_none() {
+                draft.set_header(Bridge::ID, message.header.id.to_string());
+            }
+            draft.set_id(fingerprint.id(message.header.id));
         }
         Some(draft)
     }
@@ -400,10 +382,10 @@ impl Crossing {
     /// Stores a message on the other side.
     async fn keep(&self, message: &Message, draft: Draft) -> Result<(), HandlerError> {
         let destination = message.header.destination.clone();
+        let id = Fingerprint::of(message).id(message.header.id);
         let kept = Guaranteed::new(self.to.inner(), Ok(destination), draft);
-        // The draft has the message's id.
         let kept = match self.to.inner().carrier.require(Capability::Once) {
-            Ok(()) => kept.once(message.header.id),
+            Ok(()) => kept.once(id),
             Err(_) => kept,
         };
         match kept.await {
@@ -473,34 +455,5 @@ impl Crossing {
             }
             Err(error) => Err(HandlerError::new("bridge", error.to_string())),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::message::IdSource;
-
-    #[test]
-    fn what_comes_back_from_the_other_side_is_an_echo_and_what_comes_again_is_not() {
-        let (seen, ids) = (Seen::default(), IdSource::new(1));
-        let (one, other) = (ids.next(1), ids.next(1));
-        assert_eq!(seen.look(one, Way::Export), Sight::New);
-        assert_eq!(seen.look(one, Way::Export), Sight::Again);
-        assert_eq!(seen.look(one, Way::Import), Sight::Echo);
-        assert_eq!(seen.look(other, Way::Import), Sight::New);
-        assert_eq!(seen.look(other, Way::Export), Sight::Echo);
-    }
-
-    #[test]
-    fn only_so_many_are_remembered() {
-        let (seen, ids) = (Seen::default(), IdSource::new(1));
-        let first = ids.next(1);
-        seen.look(first, Way::Export);
-        for _ in 0..REMEMBERED {
-            seen.look(ids.next(1), Way::Export);
-        }
-        assert_eq!(seen.look(first, Way::Import), Sight::New);
-        assert_eq!(lock(&seen.0).1.len(), REMEMBERED);
     }
 }

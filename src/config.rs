@@ -398,10 +398,7 @@ impl Config {
                 "heartbeat, suspect_after and dead_after must grow in this order".into(),
             );
         }
-        if self
-            .name
-            .as_ref()
-            .is_some_and(|name| name.len() > 255 || name.chars().any(char::is_control))
+        if self.name.as_ref().is_some_and(|name| name.len() > 255 || !crate::text::is_visible(name))
         {
             return problem("name takes at most 255 bytes and no control characters".into());
         }

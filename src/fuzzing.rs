@@ -41,3 +41,23 @@ pub fn txt(strings: &[u8]) {
 pub fn journal_record(bytes: &[u8]) {
     crate::engine::delivery::check_record(bytes);
 }
+
+/// The head of a message as a broker carries it, and the body that follows.
+pub fn parcel(head: &[u8]) {
+    let me = NodeId::from_bytes([1; 32]);
+    let parcel = wire::Parcel { head: Bytes::copy_from_slice(head), body: "body".into() };
+    if let Ok(unpacked) = parcel.unpack(&me, 1 << 20) {
+        assert!(unpacked.from != NodeId::BROKER, "a claim to be the broker");
+    }
+}
+
+/// The messages of two clients to the embedded broker, each as a length and its frames, each as a
+/// length and its bytes.
+pub fn hub(bytes: &[u8]) {
+    crate::carrier::broker::check_hub(bytes);
+}
+
+/// A file of mesh keys, trusted keys or rules.
+pub fn trust(text: &[u8]) {
+    crate::trust::check_text(&String::from_utf8_lossy(text));
+}

@@ -26,10 +26,28 @@ impl NodeId {
     pub const LEN: usize = 32;
 
     /// The id of the broker in broker mode ([`Config::broker`](crate::Config::broker)). No node has
-    /// it, since no key pair does.
+    /// it: it is a key of small order, and refused wherever a node id comes in.
     pub const BROKER: Self = Self([0; Self::LEN]);
 
-    /// An id from the bytes of a public key.
+    /// An id from the bytes of a public key that comes from another node or a person.
+    ///
+    /// # Errors
+    /// [`NodeIdError::SmallOrder`] if anyone could sign for the key: one of the curve's eight points
+    /// of small order, for which some signatures need no private key (RFC 8032, section 8.9;
+    /// Chalkias and others, *Taming the many EdDSAs*). [`NodeId::BROKER`] is one of them.
+    pub fn checked(bytes: [u8; 32]) -> Result<Self, NodeIdError> {
+        let [y @ .., last] = bytes;
+        // The highest bit is the sign of x.
+        let is_it =
+            |(small, last_of_it): &([u8; 31], u8)| y == *small && last & 0x7f == *last_of_it;
+        match SMALL_ORDER.iter().any(is_it) {
+            true => Err(NodeIdError::SmallOrder),
+            false => Ok(Self(bytes)),
+        }
+    }
+
+    /// An id from the bytes of a known public key, unchecked. [`NodeId::checked`] is for bytes from
+    /// elsewhere.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
@@ -68,18 +86,60 @@ impl Serialize for NodeId {
     }
 }
 
-/// The text is not a node id.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a node id: expected 52 characters of base32 (a-z, 2-7)")]
+/// The y coordinates of the points of small order on Curve25519, as encoded in a public key: of the
+/// orders 4, 1, 8, 8 and 2, and those that are not reduced, p and p + 1.
+const SMALL_ORDER: [([u8; 31], u8); 7] = [
+    ([0; 31], 0),
+    (starting_with(1, 0), 0),
+    (
+        [
+            0x26, 0xe8, 0x95, 0x8f, 0xc2, 0xb2, 0x27, 0xb0, 0x45, 0xc3, 0xf4, 0x89, 0xf2, 0xef,
+            0x98, 0xf0, 0xd5, 0xdf, 0xac, 0x05, 0xd3, 0xc6, 0x33, 0x39, 0xb1, 0x38, 0x02, 0x88,
+            0x6d, 0x53, 0xfc,
+        ],
+        0x05,
+    ),
+    (
+        [
+            0xc7, 0x17, 0x6a, 0x70, 0x3d, 0x4d, 0xd8, 0x4f, 0xba, 0x3c, 0x0b, 0x76, 0x0d, 0x10,
+            0x67, 0x0f, 0x2a, 0x20, 0x53, 0xfa, 0x2c, 0x39, 0xcc, 0xc6, 0x4e, 0xc7, 0xfd, 0x77,
+            0x92, 0xac, 0x03,
+        ],
+        0x7a,
+    ),
+    (starting_with(0xec, 0xff), 0x7f),
+    (starting_with(0xed, 0xff), 0x7f),
+    (starting_with(0xee, 0xff), 0x7f),
+];
+
+const fn starting_with(first: u8, rest: u8) -> [u8; 31] {
+    let mut bytes = [rest; 31];
+    bytes[0] = first;
+    bytes
+}
+
+/// The text or the bytes are not a node id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub struct NodeIdError;
+pub enum NodeIdError {
+    /// The text doesn't have the form of a node id.
+    #[error("not a node id: expected 52 characters of base32 (a-z, 2-7)")]
+    Format,
+    /// The key is of small order.
+    #[error(
+        "not a node id: a public key of small order, for which anyone can sign; \
+         `peerbus keygen` makes a key"
+    )]
+    SmallOrder,
+}
 
 impl FromStr for NodeId {
     type Err = NodeIdError;
     fn from_str(text: &str) -> Result<Self, NodeIdError> {
-        let bytes =
-            BASE32_NOPAD.decode(text.to_ascii_uppercase().as_bytes()).map_err(|_| NodeIdError)?;
-        bytes.try_into().map(Self).map_err(|_| NodeIdError)
+        let bytes = BASE32_NOPAD
+            .decode(text.to_ascii_uppercase().as_bytes())
+            .map_err(|_| NodeIdError::Format)?;
+        Self::checked(bytes.try_into().map_err(|_| NodeIdError::Format)?)
     }
 }
 
@@ -242,6 +302,34 @@ mod tests {
         assert_eq!(text.len(), 52);
         assert_eq!(text.parse::<NodeId>().unwrap(), id);
         assert!("abc".parse::<NodeId>().is_err());
+    }
+
+    #[test]
+    fn a_key_for_which_anyone_can_sign_is_no_node_id() {
+        // Each encoding, with either sign.
+        for (y, last) in SMALL_ORDER {
+            for sign in [0, 0x80] {
+                let mut bytes = [0; 32];
+                bytes[..31].copy_from_slice(&y);
+                bytes[31] = last | sign;
+                assert_eq!(NodeId::checked(bytes), Err(NodeIdError::SmallOrder));
+                let text = NodeId::from_bytes(bytes).to_string();
+                assert_eq!(text.parse::<NodeId>(), Err(NodeIdError::SmallOrder));
+            }
+        }
+        assert!(NodeId::BROKER.to_string().parse::<NodeId>().is_err());
+        let id = Identity::ephemeral().node_id();
+        assert_eq!(NodeId::checked(*id.as_bytes()), Ok(id));
+    }
+
+    /// Signatures of a key of small order need no private key: this is why such keys are refused.
+    #[test]
+    fn the_signature_check_alone_lets_a_key_of_small_order_pass() {
+        let mut neutral = [0; 32];
+        neutral[0] = 1;
+        let key = ring::signature::UnparsedPublicKey::new(&ring::signature::ED25519, neutral);
+        let signature = [neutral, [0; 32]].concat();
+        assert!(key.verify(b"anything", &signature).is_ok());
     }
 
     #[test]

@@ -106,6 +106,7 @@ mod private;
 mod report;
 mod secret;
 mod sync;
+pub mod text;
 mod trust;
 mod tunnel;
 mod wire;

@@ -301,9 +301,7 @@ impl Message {
     /// Copies a body that is much smaller than the transport's 64 KiB read buffer, of which it is a
     /// slice: while queued, it would keep the whole buffer alive.
     pub(crate) fn unpin(&mut self) {
-        if self.body.len() < COPY_BELOW {
-            self.body = Bytes::copy_from_slice(&self.body);
-        }
+        self.body = unpinned(&self.body);
     }
 
     /// The body as text; invalid UTF-8 is replaced.
@@ -333,6 +331,14 @@ const HEADER_COST: usize = 32;
 
 /// A quarter of the transport's read buffer.
 const COPY_BELOW: usize = 16 * 1024;
+
+/// Copies bytes that are much fewer than the read buffer of which they may be a slice.
+pub(crate) fn unpinned(bytes: &Bytes) -> Bytes {
+    match bytes.len() < COPY_BELOW {
+        true => Bytes::copy_from_slice(bytes),
+        false => bytes.clone(),
+    }
+}
 
 /// The media type of bodies made by [`Body::encode`].
 pub const MESSAGEPACK: &str = "application/msgpack";

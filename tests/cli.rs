@@ -83,6 +83,28 @@ fn a_published_message_is_printed_by_a_subscriber() {
 }
 
 #[test]
+fn what_others_wrote_can_neither_control_a_terminal_nor_forge_a_line() {
+    let shell = Shell::new();
+    let mut text = shell.start(&["sub", "orders.>", "--count", "1"]);
+    let mut json = shell.start(&["sub", "orders.>", "--count", "1", "--json"]);
+    let evil = "\u{1b}[2J\u{9b}31m\r\norders.real forged\u{202e}";
+    stdout(&shell.run(&["pub", "orders.new", evil, "--subscribers", "2"]));
+    let shown = r"\u{1b}[2J\u{9b}31m\r\norders.real forged\u{202e}";
+    assert_eq!(text.line(), format!("orders.new {shown}\n"));
+    let line = json.line();
+    assert!(line.is_ascii(), "{line}");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap()["body"], evil);
+    // A program that reads a reply has it unchanged.
+    let _server = shell.start(&["serve", "echo", "--echo"]);
+    assert_eq!(stdout(&shell.run(&["request", "echo", evil])), format!("{evil}\n"));
+    fails(&shell.run(&["pub", "a\u{202e}b", "x"]), "visible character");
+    fails(
+        &shell.run(&["send", "--node", &peerbus::NodeId::BROKER.to_string(), "x"]),
+        "small order",
+    );
+}
+
+#[test]
 fn a_service_answers_requests_and_takes_one_way_messages() {
     let shell = Shell::new();
     let mut server = shell.start(&["serve", "echo", "--echo"]);

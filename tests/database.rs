@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use common::{Host, private_dir, soon};
 use peerbus::database::{NewMessage, RelayError, postgres, sqlite};
-use peerbus::{Call, HandlerError, MessageId, Node};
+use peerbus::{Call, HandlerError, MessageId, Node, NodeId};
 use rusqlite::Connection;
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::{Client, NoTls};
 
 const POLL: Duration = Duration::from_millis(5);
+
+const ALICE: NodeId = NodeId::from_bytes([1; 32]);
 
 /// Two nodes with stores, and the messages that the second one receives.
 async fn pair(
@@ -94,15 +96,44 @@ async fn sqlite_knows_what_it_has_seen_once_that_is_committed() {
     sqlite::create_tables(&connection).unwrap();
     let id = MessageId::from_bytes([7; 16]);
     let transaction = connection.transaction().unwrap();
-    assert!(!sqlite::inbox_seen(&transaction, "billing", id).unwrap());
-    assert!(sqlite::inbox_seen(&transaction, "billing", id).unwrap());
+    assert!(!sqlite::inbox_seen(&transaction, "billing", ALICE, id).unwrap());
+    assert!(sqlite::inbox_seen(&transaction, "billing", ALICE, id).unwrap());
     drop(transaction);
     let transaction = connection.transaction().unwrap();
-    assert!(!sqlite::inbox_seen(&transaction, "billing", id).unwrap(), "the first was rolled back");
+    assert!(
+        !sqlite::inbox_seen(&transaction, "billing", ALICE, id).unwrap(),
+        "the first was rolled back"
+    );
     transaction.commit().unwrap();
-    assert!(sqlite::inbox_seen(&connection, "billing", id).unwrap());
-    assert!(!sqlite::inbox_seen(&connection, "mail", id).unwrap(), "that is another consumer");
+    assert!(sqlite::inbox_seen(&connection, "billing", ALICE, id).unwrap());
+    assert!(
+        !sqlite::inbox_seen(&connection, "mail", ALICE, id).unwrap(),
+        "that is another consumer"
+    );
+    let mallory = NodeId::from_bytes([2; 32]);
+    let other = MessageId::from_bytes([8; 16]);
+    assert!(!sqlite::inbox_seen(&connection, "billing", mallory, other).unwrap());
+    assert!(!sqlite::inbox_seen(&connection, "billing", ALICE, other).unwrap(), "another's id");
     assert_eq!(sqlite::forget_seen(&connection, Duration::from_secs(60)).unwrap(), 0);
+}
+
+#[test]
+fn an_sqlite_inbox_without_senders_is_converted_and_forgets_nothing() {
+    let connection = Connection::open_in_memory().unwrap();
+    let before = "CREATE TABLE peerbus_inbox (
+                      consumer TEXT NOT NULL, message_id BLOB NOT NULL, seen_at INTEGER NOT NULL,
+                      PRIMARY KEY (consumer, message_id)
+                  ) WITHOUT ROWID;
+                  INSERT INTO peerbus_inbox VALUES ('billing', x'07070707070707070707070707070707', 1);";
+    connection.execute_batch(before).unwrap();
+    for _ in 0..2 {
+        sqlite::create_tables(&connection).unwrap();
+    }
+    let (seen, new) = (MessageId::from_bytes([7; 16]), MessageId::from_bytes([8; 16]));
+    assert!(sqlite::inbox_seen(&connection, "billing", ALICE, seen).unwrap());
+    assert!(!sqlite::inbox_seen(&connection, "mail", ALICE, seen).unwrap());
+    assert!(!sqlite::inbox_seen(&connection, "billing", ALICE, new).unwrap());
+    assert!(sqlite::inbox_seen(&connection, "billing", ALICE, new).unwrap());
 }
 
 /// A connection to the database of this test, in its own schema.
@@ -170,22 +201,40 @@ async fn two_relays_on_one_postgres_table_send_each_message_once() {
 }
 
 #[tokio::test]
+async fn a_postgres_inbox_without_senders_is_converted_and_forgets_nothing() {
+    let Some(client) = connect("converted").await else { return };
+    let before = "CREATE TABLE peerbus_inbox (
+                      consumer TEXT NOT NULL, message_id BYTEA NOT NULL,
+                      seen_at TIMESTAMPTZ NOT NULL DEFAULT now(), PRIMARY KEY (consumer, message_id)
+                  );
+                  INSERT INTO peerbus_inbox VALUES ('billing', '\\x07070707070707070707070707070707');";
+    client.batch_execute(before).await.unwrap();
+    for _ in 0..2 {
+        postgres::create_tables(&client).await.unwrap();
+    }
+    let (seen, new) = (MessageId::from_bytes([7; 16]), MessageId::from_bytes([8; 16]));
+    assert!(postgres::inbox_seen(&client, "billing", ALICE, seen).await.unwrap());
+    assert!(!postgres::inbox_seen(&client, "billing", ALICE, new).await.unwrap());
+    assert!(postgres::inbox_seen(&client, "billing", ALICE, new).await.unwrap());
+}
+
+#[tokio::test]
 async fn postgres_knows_what_it_has_seen_once_that_is_committed() {
     let Some(mut client) = connect("seen").await else { return };
     postgres::create_tables(&client).await.unwrap();
     let id = MessageId::from_bytes([7; 16]);
     let transaction = client.transaction().await.unwrap();
-    assert!(!postgres::inbox_seen(&transaction, "billing", id).await.unwrap());
-    assert!(postgres::inbox_seen(&transaction, "billing", id).await.unwrap());
+    assert!(!postgres::inbox_seen(&transaction, "billing", ALICE, id).await.unwrap());
+    assert!(postgres::inbox_seen(&transaction, "billing", ALICE, id).await.unwrap());
     drop(transaction);
     let transaction = client.transaction().await.unwrap();
     assert!(
-        !postgres::inbox_seen(&transaction, "billing", id).await.unwrap(),
+        !postgres::inbox_seen(&transaction, "billing", ALICE, id).await.unwrap(),
         "the first was rolled back"
     );
     transaction.commit().await.unwrap();
-    assert!(postgres::inbox_seen(&client, "billing", id).await.unwrap());
-    assert!(!postgres::inbox_seen(&client, "mail", id).await.unwrap(), "another consumer");
+    assert!(postgres::inbox_seen(&client, "billing", ALICE, id).await.unwrap());
+    assert!(!postgres::inbox_seen(&client, "mail", ALICE, id).await.unwrap(), "another consumer");
     assert_eq!(postgres::forget_seen(&client, Duration::from_secs(60)).await.unwrap(), 0);
     assert_eq!(postgres::forget_seen(&client, Duration::ZERO).await.unwrap(), 2);
 }

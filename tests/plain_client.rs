@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use common::{Host, SOON, soon};
-use peerbus::{Call, Node, Trust};
+use peerbus::{Call, EmbeddedBroker, Node, Trust};
 
 struct Running(Child);
 
@@ -40,12 +40,53 @@ async fn a_plain_zeromq_client_takes_part_over_the_unix_socket_of_a_node_that_en
     a_plain_zeromq_client_takes_part(node, address).await;
 }
 
-async fn a_plain_zeromq_client_takes_part(node: Node, address: String) {
+#[tokio::test]
+async fn a_client_whose_library_sends_pings_stays_connected_to_a_node() {
+    let host = Host::new();
+    let node = host.tcp_config("node").trust(Trust::Open { anywhere: false });
+    let node = node.start().await.unwrap();
+    stays_alive("node", &node.listening()[0].to_string()).await;
+}
+
+#[tokio::test]
+async fn a_client_whose_library_sends_pings_stays_connected_over_a_unix_socket() {
+    let host = Host::new();
+    let _node = host.node("node").await;
+    let mut sockets = std::fs::read_dir(host.path().join("default")).unwrap();
+    let address = format!("ipc://{}", sockets.next().unwrap().unwrap().path().display());
+    stays_alive("node", &address).await;
+}
+
+#[tokio::test]
+async fn a_client_whose_library_sends_pings_stays_connected_to_the_embedded_broker() {
+    let broker = EmbeddedBroker::start("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    stays_alive("broker", &format!("tcp://{}", broker.addr())).await;
+    assert_eq!(broker.report().refused, 0);
+}
+
+async fn stays_alive(kind: &str, address: &str) {
+    let Some(python) = python() else { return };
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/heartbeats.py");
+    let mut client = Command::new(python);
+    client.args(["-B", script, kind, address]).stderr(Stdio::inherit());
+    let said = tokio::task::spawn_blocking(move || client.output());
+    let said = String::from_utf8(soon(said).await.unwrap().unwrap().stdout).unwrap();
+    assert!(said.ends_with("alive\n"), "{said}");
+}
+
+/// Returns the path of a Python with the two packages, if there is one.
+fn python() -> Option<String> {
     let python = std::env::var("PEERBUS_PYTHON").unwrap_or_else(|_| "python3".into());
     let has_both = Command::new(&python).args(["-c", "import zmq, msgpack"]).output();
     if !has_both.is_ok_and(|output| output.status.success()) {
-        return eprintln!("SKIPPED: no Python with pyzmq and msgpack (.ci/with-python makes one)");
+        eprintln!("SKIPPED: no Python with pyzmq and msgpack (.ci/with-python makes one)");
+        return None;
     }
+    Some(python)
+}
+
+async fn a_plain_zeromq_client_takes_part(node: Node, address: String) {
+    let Some(python) = python() else { return };
     let echo = |call: Call| async { Ok(call.message.body) };
     let _service = node.serve("echo", echo).start().unwrap();
     let mut heard = node.subscribe("heard.*").unwrap();

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::lease::Lease;
 use super::runner::CallHandle;
 use crate::message::{Body, DecodeError, EncodeError, Extra, Message};
+use crate::text::Line;
 
 /// The error with which a handler declined a call. Its code and text reach the caller.
 ///
@@ -104,7 +105,7 @@ fn with_sources(error: &dyn Error) -> String {
 
 impl fmt::Display for HandlerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.text)
+        write!(f, "{}: {}", Line(&self.code), Line(&self.text))
     }
 }
 

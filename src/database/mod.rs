@@ -4,13 +4,13 @@
 //! message into a table in the transaction of its change. A relay hands committed messages to the
 //! node's outbox, which sends them until they are processed (the *transactional outbox* of
 //! Richardson's *Microservices Patterns*). On the receiving side, a handler records the message's
-//! id in the transaction of its own change, so that a duplicate changes nothing (Hohpe and Woolf's
+//! sender and id in the transaction of its own change, so that a duplicate changes nothing (Hohpe and Woolf's
 //! *idempotent receiver*). With both, effects happen exactly once.
 //!
 //! ```text
 //!  user's transaction            relay                       handler's transaction
 //!  ┌────────────────────┐        stores in the node's       ┌─────────────────────┐
-//!  │ change             │        outbox, then deletes       │ seen(message id)?   │
+//!  │ change             │        outbox, then deletes       │ seen(sender, id)?   │
 //!  │ insert ▶ table ────┼──────▶ ──────────── sent ────────▶│ change              │
 //!  └────────────────────┘                                   └─────────────────────┘
 //! ```

@@ -18,10 +18,12 @@ use tokio_postgres::{Client, GenericClient};
 
 use super::{BATCH, NewMessage, RelayError, Row, hand_over};
 use crate::carrier::OutboxError;
+use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::node::Node;
 
-/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist.
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist. An inbox from before
+/// senders were recorded is converted: a message that it knows counts as seen, whoever sends it.
 ///
 /// # Errors
 /// The error of PostgreSQL.
@@ -40,9 +42,21 @@ pub async fn create_tables(client: &impl GenericClient) -> Result<(), tokio_post
              CREATE TABLE IF NOT EXISTS peerbus_inbox (
                  consumer TEXT NOT NULL,
                  message_id BYTEA NOT NULL,
+                 sender BYTEA NOT NULL DEFAULT '',
                  seen_at TIMESTAMPTZ NOT NULL DEFAULT now(),
-                 PRIMARY KEY (consumer, message_id)
-             );",
+                 PRIMARY KEY (consumer, message_id, sender)
+             );
+             DO $$ BEGIN
+                 IF NOT EXISTS (
+                     SELECT FROM pg_attribute
+                     WHERE attrelid = 'peerbus_inbox'::regclass AND attname = 'sender'
+                 ) THEN
+                     ALTER TABLE peerbus_inbox
+                         ADD COLUMN sender BYTEA NOT NULL DEFAULT '',
+                         DROP CONSTRAINT peerbus_inbox_pkey,
+                         ADD PRIMARY KEY (consumer, message_id, sender);
+                 END IF;
+             END $$;",
         )
         .await
 }
@@ -72,7 +86,8 @@ pub async fn insert(
 /// it had seen the message before.
 ///
 /// `consumer` names the handler: a service or a durable subscription. An event has the same id for
-/// all of them, and each handles it once.
+/// all of them, and each handles it once. `sender` is the message's `from`: an id can be guessed, so
+/// it means something only together with who used it. Over a broker, `from` is a claim.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
 /// message is delivered. While another open transaction has just recorded the message, this waits
@@ -83,13 +98,16 @@ pub async fn insert(
 pub async fn inbox_seen(
     transaction: &impl GenericClient,
     consumer: &str,
+    sender: NodeId,
     id: MessageId,
 ) -> Result<bool, tokio_postgres::Error> {
     let new = transaction
         .execute(
-            "INSERT INTO peerbus_inbox (consumer, message_id) VALUES ($1, $2)
-             ON CONFLICT DO NOTHING",
-            &[&consumer, &&id.to_bytes()[..]],
+            "INSERT INTO peerbus_inbox (consumer, message_id, sender)
+             SELECT $1::text, $2::bytea, $3::bytea WHERE NOT EXISTS (
+                 SELECT FROM peerbus_inbox WHERE consumer = $1 AND message_id = $2 AND sender = ''
+             ) ON CONFLICT DO NOTHING",
+            &[&consumer, &&id.to_bytes()[..], &&sender.as_bytes()[..]],
         )
         .await?;
     Ok(new == 0)

@@ -19,14 +19,21 @@ use rusqlite::{Connection, params};
 use tokio::task::JoinError;
 
 use super::{BATCH, NewMessage, RelayError, Row, hand_over};
+use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::node::Node;
 
-/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist.
+/// Creates the tables `peerbus_outbox` and `peerbus_inbox`, unless they exist. An inbox from before
+/// senders were recorded is converted: a message that it knows counts as seen, whoever sends it.
 ///
 /// # Errors
 /// The error of SQLite.
 pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
+    let is_old = "SELECT count(*) > 0 AND sum(name = 'sender') = 0
+                  FROM pragma_table_info('peerbus_inbox')";
+    if connection.query_row(is_old, [], |row| row.get(0))? {
+        connection.execute_batch(CONVERT_INBOX)?;
+    }
     connection.execute_batch(
         "CREATE TABLE IF NOT EXISTS peerbus_outbox (
              id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -40,11 +47,27 @@ pub fn create_tables(connection: &Connection) -> rusqlite::Result<()> {
          CREATE TABLE IF NOT EXISTS peerbus_inbox (
              consumer TEXT NOT NULL,
              message_id BLOB NOT NULL,
+             sender BLOB NOT NULL,
              seen_at INTEGER NOT NULL,
-             PRIMARY KEY (consumer, message_id)
+             PRIMARY KEY (consumer, message_id, sender)
          ) WITHOUT ROWID;",
     )
 }
+
+/// Gives each row an empty sender. SQLite can't change a primary key.
+const CONVERT_INBOX: &str = "
+    SAVEPOINT peerbus_inbox;
+    ALTER TABLE peerbus_inbox RENAME TO peerbus_inbox_before;
+    CREATE TABLE peerbus_inbox (
+        consumer TEXT NOT NULL,
+        message_id BLOB NOT NULL,
+        sender BLOB NOT NULL,
+        seen_at INTEGER NOT NULL,
+        PRIMARY KEY (consumer, message_id, sender)
+    ) WITHOUT ROWID;
+    INSERT INTO peerbus_inbox SELECT consumer, message_id, x'', seen_at FROM peerbus_inbox_before;
+    DROP TABLE peerbus_inbox_before;
+    RELEASE peerbus_inbox;";
 
 /// Inserts a message in the user's own transaction; returns its id.
 ///
@@ -71,7 +94,8 @@ pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Resul
 /// it had seen the message before.
 ///
 /// `consumer` names the handler: a service or a durable subscription. An event has the same id for
-/// all of them, and each handles it once.
+/// all of them, and each handles it once. `sender` is the message's `from`: an id can be guessed, so
+/// it means something only together with who used it. Over a broker, `from` is a claim.
 ///
 /// A handler that makes its changes in the same transaction makes them once, however often the
 /// message is delivered.
@@ -81,14 +105,18 @@ pub fn insert(transaction: &Connection, message: &NewMessage) -> rusqlite::Resul
 pub fn inbox_seen(
     transaction: &Connection,
     consumer: &str,
+    sender: NodeId,
     id: MessageId,
 ) -> rusqlite::Result<bool> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut insert = transaction.prepare_cached(
-        "INSERT INTO peerbus_inbox (consumer, message_id, seen_at) VALUES (?, ?, ?)
-         ON CONFLICT DO NOTHING",
+        "INSERT INTO peerbus_inbox (consumer, message_id, sender, seen_at)
+         SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (
+             SELECT 1 FROM peerbus_inbox WHERE consumer = ?1 AND message_id = ?2 AND sender = x''
+         ) ON CONFLICT DO NOTHING",
     )?;
-    Ok(insert.execute(params![consumer, &id.to_bytes()[..], now as i64])? == 0)
+    let (id, sender) = (id.to_bytes(), sender.as_bytes());
+    Ok(insert.execute(params![consumer, &id[..], &sender[..], now as i64])? == 0)
 }
 
 /// Forgets the messages seen longer ago than that; returns their number. Later duplicates of them

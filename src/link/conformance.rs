@@ -12,7 +12,7 @@ use crate::engine::{Connection, Origin, TargetKey};
 use crate::identity::{Identity, NodeId};
 use crate::peer::Address;
 use crate::trust::{LetIn, MeshKey};
-use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -120,7 +120,7 @@ fn door(key: &Identity, let_in: &LetIn, acceptor: Arc<dyn Acceptor>) -> Arc<Fron
         max_connections: 8,
         loopback_only: true,
     };
-    Arc::new(FrontDoor::new(config, key.node_id(), acceptor, Arc::new(Nobody)))
+    Arc::new(FrontDoor::new(config, End::Node(key.node_id()), acceptor, Arc::new(Nobody)))
 }
 
 async fn through_doors(let_in: LetIn) -> Pair {

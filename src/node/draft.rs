@@ -60,6 +60,11 @@ impl Draft {
         headers.push((name.to_owned(), value));
     }
 
+    /// Sets the message's id.
+    pub(crate) fn set_id(&mut self, id: MessageId) {
+        self.rare().id = Some(id);
+    }
+
     /// Returns the message's id, or draws the next one.
     pub(super) fn id(&self, ids: &IdSource) -> MessageId {
         self.rare.as_ref().and_then(|rare| rare.id).unwrap_or_else(|| ids.next_now())

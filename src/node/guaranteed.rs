@@ -56,8 +56,8 @@ impl<'a> Guaranteed<'a> {
     /// example after a crash. The receipt then reports on the message that was stored first.
     ///
     /// An outbox remembers the id for the next 256 MiB of its journal, or as much as a smaller disk
-    /// holds, across restarts. NATS remembers it for two minutes (its `duplicate_window`); RabbitMQ
-    /// does not support it.
+    /// holds, across restarts. NATS remembers it for two minutes (its `duplicate_window`), together
+    /// with the sender and the body; RabbitMQ does not support it.
     pub fn once(mut self, id: MessageId) -> Self {
         self.draft.rare().id = Some(id);
         self.once = true;

@@ -114,20 +114,19 @@ impl MeshKey {
         let path_buf = || path.to_path_buf();
         let file_error = |source| MeshKeyFileError::File { path: path_buf(), source };
         let text = private::read(path, Others::Excluded).map_err(file_error)?;
-        let mut keys = Vec::new();
-        for (number, line) in text.lines().enumerate() {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let broken =
-                |source| MeshKeyFileError::Line { path: path_buf(), line: number + 1, source };
-            keys.push(line.parse().map_err(broken)?);
-        }
+        let broken = |(line, source)| MeshKeyFileError::Line { path: path_buf(), line, source };
+        let keys = Self::parse_all(&text).map_err(broken)?;
         if keys.is_empty() {
             return Err(MeshKeyFileError::Empty { path: path_buf() });
         }
         Ok(keys)
+    }
+
+    /// Parses the text of a file. An error comes with the number of its line.
+    pub(super) fn parse_all(text: &str) -> Result<Vec<Self>, (usize, MeshKeyError)> {
+        let lines = text.lines().map(str::trim).enumerate();
+        let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+        lines.map(|(number, line)| line.parse().map_err(|error| (number + 1, error))).collect()
     }
 
     /// The key as text. Anyone who reads it can join the mesh.

@@ -67,6 +67,20 @@ impl Trust {
     }
 }
 
+/// For the fuzzer: the text of a file of mesh keys, trusted keys or rules.
+#[cfg(fuzzing)]
+pub(crate) fn check_text(text: &str) {
+    if let Ok(keys) = MeshKey::parse_all(text) {
+        assert!(keys.iter().all(|key| key.reveal().parse().as_ref() == Ok(key)));
+    }
+    let trusted = TrustedKeys::parse(text).unwrap_or_default();
+    assert!(trusted.get(&NodeId::BROKER).is_none());
+    if let Ok(rules) = text.parse::<Rules>() {
+        let id = NodeId::from_bytes([1; 32]);
+        let _may = rules.grants(&id, trusted.get(&id)).permit(Action::Send, "stock");
+    }
+}
+
 /// The peers that are let in over a network, by their authenticated identity.
 #[derive(Debug, Clone)]
 pub(crate) enum LetIn {

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::trusted_keys::{Trusted, TrustedKeys};
 use super::{Trust, Watched};
 use crate::address::{AddressError, Pattern};
-use crate::identity::NodeId;
+use crate::identity::{NodeId, NodeIdError};
 use crate::private::{self, Others};
 
 /// An action on a topic or a service that a rule can allow.
@@ -277,7 +277,11 @@ impl FromStr for Rule {
         };
         let who = match who {
             "*" => Who::Anybody,
-            name => name.parse().map_or_else(|_| Who::Named(name.to_owned()), Who::Node),
+            name => match name.parse() {
+                Ok(id) => Who::Node(id),
+                Err(error @ NodeIdError::SmallOrder) => return Err(error.to_string()),
+                Err(_) => Who::Named(name.to_owned()),
+            },
         };
         let action =
             match action {
@@ -400,6 +404,7 @@ mod tests {
             ("\n\na b c d", 3, "expected a subject"),
             ("# fine\n* read orders", 2, "none of publish"),
             ("* send a..b", 1, "empty token"),
+            (&format!("{} send a", NodeId::BROKER), 1, "small order"),
         ] {
             let error = text.parse::<Rules>().unwrap_err();
             assert_eq!(error.line, line, "{text}");

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::identity::NodeId;
+use crate::identity::{NodeId, NodeIdError};
 use crate::private::{self, Others};
 
 /// A trusted keys file that can't be used.
@@ -39,8 +39,13 @@ pub enum TrustedLine {
     #[error("expected a name, a node id, and optionally roles separated by commas")]
     Fields,
     /// The second field is not a node id.
-    #[error("{0:?} is not a node id (52 characters of base32; `peerbus keygen` prints it)")]
-    NodeId(String),
+    #[error("{text:?}: {source}")]
+    NodeId {
+        /// The field.
+        text: String,
+        /// Its fault.
+        source: NodeIdError,
+    },
     /// The key occurs on an earlier line.
     #[error("the node id of {0:?} occurs twice; remove one of the lines")]
     Twice(String),
@@ -90,7 +95,9 @@ impl TrustedKeys {
                 (Some(id), roles, None) => (id, roles.unwrap_or_default()),
                 _ => return Err(wrong(TrustedLine::Fields)),
             };
-            let id = id.parse().map_err(|_| wrong(TrustedLine::NodeId(id.to_owned())))?;
+            let id = id
+                .parse()
+                .map_err(|source| wrong(TrustedLine::NodeId { text: id.to_owned(), source }))?;
             let roles = roles.split(',').filter(|role| !role.is_empty()).map(str::to_owned);
             let trusted = Trusted { name: name.to_owned(), roles: roles.collect() };
             if keys.insert(id, trusted).is_some() {
@@ -118,10 +125,13 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_named_by_its_line() {
         let id = NodeId::from_bytes([1; 32]);
+        let weak = NodeId::BROKER.to_string();
+        let no_id = |text: &str, source| TrustedLine::NodeId { text: text.into(), source };
         let faults = [
             ("till\n".to_owned(), (1, TrustedLine::Fields)),
             (format!("\ntill {id} a b\n"), (2, TrustedLine::Fields)),
-            ("till abc\n".to_owned(), (1, TrustedLine::NodeId("abc".into()))),
+            ("till abc\n".to_owned(), (1, no_id("abc", NodeIdError::Format))),
+            (format!("till {weak}\n"), (1, no_id(&weak, NodeIdError::SmallOrder))),
             (format!("a {id}\nb {id}\n"), (2, TrustedLine::Twice("b".into()))),
         ];
         for (text, fault) in faults {

@@ -18,12 +18,13 @@ use tokio::time::{timeout, timeout_at};
 
 use super::admissions::{Place, Standing};
 use super::ended::Ended;
-use super::gate::Gate;
+use super::gate::{Gate, Received};
 use super::socket::Socket;
+use super::zmtp::{End, Ready};
 use super::{GateLimits, Refusal, Tls, zmtp};
 use crate::engine::{Connection, Origin};
 use crate::identity::NodeId;
-use crate::link::{Acceptor, Link, Receiver, new_identity};
+use crate::link::{Acceptor, Link, Receiver};
 
 /// The time limit for writing the queued batches when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -32,11 +33,13 @@ const READ_BUFFER: usize = 64 * 1024;
 const FIRST_BUFFER: usize = 4 * 1024;
 /// The size above which a frame is written directly instead of buffered.
 const GATHER: usize = 16 * 1024;
+/// The number of PONGs that wait for a peer. Further PINGs of one that doesn't read stay unanswered.
+const PONGS: usize = 16;
 
 /// The context that all connections of a front door share.
 #[derive(Clone)]
 pub(super) struct Context {
-    pub(super) id: NodeId,
+    pub(super) end: End,
     pub(super) gate: GateLimits,
     /// TLS for connections from networks; `None` in open mode, which uses clear text.
     pub(super) tls: Option<Arc<Tls>>,
@@ -164,15 +167,15 @@ impl Opening<'_> {
         checked: Checked,
     ) -> Ended {
         let Self { context, connection, live, place, deadline } = self;
-        let mut input = Input::new(context.gate);
+        let mut input = Input::new(context.end, context.gate);
         let dialled = connection.target.is_some();
-        let shaking = handshake(&mut from_peer, &mut to_peer, &mut input, &context.id, dialled);
+        let shaking = handshake(&mut from_peer, &mut to_peer, &mut input, context.end, dialled);
         let claimed = match timeout_at(deadline, shaking).await {
-            Ok(Ok(claimed)) => claimed,
+            Ok(Ok(ready)) => ready.claimed,
             Ok(Err(ended)) => return ended,
             Err(_) => return Refusal::HandshakeTimeout.into(),
         };
-        if matches!(checked, Checked::Key(verified, _) if verified != claimed) {
+        if matches!(checked, Checked::Key(verified, _) if Some(verified) != claimed) {
             return Refusal::Impostor.into();
         }
         if let Some(Err(refusal)) = place.map(Place::open) {
@@ -182,7 +185,7 @@ impl Opening<'_> {
             Checked::SameUser => Origin::SameUser,
             Checked::Nothing | Checked::Key(..) => Origin::Network,
         };
-        let connection = Connection { origin, claimed: Some(claimed), ..connection };
+        let connection = Connection { origin, claimed, ..connection };
         let (link, ends) = StreamLink::new(place.map(Place::standing));
         let link = Arc::new(link);
         let receiver = context.acceptor.handle_connected(link.clone(), connection);
@@ -245,14 +248,19 @@ impl LinkEnds {
         receiver: &dyn Receiver,
     ) -> Ended {
         let Self { batches, mut closed, started, heard_after_ms, admitted } = self;
+        let (pong, pongs) = mpsc::channel(PONGS);
         let reading = async {
             loop {
+                let now = Instant::now();
                 loop {
                     if admitted.load(Ordering::Relaxed) {
                         input.gate.admit();
                     }
-                    let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
-                    receiver.handle_batch(batch);
+                    match input.gate.next(&mut input.bytes, now)? {
+                        Some(Received::Batch(batch)) => receiver.handle_batch(batch),
+                        Some(Received::Ping(context)) => _ = pong.try_send(context),
+                        None => break,
+                    }
                 }
                 if input.read_from(&mut from_peer).await? == 0 {
                     return Ok::<(), Ended>(());
@@ -264,7 +272,7 @@ impl LinkEnds {
             let _link_lives = closed.wait_for(|closed| *closed).await;
         };
         let (asked, end_asked) = oneshot::channel();
-        let mut writing = std::pin::pin!(write(batches, to_peer, end_asked));
+        let mut writing = std::pin::pin!(write(batches, pongs, to_peer, end_asked));
         tokio::select! {
             read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
             written = &mut writing => written.map_or_else(Ended::from, |()| Ended::Closed),
@@ -286,8 +294,8 @@ struct Input {
 }
 
 impl Input {
-    fn new(limits: GateLimits) -> Self {
-        Self { bytes: BytesMut::new(), gate: Gate::new(limits), chunk: FIRST_BUFFER }
+    fn new(end: End, limits: GateLimits) -> Self {
+        Self { bytes: BytesMut::new(), gate: Gate::new(end, limits), chunk: FIRST_BUFFER }
     }
 
     async fn read_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
@@ -305,10 +313,10 @@ async fn handshake(
     from_peer: &mut (impl AsyncRead + Unpin),
     to_peer: &mut (impl AsyncWrite + Unpin),
     input: &mut Input,
-    me: &NodeId,
+    end: End,
     dialled: bool,
-) -> Result<NodeId, Ended> {
-    let ready = zmtp::ready(&new_identity(me));
+) -> Result<Ready, Ended> {
+    let my_ready = end.ready();
     let (mut greeted, mut readied) = (false, false);
     if dialled {
         to_peer.write_all(&zmtp::greeting()).await?;
@@ -319,39 +327,45 @@ async fn handshake(
         if input.read_from(from_peer).await? == 0 {
             return Err(Refusal::EndedEarly.into());
         }
-        let claimed = input.gate.handshake(&mut input.bytes)?;
+        let ready = input.gate.handshake(&mut input.bytes)?;
         // Some peers send only their signature until they have received ours.
         if !greeted && (input.gate.is_greeted() || input.bytes.len() >= zmtp::SIGNATURE_LEN) {
             to_peer.write_all(&zmtp::greeting()).await?;
             greeted = true;
         }
         if !readied && input.gate.is_greeted() {
-            to_peer.write_all(&ready).await?;
+            to_peer.write_all(&my_ready).await?;
             readied = true;
         }
         to_peer.flush().await?;
-        if let Some(claimed) = claimed {
-            return Ok(claimed);
+        if let Some(ready) = ready {
+            return Ok(ready);
         }
     }
 }
 
-/// Writes batches, all queued ones before each flush, until the end is requested.
+/// Writes batches and PONGs, all queued ones before each flush, until the end is requested.
 async fn write(
     mut batches: mpsc::UnboundedReceiver<Vec<Bytes>>,
+    mut pongs: mpsc::Receiver<Bytes>,
     mut to_peer: impl AsyncWrite + Unpin,
     mut end_asked: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(FIRST_BUFFER);
     loop {
-        let next = tokio::select! {
+        tokio::select! {
             biased;
-            batch = batches.recv() => batch,
-            _ = &mut end_asked => None,
-        };
-        let Some(batch) = next else { return to_peer.shutdown().await };
-        write_batch(&mut to_peer, &mut buffer, batch).await?;
+            Some(context) = pongs.recv() => buffer.extend_from_slice(&zmtp::pong(&context)),
+            batch = batches.recv() => match batch {
+                Some(batch) => write_batch(&mut to_peer, &mut buffer, batch).await?,
+                None => return to_peer.shutdown().await,
+            },
+            _ = &mut end_asked => return to_peer.shutdown().await,
+        }
         while let Ok(batch) = batches.try_recv() {
+            if let Ok(context) = pongs.try_recv() {
+                buffer.extend_from_slice(&zmtp::pong(&context));
+            }
             write_batch(&mut to_peer, &mut buffer, batch).await?;
         }
         to_peer.write_all(&buffer).await?;

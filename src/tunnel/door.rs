@@ -17,9 +17,8 @@ use super::admissions::{Admissions, Most, Place};
 use super::connection::{self, Context};
 use super::ended::Ended;
 use super::socket::{Listener, Socket};
-use super::{GateLimits, Tls, Watch, descriptors};
+use super::{End, GateLimits, Tls, Watch, descriptors};
 use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};
-use crate::identity::NodeId;
 use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
 use crate::sync::{Mutex, Rank, lock};
@@ -48,7 +47,7 @@ const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const LONGEST_ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
-/// Accepts and dials all connections of a node: TCP, and Unix sockets of this host.
+/// Accepts and dials all connections of a node or a broker: TCP, and Unix sockets of this host.
 pub(crate) struct FrontDoor {
     config: FrontDoorConfig,
     context: Context,
@@ -61,12 +60,12 @@ pub(crate) struct FrontDoor {
 impl FrontDoor {
     pub(crate) fn new(
         config: FrontDoorConfig,
-        id: NodeId,
+        end: End,
         acceptor: Arc<dyn Acceptor>,
         watch: Arc<dyn Watch>,
     ) -> Self {
         let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
-        let context = Context { id, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
+        let context = Context { end, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
         let network = Most { open: config.max_connections, pending: config.max_pending };
         let [network, local] = descriptors::share([network, MOST_LOCAL]).map(Admissions::new);
         let tasks = Mutex::new(Rank::Leaf, JoinSet::new());

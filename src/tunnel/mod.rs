@@ -5,10 +5,11 @@
 //!  this host ═ Unix, same user ═▶        ◀─ frames ──
 //! ```
 //!
-//! A node speaks ZMTP 3.0 (RFC 23), so any ZeroMQ ROUTER or DEALER can talk to it. The protocol is
+//! A node speaks ZMTP 3.1 (RFC 37), so any ZeroMQ ROUTER or DEALER can talk to it. The protocol is
 //! implemented here because the `zeromq` crate trusts its input: a frame's length (73 bytes make it
 //! abort the process), a peer's identity, and any number of parts. Its waits for its own locks
-//! also hang a node whose peers come and go (zmq.rs#210). The gate must read every frame anyway;
+//! also hang a node whose peers come and go (zmq.rs#210). Both ends of a connection to the embedded
+//! broker ([`End`]) come through the same door, for the same reasons. The gate must read every frame anyway;
 //! passing batches on costs less than copying the bytes through a local socket to be parsed again.
 //!
 //! TLS stands between a network and the gate, except in open mode ([`tls`]). A Unix socket lies in
@@ -28,6 +29,7 @@ mod zmtp;
 pub(crate) use door::{FrontDoor, FrontDoorConfig};
 pub(crate) use gate::GateLimits;
 pub(crate) use tls::{MAX_PROOFS, Tls};
+pub(crate) use zmtp::End;
 
 use crate::peer::Address;
 
@@ -68,12 +70,19 @@ pub(crate) enum Refusal {
     Mechanism,
     #[error("the peer's first command is not a valid READY")]
     Ready,
-    #[error("the peer's socket type is neither ROUTER nor DEALER")]
+    #[error("the peer's ZMTP socket type is not one that can be talked to here")]
     SocketType,
     #[error("the peer's ZMTP identity does not begin with a node id")]
     Identity,
-    #[error("a command after the handshake")]
+    #[error(
+        "the peer's public key is of small order, so anyone can sign for it, or its id is reserved; \
+         make a key with `peerbus keygen`"
+    )]
+    WeakKey,
+    #[error("an invalid or too long ZMTP command")]
     Command,
+    #[error("more ZMTP commands in a second than the limit")]
+    TooManyCommands,
     #[error("reserved bits in a frame's flags")]
     Flags,
     #[error("a frame or a batch over the limit")]
@@ -104,7 +113,9 @@ impl Refusal {
             Self::Ready => "ready",
             Self::SocketType => "socket_type",
             Self::Identity => "identity",
+            Self::WeakKey => "weak_key",
             Self::Command => "command",
+            Self::TooManyCommands => "too_many_commands",
             Self::Flags => "flags",
             Self::TooLarge => "too_large",
             Self::TooManyFrames => "too_many_frames",
@@ -118,11 +129,20 @@ pub(crate) trait Watch: Send + Sync {
     fn handle_refusal(&self, address: Option<Address>, refusal: Refusal);
 }
 
+/// The greeting and READY of a DEALER without an identity, for tests.
+#[cfg(test)]
+pub(crate) fn client_handshake() -> Vec<u8> {
+    [&zmtp::greeting()[..], &zmtp::ready(b"DEALER", b"")].concat()
+}
+
 /// For the fuzzer: a peer's bytes, all at once and in pieces, before and after its hello.
 #[cfg(fuzzing)]
 pub(crate) fn check_stream(bytes: &[u8]) {
-    for (piece, admitted) in [(bytes.len().max(1), true), (7, false)] {
-        let mut gate = gate::Gate::new(GateLimits::for_bodies(1 << 20));
+    let node = End::Node(crate::identity::NodeId::from_bytes([9; 32]));
+    let now = std::time::Instant::now();
+    let cuts = [(node, bytes.len().max(1), true), (node, 7, false), (End::Broker, 7, true)];
+    for (end, piece, admitted) in cuts {
+        let mut gate = gate::Gate::new(end, GateLimits::for_bodies(1 << 20));
         let (mut input, mut shaken) = (bytes::BytesMut::new(), false);
         for piece in bytes.chunks(piece) {
             input.extend_from_slice(piece);
@@ -130,14 +150,17 @@ pub(crate) fn check_stream(bytes: &[u8]) {
                 match gate.handshake(&mut input) {
                     Ok(Some(_)) => shaken = true,
                     Ok(None) => continue,
-                    Err(_) => return,
+                    Err(_) => break,
                 }
                 if admitted {
                     gate.admit();
                 }
             }
-            while let Ok(Some(batch)) = gate.next_batch(&mut input) {
-                assert!(batch.len() <= crate::wire::MAX_FRAMES);
+            while let Ok(Some(received)) = gate.next(&mut input, now) {
+                match received {
+                    gate::Received::Batch(batch) => assert!(batch.len() <= crate::wire::MAX_FRAMES),
+                    gate::Received::Ping(context) => assert!(context.len() <= 16),
+                }
             }
         }
     }

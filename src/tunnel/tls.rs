@@ -31,7 +31,7 @@ use rustls::pki_types::{
 };
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
-use rustls::sign::CertifiedKey;
+use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::version::TLS13;
 use rustls::{
     CertificateError, ClientConfig, ConnectionCommon, DigitallySignedStruct, DistinguishedName,
@@ -66,11 +66,15 @@ pub(crate) struct Tls {
 
 impl Tls {
     pub(crate) fn new(identity: &Identity, let_in: LetIn) -> Self {
-        let provider = Arc::new(provider());
         let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(identity.pkcs8().to_vec()));
         let key = ring::sign::any_eddsa_type(&PrivatePkcs8KeyDer::from(der.secret_der()))
             .expect("an identity is an Ed25519 key");
-        let spki = [&SPKI_HEAD[..], identity.node_id().as_bytes()].concat();
+        Self::with_key(identity.node_id(), key, let_in)
+    }
+
+    fn with_key(me: NodeId, key: Arc<dyn SigningKey>, let_in: LetIn) -> Self {
+        let provider = Arc::new(provider());
+        let spki = [&SPKI_HEAD[..], me.as_bytes()].concat();
         let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(spki)], key));
         let verifier = Arc::new(RawKeys(provider.signature_verification_algorithms));
         let only_13 = "the provider has suites for TLS 1.3";
@@ -97,7 +101,7 @@ impl Tls {
         server.alpn_protocols = vec![ALPN.to_vec()];
 
         Self {
-            me: identity.node_id(),
+            me,
             connector: TlsConnector::from(Arc::new(client)),
             acceptor: TlsAcceptor::from(Arc::new(server)),
             let_in,
@@ -205,7 +209,9 @@ impl Opened {
             return Err(Refusal::Tls);
         }
         let certificate = tls.peer_certificates().and_then(<[_]>::first).ok_or(Refusal::Tls)?;
-        let peer = node_id(certificate).ok_or(Refusal::Tls)?;
+        let key = public_key(certificate).ok_or(Refusal::Tls)?;
+        // The signature proves nothing if anyone can sign for the key.
+        let peer = NodeId::checked(key).map_err(|_| Refusal::WeakKey)?;
         let exported =
             tls.export_keying_material([0; 32], EXPORTER, Some(b"")).map_err(|_| Refusal::Tls)?;
         Ok(Self { peer, exported })
@@ -241,9 +247,8 @@ fn provider() -> CryptoProvider {
     }
 }
 
-fn node_id(spki: &[u8]) -> Option<NodeId> {
-    let key = spki.strip_prefix(&SPKI_HEAD)?;
-    Some(NodeId::from_bytes(key.try_into().ok()?))
+fn public_key(spki: &[u8]) -> Option<[u8; NodeId::LEN]> {
+    spki.strip_prefix(&SPKI_HEAD)?.try_into().ok()
 }
 
 /// Verifies that a peer holds its key. The key is accepted or refused later, where the peer can be
@@ -253,7 +258,7 @@ struct RawKeys(WebPkiSupportedAlgorithms);
 
 impl RawKeys {
     fn check_key(&self, key: &CertificateDer<'_>) -> Result<(), Error> {
-        match node_id(key) {
+        match public_key(key) {
             Some(_) => Ok(()),
             None => Err(Error::InvalidCertificate(CertificateError::BadEncoding)),
         }

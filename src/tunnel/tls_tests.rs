@@ -3,11 +3,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use rustls::SignatureAlgorithm;
 use rustls::pki_types::ServerName;
+use rustls::sign::Signer;
 use tokio::sync::mpsc;
 
 use super::super::zmtp::{greeting, ready};
-use super::super::{FrontDoor, FrontDoorConfig, GateLimits, Watch};
+use super::super::{End, FrontDoor, FrontDoorConfig, GateLimits, Watch};
 use super::*;
 use crate::engine::Connection;
 use crate::link::{Acceptor, Link, Receiver, new_identity};
@@ -65,7 +67,8 @@ impl Scene {
             max_connections: 8,
             loopback_only: true,
         };
-        let door = Arc::new(FrontDoor::new(config, identity.node_id(), keeper.clone(), keeper));
+        let door =
+            Arc::new(FrontDoor::new(config, End::Node(identity.node_id()), keeper.clone(), keeper));
         let addr = door.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
         Self { tls: tls(&me, mine), me, addr, connected, refused, _door: door }
     }
@@ -91,13 +94,55 @@ async fn a_node_is_who_its_key_says_and_nobody_else() {
     for (claimed, let_in) in [(scene.me.node_id(), true), (other, false)] {
         let Ok((mut stream, _)) = scene.tls.open(scene.dial().await, true).await else { panic!() };
         stream.write_all(&greeting()).await.unwrap();
-        stream.write_all(&ready(&new_identity(&claimed))).await.unwrap();
+        stream.write_all(&ready(b"ROUTER", &new_identity(&claimed))).await.unwrap();
         stream.flush().await.unwrap();
         match let_in {
             true => assert_eq!(scene.connected.recv().await, Some(Some(claimed))),
             false => assert_eq!(scene.refused.recv().await, Some(Refusal::Impostor)),
         }
     }
+}
+
+/// Signs without a private key, as anyone can for this key of small order.
+#[derive(Debug)]
+struct AnyonesKey;
+
+impl AnyonesKey {
+    const ID: NodeId = {
+        let mut bytes = [0; 32];
+        bytes[0] = 1;
+        NodeId::from_bytes(bytes)
+    };
+}
+
+impl SigningKey for AnyonesKey {
+    fn choose_scheme(&self, _: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        Some(Box::new(Self))
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::ED25519
+    }
+}
+
+impl Signer for AnyonesKey {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, Error> {
+        Ok([*Self::ID.as_bytes(), [0; 32]].concat())
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        SignatureScheme::ED25519
+    }
+}
+
+#[tokio::test]
+async fn a_key_for_which_anyone_can_sign_is_refused_even_with_the_mesh_key() {
+    let key = MeshKey::generate();
+    let mut scene = Scene::new(&key, &key).await;
+    let let_in = LetIn::MeshKey(vec![key]);
+    let anyone = Tls::with_key(AnyonesKey::ID, Arc::new(AnyonesKey), let_in);
+    assert!(anyone.open(scene.dial().await, true).await.is_err());
+    assert_eq!(scene.refused.recv().await, Some(Refusal::WeakKey));
 }
 
 #[tokio::test]
@@ -167,7 +212,7 @@ async fn what_a_handshake_costs() {
                 panic!()
             };
             stream.write_all(&greeting()).await.unwrap();
-            stream.write_all(&ready(&new_identity(&scene.me.node_id()))).await.unwrap();
+            stream.write_all(&ready(b"ROUTER", &new_identity(&scene.me.node_id()))).await.unwrap();
             stream.flush().await.unwrap();
             scene.connected.recv().await.unwrap();
         }

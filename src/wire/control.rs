@@ -8,6 +8,7 @@ use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
 use crate::message::MessageId;
 use crate::peer::{Address, ServiceInfo};
+use crate::text::{clean, is_visible};
 use crate::trust::Action;
 
 /// A control record. It needs no credit.
@@ -324,7 +325,7 @@ impl Control {
             8 => Self::ProbeReply(fields.need(Reader::uint)?),
             9 => Self::Peers(fields.list(|reader| {
                 let mut pair = reader.array()?;
-                let id = NodeId::from_bytes(pair.need(Reader::bin_array)?);
+                let id = pair.need(Reader::node_id)?;
                 let addresses = read_addresses(&mut pair)?;
                 pair.finish()?;
                 Ok(Hint { id, addresses })
@@ -350,9 +351,9 @@ fn read_denied(fields: &mut Fields<'_, '_>) -> Result<Vec<(Action, String)>, Wir
     Ok(denied.into_iter().flatten().take(MAX_DENIED).collect())
 }
 
-/// Makes a peer's text safe for logs and terminals: truncated, and without control characters.
+/// Makes a peer's text safe for logs and terminals.
 fn printable(text: &str) -> String {
-    text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    clean(text, MAX_TEXT)
 }
 
 /// The longest accepted name of a node, in bytes.
@@ -360,11 +361,11 @@ const MAX_NAME: usize = 255;
 
 fn read_hello(fields: &mut Fields<'_, '_>) -> Result<Hello, WireError> {
     let mesh = fields.need(|reader| Ok(reader.str()?.parse()?))?;
-    let id = NodeId::from_bytes(fields.need(Reader::bin_array)?);
+    let id = fields.need(Reader::node_id)?;
     let incarnation = Incarnation(fields.need(Reader::uint)?);
     let name = fields.need(|reader| reader.str().map(str::to_owned))?;
-    if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-        return Err(WireError::Unexpected("the node's name is too long or not printable"));
+    if name.len() > MAX_NAME || !is_visible(&name) {
+        return Err(WireError::Unexpected("the node's name is too long, or has hidden characters"));
     }
     let max_body = fields.need(Reader::uint)?;
     let told = fields.list(Reader::uint)?;

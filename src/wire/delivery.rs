@@ -4,6 +4,7 @@ use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_uint};
 use crate::address::ServiceName;
 pub(crate) use crate::delivery_id::{Delivery, DeliveryId, Stream};
+use crate::text::{clean, shorten};
 
 /// The receiver's answer to a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,14 +44,6 @@ pub(crate) struct InboxInfo {
 /// The longest text that an answer carries, in bytes.
 const MAX_TEXT: usize = 1024;
 
-fn shorten(text: &str) -> &str {
-    let mut end = text.len().min(MAX_TEXT);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
-}
-
 impl DeliveryOutcome {
     fn code(&self) -> u64 {
         match self {
@@ -65,7 +58,7 @@ impl DeliveryOutcome {
 
     fn text(&self) -> Option<&str> {
         match self {
-            Self::Failed(text) | Self::Rejected(text) => Some(shorten(text)),
+            Self::Failed(text) | Self::Rejected(text) => Some(shorten(text, MAX_TEXT)),
             Self::Processed | Self::Refused | Self::NoInbox | Self::Expired => None,
         }
     }
@@ -131,7 +124,8 @@ impl Answer {
         let attempt = u32::try_from(fields.need(Reader::uint)?).unwrap_or(u32::MAX);
         let code = fields.need(Reader::uint)?;
         let subscription = read_subscription(&mut fields)?;
-        let text = fields.opt(|reader| Ok(shorten(reader.str()?).to_owned()))?.unwrap_or_default();
+        let text = fields.opt(|reader| Ok(clean(shorten(reader.str()?, MAX_TEXT), MAX_TEXT)))?;
+        let text = text.unwrap_or_default();
         fields.finish()?;
         let outcome = match code {
             0 => DeliveryOutcome::Processed,

@@ -57,4 +57,6 @@ pub(crate) enum WireError {
     Inheritance,
     #[error(transparent)]
     Address(#[from] crate::address::AddressError),
+    #[error(transparent)]
+    NodeId(#[from] crate::identity::NodeIdError),
 }

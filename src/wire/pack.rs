@@ -6,6 +6,7 @@ use rmp::decode::RmpRead;
 use rmp::encode::{self, ByteBuf};
 
 use super::WireError;
+use crate::identity::NodeId;
 
 const MAX_DEPTH: usize = 16;
 pub(super) const NIL: u8 = 0xc0;
@@ -233,6 +234,10 @@ impl<'a> Reader<'a> {
 
     pub(crate) fn bin_array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         self.bin()?.try_into().map_err(|_| WireError::Unexpected("a byte string of wrong length"))
+    }
+
+    pub(crate) fn node_id(&mut self) -> Result<NodeId, WireError> {
+        Ok(NodeId::checked(self.bin_array()?)?)
     }
 
     /// Returns the kind of the next value.

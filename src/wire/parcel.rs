@@ -69,7 +69,7 @@ impl Parcel {
             VERSION => {}
             other => return Err(WireError::Version(other)),
         }
-        let from = NodeId::from_bytes(fields.need(Reader::bin_array)?);
+        let from = fields.need(Reader::node_id)?;
         let record = fields.need(|reader| Ok(self.head.slice_ref(reader.bin()?)))?;
         let (expires_at, not_before) = (fields.opt(Reader::uint)?, fields.opt(Reader::uint)?);
         fields.finish()?;

@@ -16,6 +16,7 @@ use crate::delivery_id::Delivery;
 use crate::identity::NodeId;
 use crate::message::MAX_HEADER;
 use crate::message::{BASE_COST, Extra, Header, Kind, MessageId};
+use crate::text::{Line, shorten};
 
 /// One of the four flows on a link, each with its own credit. A shared credit would deadlock: a
 /// subscriber that awaits a request in its event loop would block its own reply behind unread
@@ -41,7 +42,7 @@ pub(crate) struct Failure {
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}", self.code, self.text)
+        write!(f, "{}: {}", Line(&self.code), Line(&self.text))
     }
 }
 
@@ -462,7 +463,7 @@ pub(super) fn read_record(
     header.correlation_id = fields.opt(Reader::bin_array)?.map(MessageId::from_bytes);
     header.reply_to = fields.opt(|reader| match reader.next_is() {
         Next::True => reader.skip().map(|()| *context.peer),
-        _ => reader.bin_array().map(NodeId::from_bytes),
+        _ => reader.node_id(),
     })?;
     header.time_to_live = fields.opt(Reader::uint)?.map(std::time::Duration::from_millis);
     let owned = |reader: &mut Reader<'_>| reader.str().map(str::to_owned);
@@ -553,11 +554,15 @@ fn inherited_destination(
     destination.ok_or(WireError::Inheritance)
 }
 
+/// The longest code or text of a failure, in bytes; the rest is cut off. They are a program's, so
+/// they stay as they are until they are shown.
+const MAX_FAILURE: usize = 16 * 1024;
+
 fn read_failure(body: &[u8]) -> Result<Failure, WireError> {
     let mut reader = Reader::new(body);
     let mut fields = reader.array()?;
-    let code = fields.need(|reader| reader.str().map(str::to_owned))?;
-    let text = fields.need(|reader| reader.str().map(str::to_owned))?;
+    let mut short = || fields.need(|reader| Ok(shorten(reader.str()?, MAX_FAILURE).to_owned()));
+    let (code, text) = (short()?, short()?);
     fields.finish()?;
     Ok(Failure { code, text })
 }

@@ -32,7 +32,7 @@ impl BrokerCommand {
         let report = broker.report();
         let value = json!({
             "event": "stopped", "nodes": report.nodes, "received": report.received,
-            "sent": report.sent, "dropped": report.dropped,
+            "sent": report.sent, "dropped": report.dropped, "refused": report.refused,
         });
         output::line(self.json, &value, || report.to_string())?;
         broker.stop().await;

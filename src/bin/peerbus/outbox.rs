@@ -270,10 +270,13 @@ impl Show {
         text.push(format!("id          {}", header.id));
         text.push(format!("destination {}", header.destination));
         if let Some(key) = header.ordering_key() {
-            text.push(format!("key         {key}"));
+            text.push(format!("key         {}", peerbus::text::Line(key)));
         }
         for (name, value) in header.user_headers() {
-            text.push(format!("header      {name}={value}"));
+            text.push(format!(
+                "header      {}",
+                peerbus::text::Line(format_args!("{name}={value}"))
+            ));
         }
         match first.expires_at.map(|at| at.duration_since(SystemTime::now())) {
             Some(Ok(left)) => {

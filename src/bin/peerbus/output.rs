@@ -1,9 +1,10 @@
 //! Output, as text or JSON.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use anyhow::Context;
+use peerbus::text::{Json, Line, Lines};
 use peerbus::{Event, Message};
 use serde_json::{Value, json};
 
@@ -13,12 +14,27 @@ pub(crate) fn line(
     value: &Value,
     text: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
-    say(if as_json { value.to_string() } else { text() })
+    match as_json {
+        true => say(Json(value)),
+        false => say(text()),
+    }
 }
 
-/// Writes one or more lines to stdout.
+/// Writes one or more lines to stdout, without hidden characters. Text of others that must stay on
+/// its line needs a [`Line`] besides.
 pub(crate) fn say(text: impl Display) -> anyhow::Result<()> {
-    write(format!("{text}\n").as_bytes())
+    write(format!("{}\n", Lines(text)).as_bytes())
+}
+
+/// Writes a body to stdout: unchanged to a file or a pipe, and as text that can't control it to a
+/// terminal.
+pub(crate) fn write_body(body: &[u8]) -> anyhow::Result<()> {
+    if std::io::stdout().is_terminal() {
+        let text = String::from_utf8_lossy(body);
+        return say(text.strip_suffix('\n').unwrap_or(&text));
+    }
+    let end: &[u8] = if body.ends_with(b"\n") { b"" } else { b"\n" };
+    write(&[body, end].concat())
 }
 
 /// Writes bytes to stdout, unchanged.
@@ -30,7 +46,7 @@ pub(crate) fn write(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// Writes a line to stderr; errors are ignored.
 pub(crate) fn note(text: impl Display) {
-    let _nobody_reads = writeln!(std::io::stderr(), "{text}");
+    let _nobody_reads = writeln!(std::io::stderr(), "{}", Lines(text));
 }
 
 pub(crate) fn message(message: &Message) -> Value {
@@ -61,10 +77,10 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A body for a terminal: text unchanged, anything else as a short hex dump.
+/// A body for a line: text with its hidden characters escaped, anything else as a short hex dump.
 pub(crate) fn body(message: &Message) -> String {
     match body_text(message) {
-        Some(text) => text.to_owned(),
+        Some(text) => Line(text).to_string(),
         None => format!(
             "<{} bytes: {}…>",
             message.body.len(),
@@ -73,7 +89,13 @@ pub(crate) fn body(message: &Message) -> String {
     }
 }
 
+/// An event as JSON, and as one line.
 pub(crate) fn event(event: &Event) -> (Value, String) {
+    let (value, text) = described(event);
+    (value, Line(text).to_string())
+}
+
+fn described(event: &Event) -> (Value, String) {
     match event {
         Event::PeerUp(peer) => (
             json!({
@@ -146,9 +168,8 @@ fn times(count: u64) -> String {
 
 /// Shows the progress of a long command on a terminal; `None` clears it.
 pub(crate) fn progress(text: Option<&str>) {
-    use std::io::IsTerminal;
     let mut stderr = std::io::stderr();
     if stderr.is_terminal() {
-        let _nobody_reads = write!(stderr, "\r\x1b[K{}", text.unwrap_or_default());
+        let _nobody_reads = write!(stderr, "\r\x1b[K{}", Line(text.unwrap_or_default()));
     }
 }

@@ -1,6 +1,7 @@
 //! `peerbus peers`
 
 use clap::Args;
+use peerbus::text::Line;
 use serde_json::json;
 
 use crate::options::NodeOptions;
@@ -61,8 +62,12 @@ impl Peers {
                     peer.services.iter().map(|info| info.name.as_str()).collect();
                 let patterns: Vec<_> =
                     peer.patterns.iter().map(|pattern| pattern.as_str()).collect();
-                text +=
-                    &format!("\n  {:<20} {}  found by {}", peer.name, peer.id.short(), peer.source);
+                text += &format!(
+                    "\n  {:<20} {}  found by {}",
+                    Line(&peer.name).to_string(),
+                    peer.id.short(),
+                    peer.source
+                );
                 if !services.is_empty() {
                     text += &format!("; serves {}", services.join(", "));
                 }
@@ -71,7 +76,7 @@ impl Peers {
                 }
             }
             for known in &unreachable {
-                text += &format!("\n  can't reach {}: {}", known.address, known.last_error);
+                text += &format!("\n  can't reach {}: {}", known.address, Line(&known.last_error));
             }
             text
         })?;

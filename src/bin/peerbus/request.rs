@@ -5,7 +5,8 @@ use clap::Args;
 use crate::options::{BodyArg, NodeOptions, To};
 use crate::output;
 
-/// Prints the reply's body to standard output, unchanged.
+/// Prints the reply's body to standard output: unchanged to a file or a pipe, and with escapes for
+/// hidden characters to a terminal.
 #[derive(Args)]
 pub(crate) struct Request {
     #[command(flatten)]
@@ -40,11 +41,7 @@ impl Request {
         if self.json {
             output::line(true, &output::message(&reply), String::new)?;
         } else {
-            let mut body = reply.body.to_vec();
-            if !reply.body.ends_with(b"\n") {
-                body.push(b'\n');
-            }
-            output::write(&body)?;
+            output::write_body(&reply.body)?;
         }
         Ok(())
     }

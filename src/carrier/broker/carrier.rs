@@ -67,6 +67,7 @@ impl BrokerCarrier {
             id: core.id,
             name: core.name.clone(),
             mesh: config.mesh.clone(),
+            max_body: config.max_body,
             ca: config.broker_ca.clone(),
             lease: config.lease,
             retry: config.retry,

@@ -15,6 +15,7 @@ use crate::address::{Pattern, ServiceName, Topic};
 use crate::carrier::{Wish, WishEnd};
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
+use crate::text::{Line, clean};
 
 /// The time limit of connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,6 +24,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// The interval at which refused wishes are retried.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// The most characters of a broker's text.
+const MAX_TEXT: usize = 1024;
 /// The cost of a command besides its message, in bytes.
 const COMMAND_COST: u64 = 128;
 
@@ -389,7 +392,7 @@ impl ConnectionTask {
 
     /// Logs and reports a failed attempt. Repeated failures are logged at debug level only.
     fn tell_unreachable(&self, error: String) {
-        let client = &self.client;
+        let (client, error) = (&self.client, clean(&error, MAX_TEXT));
         match client.state() {
             State::Down { error: before } if before == error => {
                 tracing::debug!(broker = %client.url, error, "the broker can't be reached");
@@ -414,6 +417,7 @@ impl ConnectionTask {
                     match self.keep(session).await {
                         End::Asked => break,
                         End::Lost(Lost(error)) => {
+                            let error = clean(&error, MAX_TEXT);
                             tracing::warn!(broker = %client.url, error, "broker connection lost");
                             client.set_state(&*self.incoming, State::Down { error });
                         }
@@ -451,7 +455,8 @@ impl ConnectionTask {
                 return self.end(lost);
             }
         }
-        client.set_state(&*self.incoming, State::Up { title: session.title() });
+        let title = clean(&session.title(), MAX_TEXT);
+        client.set_state(&*self.incoming, State::Up { title });
         let mut batch = Vec::new();
         let mut lost = std::pin::pin!(session.lost());
         loop {
@@ -507,7 +512,8 @@ impl ConnectionTask {
             Ok(()) => Ok(()),
             Err(Failed::Lost(lost)) => Err(lost),
             Err(Failed::Refused(error)) => {
-                tracing::error!(broker = %self.client.url, error, "the broker refused a command");
+                let error = Line(&error);
+                tracing::error!(broker = %self.client.url, %error, "the broker refused a command");
                 Ok(())
             }
         }
@@ -526,7 +532,8 @@ impl ConnectionTask {
             Ok(()) => lock(&self.client.desired).confirm(wish),
             Err(Failed::Lost(lost)) => return Err(lost),
             Err(Failed::Refused(error)) => {
-                tracing::error!(broker = %self.client.url, error, "the broker refused a wish");
+                let error = Line(&error);
+                tracing::error!(broker = %self.client.url, %error, "the broker refused a wish");
                 self.refused.push(wish);
             }
         }

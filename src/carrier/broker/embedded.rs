@@ -1,37 +1,39 @@
 //! A session with the embedded broker: one DEALER. `hub.rs` documents the messages between them.
 
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_core::Stream;
+use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
-use futures_util::{FutureExt, StreamExt};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, interval, timeout};
-use zeromq::{
-    DealerRecvHalf, DealerSendHalf, DealerSocket, Socket, SocketEvent, SocketOptions, SocketRecv,
-    SocketSend, ZmqError, ZmqMessage,
-};
+use tokio::time::{interval, timeout};
 
-use super::hub::{SILENCE, WINDOW, cost, number, op, text};
+use super::hub::{MAX_BODY, SILENCE, WINDOW, number, op, parsed, text};
+use super::outlet::{Outlet, cost};
 use super::session::{
     ANSWER, ConnectError, Connecting, Ending, Failed, Lost, Performed, Session, boxed,
 };
 use super::{BrokerUrl, Incoming, Me, Outgoing, Via};
 use crate::address::{Pattern, Recipient, ServiceName};
-use crate::identity::random_bytes;
+use crate::engine::{Connection, TargetKey};
+use crate::link::{Acceptor, Link, Receiver};
 use crate::message::MessageId;
+use crate::peer::Address;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
 use crate::wire::Parcel;
 
-/// The interval at which each side sends a sign of life.
+/// The interval at which a node sends a sign of life, which the broker answers.
 const PING: Duration = Duration::from_secs(1);
 /// The number of bytes after which the broker is notified that they were taken.
 const TELL_TAKEN: u64 = WINDOW / 16;
+/// The most bytes that wait in the connection. More wait in the client's queue, which counts them.
+const MOST_WAITING: u64 = 1024 * 1024;
 
 /// Connects to a broker.
 pub(super) fn connect<'a>(
@@ -44,11 +46,18 @@ pub(super) fn connect<'a>(
 
 struct EmbeddedSession {
     title: String,
-    outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
-    /// Notified of each completed command.
-    done: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
+    shared: Arc<Shared>,
+    /// Held while a command waits for its answer.
+    asking: tokio::sync::Mutex<watch::Receiver<u64>>,
+    pings: JoinHandle<()>,
+    /// Owns the connection.
+    _door: Arc<FrontDoor>,
+}
+
+/// The parts that the session and its connection share.
+struct Shared {
+    outlet: Outlet,
     ending: Ending,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl EmbeddedSession {
@@ -57,78 +66,88 @@ impl EmbeddedSession {
         me: &Me,
         incoming: &Arc<dyn Incoming>,
     ) -> Result<Self, ConnectError> {
-        // The crate would retry until its timeout, and not report the reason.
-        let probe = timeout(ANSWER, TcpStream::connect((url.host(), url.port()))).await;
-        let probe = probe.map_err(|_| ConnectError::passing("timed out after 5 s: no answer"))?;
-        drop(probe.map_err(ConnectError::passing)?);
-        let mut options = SocketOptions::default();
-        let identity = Bytes::copy_from_slice(&random_bytes::<16>());
-        options
-            .peer_identity(identity.try_into().map_err(|_| ConnectError::passing("no identity"))?);
-        options.connect_timeout(ANSWER);
-        let mut dealer = DealerSocket::with_options(options);
-        let monitor = dealer.monitor();
-        let host = match url.host() {
-            v6 if v6.contains(':') => format!("[{v6}]"),
-            host => host.to_owned(),
+        if me.max_body > MAX_BODY {
+            return Err(ConnectError::for_good(format!(
+                "max_body is {} bytes, and the embedded broker takes at most {MAX_BODY}; lower it",
+                me.max_body
+            )));
+        }
+        let (welcomed, welcome) = oneshot::channel();
+        let (done, answers) = watch::channel(0);
+        let exit = Arc::new(Exit(Mutex::default()));
+        *lock(&exit.0) = Some(Beginning { incoming: incoming.clone(), welcomed, done });
+        let config = FrontDoorConfig {
+            tls: None,
+            gate: GateLimits::for_bodies(MAX_BODY as u64),
+            handshake_timeout: ANSWER,
+            max_pending: 0,
+            max_connections: 0,
+            loopback_only: false,
         };
-        dealer
-            .connect(&format!("tcp://{host}:{}", url.port()))
-            .await
-            .map_err(|error| ConnectError::passing(to_io(error)))?;
-        let (mut sender, mut receiver) = dealer.split();
-        let mesh = Bytes::copy_from_slice(me.mesh.as_str().as_bytes());
-        let hello = vec![op(b"H"), mesh, Bytes::copy_from_slice(me.id.as_bytes())];
-        send(&mut sender, hello).await.map_err(ConnectError::passing)?;
-        let title = match timeout(ANSWER, receiver.recv()).await {
-            Ok(Ok(message)) => match &message.into_vec()[..] {
-                [welcome, title] if **welcome == *b"W" => text(title).unwrap_or("?").to_owned(),
-                _ => {
-                    return Err(ConnectError::for_good("the server is not a `peerbus broker`"));
-                }
-            },
-            Ok(Err(error)) => return Err(ConnectError::passing(to_io(error))),
-            Err(_) => return Err(ConnectError::passing("timed out after 5 s: no answer")),
+        let door = Arc::new(FrontDoor::new(config, End::BrokerClient, exit.clone(), exit));
+        let address = match url.host().parse::<IpAddr>() {
+            Ok(ip) => Address::Tcp((ip, url.port()).into()),
+            Err(_) => Address::Host(url.host().into(), url.port()),
         };
-        let (outgoing, commands) = mpsc::unbounded_channel();
-        let (tell_done, done) = mpsc::unbounded_channel();
-        let ending = Ending::new();
-        let reader = Reader {
-            incoming: incoming.clone(),
-            outgoing: outgoing.clone(),
-            done: tell_done,
-            taken: 0,
+        let target = TargetKey::Address(address.clone());
+        let dialled = door.dial(&target, &[address]).await;
+        dialled.map_err(ConnectError::passing)?;
+        let late = |_| ConnectError::passing("timed out after 5 s: no answer");
+        let connected = timeout(ANSWER, async {
+            let mesh = Bytes::copy_from_slice(me.mesh.as_str().as_bytes());
+            let hello = vec![op(b"H"), mesh, Bytes::copy_from_slice(me.id.as_bytes())];
+            let (shared, title) = welcome.await.ok()?;
+            shared.outlet.control(hello);
+            Some((shared, title.await.ok()?))
+        });
+        let Some((shared, title)) = connected.await.map_err(late)? else {
+            return Err(ConnectError::passing("the broker closed the connection"));
         };
-        let tasks = vec![
-            tokio::spawn(write(sender, commands, ending.clone())),
-            tokio::spawn(reader.run(receiver, monitor, ending.clone())),
-        ];
-        let done = tokio::sync::Mutex::new(done);
-        Ok(Self { title, outgoing, done, ending, tasks: Mutex::new(Rank::Leaf, tasks) })
+        let Some(title) = title else {
+            return Err(ConnectError::for_good("the server is not a `peerbus broker`"));
+        };
+        let pings = tokio::spawn(keep_alive(shared.clone()));
+        let asking = tokio::sync::Mutex::new(answers);
+        Ok(Self { title, shared, asking, pings, _door: door })
     }
 
-    fn say(&self, frames: Vec<Bytes>) {
-        let _tasks_have_ended = self.outgoing.send(frames);
+    /// Sends a control message of this side.
+    fn tell(&self, frames: Vec<Bytes>) -> Result<(), Failed> {
+        match self.shared.outlet.control(frames) {
+            true => Ok(()),
+            false => Err(Failed::lost("the broker reads nothing")),
+        }
     }
 
     /// Sends a command, and waits until the broker has carried it out.
     async fn ask(&self, frames: Vec<Bytes>) -> Result<(), Failed> {
-        let mut done = self.done.lock().await;
-        self.say(frames);
-        match timeout(ANSWER, done.recv()).await {
-            Ok(Some(())) => Ok(()),
-            Ok(None) => Err(Failed::lost("the connection was closed")),
+        let mut answers = self.asking.lock().await;
+        answers.borrow_and_update();
+        self.tell(frames)?;
+        match timeout(ANSWER, answers.changed()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Failed::lost("the connection was closed")),
             Err(_) => Err(Failed::lost("timed out after 5 s: no answer")),
         }
     }
 
-    async fn say_goodbye(&self) {
-        self.say(vec![op(b"B")]);
-        // The writer ends after it.
-        let writer = lock(&self.tasks).drain(..1).next();
-        if let Some(writer) = writer {
-            let _too_slow = timeout(ANSWER, writer).await;
+    /// Sends a message once the connection has room for it.
+    async fn send_in_turn(&self, frames: Vec<Bytes>) -> Result<(), Failed> {
+        tokio::select! {
+            biased;
+            () = self.shared.outlet.send_in_turn(frames, MOST_WAITING) => Ok(()),
+            lost = self.shared.ending.lost() => Err(Failed::Lost(lost)),
         }
+    }
+
+    async fn say_goodbye(&self) {
+        let closing = async {
+            // After all messages.
+            self.shared.outlet.send_in_turn(vec![op(b"B")], 0).await;
+            self.shared.outlet.link().close();
+            self.shared.ending.lost().await
+        };
+        let _too_slow = timeout(ANSWER, closing).await;
     }
 }
 
@@ -161,8 +180,7 @@ impl Session for EmbeddedSession {
     }
 
     fn send(&self, message: Outgoing) -> Performed<'_> {
-        self.say(frames(message));
-        ready(Ok(())).boxed()
+        self.send_in_turn(frames(message)).boxed()
     }
 
     fn subscribe(&self, pattern: Pattern) -> Performed<'_> {
@@ -170,8 +188,7 @@ impl Session for EmbeddedSession {
     }
 
     fn unsubscribe(&self, pattern: Pattern) -> Performed<'_> {
-        self.say(vec![op(b"U"), bytes(pattern.as_str())]);
-        ready(Ok(())).boxed()
+        ready(self.tell(vec![op(b"U"), bytes(pattern.as_str())])).boxed()
     }
 
     fn serve(&self, name: ServiceName, _concurrency: u32) -> Performed<'_> {
@@ -179,12 +196,11 @@ impl Session for EmbeddedSession {
     }
 
     fn withdraw(&self, name: ServiceName) -> Performed<'_> {
-        self.say(vec![op(b"X"), bytes(name.as_str())]);
-        ready(Ok(())).boxed()
+        ready(self.tell(vec![op(b"X"), bytes(name.as_str())])).boxed()
     }
 
     fn lost(&self) -> BoxFuture<'_, Lost> {
-        self.ending.lost().boxed()
+        self.shared.ending.lost().boxed()
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {
@@ -194,109 +210,118 @@ impl Session for EmbeddedSession {
 
 impl Drop for EmbeddedSession {
     fn drop(&mut self) {
-        lock(&self.tasks).iter().for_each(JoinHandle::abort);
+        self.pings.abort();
     }
 }
 
-async fn send(sender: &mut DealerSendHalf, frames: Vec<Bytes>) -> std::io::Result<()> {
-    let message = ZmqMessage::try_from(frames).map_err(|_| std::io::ErrorKind::InvalidInput)?;
-    sender.send(message).await.map_err(to_io)
-}
-
-fn to_io(error: ZmqError) -> std::io::Error {
-    match error {
-        ZmqError::Network(error) => error,
-        other => std::io::Error::other(other.to_string()),
-    }
-}
-
-async fn write(
-    mut sender: DealerSendHalf,
-    mut commands: mpsc::UnboundedReceiver<Vec<Bytes>>,
-    ending: Ending,
-) {
+/// Sends signs of life, and ends the connection to a silent broker.
+async fn keep_alive(shared: Arc<Shared>) {
     let mut pings = interval(PING);
     loop {
-        let frames = tokio::select! {
-            frames = commands.recv() => match frames {
-                Some(frames) => frames,
-                None => return,
-            },
-            _ = pings.tick() => vec![op(b".")],
-        };
-        let is_goodbye = *frames[0] == *b"B";
-        if let Err(error) = send(&mut sender, frames).await {
-            ending.tell(error);
-            return;
-        }
-        if is_goodbye {
+        pings.tick().await;
+        let link = shared.outlet.link();
+        let is_silent = |heard: Instant| heard.elapsed() > SILENCE;
+        if link.last_heard().is_some_and(is_silent) || !shared.outlet.control(vec![op(b".")]) {
+            shared.ending.tell("the broker was silent for 5 s");
+            link.close();
             return;
         }
     }
 }
 
+/// The parts of a session whose connection is not up yet.
+struct Beginning {
+    incoming: Arc<dyn Incoming>,
+    welcomed: oneshot::Sender<Welcome>,
+    done: watch::Sender<u64>,
+}
+
+/// A connection that is up, and the broker's title, once it has answered: `None` if it is no broker.
+type Welcome = (Arc<Shared>, oneshot::Receiver<Option<String>>);
+
+/// Takes the one connection that is dialled.
+struct Exit(Mutex<Option<Beginning>>);
+
+impl Acceptor for Exit {
+    fn handle_connected(&self, link: Arc<dyn Link>, _: Connection) -> Arc<dyn Receiver> {
+        let (outlet, ending) = (Outlet::new(link), Ending::new());
+        let shared = Arc::new(Shared { outlet, ending });
+        let Some(Beginning { incoming, welcomed, done }) = lock(&self.0).take() else {
+            shared.outlet.link().close();
+            return Arc::new(Nobody);
+        };
+        let (answer, title) = oneshot::channel();
+        let _gave_up = welcomed.send((shared.clone(), title));
+        let answer = Mutex::new(Rank::Leaf, Some(answer));
+        Arc::new(Reader { incoming, shared, answer, done, taken: AtomicU64::new(0) })
+    }
+}
+
+impl Watch for Exit {
+    fn handle_refusal(&self, address: Option<Address>, refusal: Refusal) {
+        let broker = address.as_ref().map(tracing::field::display);
+        tracing::warn!(broker, %refusal, "the connection to the broker was cut");
+    }
+}
+
+/// Receives nothing.
+struct Nobody;
+
+impl Receiver for Nobody {
+    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_closed(&self) {}
+}
+
+/// Receives the broker's messages.
 struct Reader {
     incoming: Arc<dyn Incoming>,
-    outgoing: mpsc::UnboundedSender<Vec<Bytes>>,
-    done: mpsc::UnboundedSender<()>,
+    shared: Arc<Shared>,
+    /// Taken by the first message.
+    answer: Mutex<Option<oneshot::Sender<Option<String>>>>,
+    /// The number of completed commands.
+    done: watch::Sender<u64>,
     /// The number of taken bytes of which the broker was not notified yet.
-    taken: u64,
+    taken: AtomicU64,
+}
+
+impl Receiver for Reader {
+    fn handle_batch(&self, frames: Vec<Bytes>) {
+        let answer = lock(&self.answer).take();
+        match answer {
+            Some(answer) => {
+                let title = match &frames[..] {
+                    [welcome, title] if **welcome == *b"W" => text(title).map(str::to_owned),
+                    _ => None,
+                };
+                self.shared.outlet.link().admit();
+                let _gave_up = answer.send(title);
+            }
+            None => self.handle(&frames),
+        }
+    }
+
+    fn handle_closed(&self) {
+        self.shared.ending.tell("the connection was closed");
+    }
 }
 
 impl Reader {
-    async fn run(
-        mut self,
-        mut receiver: DealerRecvHalf,
-        mut monitor: impl Stream<Item = SocketEvent> + Unpin,
-        ending: Ending,
-    ) {
-        let mut pings = interval(PING);
-        let mut heard = Instant::now();
-        let why = loop {
-            tokio::select! {
-                biased;
-                received = receiver.recv() => match received {
-                    Ok(message) => {
-                        heard = Instant::now();
-                        self.handle(message.into_vec());
-                    }
-                    Err(error) => break to_io(error).to_string(),
-                },
-                // At end of file `recv` hangs; only the monitor reports it.
-                event = monitor.next() => {
-                    if matches!(event, Some(SocketEvent::Disconnected(_)) | None) {
-                        break "the connection was closed".to_owned();
-                    }
-                }
-                _ = pings.tick() => {
-                    if heard.elapsed() > SILENCE {
-                        break "the broker was silent for 5 s".to_owned();
-                    }
-                }
-            }
-        };
-        ending.tell(why);
-    }
-
-    fn handle(&mut self, frames: Vec<Bytes>) {
+    fn handle(&self, frames: &[Bytes]) {
         let Some(first) = frames.first() else { return };
-        if matches!(&first[..], b"P" | b"C" | b"N") {
-            self.taken += cost(&frames);
-        }
         match (&first[..], &frames[1..]) {
             (b"P", [topic, head, body]) => {
-                if let Some(topic) = text(topic).and_then(|text| text.parse().ok()) {
+                if let Some(topic) = parsed(topic) {
                     self.hand_on(Via::Topic(topic, None), head, body);
                 }
             }
             (b"C", [service, head, body]) => {
-                if let Some(name) = text(service).and_then(|text| text.parse().ok()) {
+                if let Some(name) = parsed(service) {
                     self.hand_on(Via::Service(name), head, body);
                 }
             }
             (b"N", [head, body]) => self.hand_on(Via::Inbox, head, body),
             (b"A", [head, body]) => self.hand_on(Via::All, head, body),
-            (b"K", []) => _ = self.done.send(()),
+            (b"K", []) => self.done.send_modify(|done| *done += 1),
             (b"R", [id]) => {
                 if let Ok(id) = <[u8; 16]>::try_from(&id[..]) {
                     self.incoming.handle_unrouted(MessageId::from_bytes(id));
@@ -305,15 +330,25 @@ impl Reader {
             (b"D", [count]) => self.incoming.handle_dropped(DropReason::SlowPeer, number(count)),
             _ => {}
         }
-        if self.taken >= TELL_TAKEN {
-            let taken = std::mem::take(&mut self.taken);
-            let count = Bytes::copy_from_slice(&taken.to_be_bytes());
-            let _writer_has_ended = self.outgoing.send(vec![op(b"F"), count]);
+        if matches!(&first[..], b"P" | b"C" | b"N") {
+            self.count_taken(cost(frames));
         }
     }
 
     fn hand_on(&self, via: Via, head: &Bytes, body: &Bytes) {
         let parcel = Parcel { head: head.clone(), body: body.clone() };
         self.incoming.handle_message(via, parcel, None);
+    }
+
+    /// Notifies the broker now and then of the bytes that were taken.
+    fn count_taken(&self, cost: u64) {
+        // One task reads.
+        let taken = self.taken.load(Ordering::Relaxed) + cost;
+        let told = taken >= TELL_TAKEN;
+        self.taken.store(if told { 0 } else { taken }, Ordering::Relaxed);
+        if told {
+            let count = Bytes::copy_from_slice(&taken.to_be_bytes());
+            self.shared.outlet.control(vec![op(b"F"), count]);
+        }
     }
 }

@@ -21,8 +21,10 @@ mod hub;
 mod kind;
 #[cfg(feature = "nats")]
 mod nats;
+mod outlet;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq;
+mod server;
 mod session;
 mod unpack;
 mod url;
@@ -36,8 +38,8 @@ use tokio::sync::oneshot;
 pub(crate) use carrier::{BrokerCarrier, RefusedByBroker};
 pub use credentials::{Credentials, CredentialsError};
 pub(crate) use handle::BrokerHandle;
-pub use hub::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use kind::BrokerKind;
+pub use server::{BrokerReport, EmbeddedBroker, EmbeddedBrokerError};
 pub use url::{BrokerUrl, BrokerUrlError};
 
 use crate::address::{Destination, MeshName, Pattern, Recipient, ServiceName, Topic};
@@ -54,6 +56,7 @@ pub(crate) struct Me {
     pub(crate) id: NodeId,
     pub(crate) name: String,
     pub(crate) mesh: MeshName,
+    pub(crate) max_body: usize,
     /// A file of CA certificates for the broker's certificate, besides the system's.
     pub(crate) ca: Option<PathBuf>,
     /// The time limit of the handler of a guaranteed message.
@@ -186,6 +189,35 @@ impl AckAction {
             | None => Self::Again(retry.pause(attempt.saturating_sub(1))),
         }
     }
+}
+
+/// For the fuzzer: the messages of two clients to the embedded broker.
+#[cfg(fuzzing)]
+pub(crate) fn check_hub(bytes: &[u8]) {
+    struct Nowhere;
+    impl crate::link::Link for Nowhere {
+        fn send(&self, _: Vec<bytes::Bytes>) {}
+        fn close(&self) {}
+    }
+    let (mut hub, mut rest) = (hub::Hub::default(), bytes);
+    let mut take = |most: usize| {
+        let (len, after) = rest.split_first()?;
+        let (taken, after) = after.split_at(usize::from(*len).min(most).min(after.len()));
+        rest = after;
+        Some(taken)
+    };
+    let now = std::time::Instant::now();
+    let clients = [0, 1]
+        .map(|_| hub.handle_connected(now, outlet::Outlet::new(std::sync::Arc::new(Nowhere))));
+    while let Some(head) = take(2) {
+        let [client, count] = [0, 1].map(|place| head.get(place).copied().unwrap_or_default());
+        let frames: Vec<_> =
+            (0..count % 8).map_while(|_| take(255).map(bytes::Bytes::copy_from_slice)).collect();
+        hub.handle(clients[usize::from(client % 2)], &frames);
+    }
+    hub.handle_tick(now + Duration::from_secs(60));
+    clients.into_iter().for_each(|client| hub.handle_closed(client));
+    assert!(hub.is_empty(), "nothing is left of clients that went");
 }
 
 #[cfg(test)]

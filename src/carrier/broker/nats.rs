@@ -35,6 +35,7 @@ use bytes::Bytes;
 use data_encoding::BASE64_NOPAD;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
+use ring::digest;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
@@ -50,8 +51,10 @@ use super::{
 use crate::address::{Destination, Pattern, Recipient, ServiceName};
 use crate::engine::delivery::RetryPolicy;
 use crate::identity::NodeId;
+use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
+use crate::text::Line;
 use crate::wire::{DeliveryOutcome, Parcel};
 
 /// The header with the parcel's head.
@@ -403,7 +406,7 @@ impl NatsSession {
         };
         let mut headers = headers(&parcel);
         // The server detects duplicates by this for two minutes.
-        headers.insert("Nats-Msg-Id", id.to_string());
+        headers.insert("Nats-Msg-Id", deduplication_id(&self.me.id, id, &parcel.body));
         let sent = streams.context.publish_with_headers(subject, headers, parcel.body).await;
         tokio::spawn(async move {
             let result = match sent {
@@ -651,7 +654,7 @@ async fn dead_letter(
     names: &Names,
 ) -> Result<(), jetstream::context::PublishError> {
     let mut headers = message.headers.clone().unwrap_or_default();
-    headers.insert(REASON, reason.replace(['\r', '\n'], " "));
+    headers.insert(REASON, Line(reason).to_string());
     let subject = names.dead(&message.subject);
     let buried = context.publish_with_headers(subject, headers, message.payload.clone()).await?;
     buried.await.map(drop)
@@ -673,6 +676,16 @@ fn authenticated(Credentials(credentials): &Credentials) -> ConnectOptions {
         let again = || async_nats::AuthError::new("another session connects");
         ready(lock(&auth).take().ok_or_else(again))
     })
+}
+
+/// The id by which the server detects a message that is stored again. The message's own id can be
+/// guessed, and whoever used it first would keep the message from being stored.
+fn deduplication_id(from: &NodeId, id: MessageId, body: &[u8]) -> String {
+    let mut digest = digest::Context::new(&digest::SHA256);
+    for part in [from.as_bytes(), &id.to_bytes()[..], body] {
+        digest.update(part);
+    }
+    format!("{id}-{}", BASE64_NOPAD.encode(digest.finish().as_ref()))
 }
 
 fn headers(parcel: &Parcel) -> HeaderMap {
@@ -730,6 +743,17 @@ mod tests {
     fn a_dead_letter_keeps_its_subject_behind_a_mark() {
         let names = Names { prefix: "peerbus.default".into() };
         assert_eq!(names.dead(&names.work("billing")), "peerbus.default.d.w.billing");
+    }
+
+    #[test]
+    fn nobody_uses_up_the_deduplication_id_of_anothers_message() {
+        let (one, other) = (NodeId::from_bytes([1; 32]), NodeId::from_bytes([2; 32]));
+        let id = MessageId::from_bytes([7; 16]);
+        let own = deduplication_id(&one, id, b"true");
+        assert_eq!(own, deduplication_id(&one, id, b"true"));
+        assert_ne!(own, deduplication_id(&other, id, b"true"));
+        assert_ne!(own, deduplication_id(&one, id, b"forged"));
+        assert!(own.bytes().all(|byte| byte.is_ascii_graphic()));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::identity::{Identity, NodeId};
 use crate::link::Acceptor;
 use crate::peer::Address;
 use crate::trust::{Access, LetIn, Rules, Trust, TrustError, TrustedKeys, Watched};
-use crate::tunnel::{FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
 
 /// The error of opening a mesh's sockets.
 #[derive(Debug)]
@@ -166,7 +166,7 @@ fn front_door(
         loopback_only: !config.trust.reaches_networks(),
     };
     let watch = Arc::new(DoorWatch(Arc::downgrade(&core.reporter)));
-    FrontDoor::new(door_config, core.id, acceptor, watch)
+    FrontDoor::new(door_config, End::Node(core.id), acceptor, watch)
 }
 
 /// Returns true if the nodes of this host find each other by Unix sockets.

@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::ServiceName;
 use crate::engine::Time;
 use crate::identity::NodeId;
+use crate::text::Line;
 use crate::wire::Stream;
 
 /// The retries of guaranteed messages: their number, and the backoff between them.
@@ -115,7 +116,7 @@ pub enum DeadLetterReason {
         maybe_processed: bool,
     },
     /// The handler failed too often.
-    #[error("the handler failed {failures} times; the last error: {text}")]
+    #[error("the handler failed {failures} times; the last error: {}", Line(text))]
     Failed {
         /// The number of failures.
         failures: u32,
@@ -123,7 +124,7 @@ pub enum DeadLetterReason {
         text: String,
     },
     /// The handler rejected the message permanently, or the receiver's rules forbid it.
-    #[error("rejected: {text}")]
+    #[error("rejected: {}", Line(text))]
     Rejected {
         /// The reason given by the receiver.
         text: String,
