@@ -11,6 +11,7 @@ use super::capability::{Capability, Unsupported};
 use super::guaranteed::{NewGuaranteed, OutboxError, Submission};
 use crate::address::{Pattern, Recipient, ServiceName, Topic};
 use crate::core::Way;
+use crate::engine::TooMany;
 use crate::identity::NodeId;
 use crate::peer::{PeerInfo, Unreachable};
 
@@ -93,7 +94,10 @@ pub(crate) trait Carrier: Send + Sync {
     fn check_consumer(&self) -> Result<(), CannotKeep>;
 
     /// Begins to fulfil a wish.
-    fn wish(&self, wish: Wish);
+    ///
+    /// # Errors
+    /// [`TooMany`] if the other side accepts no more of that kind.
+    fn wish(&self, wish: Wish) -> Result<(), TooMany>;
 
     /// Ends a wish.
     fn end_wish(&self, wish: Wish, end: WishEnd);

@@ -27,6 +27,8 @@ pub(crate) enum Line {
     UnknownAnswer(NodeId),
     /// A peer for whose durable subscriptions the outbox has no room.
     NotRemembered(NodeId),
+    /// A peer for some of whose durable subscriptions the outbox has no room.
+    SubscriptionsNotRemembered(NodeId),
 }
 
 #[derive(Default)]
@@ -96,6 +98,11 @@ impl Line {
             Self::UnknownAnswer(peer) => {
                 tracing::debug!(peer = %peer.short(), "an answer to an unknown message");
             }
+            Self::SubscriptionsNotRemembered(peer) => tracing::warn!(
+                peer = %peer.short(),
+                "the outbox remembers 256 durable subscriptions of this peer, and no more: it gets no \
+                 guaranteed events for the others; forget old ones with `peerbus outbox forget`"
+            ),
             Self::NotRemembered(peer) => tracing::warn!(
                 peer = %peer.short(),
                 "the outbox can't remember more peers: events published while this one is away are \

@@ -26,7 +26,8 @@ const MAX_IN_FLIGHT: u32 = 2;
 /// The largest buffer kept for reuse, in bytes.
 const MAX_SPARE: usize = MAX_BATCH;
 
-/// The most control records queued for a peer that does not read.
+/// The most control records queued for a peer that does not read, without announcements: their
+/// rate is limited where they are made.
 const MAX_CONTROL: usize = 10_000;
 
 /// The silence after which a heartbeat is sent, and a peer becomes suspect or dead.
@@ -254,9 +255,10 @@ impl Flow {
         if self.closed {
             return;
         }
-        // One answer suffices for all probes.
-        if matches!(control, Control::ProbeReply(_)) {
-            self.control.retain(|waiting| !matches!(waiting, Control::ProbeReply(_)));
+        // One answer suffices for all probes, and the last list of durable subscriptions is whole.
+        if matches!(control, Control::ProbeReply(_) | Control::Inbox(_)) {
+            let kind = std::mem::discriminant(&control);
+            self.control.retain(|waiting| std::mem::discriminant(waiting) != kind);
         }
         self.control.push_back(control);
     }
@@ -320,6 +322,11 @@ impl Flow {
     /// Returns true if [`Flow::poll_transmit`] has a batch; cheaper than reading the clock.
     pub(crate) fn can_transmit(&self) -> bool {
         !self.closed && self.in_flight < MAX_IN_FLIGHT && self.has_something_to_send()
+    }
+
+    fn owed_records(&self) -> usize {
+        let records = self.control.iter();
+        records.filter(|record| !matches!(record, Control::Announce(_))).count()
     }
 
     fn has_something_to_send(&self) -> bool {
@@ -432,7 +439,7 @@ impl Flow {
             self.batch_due = true;
             self.events.spare = None;
         }
-        if self.control.len() > MAX_CONTROL {
+        if self.control.len() > MAX_CONTROL && self.owed_records() > MAX_CONTROL {
             // The peer sends but does not read; records for it would pile up.
             return Liveness::Dead;
         }

@@ -3,12 +3,12 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::{Inner, Life, Node};
+use super::{Inner, Life, Node, RuntimeGuard};
 use crate::carrier::Carrier;
 use crate::carrier::broker::{
     BrokerCarrier, BrokerHandle, BrokerUrl, BrokerUrlError, RefusedByBroker,
@@ -144,8 +144,10 @@ impl Node {
         let (carrier, durable, listening) = carrier(&core, &identity, store).await?;
         core.spawn_own();
         begun.disarm();
-        let inner = Inner { core, carrier, durable, listening };
-        Ok(Self { life: Arc::new(Life(Arc::new(inner))) })
+        let lost = OnceLock::new();
+        let inner = Arc::new(Inner { core, carrier, durable, listening, lost });
+        RuntimeGuard::watch(&inner);
+        Ok(Self { life: Arc::new(Life(inner)) })
     }
 }
 

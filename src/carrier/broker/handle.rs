@@ -17,6 +17,7 @@ use crate::carrier::{
     Submission, Unsupported, Wish, WishEnd,
 };
 use crate::core::Way;
+use crate::engine::TooMany;
 use crate::identity::NodeId;
 use crate::peer::{PeerInfo, Source, Unreachable};
 
@@ -41,8 +42,9 @@ impl Carrier for BrokerHandle {
         }
     }
 
-    fn wish(&self, wish: Wish) {
+    fn wish(&self, wish: Wish) -> Result<(), TooMany> {
         self.0.client().wish(wish);
+        Ok(())
     }
 
     fn end_wish(&self, wish: Wish, end: WishEnd) {

@@ -32,7 +32,7 @@ use crate::core::{Alarm, Core, Event, Line, Way, add};
 use crate::discovery::Discovered;
 use crate::engine::{
     Action, Connection, DownReason, Flow, LinkId, Mesh, MeshEvent, Origin, Sighting, TargetKey,
-    Time, Timing,
+    Time, Timing, TooMany,
 };
 use crate::identity::NodeId;
 use crate::link::Acceptor;
@@ -271,24 +271,27 @@ impl Carrier for MeshHandle {
         self.check_store()
     }
 
-    fn wish(&self, wish: Wish) {
+    fn wish(&self, wish: Wish) -> Result<(), TooMany> {
         let Self(carrier) = self;
         match wish {
-            Wish::Subscribe(pattern) => carrier.with_mesh(|mesh, _| mesh.subscribe(&pattern)),
-            Wish::Serve(name, n) => carrier.with_mesh(|mesh, _| mesh.serve(&name, n)),
-            Wish::Consume(name, ..) => {
-                if let Some(durable) = &carrier.durable {
-                    durable.handle_consumer_began(&name);
-                }
+            Wish::Subscribe(pattern) => {
+                carrier.with_mesh(|mesh, now| mesh.subscribe(now, &pattern))
             }
+            Wish::Serve(name, n) => carrier.with_mesh(|mesh, now| mesh.serve(now, &name, n)),
+            Wish::Consume(name, ..) => match &carrier.durable {
+                Some(durable) => durable.handle_consumer_began(&name),
+                None => Ok(()),
+            },
         }
     }
 
     fn end_wish(&self, wish: Wish, end: WishEnd) {
         let Self(carrier) = self;
         match wish {
-            Wish::Subscribe(pattern) => carrier.with_mesh(|mesh, _| mesh.unsubscribe(&pattern)),
-            Wish::Serve(name, _) => carrier.with_mesh(|mesh, _| mesh.withdraw(&name)),
+            Wish::Subscribe(pattern) => {
+                carrier.with_mesh(|mesh, now| mesh.unsubscribe(now, &pattern));
+            }
+            Wish::Serve(name, _) => carrier.with_mesh(|mesh, now| mesh.withdraw(now, &name)),
             Wish::Consume(name, ..) => {
                 if let Some(durable) = &carrier.durable {
                     durable.handle_consumer_ended(&name, end);
@@ -389,7 +392,10 @@ impl Carrier for MeshHandle {
 
     fn abandon(&self) {
         let carrier = self.0.clone();
-        carrier.links.all().iter().for_each(|link| link.close());
+        carrier.with_mesh(|mesh, now| mesh.close_all(now));
+        if let Some(durable) = &carrier.durable {
+            durable.abandon();
+        }
         self.0.core.runtime.spawn(async move {
             carrier.close_files().await;
             carrier.core.reporter.write_log();

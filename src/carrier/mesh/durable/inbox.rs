@@ -8,14 +8,17 @@ use crate::address::ServiceName;
 use crate::carrier::WishEnd;
 use crate::carrier::mesh::peer_link::PeerLink;
 use crate::core::{Hold, Settle, Ticket, add};
-use crate::engine::Settlement;
-use crate::engine::delivery::{Inbox, InboxAction, Verdict};
+use crate::engine::delivery::{Inbox, InboxAction, MAX_SUBSCRIPTIONS, Verdict};
+use crate::engine::{Settlement, TooMany};
 use crate::identity::NodeId;
 use crate::journal::{Ended, Need};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo};
+
+/// The most ended durable subscriptions that are still announced, to peers that link later.
+const MAX_ENDED: usize = 256;
 
 impl Durable {
     /// Passes an input to the inbox, then carries out its actions.
@@ -150,9 +153,20 @@ impl Durable {
 
     // Durable subscriptions.
 
-    pub(in crate::carrier::mesh) fn handle_consumer_began(self: &Arc<Self>, name: &ServiceName) {
+    /// Announces a durable subscription that began.
+    ///
+    /// # Errors
+    /// [`TooMany`] if publishers would not remember that many of one node.
+    pub(in crate::carrier::mesh) fn handle_consumer_began(
+        self: &Arc<Self>,
+        name: &ServiceName,
+    ) -> Result<(), TooMany> {
+        if self.core.look(|front| front.consumers().count()) > MAX_SUBSCRIPTIONS {
+            return Err(TooMany);
+        }
         lock(&self.store.ended).remove(name);
         self.announce_consumers();
+        Ok(())
     }
 
     pub(in crate::carrier::mesh) fn handle_consumer_ended(
@@ -161,7 +175,12 @@ impl Durable {
         end: WishEnd,
     ) {
         if end == WishEnd::Forget {
-            lock(&self.store.ended).insert(name.clone());
+            let mut ended = lock(&self.store.ended);
+            if ended.len() >= MAX_ENDED {
+                // Linked peers were notified; others keep its messages until they forget it.
+                ended.pop_first();
+            }
+            ended.insert(name.clone());
         }
         self.announce_consumers();
     }

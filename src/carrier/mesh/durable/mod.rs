@@ -18,8 +18,8 @@ use crate::clock::unix_ms;
 use crate::core::{Alarm, Core, Event, Line, NotStored, Progress, add};
 use crate::engine::Time;
 use crate::engine::delivery::{
-    Full, NewMessage, NewMessages, Now, Outbox, OutboxAction, OutboxEvent, Source, Submitted,
-    Target,
+    Full, NewMessage, NewMessages, Now, Numbered, Outbox, OutboxAction, OutboxEvent, Source,
+    Submitted, Target,
 };
 use crate::identity::NodeId;
 use crate::journal::{DiskNews, Ended};
@@ -209,6 +209,10 @@ impl Durable {
                 reporter.log(Line::NotRemembered(peer));
                 return reporter.counters.refused("too_many_subscribers");
             }
+            OutboxEvent::SubscriptionsNotRemembered(peer) => {
+                reporter.log(Line::SubscriptionsNotRemembered(peer));
+                return reporter.counters.refused("too_many_subscriptions");
+            }
             OutboxEvent::DeadLetter { number, reason } => {
                 add(&reporter.counters.dead_lettered, 1);
                 Event::DeadLetter { number, reason }
@@ -342,6 +346,11 @@ impl Durable {
     }
 
     // The store.
+
+    /// Ends the waits for messages: nothing is sent any more.
+    pub(super) fn abandon(&self) {
+        *lock(&self.store.waiters) = Numbered::default();
+    }
 
     /// Closes the files. Returns the number of messages left in the outbox.
     pub(super) async fn close(self: &Arc<Self>) -> u64 {
