@@ -103,7 +103,7 @@ impl Default for Config {
             memory: None,
             broker: None,
             broker_ca: None,
-            max_body: 1024 * 1024,
+            max_body: Self::DEFAULT_MAX_BODY,
             window: 4 * 1024 * 1024,
             send_queue: 4 * 1024 * 1024,
             subscription_queue: 2 * 1024 * 1024,
@@ -142,6 +142,9 @@ macro_rules! setters {
 }
 
 impl Config {
+    /// The longest body of a node with the default configuration, in bytes: 1 MiB.
+    pub const DEFAULT_MAX_BODY: usize = 1024 * 1024;
+
     /// The human name, shown to other nodes; the host's name by default. Names may repeat.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());

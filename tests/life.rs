@@ -7,10 +7,10 @@ mod common;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Host, SOON, echo, soon};
+use common::{Host, SOON, echo, soon, wait_for};
 use peerbus::{
-    HandlerError, OutboxError, PublishError, RequestError, SendError, ServeError, SubscribeError,
-    WaitError,
+    Call, Event, HandlerError, OutboxError, PublishError, RequestError, SendError, ServeError,
+    SubscribeError, WaitError,
 };
 use tokio::runtime::{Builder, Runtime};
 
@@ -169,4 +169,100 @@ async fn a_node_refuses_what_its_peers_would_not_accept() {
     other.wait_for_service("pong", SOON).await.unwrap();
     assert_eq!(other.request("ping", "").await.unwrap().text(), "pong");
     assert_eq!(other.peers()[0].patterns.len(), 9_998);
+}
+
+#[test]
+fn a_handler_that_blocks_its_thread_holds_up_no_link_while_other_threads_are_free() {
+    let (host, first, second) = (Host::new(), runtime(), runtime());
+    let long = Duration::from_secs(3600);
+    let seconds = Duration::from_secs;
+    let within = |name| host.config(name).suspect_after(seconds(2)).dead_after(seconds(3));
+    let other = second.block_on(within("other").start()).unwrap();
+    let blocker = first.block_on(within("blocker").start()).unwrap();
+    let _slow = blocker.serve("slow", |_: Call| async {
+        // Longer than the time after which a silent peer is dead.
+        std::thread::sleep(Duration::from_secs(5));
+        Ok::<_, HandlerError>("done")
+    });
+    let (_slow, _quick) = (_slow.start().unwrap(), blocker.serve("quick", echo).start().unwrap());
+    second.block_on(soon(async {
+        other.wait_for_service("slow", SOON).await.unwrap();
+        assert_eq!(other.request("slow", "").deadline(long).await.unwrap().text(), "done");
+        assert_eq!(other.counters().links, 1, "it is the first link");
+        assert_eq!(other.request("quick", "").await.unwrap().text(), "");
+    }));
+}
+
+#[test]
+fn a_node_that_did_not_run_says_so_and_blames_no_peer() {
+    let (host, second) = (Host::new(), runtime());
+    // The peer is patient.
+    let patient = host.config("patient").dead_after(Duration::from_secs(60));
+    let patient = second.block_on(patient.start()).unwrap();
+    let first = Builder::new_current_thread().enable_all().build().unwrap();
+    first.block_on(soon(async {
+        let stopped = host.config("stopped").suspect_after(Duration::from_millis(1500));
+        let stopped = stopped.dead_after(Duration::from_secs(2)).start().await.unwrap();
+        stopped.wait_for_peers(1, SOON).await.unwrap();
+        let mut events = stopped.events();
+        std::thread::sleep(Duration::from_secs(4));
+        let pause = wait_for(&mut events, |event| match event {
+            Event::PeerDown { reason, .. } => panic!("it blames its peer: {reason}"),
+            Event::Paused { duration } => Some(duration),
+            _ => None,
+        });
+        assert!(pause.await >= Duration::from_secs(1));
+        // The link still carries messages.
+        let _echo = patient.serve("echo", echo).start().unwrap();
+        stopped.wait_for_service("echo", SOON).await.unwrap();
+        assert_eq!(stopped.request("echo", "here").await.unwrap().text(), "here");
+        assert_eq!(stopped.counters().links, 1, "it is the first link");
+    }));
+}
+
+#[tokio::test]
+async fn nodes_find_each_other_again_after_their_socket_folder_was_removed() {
+    let host = Host::new();
+    let at = |name| {
+        let config = host.config(name).runtime_dir(host.path().join("run"));
+        config.listen("127.0.0.1:0".parse().unwrap())
+    };
+    let old = at("old").start().await.unwrap();
+    let _echo = old.serve("echo", echo).start().unwrap();
+    std::fs::remove_dir_all(host.path().join("run")).unwrap();
+    // A new node makes the folder again, and a host key of its own.
+    let new = at("new").start().await.unwrap();
+    new.wait_for_service("echo", SOON).await.unwrap();
+    assert_eq!(new.request("echo", "found").await.unwrap().text(), "found");
+
+    // Over loopback TCP, with either key.
+    let address = peerbus::Address::Tcp(old.listening()[0]);
+    let third = at("third").local(false).peer(address).start().await.unwrap();
+    third.wait_for_service("echo", SOON).await.unwrap();
+    assert_eq!(third.request("echo", "proved").await.unwrap().text(), "proved");
+}
+
+#[tokio::test]
+async fn a_closed_outbox_can_be_changed_within_a_runtime() {
+    let (host, folder) = (Host::new(), common::private_dir());
+    let store = folder.path().join("store");
+    let node = host.config("sender").outbox(&store).start().await.unwrap();
+    node.send("nobody", "kept").guaranteed().await.unwrap();
+    node.shutdown().await;
+    drop(node);
+    let mut outbox = peerbus::ClosedOutbox::open(&store).unwrap();
+    let messages: Vec<_> = outbox.messages().collect();
+    assert_eq!(messages.len(), 1);
+    outbox.purge(&messages[0]).unwrap();
+    assert_eq!(outbox.messages().count(), 0);
+}
+
+#[test]
+fn a_node_without_a_runtime_does_not_start_and_says_so() {
+    let starting = std::pin::pin!(peerbus::Node::builder().start());
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match Future::poll(starting, &mut context) {
+        std::task::Poll::Ready(Err(error)) => assert!(error.to_string().contains("runtime")),
+        other => panic!("{other:?}"),
+    }
 }

@@ -33,6 +33,8 @@ pub(crate) enum Condition {
     Subscribers(Topic, usize),
     /// At least n durable subscriptions to a topic are known.
     Consumers(Topic, usize),
+    /// At least n durable subscriptions to a topic accept messages now.
+    PresentConsumers(Topic, usize),
     /// At least n nodes serve a name, this one included.
     Instances(ServiceName, usize),
     /// At least n peers are up.

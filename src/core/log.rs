@@ -127,6 +127,11 @@ fn write_event(event: Event) {
             let address = address.as_ref().map(tracing::field::display);
             tracing::warn!(address, %reason, "connection refused");
         }
+        Event::Paused { duration } => tracing::warn!(
+            ?duration,
+            "this node did not run: a handler blocks the threads of its runtime, or the process was \
+             stopped; let handlers block in spawn_blocking only"
+        ),
         Event::IdentityConflict { address } => {
             let address = address.as_ref().map(tracing::field::display);
             tracing::warn!(

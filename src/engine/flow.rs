@@ -355,6 +355,11 @@ impl Flow {
         self.last_heard = self.last_heard.max(at);
     }
 
+    /// Records that this node did not run for that long: the silence was not the peer's.
+    pub(crate) fn handle_pause(&mut self, now: Time, pause: Duration) {
+        self.handle_alive((self.last_heard + pause).min(now));
+    }
+
     /// Handles the preamble of an arriving batch.
     ///
     /// # Errors

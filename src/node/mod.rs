@@ -495,7 +495,8 @@ impl Node {
         self.wait(Condition::Subscribers(topic, count), within).await
     }
 
-    /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic.
+    /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic, those
+    /// of absent nodes included.
     ///
     /// # Errors
     /// [`WaitError`] if the topic can't be parsed or the time runs out.
@@ -511,6 +512,26 @@ impl Node {
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
         self.wait(Condition::Consumers(topic, count), within).await
+    }
+
+    /// Waits until at least `count` durable subscriptions to a topic are known and present: their
+    /// nodes are linked, and accept their messages now. Over a broker, as
+    /// [`Node::wait_for_consumers`].
+    ///
+    /// # Errors
+    /// [`WaitError`] if the topic can't be parsed or the time runs out.
+    pub async fn wait_for_present_consumers<T>(
+        &self,
+        topic: T,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        self.wait(Condition::PresentConsumers(topic, count), within).await
     }
 
     /// Waits until a node offers a service, this one included.

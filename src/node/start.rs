@@ -33,6 +33,9 @@ pub enum StartError {
     /// Contradictory or invalid settings.
     #[error("{0}")]
     Config(String),
+    /// There is no tokio runtime here.
+    #[error("a node runs in a tokio runtime, and there is none here; start it in one")]
+    NoRuntime,
     /// The identity file can't be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -122,6 +125,9 @@ impl Node {
     }
 
     async fn start_here(config: Config) -> Result<Self, StartError> {
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(StartError::NoRuntime);
+        }
         config.check().map_err(StartError::Config)?;
         if let Some(dir) = &config.outbox {
             store::prepare(dir)?;

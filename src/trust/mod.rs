@@ -7,8 +7,8 @@ mod trusted_keys;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub(crate) use mesh_key::{HostKeys, PROOF_LEN, Proof, Role};
 pub use mesh_key::{MeshKey, MeshKeyError, MeshKeyFileError};
-pub(crate) use mesh_key::{PROOF_LEN, Proof, Role};
 pub(crate) use rules::Grants;
 pub use rules::{Action, ParseRulesError, Rules, RulesError};
 pub(crate) use trusted_keys::{TrustedKeys, Watched};
@@ -69,8 +69,10 @@ impl Trust {
 #[derive(Debug, Clone)]
 pub(crate) enum LetIn {
     Anybody,
+    /// The nodes that prove the key of this user on this host.
+    ThisHost(Arc<HostKeys>),
     /// The nodes that prove one of these keys.
-    MeshKey(Vec<MeshKey>),
+    MeshKey(Arc<Vec<MeshKey>>),
     /// The nodes whose keys are in the file.
     TrustedKeys(Arc<Watched>),
 }
@@ -82,25 +84,37 @@ impl LetIn {
     /// [`TrustError`] if the mode's keys can't be read.
     pub(crate) fn new(trust: &Trust, folder: &Path) -> Result<Self, TrustError> {
         Ok(match trust {
-            Trust::ThisHost => Self::MeshKey(vec![mesh_key::of_this_host(folder)?]),
-            Trust::MeshKey(keys) => Self::MeshKey(keys.clone()),
+            Trust::ThisHost => Self::ThisHost(Arc::new(HostKeys::open(folder)?)),
+            Trust::MeshKey(keys) => Self::MeshKey(Arc::new(keys.clone())),
             Trust::TrustedKeys(path) => Self::TrustedKeys(Arc::new(Watched::open(path)?)),
             Trust::Open { .. } => Self::Anybody,
         })
     }
 
     /// The mesh keys that this node proves, and of which a peer must prove one.
-    pub(crate) fn mesh_keys(&self) -> &[MeshKey] {
+    pub(crate) fn mesh_keys(&self) -> Arc<Vec<MeshKey>> {
         match self {
-            Self::MeshKey(keys) => keys,
-            Self::Anybody | Self::TrustedKeys(_) => &[],
+            Self::ThisHost(keys) => keys.keys(),
+            Self::MeshKey(keys) => keys.clone(),
+            Self::Anybody | Self::TrustedKeys(_) => Arc::default(),
+        }
+    }
+
+    /// Checks the file of this host's key, and writes it again if it was removed.
+    ///
+    /// # Errors
+    /// [`MeshKeyFileError`] if it can be neither read nor created.
+    pub(crate) fn renew(&self) -> Result<(), MeshKeyFileError> {
+        match self {
+            Self::ThisHost(keys) => keys.renew(),
+            Self::Anybody | Self::MeshKey(_) | Self::TrustedKeys(_) => Ok(()),
         }
     }
 
     /// Returns true if the public key alone doesn't exclude its holder.
     pub(crate) fn trusts(&self, id: &NodeId) -> bool {
         match self {
-            Self::Anybody | Self::MeshKey(_) => true,
+            Self::Anybody | Self::ThisHost(_) | Self::MeshKey(_) => true,
             Self::TrustedKeys(watched) => watched.keys().get(id).is_some(),
         }
     }

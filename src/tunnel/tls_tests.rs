@@ -53,7 +53,8 @@ struct Scene {
 impl Scene {
     async fn new(key: &MeshKey, mine: &MeshKey) -> Self {
         let (identity, me) = (Identity::ephemeral(), Identity::ephemeral());
-        let tls = |identity, key: &MeshKey| Tls::new(identity, LetIn::MeshKey(vec![key.clone()]));
+        let tls =
+            |identity, key: &MeshKey| Tls::new(identity, LetIn::MeshKey(vec![key.clone()].into()));
         let (connected_to, connected) = mpsc::unbounded_channel();
         let (refused_to, refused) = mpsc::unbounded_channel();
         let keeper = Arc::new(Doorkeeper { connected: connected_to, refused: refused_to });

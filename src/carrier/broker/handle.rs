@@ -85,7 +85,9 @@ impl Carrier for BrokerHandle {
     ) -> BoxFuture<'a, Result<(), NotMet>> {
         let (ask, count) = match condition {
             Condition::Subscribers(topic, n) => (Ask::Subscribers(topic.to_string()), n),
-            Condition::Consumers(topic, n) => (Ask::Consumers(topic.to_string()), n),
+            Condition::Consumers(topic, n) | Condition::PresentConsumers(topic, n) => {
+                (Ask::Consumers(topic.to_string()), n)
+            }
             Condition::Instances(name, n) => (Ask::Instances(name.to_string()), n),
             Condition::Peers(0) => return future::ready(Ok(())).boxed(),
             Condition::Peers(1) => {

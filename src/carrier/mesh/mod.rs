@@ -28,7 +28,7 @@ use super::{
     Submission, Unsupported, Wish, WishEnd,
 };
 use crate::address::{Recipient, Topic};
-use crate::core::{Alarm, Core, Event, Line, Way, add};
+use crate::core::{Alarm, Core, Event, Line, Pulse, Way, add};
 use crate::discovery::Discovered;
 use crate::engine::{
     Action, Connection, DownReason, Flow, LinkId, Mesh, MeshEvent, Origin, Sighting, TargetKey,
@@ -62,6 +62,8 @@ pub(crate) struct MeshCarrier {
     access: Option<Access>,
     /// Wakes the driver for an earlier deadline.
     alarm: Arc<Alarm>,
+    /// Notices that the driver does not run.
+    pulse: Arc<Pulse>,
 }
 
 /// The parts of a new mesh carrier.
@@ -110,7 +112,11 @@ impl MeshCarrier {
         let durable = store.map(|store| Durable::new(core, &links, &alarm, store));
         Arc::new_cyclic(|carrier| {
             let (transport, access) = transport(carrier);
-            Self { core: core.clone(), links, durable, transport, access, alarm }
+            let driven = carrier.clone();
+            let pulse = Pulse::new(core.runtime.clone(), move || {
+                driven.upgrade().iter().for_each(driver::handle_timeouts);
+            });
+            Self { core: core.clone(), links, durable, transport, access, alarm, pulse }
         })
     }
 
@@ -214,6 +220,9 @@ impl MeshCarrier {
     fn handle_discovered(self: &Arc<Self>, discovered: Discovered) {
         self.with_mesh(|mesh, now| match discovered {
             Discovered::Seen(sighting) => mesh.handle_sighting(now, sighting),
+            Discovered::Resolved { name, addresses } => {
+                mesh.handle_resolved(now, name, addresses);
+            }
             Discovered::Gone(key) => mesh.handle_gone(&key),
         });
     }
@@ -245,6 +254,10 @@ impl MeshCarrier {
             }
             Condition::Consumers(topic, count) => {
                 self.durable.as_ref().map_or(0, |durable| durable.count_consumers(topic)) >= *count
+            }
+            Condition::PresentConsumers(topic, count) => {
+                self.durable.as_ref().map_or(0, |durable| durable.count_present_consumers(topic))
+                    >= *count
             }
             Condition::Instances(name, count) => {
                 let here = self.core.look(|front| front.load(name)).is_some();

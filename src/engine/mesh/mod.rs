@@ -271,6 +271,12 @@ impl Mesh {
         self.dial_due(now);
     }
 
+    /// Handles the addresses that a configured name currently has: each is a target of its own.
+    pub(crate) fn handle_resolved(&mut self, now: Time, name: Address, addresses: Vec<Address>) {
+        self.dialer.handle_resolved(now, name, addresses);
+        self.dial_due(now);
+    }
+
     pub(crate) fn handle_gone(&mut self, key: &TargetKey) {
         self.dialer.handle_gone(key);
     }
@@ -380,6 +386,20 @@ impl Mesh {
         self.gossip_due(now);
         self.announce_due(now);
         self.dial_due(now);
+    }
+
+    /// Records that this node did not run for that long, in which no peer could meet a deadline.
+    pub(crate) fn handle_pause(&mut self, pause: Duration) {
+        let late: Vec<LinkId> = self.deadlines.iter().map(|(_, link)| *link).collect();
+        for link in late {
+            let phase = self.links.get(&link).map(|entry| entry.phase.later(pause));
+            if let Some(phase) = phase {
+                self.set_phase(link, phase);
+            }
+        }
+        for probe in self.probes.values_mut() {
+            probe.deadline = probe.deadline + pause;
+        }
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
@@ -516,6 +536,14 @@ fn service_info((name, concurrency): (&ServiceName, &u32)) -> ServiceInfo {
 }
 
 impl Phase {
+    fn later(self, by: Duration) -> Self {
+        match self {
+            Self::Greeting { deadline } => Self::Greeting { deadline: deadline + by },
+            Self::Deciding { deadline } => Self::Deciding { deadline: deadline + by },
+            Self::Up => Self::Up,
+        }
+    }
+
     fn deadline(self) -> Option<Time> {
         match self {
             Self::Greeting { deadline } | Self::Deciding { deadline } => Some(deadline),

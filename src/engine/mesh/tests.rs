@@ -498,3 +498,58 @@ fn of_a_subscription_that_ends_while_it_waits_peers_hear_nothing() {
     }
     assert!(now < at(8_000), "4,000 that waited, at 800 a second: {now:?}");
 }
+
+#[test]
+fn of_a_name_with_many_addresses_the_own_one_stands_for_no_other() {
+    let mut me = mesh(1, 1);
+    let name = Address::Host("mesh.headless".into(), 4000);
+    let addresses = |numbers: &[u64]| numbers.iter().map(|it| Address::Memory(*it)).collect();
+    let targets = |me: &mut Mesh| -> Vec<TargetKey> {
+        let dialled = actions(me).into_iter().filter_map(|action| match action {
+            Action::Dial { target, .. } => Some(target),
+            _ => None,
+        });
+        dialled.collect()
+    };
+    let key = |number| TargetKey::Address(Address::Memory(number));
+    me.handle_resolved(at(0), name.clone(), addresses(&[1, 2, 3]));
+    assert_eq!(targets(&mut me), [key(1), key(2), key(3)], "each is dialled");
+    // The first is this node itself.
+    let (near, far) = (LinkId(1), LinkId(2));
+    connect(&mut me, near, Some(key(1)), 1);
+    connect(&mut me, far, None, 1);
+    for (link, hello) in sent(&mut me).0 {
+        assert_eq!(link, near);
+        me.handle_control(at(2), far, hello);
+    }
+    sent(&mut me).0.into_iter().for_each(|(_, hello)| me.handle_control(at(2), near, hello));
+    me.handle_dial_failed(at(3), &key(2), "refused".into());
+    me.handle_dial_failed(at(3), &key(3), "refused".into());
+    me.handle_timeout(at(10_000));
+    assert_eq!(targets(&mut me), [key(2), key(3)], "the others are dialled again, it is not");
+    assert_eq!(me.unreachable().len(), 2);
+
+    // It is resolved again: one is gone, one is new.
+    me.handle_dial_failed(at(10_001), &key(2), "refused".into());
+    me.handle_resolved(at(10_002), name, addresses(&[1, 3, 4]));
+    assert_eq!(targets(&mut me), [key(4)]);
+    me.handle_dial_failed(at(10_003), &key(3), "refused".into());
+    me.handle_dial_failed(at(10_003), &key(4), "refused".into());
+    me.handle_timeout(at(30_000));
+    let mut again = targets(&mut me);
+    again.sort_unstable();
+    assert_eq!(again, [key(3), key(4)]);
+}
+
+#[test]
+fn a_pause_of_this_node_is_not_held_against_a_connection() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    a.handle_sighting(at(0), address(2));
+    let target = dialled(&mut a);
+    connect(&mut a, LinkId(1), target, 2);
+    connect(&mut b, LinkId(1), None, 1);
+    a.handle_pause(Duration::from_secs(60));
+    a.handle_timeout(at(60_000));
+    exchange(&mut a, &mut b);
+    assert!(a.is_linked(&b.me.id));
+}

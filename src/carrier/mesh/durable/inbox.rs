@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Durable;
 use crate::address::ServiceName;
@@ -9,7 +10,7 @@ use crate::carrier::WishEnd;
 use crate::carrier::mesh::peer_link::PeerLink;
 use crate::core::{Hold, Settle, Ticket, add};
 use crate::engine::delivery::{Inbox, InboxAction, MAX_SUBSCRIPTIONS, Verdict};
-use crate::engine::{Settlement, TooMany};
+use crate::engine::{Settlement, Time, TooMany};
 use crate::identity::NodeId;
 use crate::journal::{Ended, Need};
 use crate::message::Message;
@@ -144,9 +145,10 @@ impl Durable {
         lock(&self.store.inbox).is_idle()
     }
 
-    /// Retries the entries that the disk refused.
-    pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>) {
-        if lock(&self.store.inbox).has_unstored() {
+    /// Retries the entries that the disk refused, once a second.
+    pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>, now: Time) {
+        let (now, last) = (now.since_start().as_secs(), &self.inbox_retried);
+        if last.swap(now, Ordering::Relaxed) != now && lock(&self.store.inbox).has_unstored() {
             self.with_inbox(Inbox::handle_timeout);
         }
     }

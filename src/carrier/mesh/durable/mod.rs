@@ -7,6 +7,7 @@ mod reader;
 pub(crate) mod store;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -39,6 +40,8 @@ pub(crate) struct Durable {
     /// The alarm of the mesh's driver, which also handles the outbox's timeouts.
     alarm: Arc<Alarm>,
     store: Store,
+    /// The second since the start in which the inbox's entries were last retried.
+    inbox_retried: AtomicU64,
 }
 
 /// Returns the answer of a node without a store.
@@ -56,7 +59,7 @@ impl Durable {
         store: Store,
     ) -> Arc<Self> {
         let (core, links, alarm) = (core.clone(), links.clone(), alarm.clone());
-        Arc::new(Self { core, links, alarm, store })
+        Arc::new(Self { core, links, alarm, store, inbox_retried: AtomicU64::new(0) })
     }
 
     /// Starts: from here on the journals report to this, and the outbox sends.
@@ -81,6 +84,11 @@ impl Durable {
     /// Returns the number of durable subscriptions to a topic that the outbox knows.
     pub(super) fn count_consumers(&self, topic: &Topic) -> usize {
         lock(&self.store.outbox).subscribers(topic).len()
+    }
+
+    /// Returns the number of those that accept messages now.
+    pub(super) fn count_present_consumers(&self, topic: &Topic) -> usize {
+        lock(&self.store.outbox).present_subscribers(topic)
     }
 
     fn now(&self) -> Now {

@@ -424,6 +424,16 @@ impl Outbox {
         targets.collect()
     }
 
+    /// Returns the number of those whose nodes are linked and accept their messages now.
+    pub(crate) fn present_subscribers(&self, topic: &Topic) -> usize {
+        let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
+        let is_present = |peer: &Peer, name| peer.up && peer.active.contains(name);
+        all.filter(|((node, name), _)| {
+            self.peers.get(node).is_some_and(|peer| is_present(peer, name))
+        })
+        .count()
+    }
+
     /// Returns the number of pending messages, counted once for each destination.
     pub(crate) fn pending(&self) -> u64 {
         self.open
