@@ -337,7 +337,8 @@ impl Config {
     /// is at least 1 ms. Over links these are upper bounds, and each pause is drawn at random
     /// below them, so that messages that failed together are not retried together.
     ///
-    /// The backoff applies to the same messages as [`Config::max_attempts`].
+    /// The backoff applies to the same messages as [`Config::max_attempts`]. Over RabbitMQ it is at
+    /// most 10 minutes, since the broker waits for an answer no longer than its `consumer_timeout`.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.retry.first, self.retry.longest) = (first, longest);
         self
