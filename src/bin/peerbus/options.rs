@@ -209,8 +209,10 @@ impl To {
                 return anyhow::anyhow!(trouble);
             }
             let met = node.peers().len();
+            let why = node.unreachable().into_iter().next();
+            let why = why.map(|it| format!("; can't reach {}", it.last_error)).unwrap_or_default();
             anyhow::anyhow!(
-                "timed out after {}: no node serves {service} (met {met} nodes)",
+                "timed out after {}: no node serves {service} (met {met} nodes){why}",
                 self.wait
             )
         })?;
