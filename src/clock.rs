@@ -1,6 +1,6 @@
-//! The wall clock, as milliseconds since 1970.
+//! The wall clock, as milliseconds since 1970; and the time since the machine's start.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The current time.
 pub(crate) fn unix_ms() -> u64 {
@@ -17,3 +17,17 @@ pub(crate) fn coarse_unix_ms() -> u64 {
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) use unix_ms as coarse_unix_ms;
+
+/// The time since some fixed moment, in which the machine may have slept.
+#[cfg(target_os = "linux")]
+pub(crate) fn running_for() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// The time since the first call. Sleep of the machine counts on some systems only.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn running_for() -> Duration {
+    static FIRST: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    FIRST.get_or_init(std::time::Instant::now).elapsed()
+}

@@ -102,7 +102,7 @@ impl Default for Config {
             broker: None,
             broker_credentials: None,
             broker_ca: None,
-            max_body: 1024 * 1024,
+            max_body: Self::DEFAULT_MAX_BODY,
             window: 4 * 1024 * 1024,
             send_queue: 4 * 1024 * 1024,
             subscription_queue: 2 * 1024 * 1024,
@@ -142,6 +142,9 @@ macro_rules! setters {
 }
 
 impl Config {
+    /// The longest body of a node with the default configuration, in bytes: 1 MiB.
+    pub const DEFAULT_MAX_BODY: usize = 1024 * 1024;
+
     /// The human name, shown to other nodes; the host's name by default. Names may repeat.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -364,7 +367,8 @@ impl Config {
     /// is at least 1 ms. Over links these are upper bounds, and each pause is drawn at random
     /// below them, so that messages that failed together are not retried together.
     ///
-    /// The backoff applies to the same messages as [`Config::max_attempts`].
+    /// The backoff applies to the same messages as [`Config::max_attempts`]. Over RabbitMQ it is at
+    /// most 10 minutes, since the broker waits for an answer no longer than its `consumer_timeout`.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.retry.first, self.retry.longest) = (first, longest);
         self

@@ -76,6 +76,9 @@ pub struct InboxReport {
 
 /// The outbox of a node that isn't running.
 ///
+/// Its methods block the thread while they read, write and sync the disk. Within a runtime, call
+/// them in `spawn_blocking`.
+///
 /// ```no_run
 /// let mut outbox = peerbus::ClosedOutbox::open("shop.store")?;
 /// let dead: Vec<_> = outbox.messages().filter(|message| message.dead.is_some()).collect();

@@ -19,7 +19,8 @@ pub enum Address {
     Local(PathBuf),
     /// A TCP address.
     Tcp(SocketAddr),
-    /// A host name and port, to be resolved at each dial.
+    /// A host name and port, to be resolved at each dial; or an IPv6 address with the name of an
+    /// interface as its zone (RFC 4007), such as `fe80::1%eth0`.
     Host(String, u16),
     /// A node of an in-memory network, by its number.
     Memory(u64),
@@ -30,6 +31,7 @@ impl fmt::Display for Address {
         match self {
             Self::Local(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp(addr) => addr.fmt(f),
+            Self::Host(host, port) if host.contains('%') => write!(f, "[{host}]:{port}"),
             Self::Host(host, port) => write!(f, "{host}:{port}"),
             Self::Memory(node) => write!(f, "memory:{node}"),
         }
@@ -62,12 +64,22 @@ impl FromStr for Address {
         let bad = || ParseAddressError { text: text.into() };
         let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
         let port = port.parse().map_err(|_| bad())?;
+        if let Some(zoned) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            return is_zoned(zoned).then(|| Self::Host(zoned.into(), port)).ok_or_else(bad);
+        }
         let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         if host.is_empty() || !host.chars().all(ok) {
             return Err(bad());
         }
         Ok(Self::Host(host.into(), port))
     }
+}
+
+/// Returns true for an IPv6 address with the name of an interface.
+fn is_zoned(text: &str) -> bool {
+    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '@');
+    let Some((ip, zone)) = text.split_once('%') else { return false };
+    ip.parse::<std::net::Ipv6Addr>().is_ok() && !zone.is_empty() && zone.chars().all(ok)
 }
 
 /// The means by which a peer was found.
@@ -156,6 +168,12 @@ mod tests {
         assert_eq!("10.0.0.1:7".parse(), Ok(Address::Tcp("10.0.0.1:7".parse().unwrap())));
         assert_eq!("[::1]:7".parse(), Ok(Address::Tcp("[::1]:7".parse().unwrap())));
         assert_eq!("box.local:7".parse(), Ok(Address::Host("box.local".into(), 7)));
+        let zoned: Address = "[fe80::1%eth0]:7".parse().unwrap();
+        assert_eq!(zoned, Address::Host("fe80::1%eth0".into(), 7));
+        assert_eq!(zoned.to_string(), "[fe80::1%eth0]:7");
+        for text in ["[fe80::1%]:7", "[box%eth0]:7", "[fe80::1%a b]:7", "[::1", "[fe80::1]x:7"] {
+            assert!(text.parse::<Address>().is_err(), "{text:?}");
+        }
         for text in ["", "box", "box:", ":7", "box:99999", "a b:7", "tcp://a:7"] {
             assert!(text.parse::<Address>().is_err(), "{text:?}");
         }

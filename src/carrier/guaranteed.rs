@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::capability::Unsupported;
 use crate::address::AddressError;
-use crate::core::{NotStored, Progress};
+use crate::core::{NotStored, Progress, RUNTIME_ENDED_TEXT, Stopped};
 use crate::engine::delivery::DeadLetterReason;
 use crate::message::{BodyError, MessageId};
 use crate::wire::Envelope;
@@ -44,6 +44,18 @@ pub enum OutboxError {
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
+}
+
+impl From<Stopped> for OutboxError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ShutDown => Self::ShutDown,
+            Stopped::RuntimeEnded => Self::RuntimeEnded,
+        }
+    }
 }
 
 /// A stored message that was not processed.

@@ -11,6 +11,7 @@ use super::capability::{Capability, Unsupported};
 use super::guaranteed::{NewGuaranteed, OutboxError, Submission};
 use crate::address::{Pattern, Recipient, ServiceName, Topic};
 use crate::core::Way;
+use crate::engine::TooMany;
 use crate::identity::NodeId;
 use crate::peer::{PeerInfo, Unreachable};
 
@@ -32,6 +33,8 @@ pub(crate) enum Condition {
     Subscribers(Topic, usize),
     /// At least n durable subscriptions to a topic are known.
     Consumers(Topic, usize),
+    /// At least n durable subscriptions to a topic accept messages now.
+    PresentConsumers(Topic, usize),
     /// At least n nodes serve a name, this one included.
     Instances(ServiceName, usize),
     /// At least n peers are up.
@@ -93,7 +96,10 @@ pub(crate) trait Carrier: Send + Sync {
     fn check_consumer(&self) -> Result<(), CannotKeep>;
 
     /// Begins to fulfil a wish.
-    fn wish(&self, wish: Wish);
+    ///
+    /// # Errors
+    /// [`TooMany`] if the other side accepts no more of that kind.
+    fn wish(&self, wish: Wish) -> Result<(), TooMany>;
 
     /// Ends a wish.
     fn end_wish(&self, wish: Wish, end: WishEnd);

@@ -102,6 +102,13 @@ pub enum Event {
         /// The number of connections.
         count: u64,
     },
+    /// This node did not run: a handler blocked all threads of its runtime, or the process or the
+    /// machine was stopped or asleep. Peers may have dropped it meanwhile; it doesn't count the time
+    /// against them.
+    Paused {
+        /// The time for which it did not run, at least 1 s.
+        duration: std::time::Duration,
+    },
     /// Another live node has this node's identity. The two compete for every peer.
     IdentityConflict {
         /// The other node's address, if known.

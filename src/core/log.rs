@@ -41,6 +41,8 @@ pub(crate) enum Line {
     UnknownAnswer(NodeId),
     /// A peer for whose durable subscriptions the outbox has no room.
     NotRemembered(NodeId),
+    /// A peer for some of whose durable subscriptions the outbox has no room.
+    SubscriptionsNotRemembered(NodeId),
 }
 
 pub(crate) struct Log {
@@ -144,6 +146,11 @@ impl Line {
             Self::UnknownAnswer(peer) => {
                 tracing::debug!(peer = %peer.short(), "an answer to an unknown message");
             }
+            Self::SubscriptionsNotRemembered(peer) => tracing::warn!(
+                peer = %peer.short(),
+                "the outbox remembers 256 durable subscriptions of this peer, and no more: it gets no \
+                 guaranteed events for the others; forget old ones with `peerbus outbox forget`"
+            ),
             Self::NotRemembered(peer) => tracing::warn!(
                 peer = %peer.short(),
                 "the outbox can't remember more peers: events published while this one is away are \
@@ -168,6 +175,11 @@ fn write_event(event: Event) {
             let address = address.as_ref().map(tracing::field::display);
             tracing::warn!(address, %reason, count, "connections refused");
         }
+        Event::Paused { duration } => tracing::warn!(
+            ?duration,
+            "this node did not run: a handler blocks the threads of its runtime, or the process was \
+             stopped; let handlers block in spawn_blocking only"
+        ),
         Event::IdentityConflict { address } => {
             let address = address.as_ref().map(tracing::field::display);
             tracing::warn!(

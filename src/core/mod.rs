@@ -18,6 +18,7 @@ mod lease;
 mod local;
 mod log;
 mod progress;
+mod pulse;
 mod reporter;
 mod routes;
 mod runner;
@@ -32,13 +33,14 @@ pub(crate) use handler::{Handler, boxed};
 pub(crate) use log::Line;
 pub use progress::NotStored;
 pub(crate) use progress::{Progress, ProgressSender};
+pub(crate) use pulse::Pulse;
 pub(crate) use reporter::Reporter;
 pub(crate) use routes::RouteWatch;
 pub(crate) use runner::ServiceRunner;
 pub(crate) use subscriptions::{Subscriber, Subscriptions};
 pub(crate) use way::{Hold, Publication, Settle, Ticket, Way};
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 use smallvec::SmallVec;
@@ -87,8 +89,25 @@ pub(crate) struct Core {
     deadlines: Alarm,
     local: Arc<dyn Way>,
     tasks: Mutex<JoinSet<()>>,
-    stopping: AtomicBool,
+    life: AtomicU8,
 }
+
+/// The states of a node's life.
+const RUNNING: u8 = 0;
+const STOPPING: u8 = 1;
+const RUNTIME_ENDED: u8 = 2;
+
+/// The reason for which a node takes no further calls from its user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    ShutDown,
+    /// The runtime in which the node was started has ended.
+    RuntimeEnded,
+}
+
+/// The text of errors about a node whose runtime has ended.
+pub(crate) const RUNTIME_ENDED_TEXT: &str = "the runtime in which the node was started has ended, \
+     and the node with it; start a node in a runtime that lives longer";
 
 impl Core {
     pub(crate) fn new(id: NodeId, name: String, config: Config, started: Instant) -> Arc<Self> {
@@ -112,7 +131,7 @@ impl Core {
             deadlines: Alarm::default(),
             local: Arc::new(LocalWay::new(id, core.clone())),
             tasks: Mutex::new(Rank::Leaf, JoinSet::new()),
-            stopping: AtomicBool::new(false),
+            life: AtomicU8::new(RUNNING),
         })
     }
 
@@ -132,16 +151,37 @@ impl Core {
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Acquire)
+        self.check_running().is_err()
     }
 
-    /// Refuses further calls from the user.
-    pub(crate) fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
+    /// Checks that the node takes calls from its user.
+    pub(crate) fn check_running(&self) -> Result<(), Stopped> {
+        match self.life.load(Ordering::Acquire) {
+            RUNNING => Ok(()),
+            STOPPING => Err(Stopped::ShutDown),
+            _ => Err(Stopped::RuntimeEnded),
+        }
+    }
+
+    /// Returns true if the node's runtime has ended before the node: none of its tasks runs.
+    pub(crate) fn has_lost_runtime(&self) -> bool {
+        self.check_running() == Err(Stopped::RuntimeEnded)
+    }
+
+    /// Refuses further calls from the user. Returns true the first time.
+    pub(crate) fn stop(&self, why: Stopped) -> bool {
+        let state = match why {
+            Stopped::ShutDown => STOPPING,
+            Stopped::RuntimeEnded => RUNTIME_ENDED,
+        };
+        self.life.compare_exchange(RUNNING, state, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Spawns a task that ends with the node.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        if self.has_lost_runtime() {
+            return;
+        }
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
         tasks.spawn_on(task, &self.runtime);

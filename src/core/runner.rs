@@ -34,16 +34,17 @@ impl ServiceRunner {
         Self { name, handler, ended: Notify::new() }
     }
 
-    pub(super) fn notify_ended(&self) {
+    pub(crate) fn notify_ended(&self) {
         self.ended.notify_waiters();
     }
 
-    /// Waits until no call is running or queued. The service must be withdrawn first.
+    /// Waits until no call is running or queued, or until the node's runtime has ended. The service
+    /// must be withdrawn first.
     pub(crate) async fn wait_until_idle(&self, core: &Core, number: ServiceNumber) {
         loop {
             let mut ended = std::pin::pin!(self.ended.notified());
             ended.as_mut().enable();
-            if core.look(|front| front.is_idle(number)) {
+            if core.look(|front| front.is_idle(number)) || core.has_lost_runtime() {
                 return;
             }
             ended.await;

@@ -173,6 +173,7 @@ async fn hand_over(node: &Node, rows: &[(i64, Row)]) -> Result<usize, RelayError
         };
         let passes = match &error {
             OutboxError::ShutDown
+            | OutboxError::RuntimeEnded
             | OutboxError::NoOutbox
             | OutboxError::Unsupported(_)
             | OutboxError::NotStored(_) => {

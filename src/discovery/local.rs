@@ -9,6 +9,8 @@
 //!
 //! Where `$XDG_RUNTIME_DIR` is not set, or belongs to another user (as after `sudo -E`), the folder is
 //! `peerbus-UID` in the system's folder for temporary files.
+//!
+//! A logout or a cleaner of temporary files may remove all of it. Running nodes then make it again.
 
 use std::collections::HashSet;
 use std::fs;
@@ -52,10 +54,17 @@ pub(crate) fn fresh_socket(dir: &Path) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
 
-fn sockets(dir: &Path) -> HashSet<PathBuf> {
-    let Ok(entries) = fs::read_dir(dir) else { return HashSet::new() };
+/// Returns the sockets of a folder; `None` if it can't be read now, for example for want of a file
+/// descriptor.
+fn sockets(dir: &Path) -> Option<HashSet<PathBuf>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Some(HashSet::new()),
+        Err(_) => return None,
+    };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    paths.filter(|path| path.extension().is_some_and(|extension| extension == "sock")).collect()
+    let is_socket = |path: &PathBuf| path.extension().is_some_and(|it| it == "sock");
+    Some(paths.filter(is_socket).collect())
 }
 
 fn default_root() -> PathBuf {
@@ -84,13 +93,16 @@ fn shared_name() -> String {
     "peerbus".into()
 }
 
-/// Reports sockets that appear and disappear, except `own`. Runs until it is dropped.
-pub(crate) async fn watch(dir: PathBuf, own: PathBuf, sink: Sink) {
+/// Reports sockets that appear and disappear in the folder of this node's own, which is left out.
+/// Before each scan, `renew` checks that the own one is still there, and returns it; `None` if the
+/// node has none. Runs until it is dropped.
+pub(crate) async fn watch(mut renew: impl FnMut() -> Option<PathBuf> + Send, sink: Sink) {
     let mut known = HashSet::new();
     let mut ticks = interval(RESCAN);
     loop {
         ticks.tick().await;
-        let mut found = sockets(&dir);
+        let Some(own) = renew() else { continue };
+        let Some(mut found) = own.parent().and_then(sockets) else { continue };
         found.remove(&own);
         for path in found.difference(&known) {
             let addresses = vec![Address::Local(path.clone())];

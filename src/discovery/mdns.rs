@@ -131,13 +131,27 @@ fn service_info(beacon: &Beacon) -> mdns_sd::Result<ServiceInfo> {
         .map(SocketAddr::ip)
         .collect();
     let mut info = if everywhere {
-        ServiceInfo::new(SERVICE, &id, &host, "", port, txt.as_slice())?.enable_addr_auto()
+        let info = ServiceInfo::new(SERVICE, &id, &host, "", port, txt.as_slice())?;
+        let mut info = info.enable_addr_auto();
+        let bound = beacon.listening.iter().filter(|addr| addr.port() == port);
+        info.set_interfaces(bound.map(|addr| reached_at(addr.ip())).collect());
+        info
     } else {
         ServiceInfo::new(SERVICE, &id, &host, ips.as_slice(), port, txt.as_slice())?
     };
     // No other node has this name.
     info.set_requires_probe(false);
     Ok(info)
+}
+
+/// Returns the interfaces at whose addresses a node that is bound to `ip` can be reached.
+fn reached_at(ip: IpAddr) -> IfKind {
+    match ip {
+        IpAddr::V4(v4) if v4.is_unspecified() => IfKind::IPv4,
+        // It takes IPv4 too.
+        IpAddr::V6(v6) if v6.is_unspecified() => IfKind::All,
+        ip => IfKind::Addr(ip),
+    }
 }
 
 async fn watch(guard: Guard, beacon: Beacon, sink: Sink) {
@@ -223,7 +237,7 @@ pub(crate) fn check_txt(mut strings: &[u8]) {
         name: "x".into(),
         mesh: MeshName::default(),
         trust: "mesh-key",
-        let_in: LetIn::MeshKey(vec![MeshKey::generate()]),
+        let_in: LetIn::MeshKey(vec![MeshKey::generate()].into()),
         listening: Vec::new(),
         advertise: Vec::new(),
         interfaces: Vec::new(),
@@ -296,11 +310,19 @@ mod tests {
     }
 
     #[test]
+    fn a_node_is_announced_only_where_it_listens() {
+        let kind = |ip: &str| reached_at(ip.parse().unwrap());
+        assert!(matches!(kind("0.0.0.0"), IfKind::IPv4));
+        assert!(matches!(kind("::"), IfKind::All));
+        assert!(matches!(kind("fe80::1"), IfKind::Addr(_)));
+    }
+
+    #[test]
     fn nodes_see_those_with_whom_they_share_a_mesh_key() {
         let [old, new, other] = [(); 3].map(|()| MeshKey::generate());
         let keyed = |byte, keys: &[&MeshKey]| Beacon {
             trust: "mesh-key",
-            let_in: LetIn::MeshKey(keys.iter().copied().cloned().collect()),
+            let_in: LetIn::MeshKey(std::sync::Arc::new(keys.iter().copied().cloned().collect())),
             ..beacon(byte)
         };
         let alice = keyed(1, &[&old, &new]);

@@ -113,6 +113,9 @@ pub(crate) struct Dialer {
     due: [BTreeSet<(Time, TargetKey)>; TIERS],
     by_link: HashMap<LinkId, TargetKey>,
     by_node: HashMap<NodeId, BTreeSet<TargetKey>>,
+    /// The current addresses of the configured names, and the targets that come from these alone.
+    names: BTreeMap<Address, Vec<Address>>,
+    resolved: BTreeSet<Address>,
     /// The number of targets being dialled, and known, per tier.
     dialing: [usize; TIERS],
     known: [usize; TIERS],
@@ -129,6 +132,8 @@ impl Dialer {
             due: Default::default(),
             by_link: HashMap::new(),
             by_node: HashMap::new(),
+            names: BTreeMap::new(),
+            resolved: BTreeSet::new(),
             dialing: [0; TIERS],
             known: [0; TIERS],
             pace: [None, Some(pace()), Some(pace())],
@@ -172,6 +177,38 @@ impl Dialer {
             state if before != after => self.enter(&key, state),
             _ => {}
         }
+    }
+
+    /// Handles the addresses that a configured name currently has. Each is a target of its own, so
+    /// that one that leads to this node itself does not stand for the others.
+    pub(crate) fn handle_resolved(&mut self, now: Time, name: Address, addresses: Vec<Address>) {
+        self.handle_gone(&TargetKey::Address(name.clone()));
+        for address in &addresses {
+            // Addresses of the configuration are known already, and stay.
+            if !self.targets.contains_key(&TargetKey::Address(address.clone())) {
+                let addresses = vec![address.clone()];
+                self.handle_sighting(now, Sighting { source: Source::Fixed, id: None, addresses });
+                self.resolved.insert(address.clone());
+            }
+        }
+        let before = self.names.insert(name, addresses).unwrap_or_default();
+        for address in before {
+            if !self.names.values().flatten().any(|other| *other == address)
+                && self.resolved.remove(&address)
+            {
+                self.handle_gone(&TargetKey::Address(address));
+            }
+        }
+    }
+
+    /// Returns true if another address of a name that has this one is linked: a host may have
+    /// addresses at which nobody listens.
+    fn is_linked_by_name(&self, address: &Address, is_linked: &impl Fn(&NodeId) -> bool) -> bool {
+        let of_name = self.names.values().filter(|addresses| addresses.contains(address));
+        of_name.flatten().any(|other| {
+            let target = self.targets.get(&TargetKey::Address(other.clone()));
+            target.and_then(|target| target.id.as_ref()).is_some_and(is_linked)
+        })
     }
 
     /// Handles a hint from a peer. Other sources take precedence, and a hint never makes a known
@@ -407,6 +444,10 @@ impl Dialer {
         let failed = self.targets.values().filter(|target| target.failures > 0);
         failed
             .filter(|target| !target.id.as_ref().is_some_and(&is_linked))
+            .filter(|target| {
+                let mut addresses = target.addresses.iter();
+                !addresses.any(|address| self.is_linked_by_name(address, &is_linked))
+            })
             .filter_map(|target| {
                 Some(Unreachable {
                     address: target.addresses.first()?.clone(),

@@ -172,6 +172,8 @@ pub(crate) struct Flow {
     control: Queue<ControlRecord>,
     /// The nonce of the latest probe: one answer suffices for all.
     probed: Option<u64>,
+    /// The latest list of durable subscriptions, encoded. It follows all queued records.
+    inbox: Option<Box<[u8]>>,
     /// The queue of control records was full.
     overflowed: bool,
     in_flight: u32,
@@ -216,6 +218,7 @@ impl Flow {
             incoming: ours.windows.map(incoming),
             control: Queue::new(MAX_CONTROL),
             probed: None,
+            inbox: None,
             overflowed: false,
             in_flight: 0,
             peer_max_body: 0,
@@ -291,8 +294,13 @@ impl Flow {
         if self.closed || self.overflowed {
             return;
         }
+        // One answer suffices for all probes, and the last list of durable subscriptions is whole.
         if let Control::ProbeReply(nonce) = control {
             self.probed = Some(*nonce);
+            return;
+        }
+        if let Control::Inbox(_) = control {
+            self.inbox = Some(control.encode().into_boxed_slice());
             return;
         }
         let record = ControlRecord {
@@ -339,6 +347,12 @@ impl Flow {
             greets = record.greets;
             batch.push_encoded(&record.bytes);
         }
+        if !greets
+            && self.control.len() == 0
+            && let Some(inbox) = self.inbox.take()
+        {
+            batch.push_encoded(&inbox);
+        }
         // A batch with a hello must be small, so nothing follows the hello.
         if !greets {
             // Replies first, as callers await them.
@@ -378,6 +392,7 @@ impl Flow {
         self.batch_due
             || self.dropped_here_unreported
             || self.probed.is_some()
+            || self.inbox.is_some()
             || self.control.len() > 0
             || self.sendable_events().is_some()
             || sendable(&self.calls, &self.outgoing[Lane::Calls as usize]).is_some()
@@ -399,6 +414,11 @@ impl Flow {
     /// Records that bytes arrived from the peer.
     pub(crate) fn handle_alive(&mut self, at: Time) {
         self.last_heard = self.last_heard.max(at);
+    }
+
+    /// Records that this node did not run for that long: the silence was not the peer's.
+    pub(crate) fn handle_pause(&mut self, now: Time, pause: Duration) {
+        self.handle_alive((self.last_heard + pause).min(now));
     }
 
     /// Handles the preamble of an arriving batch.
@@ -559,7 +579,7 @@ impl Flow {
             return lost;
         }
         drop(self.control.drain());
-        self.probed = None;
+        (self.probed, self.inbox) = (None, None);
         // Guaranteed messages are in the outbox, and sent again.
         drop(self.guaranteed.drain());
         for lane in &self.outgoing[..Lane::Guaranteed as usize] {

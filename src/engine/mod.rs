@@ -39,7 +39,9 @@ pub(crate) use front::{
     Effect, Ended, Front, FrontLimits, Host, Incoming, OutOfTurn, ReceivedControl, ReceivedMessage,
     Reply, RequestOutcome, Run, ServiceNumber, Settlement, incoming, may_publish,
 };
-pub(crate) use mesh::{Action, Connection, DownReason, Mesh, MeshConfig, MeshEvent, Origin};
+pub(crate) use mesh::{
+    Action, Connection, DownReason, MAX_ANNOUNCED, Mesh, MeshConfig, MeshEvent, Origin, TooMany,
+};
 pub(crate) use queue::Queue;
 pub(crate) use routing::{Instance, PatternTrie, RouteChange, Routing};
 pub use subscription::Overflow;

@@ -38,6 +38,7 @@ pub use storage::DirectoryError;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -374,7 +375,7 @@ impl Journal {
         let (waiter, wait) = oneshot::channel();
         let append = Append { need: Need::Removal, ..Append::new(Done::Waiter(waiter)) };
         self.queue.append(payload, append);
-        wait.blocking_recv().unwrap_or_else(|_| Err(NotStored::closed()))
+        block_on(wait).unwrap_or_else(|_| Err(NotStored::closed()))
     }
 
     /// Appends an entry that holds `messages` messages; once it is stored, its number and position
@@ -426,6 +427,26 @@ impl Journal {
     /// about their entries in later segments are synced before the removal.
     pub fn remove(&self, segments: Vec<u64>) {
         self.queue.remove(Removal::These(segments));
+    }
+}
+
+/// Blocks the thread until a future completes, also within a runtime, whose own `block_on` panics
+/// there.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut context = Context::from_waker(&waker);
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::park(),
+        }
     }
 }
 

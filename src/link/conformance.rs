@@ -141,7 +141,7 @@ async fn over_unix() -> Pair {
     let (b, b_key, mut b_sides) = host();
     let (a_id, b_id) = (a_key.node_id(), b_key.node_id());
     // Different mesh keys, so that a link that went through TLS would fail.
-    let strangers = || LetIn::MeshKey(vec![MeshKey::generate()]);
+    let strangers = || LetIn::MeshKey(vec![MeshKey::generate()].into());
     let (a_door, b_door) = (door(&a_key, &strangers(), a), door(&b_key, &strangers(), b));
     let path = dir.path().join("b");
     b_door.listen_local(&path).unwrap();
@@ -158,7 +158,7 @@ async fn over_tcp() -> Pair {
 }
 
 async fn over_tls() -> Pair {
-    through_doors(LetIn::MeshKey(vec![MeshKey::generate()])).await
+    through_doors(LetIn::MeshKey(vec![MeshKey::generate()].into())).await
 }
 
 /// Runs the suite over each kind of link.

@@ -7,7 +7,7 @@ use super::service::{DEFAULT_CONCURRENCY, ServeError};
 use crate::address::{AddressError, Pattern, ServiceName};
 use crate::carrier::{Wish, WishEnd};
 use crate::core::{Handler, ServiceRunner};
-use crate::engine::ServiceNumber;
+use crate::engine::{ServiceNumber, TooMany};
 use crate::opaque::opaque;
 
 /// A durable subscription to be started by [`Consume::start`].
@@ -44,19 +44,21 @@ impl Consume {
     ///
     /// # Errors
     /// [`ServeError`] if the name or the pattern can't be parsed, if the name is already used here,
-    /// or if the node has no store.
+    /// if the node has no store, or if it has 256 durable subscriptions already.
     pub fn start(self) -> Result<Consumer, ServeError> {
         let (node, name, pattern) = (self.node, self.name?, self.pattern?);
         node.carrier.check_consumer()?;
-        if node.core.is_stopping() {
-            return Err(ServeError::ShutDown);
-        }
+        node.core.check_running()?;
         let runner = Arc::new(ServiceRunner::new(name.clone(), self.handler));
         let number = node.core.with_front(|front, _| {
             front.consume(&name, &pattern, self.concurrency, runner.clone())
         });
         let Some(number) = number else { return Err(ServeError::AlreadyServed(name)) };
-        node.carrier.wish(Wish::Consume(name, pattern.clone(), self.concurrency));
+        let wish = Wish::Consume(name, pattern.clone(), self.concurrency);
+        if let Err(TooMany) = node.carrier.wish(wish) {
+            node.core.with_front(|front, _| front.withdraw(number));
+            return Err(ServeError::TooManyDurable);
+        }
         Ok(Consumer { runner, number, pattern, concurrency: self.concurrency, node })
     }
 }

@@ -178,10 +178,8 @@ impl Future for Storing<'_> {
 impl Inner {
     /// Stores messages, all of them or none.
     fn submit(&self, messages: SmallVec<[NewGuaranteed; 1]>) -> Result<Submission, OutboxError> {
-        match self.core.is_stopping() {
-            true => Err(OutboxError::ShutDown),
-            false => self.carrier.store(messages),
-        }
+        self.core.check_running()?;
+        self.carrier.store(messages)
     }
 }
 

@@ -28,7 +28,7 @@ pub use subscription::Subscription;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use crate::address::{AddressError, IntoRecipient, Pattern, ServiceName, Topic};
@@ -36,8 +36,10 @@ use crate::carrier::mesh::durable::Durable;
 use crate::carrier::mesh::store::StoreReport;
 use crate::carrier::{Capability, Carrier, Condition, NotMet, Unsupported, Wish, WishEnd};
 use crate::config::Config;
-use crate::core::{Call, Core, Events, HandlerError, Reply, Subscriber, boxed};
-use crate::engine::Overflow;
+use crate::core::{
+    Call, Core, Events, HandlerError, RUNTIME_ENDED_TEXT, Reply, Stopped, Subscriber, boxed,
+};
+use crate::engine::{MAX_ANNOUNCED, Overflow, TooMany};
 use crate::identity::NodeId;
 use crate::message::{Body, Message};
 use crate::opaque::opaque;
@@ -49,8 +51,10 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// A participant of a mesh. Cloning is cheap; all clones are the same node.
 ///
-/// The node lives until [`Node::shutdown`], or until the last clone is dropped, which ends it
-/// without a goodbye.
+/// The node lives until [`Node::shutdown`], until the last clone is dropped, or until the runtime
+/// in which it was started ends. The latter two end it without a goodbye, and a log line tells how
+/// many messages were lost or are in doubt. Every call on a node whose runtime has ended fails at
+/// once, with an error that names this reason.
 ///
 /// ```
 /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
@@ -75,19 +79,32 @@ pub(crate) struct Inner {
     /// The outbox and inbox of a node on a mesh.
     durable: Option<Arc<Durable>>,
     listening: Vec<SocketAddr>,
+    /// What was lost, if the node ended without a shutdown.
+    lost: OnceLock<Loss>,
 }
 
 impl Inner {
-    fn subscribe(self: &Arc<Self>, pattern: &Pattern, overflow: Overflow) -> Subscription {
+    fn subscribe(
+        self: &Arc<Self>,
+        pattern: &Pattern,
+        overflow: Overflow,
+    ) -> Result<Subscription, SubscribeError> {
         let core = &self.core;
+        if core.has_lost_runtime() {
+            return Err(SubscribeError::RuntimeEnded);
+        }
         let limit = core.config.subscription_queue;
         let subscriber = core.subscriptions.add(pattern, overflow, limit);
         core.routes.notify();
-        self.carrier.wish(Wish::Subscribe(pattern.clone()));
+        if let Err(TooMany) = self.carrier.wish(Wish::Subscribe(pattern.clone())) {
+            core.subscriptions.remove(&subscriber);
+            core.routes.notify();
+            return Err(SubscribeError::TooMany);
+        }
         if core.is_stopping() {
             subscriber.close();
         }
-        Subscription::new(self, subscriber)
+        Ok(Subscription::new(self, subscriber))
     }
 
     fn unsubscribe(&self, subscriber: &Subscriber) {
@@ -102,6 +119,66 @@ impl Inner {
         self.core.with_front(|front, _| front.handle_shut_down());
         self.core.subscriptions.close_all();
     }
+
+    /// Ends the node without a goodbye, and without waiting. Does nothing if it has ended, or is
+    /// shutting down.
+    fn abandon(&self, why: Stopped) {
+        let core = &self.core;
+        if !core.stop(why) {
+            return;
+        }
+        core.abort_tasks();
+        self.end_calls();
+        let before = core.reporter.counters.snapshot();
+        let aborted = core.with_front(|front, _| front.abort_all());
+        self.carrier.abandon();
+        let runners = core
+            .look(|front| front.numbers().map(|(_, runner)| runner.clone()).collect::<Vec<_>>());
+        runners.iter().for_each(|runner| runner.notify_ended());
+        core.reporter.write_log();
+        let after = core.reporter.counters.snapshot();
+        let lost = Loss {
+            undelivered: after.dropped_total() - before.dropped_total(),
+            in_doubt: after.in_doubt - before.in_doubt,
+            aborted,
+        };
+        lost.tell(why);
+        let _only_once = self.lost.set(lost);
+    }
+}
+
+/// The messages and handlers that a node lost when it ended without a shutdown.
+#[derive(Debug, Clone, Copy, Default)]
+struct Loss {
+    /// The number of messages that were never sent.
+    undelivered: u64,
+    /// The number of sent messages that were not confirmed.
+    in_doubt: u64,
+    /// The number of running handlers.
+    aborted: usize,
+}
+
+impl Loss {
+    fn tell(self, why: Stopped) {
+        let Self { undelivered, in_doubt, aborted } = self;
+        match why {
+            Stopped::RuntimeEnded => tracing::error!(
+                undelivered,
+                in_doubt,
+                aborted,
+                "the runtime of this node has ended, and the node with it: messages were not sent \
+                 (undelivered), or may not have arrived (in_doubt); call Node::shutdown first"
+            ),
+            Stopped::ShutDown if undelivered > 0 || in_doubt > 0 || aborted > 0 => tracing::warn!(
+                undelivered,
+                in_doubt,
+                aborted,
+                "the node was dropped without a shutdown: messages were not sent (undelivered), or \
+                 may not have arrived (in_doubt); call Node::shutdown first"
+            ),
+            Stopped::ShutDown => {}
+        }
+    }
 }
 
 /// Ends a node when its last handle is dropped.
@@ -109,12 +186,29 @@ struct Life(Arc<Inner>);
 
 impl Drop for Life {
     fn drop(&mut self) {
-        let Self(node) = self;
-        node.core.stop();
-        node.core.abort_tasks();
-        node.end_calls();
-        node.core.with_front(|front, _| _ = front.abort_all());
-        node.carrier.abandon();
+        self.0.abandon(Stopped::ShutDown);
+    }
+}
+
+/// Ends a node with its runtime, which drops its tasks, this guard's one among them.
+struct RuntimeGuard(Weak<Inner>);
+
+impl RuntimeGuard {
+    fn watch(node: &Arc<Inner>) {
+        let guard = Self(Arc::downgrade(node));
+        node.core.spawn(async move {
+            let _guard = guard;
+            std::future::pending().await
+        });
+    }
+}
+
+impl Drop for RuntimeGuard {
+    fn drop(&mut self) {
+        // A node that ends in another way has stopped before it ends its tasks.
+        if let Some(node) = self.0.upgrade() {
+            node.abandon(Stopped::RuntimeEnded);
+        }
     }
 }
 
@@ -221,11 +315,14 @@ impl Node {
 
     /// Subscribes to the topics that match a pattern.
     ///
-    /// Peers accept at most 10,000 patterns and services of a node in all. A node that announces
-    /// more loses its links.
+    /// Linked peers know of the subscription before any message that this node sends later. After
+    /// 5,000 changes of subscriptions and services at once, further changes are announced at 800 a
+    /// second, and may be announced later than such a message; a subscription that ends meanwhile
+    /// is never announced.
     ///
     /// # Errors
-    /// [`SubscribeError::Address`] if the pattern can't be parsed.
+    /// [`SubscribeError::Address`] if the pattern can't be parsed, [`SubscribeError::TooMany`] if
+    /// the node has 10,000 different patterns and services already.
     pub fn subscribe<P>(&self, pattern: P) -> Result<Subscription, SubscribeError>
     where
         P: TryInto<Pattern>,
@@ -238,7 +335,7 @@ impl Node {
     /// taken in time.
     ///
     /// # Errors
-    /// [`SubscribeError`] if the pattern can't be parsed, or the broker can't hold back senders.
+    /// [`SubscribeError`] as [`Node::subscribe`] does, or if the broker can't hold back senders.
     pub fn subscribe_with<P>(
         &self,
         pattern: P,
@@ -252,7 +349,7 @@ impl Node {
         if overflow == Overflow::HoldBack {
             self.inner().carrier.require(Capability::HoldBack)?;
         }
-        Ok(self.inner().subscribe(&pattern, overflow))
+        self.inner().subscribe(&pattern, overflow)
     }
 
     /// Begins a transaction: guaranteed messages that are stored together or not at all.
@@ -398,7 +495,8 @@ impl Node {
         self.wait(Condition::Subscribers(topic, count), within).await
     }
 
-    /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic.
+    /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic, those
+    /// of absent nodes included.
     ///
     /// # Errors
     /// [`WaitError`] if the topic can't be parsed or the time runs out.
@@ -414,6 +512,26 @@ impl Node {
     {
         let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
         self.wait(Condition::Consumers(topic, count), within).await
+    }
+
+    /// Waits until at least `count` durable subscriptions to a topic are known and present: their
+    /// nodes are linked, and accept their messages now. Over a broker, as
+    /// [`Node::wait_for_consumers`].
+    ///
+    /// # Errors
+    /// [`WaitError`] if the topic can't be parsed or the time runs out.
+    pub async fn wait_for_present_consumers<T>(
+        &self,
+        topic: T,
+        count: usize,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        T: TryInto<Topic>,
+        T::Error: Into<AddressError>,
+    {
+        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        self.wait(Condition::PresentConsumers(topic, count), within).await
     }
 
     /// Waits until a node offers a service, this one included.
@@ -457,6 +575,9 @@ impl Node {
     }
 
     async fn wait(&self, condition: Condition, within: Duration) -> Result<(), WaitError> {
+        if self.core().has_lost_runtime() {
+            return Err(WaitError::RuntimeEnded);
+        }
         self.inner().carrier.wait(condition, within).await.map_err(|reason| match reason {
             NotMet::TimedOut => WaitError::TimedOut(within),
             NotMet::Unsupported(lack) => WaitError::Unsupported(lack),
@@ -496,6 +617,15 @@ pub enum SubscribeError {
     /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
+    /// Peers accept no more of one node.
+    #[error(
+        "this node has {MAX_ANNOUNCED} patterns and services, and its peers accept no more of one \
+         node; end some subscriptions, or use fewer patterns with wildcards"
+    )]
+    TooMany,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
 }
 
 /// The error of waiting for a condition.
@@ -511,4 +641,7 @@ pub enum WaitError {
     /// The time ran out.
     #[error("timed out after {0:?}; check that the other nodes run and are linked")]
     TimedOut(Duration),
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
 }

@@ -11,7 +11,7 @@ use super::draft::{Draft, message_setters};
 use super::guaranteed::Guaranteed;
 use super::publisher::Route;
 use crate::address::{AddressError, Destination, Topic};
-use crate::core::{Publication, Way, add};
+use crate::core::{Publication, RUNTIME_ENDED_TEXT, Stopped, Way, add};
 use crate::engine::Backlog;
 use crate::identity::NodeId;
 use crate::message::{BodyError, Header, Kind, MessageId};
@@ -32,6 +32,18 @@ pub enum PublishError {
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
+}
+
+impl From<Stopped> for PublishError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ShutDown => Self::ShutDown,
+            Stopped::RuntimeEnded => Self::RuntimeEnded,
+        }
+    }
 }
 
 /// A message that is published when this is awaited, or by [`Publish::now`].
@@ -191,9 +203,7 @@ impl Stamp {
     fn new(node: &Inner, to: &To<'_>, draft: &mut Draft) -> Result<Self, Box<PublishError>> {
         let core = &node.core;
         draft.check(&core.config).map_err(|error| Box::new(error.into()))?;
-        if core.is_stopping() {
-            return Err(Box::new(PublishError::ShutDown));
-        }
+        core.check_running().map_err(|stopped| Box::new(stopped.into()))?;
         let id = draft.id(&core.ids);
         let header = (!draft.is_plain()).then(|| {
             Box::new(draft.header(id, Kind::Event, Destination::Topic(to.topic().clone())))

@@ -12,11 +12,14 @@ use super::Inner;
 use super::draft::{Draft, message_setters};
 use crate::address::{AddressError, Recipient};
 use crate::carrier::Unsupported;
-use crate::core::{Core, HandlerError, add};
+use crate::core::{Core, HandlerError, RUNTIME_ENDED_TEXT, Stopped, add};
 use crate::engine::RequestOutcome;
 use crate::message::{BodyError, Kind, Message, MessageId};
 use crate::opaque::opaque;
 use crate::report::DropReason;
+
+/// The time after its deadline at which a request ends in any case.
+const OVERDUE: Duration = Duration::from_secs(1);
 
 /// A request that got no reply.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,6 +56,18 @@ pub enum RequestError {
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
+}
+
+impl From<Stopped> for RequestError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ShutDown => Self::ShutDown,
+            Stopped::RuntimeEnded => Self::RuntimeEnded,
+        }
+    }
 }
 
 /// A request that is sent when this is awaited. Dropping the future takes the request back: out of
@@ -90,9 +105,7 @@ impl<'a> Request<'a> {
         let recipient = self.recipient?;
         let (node, core) = (self.node, &self.node.core);
         self.draft.check(&core.config)?;
-        if core.is_stopping() {
-            return Err(RequestError::ShutDown);
-        }
+        core.check_running()?;
         node.check_key(self.draft.ordering_key())?;
         let begun = core.now();
         let found = node.find(&recipient, self.draft.ordering_key());
@@ -113,7 +126,10 @@ impl<'a> Request<'a> {
                 reason => RequestError::Dropped(reason),
             });
         }
-        let outcome = outcome.await;
+        // The node's own tasks keep the deadline, unless nobody runs the runtime they are in.
+        let Ok(outcome) = timeout(self.deadline.saturating_add(OVERDUE), outcome).await else {
+            return Err(RequestError::DeadlineExceeded(self.deadline));
+        };
         pending.ended = true;
         match outcome {
             Ok(RequestOutcome::Reply(message)) => Ok(*message),
@@ -127,7 +143,9 @@ impl<'a> Request<'a> {
             Ok(RequestOutcome::PeerLost { maybe_executed }) => {
                 Err(RequestError::PeerLost { maybe_executed })
             }
-            Ok(RequestOutcome::ShutDown) | Err(_) => Err(RequestError::ShutDown),
+            Ok(RequestOutcome::ShutDown) | Err(_) => {
+                Err(core.check_running().err().unwrap_or(Stopped::ShutDown).into())
+            }
         }
     }
 }

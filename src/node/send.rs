@@ -10,6 +10,7 @@ use super::draft::{Draft, message_setters};
 use super::guaranteed::Guaranteed;
 use crate::address::{AddressError, Recipient};
 use crate::carrier::Unsupported;
+use crate::core::{RUNTIME_ENDED_TEXT, Stopped};
 use crate::identity::NodeId;
 use crate::message::{BodyError, Kind, MessageId};
 use crate::opaque::opaque;
@@ -37,6 +38,18 @@ pub enum SendError {
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
+}
+
+impl From<Stopped> for SendError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ShutDown => Self::ShutDown,
+            Stopped::RuntimeEnded => Self::RuntimeEnded,
+        }
+    }
 }
 
 /// A one-way message that was queued.
@@ -101,9 +114,7 @@ impl<'a> Send<'a> {
         let recipient = self.recipient?;
         let (node, core) = (self.node, &self.node.core);
         self.draft.check(&core.config)?;
-        if core.is_stopping() {
-            return Err(SendError::ShutDown);
-        }
+        core.check_running()?;
         node.check_key(self.draft.ordering_key())?;
         let way = node.find(&recipient, self.draft.ordering_key()).await;
         let way = way.ok_or_else(|| SendError::NoService(recipient.clone()))?;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use super::Inner;
 use crate::address::{AddressError, ServiceName};
 use crate::carrier::{CannotKeep, Unsupported, Wish, WishEnd};
-use crate::core::{Handler, ServiceRunner};
-use crate::engine::ServiceNumber;
+use crate::core::{Handler, RUNTIME_ENDED_TEXT, ServiceRunner, Stopped};
+use crate::engine::delivery::MAX_SUBSCRIPTIONS;
+use crate::engine::{MAX_ANNOUNCED, ServiceNumber, TooMany};
 use crate::opaque::opaque;
 
 /// The default number of calls that a service runs at once.
@@ -32,9 +33,33 @@ pub enum ServeError {
     /// The broker does not support it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
+    /// Peers accept no more patterns and services of one node.
+    #[error(
+        "this node has {MAX_ANNOUNCED} patterns and services, and its peers accept no more of one \
+         node; end some of them"
+    )]
+    TooMany,
+    /// Publishers remember no more durable subscriptions of one node.
+    #[error(
+        "this node has {MAX_SUBSCRIPTIONS} durable subscriptions, and publishers remember no more \
+         of one node; end some, or use fewer patterns with wildcards"
+    )]
+    TooManyDurable,
     /// The node is shutting down.
     #[error("the node is shutting down")]
     ShutDown,
+    /// The runtime in which the node was started has ended, and the node with it.
+    #[error("{RUNTIME_ENDED_TEXT}")]
+    RuntimeEnded,
+}
+
+impl From<Stopped> for ServeError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ShutDown => Self::ShutDown,
+            Stopped::RuntimeEnded => Self::RuntimeEnded,
+        }
+    }
 }
 
 impl From<CannotKeep> for ServeError {
@@ -77,17 +102,19 @@ impl Serve {
     /// Offers the service and announces it to the mesh.
     ///
     /// # Errors
-    /// [`ServeError`] if the name can't be parsed, or is already served here.
+    /// [`ServeError`] if the name can't be parsed, or is already served here, or if the node has
+    /// 10,000 patterns and services already.
     pub fn start(self) -> Result<Service, ServeError> {
         let (node, name) = (self.node, self.name?);
-        if node.core.is_stopping() {
-            return Err(ServeError::ShutDown);
-        }
+        node.core.check_running()?;
         let runner = Arc::new(ServiceRunner::new(name.clone(), self.handler));
         let served =
             node.core.with_front(|front, _| front.serve(&name, self.concurrency, runner.clone()));
         let Some(number) = served else { return Err(ServeError::AlreadyServed(name)) };
-        node.carrier.wish(Wish::Serve(name, self.concurrency));
+        if let Err(TooMany) = node.carrier.wish(Wish::Serve(name, self.concurrency)) {
+            node.core.with_front(|front, _| front.withdraw(number));
+            return Err(ServeError::TooMany);
+        }
         node.core.routes.notify();
         Ok(Service { runner, number, concurrency: self.concurrency, node })
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
 
-use super::Inner;
+use super::{Inner, Loss};
 use crate::address::{Pattern, ServiceName};
 use crate::carrier::{Wish, WishEnd};
+use crate::core::Stopped;
 use crate::engine::ServiceNumber;
 use crate::report::Counters;
 
@@ -39,7 +40,10 @@ pub(crate) fn run(node: &Arc<Inner>, within: Duration) -> BoxFuture<'_, Shutdown
 async fn run_here(node: &Arc<Inner>, within: Duration) -> ShutdownReport {
     let (core, carrier) = (&node.core, &node.carrier);
     let counters = &core.reporter.counters;
-    core.stop();
+    core.stop(Stopped::ShutDown);
+    if core.has_lost_runtime() {
+        return close_lost(node).await;
+    }
     let deadline = Instant::now() + within;
     carrier.stop_linking();
     withdraw_services(node);
@@ -63,6 +67,14 @@ async fn run_here(node: &Arc<Inner>, within: Duration) -> ShutdownReport {
         aborted,
         counters: after,
     }
+}
+
+/// Closes the files of a node whose runtime has ended: there is nobody left to send anything.
+async fn close_lost(node: &Inner) -> ShutdownReport {
+    let Loss { undelivered, in_doubt, aborted } = node.lost.get().copied().unwrap_or_default();
+    let pending = node.carrier.close(Instant::now()).await;
+    let counters = node.core.reporter.counters.snapshot();
+    ShutdownReport { undelivered, in_doubt, pending, aborted, counters }
 }
 
 /// Withdraws all services; admitted calls are finished.

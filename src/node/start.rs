@@ -3,12 +3,12 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::{Inner, Life, Node};
+use super::{Inner, Life, Node, RuntimeGuard};
 use crate::carrier::Carrier;
 use crate::carrier::broker::{
     BrokerCarrier, BrokerHandle, BrokerUrl, BrokerUrlError, RefusedByBroker,
@@ -33,6 +33,9 @@ pub enum StartError {
     /// Contradictory or invalid settings.
     #[error("{0}")]
     Config(String),
+    /// There is no tokio runtime here.
+    #[error("a node runs in a tokio runtime, and there is none here; start it in one")]
+    NoRuntime,
     /// The identity file can't be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -130,6 +133,9 @@ impl Node {
     }
 
     async fn start_here(config: Config) -> Result<Self, StartError> {
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(StartError::NoRuntime);
+        }
         config.check().map_err(StartError::Config)?;
         if let Some(dir) = &config.outbox {
             store::prepare(dir)?;
@@ -152,8 +158,10 @@ impl Node {
         let (carrier, durable, listening) = carrier(&core, &identity, store).await?;
         core.spawn_own();
         begun.disarm();
-        let inner = Inner { core, carrier, durable, listening };
-        Ok(Self { life: Arc::new(Life(Arc::new(inner))) })
+        let lost = OnceLock::new();
+        let inner = Arc::new(Inner { core, carrier, durable, listening, lost });
+        RuntimeGuard::watch(&inner);
+        Ok(Self { life: Arc::new(Life(inner)) })
     }
 }
 

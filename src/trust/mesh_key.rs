@@ -5,7 +5,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use data_encoding::BASE32_NOPAD;
 use ring::hmac;
 
@@ -170,17 +172,58 @@ impl MeshKey {
     }
 }
 
-/// The key that this user's nodes share on this host; the first node creates it.
-pub(super) fn of_this_host(folder: &Path) -> Result<MeshKey, MeshKeyFileError> {
-    let path = folder.join("host.key");
+/// The key that this user's nodes share on this host; the first node creates it. If the file is
+/// removed, the running nodes write their key again; if another key is there by then, they prove
+/// and accept both.
+#[derive(Debug)]
+pub(crate) struct HostKeys {
+    path: PathBuf,
+    /// The last one read is first.
+    keys: ArcSwap<Vec<MeshKey>>,
+}
+
+impl HostKeys {
+    /// Loads the key from the private folder of this user's nodes.
+    ///
+    /// # Errors
+    /// [`MeshKeyFileError`] if it can be neither read nor created.
+    pub(super) fn open(folder: &Path) -> Result<Self, MeshKeyFileError> {
+        let path = folder.join("host.key");
+        let key = load_or_keep(&path, &MeshKey::generate())?;
+        Ok(Self { path, keys: ArcSwap::from_pointee(vec![key]) })
+    }
+
+    pub(super) fn keys(&self) -> Arc<Vec<MeshKey>> {
+        self.keys.load_full()
+    }
+
+    /// Reads the file again, or writes it again if it is gone.
+    pub(super) fn renew(&self) -> Result<(), MeshKeyFileError> {
+        let keys = self.keys();
+        let Some(newest) = keys.first() else { return Ok(()) };
+        let there = load_or_keep(&self.path, newest)?;
+        if there != *newest {
+            let earlier = keys.iter().filter(|key| **key != there).cloned();
+            let all = std::iter::once(there.clone()).chain(earlier).take(MAX_HOST_KEYS);
+            self.keys.store(Arc::new(all.collect()));
+        }
+        Ok(())
+    }
+}
+
+/// The most keys that a node proves when the file was replaced; a peer accepts up to 8 proofs.
+const MAX_HOST_KEYS: usize = 8;
+
+/// Loads the key of a file, which is created with `key` if it is missing.
+fn load_or_keep(path: &Path, key: &MeshKey) -> Result<MeshKey, MeshKeyFileError> {
     if !path.exists() {
-        let fresh = folder.join(format!("host.key.{:016x}", random_u64()));
-        let made = private::create_file(&fresh, &MeshKey::generate().reveal());
+        let fresh = path.with_extension(format!("key.{:016x}", random_u64()));
+        let made = private::create_file(&fresh, &key.reveal());
         // A hard link never replaces a key that another node has just created.
-        let _there_already = made.and_then(|()| fs::hard_link(&fresh, &path));
+        let _there_already = made.and_then(|()| fs::hard_link(&fresh, path));
         let _never_made = fs::remove_file(&fresh);
     }
-    MeshKey::load(&path).map(|mut keys| keys.remove(0))
+    MeshKey::load(path).map(|mut keys| keys.remove(0))
 }
 
 fn proven(role: Role, exported: &[u8]) -> Vec<u8> {

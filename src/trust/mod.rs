@@ -8,8 +8,8 @@ mod watched;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub(crate) use mesh_key::{HostKeys, PROOF_LEN, Proof, Role};
 pub use mesh_key::{MeshKey, MeshKeyError, MeshKeyFileError};
-pub(crate) use mesh_key::{PROOF_LEN, Proof, Role};
 pub use rules::{Action, ParseRulesError, Rules, RulesError, SubjectError};
 pub(crate) use rules::{Grants, RulesSource};
 pub(crate) use trusted_keys::TrustedKeys;
@@ -85,8 +85,10 @@ pub(crate) fn check_text(text: &str) {
 #[derive(Debug, Clone)]
 pub(crate) enum LetIn {
     Anybody,
+    /// The nodes that prove the key of this user on this host.
+    ThisHost(Arc<HostKeys>),
     /// The nodes that prove one of these keys.
-    MeshKey(Vec<MeshKey>),
+    MeshKey(Arc<Vec<MeshKey>>),
     /// The nodes whose keys are in the file.
     TrustedKeys(Arc<Watched<TrustedKeys>>),
 }
@@ -103,10 +105,10 @@ impl LetIn {
     ) -> Result<Self, E> {
         Ok(match trust {
             Trust::ThisHost => {
-                let key = mesh_key::of_this_host(&folder()?).map_err(TrustError::from)?;
-                Self::MeshKey(vec![key])
+                let keys = HostKeys::open(&folder()?).map_err(TrustError::from)?;
+                Self::ThisHost(Arc::new(keys))
             }
-            Trust::MeshKey(keys) => Self::MeshKey(keys.clone()),
+            Trust::MeshKey(keys) => Self::MeshKey(Arc::new(keys.clone())),
             Trust::TrustedKeys(path) => {
                 let keys = Watched::open(path, TrustedKeys::load).map_err(TrustError::from)?;
                 Self::TrustedKeys(Arc::new(keys))
@@ -116,17 +118,29 @@ impl LetIn {
     }
 
     /// The mesh keys that this node proves, and of which a peer must prove one.
-    pub(crate) fn mesh_keys(&self) -> &[MeshKey] {
+    pub(crate) fn mesh_keys(&self) -> Arc<Vec<MeshKey>> {
         match self {
-            Self::MeshKey(keys) => keys,
-            Self::Anybody | Self::TrustedKeys(_) => &[],
+            Self::ThisHost(keys) => keys.keys(),
+            Self::MeshKey(keys) => keys.clone(),
+            Self::Anybody | Self::TrustedKeys(_) => Arc::default(),
+        }
+    }
+
+    /// Checks the file of this host's key, and writes it again if it was removed.
+    ///
+    /// # Errors
+    /// [`MeshKeyFileError`] if it can be neither read nor created.
+    pub(crate) fn renew(&self) -> Result<(), MeshKeyFileError> {
+        match self {
+            Self::ThisHost(keys) => keys.renew(),
+            Self::Anybody | Self::MeshKey(_) | Self::TrustedKeys(_) => Ok(()),
         }
     }
 
     /// Returns true if the public key alone doesn't exclude its holder.
     pub(crate) fn trusts(&self, id: &NodeId) -> bool {
         match self {
-            Self::Anybody | Self::MeshKey(_) => true,
+            Self::Anybody | Self::ThisHost(_) | Self::MeshKey(_) => true,
             Self::TrustedKeys(watched) => watched.current().get(id).is_some(),
         }
     }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, select_ok};
 use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::admissions::{Admissions, Most, Place};
 use super::connection::{self, Context};
@@ -46,6 +46,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_ACCEPT_RETRY: Duration = Duration::from_millis(10);
 const LONGEST_ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// The interval at which a lasting failure to accept is logged.
+const TELL_EVERY: Duration = Duration::from_secs(30);
 
 /// Accepts and dials all connections of a node or a broker: TCP, and Unix sockets of this host.
 pub(crate) struct FrontDoor {
@@ -82,10 +84,10 @@ impl FrontDoor {
 
     /// Listens on a Unix socket at `path`, which must not exist and is removed with the listener.
     /// The folder must be accessible to this user only.
-    pub(crate) fn listen_local(self: &Arc<Self>, path: &Path) -> io::Result<()> {
+    /// The listener ends with the node, or when it is aborted.
+    pub(crate) fn listen_local(self: &Arc<Self>, path: &Path) -> io::Result<AbortHandle> {
         let listener = Listener::bind_local(path)?;
-        self.spawn(accept(Arc::downgrade(self), listener));
-        Ok(())
+        Ok(self.spawn(accept(Arc::downgrade(self), listener)))
     }
 
     /// Dials all addresses at once and keeps the first connection. Returns when the link is up.
@@ -127,6 +129,9 @@ impl FrontDoor {
             Box::pin(async move {
                 match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
                     Ok(Ok(tcp)) => Ok((tcp, addr)),
+                    Ok(Err(_)) if lacks_zone(&addr) => Err(DialError::Failed(format!(
+                        "{addr}: a link-local address requires its interface, as in [fe80::1%eth0]:4000"
+                    ))),
                     Ok(Err(error)) => Err(DialError::Failed(format!("{addr}: {error}"))),
                     Err(_) => {
                         Err(DialError::Failed(format!("{addr}: timed out after 5 s: no answer")))
@@ -148,7 +153,7 @@ impl FrontDoor {
                     let lookup = timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), *port)));
                     match lookup.await.unwrap_or_else(|late| Err(late.into())) {
                         Ok(addrs) => found.extend(addrs.take(MAX_ADDRESSES)),
-                        Err(error) => failed = Some(format!("{address} does not resolve: {error}")),
+                        Err(error) => failed = Some(unresolved(address, host, &error)),
                     }
                 }
                 Address::Local(_) | Address::Memory(_) => {}
@@ -203,10 +208,10 @@ impl FrontDoor {
         self.spawn(async move { _ = run.await });
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(task);
+        tasks.spawn(task)
     }
 
     /// Stops listening and cuts all connections.
@@ -216,8 +221,20 @@ impl FrontDoor {
     }
 }
 
+fn unresolved(address: &Address, host: &str, error: &io::Error) -> String {
+    match host.split_once('%') {
+        Some((_, zone)) => format!("{address}: no interface {zone}"),
+        None => format!("{address} does not resolve: {error}"),
+    }
+}
+
+/// Returns true for an address that has a meaning on one interface only, and names none.
+fn lacks_zone(addr: &SocketAddr) -> bool {
+    matches!(addr, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() && v6.scope_id() == 0)
+}
+
 async fn accept(door: Weak<FrontDoor>, listener: Listener) {
-    let mut retry = FIRST_ACCEPT_RETRY;
+    let (mut retry, mut told) = (FIRST_ACCEPT_RETRY, None::<Instant>);
     loop {
         let accepted = listener.accept().await;
         let Some(door) = door.upgrade() else { return };
@@ -228,7 +245,14 @@ async fn accept(door: Weak<FrontDoor>, listener: Listener) {
             }
             Err(error) => {
                 // For example out of file descriptors: an immediate retry would only spin.
-                tracing::warn!(%error, ?retry, "accepting a connection failed");
+                if told.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
+                    told = Some(Instant::now());
+                    tracing::warn!(
+                        %error,
+                        "this node can't accept connections, and goes on trying; if it has too many \
+                         files open, raise the limit (ulimit -n)"
+                    );
+                }
                 drop(door);
                 sleep(retry).await;
                 retry = (retry * 2).min(LONGEST_ACCEPT_RETRY);

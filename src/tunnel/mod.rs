@@ -56,9 +56,14 @@ pub(crate) enum Refusal {
     Introduction,
     #[error("the peer did not prove the mesh key")]
     MeshKey,
+    #[error(
+        "the peer did not prove the key that this user's nodes share on this host (host.key in the \
+         socket folder); check that its trust mode and its socket folder are the same"
+    )]
+    HostKey,
     #[error("the peer's key is not among the trusted keys")]
     UnknownKey,
-    #[error("the peer does not trust this node's key, or has another mesh key")]
+    #[error("the peer does not trust this node's key, or has another mesh key or host.key")]
     TurnedAway,
     #[error("the peer claims a node id that is not its key")]
     Impostor,
@@ -104,6 +109,7 @@ impl Refusal {
             Self::Tls => "tls",
             Self::Introduction => "introduction",
             Self::MeshKey => "mesh_key",
+            Self::HostKey => "host_key",
             Self::UnknownKey => "unknown_key",
             Self::TurnedAway => "turned_away",
             Self::Impostor => "impostor",

@@ -133,6 +133,9 @@ impl Tls {
         stream.write_all(&[verdict as u8]).await?;
         stream.flush().await?;
         match verdict {
+            Verdict::NoMeshKey if matches!(self.let_in, LetIn::ThisHost(_)) => {
+                return Err(Refusal::HostKey.into());
+            }
             Verdict::NoMeshKey => return Err(Refusal::MeshKey.into()),
             Verdict::UnknownKey => return Err(Refusal::UnknownKey.into()),
             Verdict::Welcome => {}
@@ -161,7 +164,7 @@ impl Tls {
         let exported = &opened.exported;
         let mut introduction = MAGIC.to_vec();
         introduction.push(keys.len() as u8);
-        for key in keys {
+        for key in keys.iter() {
             introduction.extend_from_slice(&key.prove(role, exported));
         }
         stream.write_all(&introduction).await?;
@@ -182,7 +185,9 @@ impl Tls {
         };
         let proves = |proof| keys.iter().any(|key| key.verifies(theirs, exported, proof));
         Ok(match &self.let_in {
-            LetIn::MeshKey(_) if !proofs[..count].iter().any(proves) => Verdict::NoMeshKey,
+            LetIn::MeshKey(_) | LetIn::ThisHost(_) if !proofs[..count].iter().any(proves) => {
+                Verdict::NoMeshKey
+            }
             _ if !self.trusts(&opened.peer) => Verdict::UnknownKey,
             _ => Verdict::Welcome,
         })

@@ -55,7 +55,8 @@ struct Scene {
 impl Scene {
     async fn new(key: &MeshKey, mine: &MeshKey) -> Self {
         let (identity, me) = (Identity::ephemeral(), Identity::ephemeral());
-        let tls = |identity, key: &MeshKey| Tls::new(identity, LetIn::MeshKey(vec![key.clone()]));
+        let tls =
+            |identity, key: &MeshKey| Tls::new(identity, LetIn::MeshKey(vec![key.clone()].into()));
         let (connected_to, connected) = mpsc::unbounded_channel();
         let (refused_to, refused) = mpsc::unbounded_channel();
         let keeper = Arc::new(Doorkeeper { connected: connected_to, refused: refused_to });
@@ -139,7 +140,7 @@ impl Signer for AnyonesKey {
 async fn a_key_for_which_anyone_can_sign_is_refused_even_with_the_mesh_key() {
     let key = MeshKey::generate();
     let mut scene = Scene::new(&key, &key).await;
-    let let_in = LetIn::MeshKey(vec![key]);
+    let let_in = LetIn::MeshKey(Arc::new(vec![key]));
     let anyone = Tls::with_key(AnyonesKey::ID, Arc::new(AnyonesKey), let_in);
     assert!(anyone.open(scene.dial().await, true).await.is_err());
     assert_eq!(scene.refused.recv().await, Some(Refusal::WeakKey));

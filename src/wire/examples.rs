@@ -240,6 +240,20 @@ fn what_a_later_version_adds_is_passed_over() {
 }
 
 #[test]
+fn an_unknown_record_is_passed_over_with_its_body_frame() {
+    let frames = encode(&Preamble::default(), &message(event(1, "a", vec![7; 5000])));
+    // A message of type 30 with an id, a destination, a body of 4,100 bytes, and another field.
+    let mut records = vec![0, 0, 0, 8, 0x95, 30, 1, 0xc0, 0xcd, 0x10, 0x04, 0xc3];
+    records.extend_from_slice(&frames[1]);
+    let bodies = [Bytes::from(vec![1; 4100]), frames[2].clone()];
+    let batch = |bodies: &[Bytes]| [&[frames[0].clone(), records.clone().into()], bodies].concat();
+    let (_, read_back) = read(batch(&bodies)).unwrap();
+    assert_eq!(read_back[0], Record::Unknown(30));
+    assert_eq!(read_back[1..], message(event(1, "a", vec![7; 5000])));
+    assert_eq!(read(batch(&bodies[1..])), Err(WireError::Bodies));
+}
+
+#[test]
 fn another_version_is_named() {
     let preamble = Bytes::from_static(&[0x97, 2, 0, 0, 0, 0, 0, 0]);
     assert_eq!(read(vec![preamble]).unwrap_err(), WireError::Version(2));

@@ -191,6 +191,17 @@ impl<'a> Reader<'a> {
         Ok(self.take(N)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
+    /// Returns true if the next value is an unsigned integer.
+    pub(crate) fn is_uint(&self) -> bool {
+        let uint = |marker| {
+            matches!(
+                marker,
+                Marker::FixPos(_) | Marker::U8 | Marker::U16 | Marker::U32 | Marker::U64
+            )
+        };
+        self.peek().is_some_and(uint)
+    }
+
     pub(crate) fn uint(&mut self) -> Result<u64, WireError> {
         match self.marker()? {
             Marker::FixPos(value) => Ok(u64::from(value)),

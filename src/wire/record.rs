@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rmp::Marker;
 
-use super::pack::{ArrayWriter, NIL, Next, Reader, push_str, push_uint};
+use super::pack::{ArrayWriter, Fields, NIL, Next, Reader, push_str, push_uint};
 use super::{Control, INLINE_BODY, WireError};
 use crate::address::{Destination, ServiceName, Topic};
 use crate::delivery_id::Delivery;
@@ -397,6 +397,29 @@ pub(super) fn read_successor<'a>(
     Some((id, body))
 }
 
+/// Passes over a record of an unknown type. From the first type of a message on, its layout is that
+/// of a message up to the body, whose frame is passed over too.
+fn skip_unknown(
+    record_type: u64,
+    mut fields: Fields<'_, '_>,
+    next_body: &mut dyn FnMut() -> Option<Bytes>,
+) -> Result<Record, WireError> {
+    if record_type >= TYPE_EVENT {
+        let (_id, _destination) = (fields.opt(Reader::skip)?, fields.opt(Reader::skip)?);
+        let length = fields.opt(|reader| match reader.is_uint() {
+            true => reader.uint().map(Some),
+            false => reader.skip().map(|()| None),
+        })?;
+        if let Some(length) = length.flatten() {
+            let body = next_body().ok_or(WireError::Bodies)?;
+            if body.len() as u64 != length {
+                return Err(WireError::Bodies);
+            }
+        }
+    }
+    Ok(Record::Unknown(record_type))
+}
+
 /// The reading node, the writing peer, and the largest accepted body in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ReadContext<'a> {
@@ -423,7 +446,7 @@ pub(super) fn read_record(
                 fields.finish()?;
                 Ok(Record::Control(control))
             }
-            None => Ok(Record::Unknown(record_type)),
+            None => skip_unknown(record_type, fields, next_body),
         };
     }
     let id = read_id(&mut fields, inherited)?;

@@ -60,7 +60,7 @@ impl BridgeCommand {
         let mut end = std::pin::pin!(interrupted());
         loop {
             let event = tokio::select! {
-                () = &mut end => break,
+                _ = &mut end => break,
                 Some(event) = next(&mut mesh_events) => event,
                 Some(event) = next(&mut broker_events) => event,
             };

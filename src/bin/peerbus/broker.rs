@@ -28,7 +28,7 @@ impl BrokerCommand {
         output::line(self.json, &json!({ "event": "listening", "url": url }), || {
             format!("listening; nodes reach it with --broker {url}")
         })?;
-        interrupted().await;
+        let _signal = interrupted().await;
         let report = broker.report();
         let value = json!({
             "event": "stopped", "nodes": report.nodes, "received": report.received,

@@ -124,6 +124,9 @@ fn fail(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     output::note(format_args!("peerbus: {}", in_full(error)));
+    if let Some(interrupted) = error.downcast_ref::<options::Interrupted>() {
+        return ExitCode::from(interrupted.code);
+    }
     ExitCode::FAILURE
 }
 

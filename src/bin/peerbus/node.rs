@@ -67,7 +67,7 @@ impl NodeCommand {
         let mut end = std::pin::pin!(interrupted());
         loop {
             tokio::select! {
-                () = &mut end => break,
+                _ = &mut end => break,
                 Some(error) = unprinted.recv() => return Err(error),
                 Some(message) = messages.next(), if !messages.is_empty() => {
                     output::line(self.json, &output::message(&message), || {

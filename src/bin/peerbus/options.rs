@@ -234,8 +234,10 @@ impl To {
                 return anyhow::anyhow!(trouble);
             }
             let met = node.peers().len();
+            let why = node.unreachable().into_iter().next();
+            let why = why.map(|it| format!("; can't reach {}", it.last_error)).unwrap_or_default();
             anyhow::anyhow!(
-                "timed out after {}: no node serves {service} (met {met} nodes)",
+                "timed out after {}: no node serves {service} (met {met} nodes){why}",
                 self.wait
             )
         })?;
@@ -260,30 +262,54 @@ impl BodyArg {
     pub(crate) fn read(&self) -> anyhow::Result<Vec<u8>> {
         match &self.body {
             Some(body) => Ok(body.clone().into_bytes()),
-            None => {
-                let mut bytes = Vec::new();
-                std::io::Read::read_to_end(&mut std::io::stdin(), &mut bytes)
-                    .context("the body can't be read from standard input")?;
-                Ok(bytes)
-            }
+            None => read_within(std::io::stdin(), Config::DEFAULT_MAX_BODY),
         }
     }
 }
 
-/// Waits for Ctrl-C or SIGTERM.
-pub(crate) async fn interrupted() {
+/// Reads a body of at most `limit` bytes, and no more than one byte beyond it.
+fn read_within(input: impl std::io::Read, limit: usize) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut input.take(limit as u64 + 1), &mut bytes)
+        .context("the body can't be read from standard input")?;
+    anyhow::ensure!(
+        bytes.len() <= limit,
+        "the standard input is longer than a body may be ({limit} bytes); send it in parts"
+    );
+    Ok(bytes)
+}
+
+/// A signal ended a command before its work was done.
+#[derive(Debug)]
+pub(crate) struct Interrupted {
+    /// The work that was left, for people.
+    pub(crate) text: String,
+    /// The usual exit code: 128 and the number of the signal.
+    pub(crate) code: u8,
+}
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Waits for Ctrl-C or SIGTERM. Returns the exit code of a command whose work is not done.
+pub(crate) async fn interrupted() -> u8 {
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
         if let Ok(mut terminate) = signal(SignalKind::terminate()) {
             tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => return 130,
+                _ = terminate.recv() => return 143,
             }
-            return;
         }
     }
     let _no_signals = tokio::signal::ctrl_c().await;
+    130
 }
 
 /// The time limit for the delivery of the last messages of one-shot commands.

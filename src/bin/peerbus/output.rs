@@ -136,6 +136,10 @@ fn described(event: &Event) -> (Value, String) {
                 None => format!("refused a connection: {reason}"),
             } + &times(*count),
         ),
+        Event::Paused { duration } => (
+            json!({ "event": "paused", "seconds": duration.as_secs_f64() }),
+            format!("this node did not run for {:.1} s", duration.as_secs_f64()),
+        ),
         Event::IdentityConflict { address } => (
             json!({ "event": "identity_conflict", "address": address }),
             "another live node has this node's identity".to_owned(),

@@ -1,8 +1,10 @@
 //! `peerbus pub`
 
+use std::time::Duration;
+
 use anyhow::bail;
 use clap::Args;
-use peerbus::{Body, Topic};
+use peerbus::{Body, Node, Topic, WaitError};
 use serde_json::json;
 
 use crate::options::{BodyArg, NodeOptions, broker_trouble, finish, settle};
@@ -20,7 +22,8 @@ pub(crate) struct Publish {
     /// Number of messages
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Number of subscribing nodes to wait for; with --outbox, durable subscriptions
+    /// Number of subscribing nodes to wait for; with --outbox, durable subscriptions that accept
+    /// messages now
     #[arg(long, value_name = "N", default_value_t = 1)]
     subscribers: usize,
     /// Time to wait for them
@@ -49,6 +52,22 @@ pub(crate) fn header(text: &str) -> Result<(String, String), String> {
 }
 
 impl Publish {
+    /// Waits for durable subscriptions that accept messages now. Known ones that are away will do
+    /// after the wait: the message is kept for them.
+    async fn wait_for_consumers(&self, node: &Node) -> Result<(), WaitError> {
+        let (topic, wanted) = (&self.topic, self.subscribers);
+        if node.wait_for_present_consumers(topic, wanted, *self.wait).await.is_ok() {
+            return Ok(());
+        }
+        node.wait_for_consumers(topic, wanted, Duration::ZERO).await?;
+        output::note(format_args!(
+            "timed out after {}: of the durable subscriptions to {topic}, not {wanted} accept \
+             messages now; the message is kept for those that are away",
+            self.wait
+        ));
+        Ok(())
+    }
+
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let body: Body = self.body.read()?.into();
         let node = self.node.start().await?;
@@ -56,7 +75,7 @@ impl Publish {
         let waited = match durable {
             // The broker keeps the message for absent subscribers.
             true if self.node.broker.is_some() => Ok(()),
-            true => node.wait_for_consumers(&self.topic, self.subscribers, *self.wait).await,
+            true => self.wait_for_consumers(&node).await,
             false => node.wait_for_subscribers(&self.topic, self.subscribers, *self.wait).await,
         };
         if waited.is_err() {

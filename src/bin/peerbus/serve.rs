@@ -32,7 +32,7 @@ impl Serve {
         let handler = echo(self.json, told);
         let service = node.serve(&self.service, handler).concurrency(self.concurrency).start()?;
         tokio::select! {
-            () = interrupted() => {}
+            _ = interrupted() => {}
             Some(error) = unprinted.recv() => return Err(error),
         }
         service.drain().await;

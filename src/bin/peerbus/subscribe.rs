@@ -8,7 +8,7 @@ use futures_util::stream::{SelectAll, StreamExt};
 use peerbus::{Consumer, HandlerError, Node, Pattern, ServiceName};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::options::{NodeOptions, interrupted};
+use crate::options::{Interrupted, NodeOptions, interrupted};
 use crate::output;
 
 /// Runs until Ctrl-C, or until the number of messages set by --count.
@@ -21,7 +21,7 @@ pub(crate) struct Subscribe {
     /// with a broker --identity
     #[arg(long, value_name = "NAME")]
     durable: Option<ServiceName>,
-    /// End after this many messages
+    /// End after this many messages; with another exit code than 0 if a signal comes first
     #[arg(long, value_name = "N")]
     count: Option<u64>,
     /// Print one JSON object per line
@@ -52,10 +52,13 @@ impl Subscribe {
             }
         }
         let mut end = std::pin::pin!(interrupted());
-        let mut left = self.count.unwrap_or(u64::MAX);
+        let (mut left, mut signal) = (self.count.unwrap_or(u64::MAX), None);
         while left > 0 {
             tokio::select! {
-                () = &mut end => break,
+                code = &mut end => {
+                    signal = Some(code);
+                    break;
+                }
                 Some(printed) = from_handler.recv() => {
                     printed?;
                     left -= 1;
@@ -75,7 +78,13 @@ impl Subscribe {
         }
         // Waits for the last handler too, even if the handler ended the subscription.
         node.shutdown().await;
-        Ok(())
+        match (self.count, signal) {
+            (Some(count), Some(code)) => {
+                let text = format!("interrupted after {} of {count} messages", count - left);
+                Err(Interrupted { text, code }.into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 

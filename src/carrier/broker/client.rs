@@ -346,6 +346,15 @@ impl BrokerClient {
     /// Releases the session without a goodbye.
     pub(crate) fn abandon(&self) {
         self.session.store(None);
+        let before = self.state.send_replace(State::Closed);
+        let bytes = self.queued_bytes();
+        if bytes > 0 && before != State::Closed {
+            tracing::warn!(
+                broker = %self.url,
+                bytes,
+                "the node ended without a shutdown: what was queued for the broker is lost"
+            );
+        }
     }
 
     fn set_state(&self, incoming: &dyn Incoming, state: State) {

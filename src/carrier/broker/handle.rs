@@ -17,6 +17,7 @@ use crate::carrier::{
     Submission, Unsupported, Wish, WishEnd,
 };
 use crate::core::Way;
+use crate::engine::TooMany;
 use crate::identity::NodeId;
 use crate::peer::{PeerInfo, Source, Unreachable};
 
@@ -41,8 +42,9 @@ impl Carrier for BrokerHandle {
         }
     }
 
-    fn wish(&self, wish: Wish) {
+    fn wish(&self, wish: Wish) -> Result<(), TooMany> {
         self.0.client().wish(wish);
+        Ok(())
     }
 
     fn end_wish(&self, wish: Wish, end: WishEnd) {
@@ -83,7 +85,9 @@ impl Carrier for BrokerHandle {
     ) -> BoxFuture<'a, Result<(), NotMet>> {
         let (ask, count) = match condition {
             Condition::Subscribers(topic, n) => (Ask::Subscribers(topic.to_string()), n),
-            Condition::Consumers(topic, n) => (Ask::Consumers(topic.to_string()), n),
+            Condition::Consumers(topic, n) | Condition::PresentConsumers(topic, n) => {
+                (Ask::Consumers(topic.to_string()), n)
+            }
             Condition::Instances(name, n) => (Ask::Instances(name.to_string()), n),
             Condition::Peers(0) => return future::ready(Ok(())).boxed(),
             Condition::Peers(1) => {

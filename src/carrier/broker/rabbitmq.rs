@@ -620,6 +620,11 @@ impl Drop for RabbitSession {
     }
 }
 
+/// The longest backoff. RabbitMQ closes the channel of a consumer that leaves a message without an
+/// answer for longer than its `consumer_timeout`, by default 30 minutes, in which the handler runs
+/// too.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10 * 60);
+
 /// Waits for the acknowledgement of a guaranteed message, and passes it to the broker.
 async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>, retry: RetryPolicy) {
     let told = match AckAction::after(acked.await.ok(), attempt, &retry) {
@@ -630,7 +635,7 @@ async fn settle(acker: Acker, attempt: u32, acked: oneshot::Receiver<Ack>, retry
         }
         AckAction::Again(wait) => {
             // The broker has no delay of its own, and keeps the message for this node meanwhile.
-            sleep(wait).await;
+            sleep(wait.min(LONGEST_PAUSE)).await;
             acker.nack(BasicNackOptions { requeue: true, multiple: false }).await
         }
     };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::MeshCarrier;
+use crate::core::Event;
 use crate::engine::{DownReason, Liveness, Time};
 
 /// The longest sleep of the driver.
@@ -14,24 +15,46 @@ const SHORTEST_SLEEP: Duration = Duration::from_millis(1);
 /// Handles timeouts when they are due.
 pub(super) async fn run(carrier: Arc<MeshCarrier>) {
     let core = &carrier.core;
-    let mut retry_at = Time::default();
+    carrier.pulse.begin();
     loop {
         let next = || {
             let now = core.now();
             let next = next_timeout(&carrier, now).unwrap_or(now + LONGEST_SLEEP);
-            Some(next.min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP))
+            let next = next.min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP);
+            carrier.pulse.plan(next.since(now));
+            Some(next)
         };
         carrier.alarm.sleep_until_next(core, next).await;
-        check_links(&carrier);
-        if let Some(durable) = &carrier.durable {
-            durable.handle_outbox_timeout(core.now());
-            if retry_at <= core.now() {
-                durable.handle_inbox_timeout();
-                retry_at = core.now() + LONGEST_SLEEP;
-            }
-        }
-        carrier.with_mesh(|mesh, now| mesh.handle_timeout(now));
+        handle_timeouts(&carrier);
     }
+}
+
+/// Handles the timeouts that are due. A node whose driver is held up calls this from elsewhere.
+pub(super) fn handle_timeouts(carrier: &Arc<MeshCarrier>) {
+    let core = &carrier.core;
+    if core.has_lost_runtime() {
+        return;
+    }
+    if let Some(pause) = carrier.pulse.beat() {
+        handle_pause(carrier, pause);
+    }
+    carrier.pulse.plan(LONGEST_SLEEP);
+    check_links(carrier);
+    if let Some(durable) = &carrier.durable {
+        durable.handle_outbox_timeout(core.now());
+        durable.handle_inbox_timeout(core.now());
+    }
+    carrier.with_mesh(|mesh, now| mesh.handle_timeout(now));
+}
+
+/// Handles a time in which this node did not run: no peer is to blame for its silence then.
+fn handle_pause(carrier: &Arc<MeshCarrier>, pause: Duration) {
+    let now = carrier.core.now();
+    for link in carrier.links.all() {
+        link.with_flow(|flow| flow.handle_pause(now, pause));
+    }
+    carrier.with_mesh(|mesh, _| mesh.handle_pause(pause));
+    carrier.core.reporter.report(Event::Paused { duration: pause });
 }
 
 fn next_timeout(carrier: &MeshCarrier, now: Time) -> Option<Time> {

@@ -28,11 +28,11 @@ use super::{
     Submission, Unsupported, Wish, WishEnd,
 };
 use crate::address::{Recipient, Topic};
-use crate::core::{Alarm, Core, Event, Line, Way, add};
+use crate::core::{Alarm, Core, Event, Line, Pulse, Way, add};
 use crate::discovery::Discovered;
 use crate::engine::{
     Action, Connection, DownReason, Flow, LinkId, Mesh, MeshEvent, Origin, Sighting, TargetKey,
-    Time, Timing,
+    Time, Timing, TooMany,
 };
 use crate::identity::NodeId;
 use crate::link::Acceptor;
@@ -62,6 +62,8 @@ pub(crate) struct MeshCarrier {
     access: Option<Access>,
     /// Wakes the driver for an earlier deadline.
     alarm: Arc<Alarm>,
+    /// Notices that the driver does not run.
+    pulse: Arc<Pulse>,
 }
 
 /// The parts of a new mesh carrier.
@@ -110,7 +112,11 @@ impl MeshCarrier {
         let durable = store.map(|store| Durable::new(core, &links, &alarm, store));
         Arc::new_cyclic(|carrier| {
             let (transport, access) = transport(carrier);
-            Self { core: core.clone(), links, durable, transport, access, alarm }
+            let driven = carrier.clone();
+            let pulse = Pulse::new(core.runtime.clone(), move || {
+                driven.upgrade().iter().for_each(driver::handle_timeouts);
+            });
+            Self { core: core.clone(), links, durable, transport, access, alarm, pulse }
         })
     }
 
@@ -219,6 +225,9 @@ impl MeshCarrier {
     fn handle_discovered(self: &Arc<Self>, discovered: Discovered) {
         self.with_mesh(|mesh, now| match discovered {
             Discovered::Seen(sighting) => mesh.handle_sighting(now, sighting),
+            Discovered::Resolved { name, addresses } => {
+                mesh.handle_resolved(now, name, addresses);
+            }
             Discovered::Gone(key) => mesh.handle_gone(&key),
         });
     }
@@ -251,6 +260,10 @@ impl MeshCarrier {
             Condition::Consumers(topic, count) => {
                 self.durable.as_ref().map_or(0, |durable| durable.count_consumers(topic)) >= *count
             }
+            Condition::PresentConsumers(topic, count) => {
+                self.durable.as_ref().map_or(0, |durable| durable.count_present_consumers(topic))
+                    >= *count
+            }
             Condition::Instances(name, count) => {
                 let here = self.core.look(|front| front.load(name)).is_some();
                 self.links.routing().instances(name).count() + usize::from(here) >= *count
@@ -276,24 +289,27 @@ impl Carrier for MeshHandle {
         self.check_store()
     }
 
-    fn wish(&self, wish: Wish) {
+    fn wish(&self, wish: Wish) -> Result<(), TooMany> {
         let Self(carrier) = self;
         match wish {
-            Wish::Subscribe(pattern) => carrier.with_mesh(|mesh, _| mesh.subscribe(&pattern)),
-            Wish::Serve(name, n) => carrier.with_mesh(|mesh, _| mesh.serve(&name, n)),
-            Wish::Consume(name, ..) => {
-                if let Some(durable) = &carrier.durable {
-                    durable.handle_consumer_began(&name);
-                }
+            Wish::Subscribe(pattern) => {
+                carrier.with_mesh(|mesh, now| mesh.subscribe(now, &pattern))
             }
+            Wish::Serve(name, n) => carrier.with_mesh(|mesh, now| mesh.serve(now, &name, n)),
+            Wish::Consume(name, ..) => match &carrier.durable {
+                Some(durable) => durable.handle_consumer_began(&name),
+                None => Ok(()),
+            },
         }
     }
 
     fn end_wish(&self, wish: Wish, end: WishEnd) {
         let Self(carrier) = self;
         match wish {
-            Wish::Subscribe(pattern) => carrier.with_mesh(|mesh, _| mesh.unsubscribe(&pattern)),
-            Wish::Serve(name, _) => carrier.with_mesh(|mesh, _| mesh.withdraw(&name)),
+            Wish::Subscribe(pattern) => {
+                carrier.with_mesh(|mesh, now| mesh.unsubscribe(now, &pattern));
+            }
+            Wish::Serve(name, _) => carrier.with_mesh(|mesh, now| mesh.withdraw(now, &name)),
             Wish::Consume(name, ..) => {
                 if let Some(durable) = &carrier.durable {
                     durable.handle_consumer_ended(&name, end);
@@ -394,7 +410,10 @@ impl Carrier for MeshHandle {
 
     fn abandon(&self) {
         let carrier = self.0.clone();
-        carrier.links.all().iter().for_each(|link| link.close());
+        carrier.with_mesh(|mesh, now| mesh.close_all(now));
+        if let Some(durable) = &carrier.durable {
+            durable.abandon();
+        }
         self.0.core.runtime.spawn(async move {
             carrier.close_files().await;
             carrier.core.reporter.write_log();

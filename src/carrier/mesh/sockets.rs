@@ -2,12 +2,15 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+
+use tokio::task::AbortHandle;
 
 use super::receive::NodeAcceptor;
 use super::transport::Transport;
 use super::{MeshCarrier, MeshParts};
+use crate::address::MeshName;
 use crate::config::Config;
 use crate::core::{Core, Reporter};
 use crate::discovery::{self, Sink, local};
@@ -91,12 +94,17 @@ impl MeshCarrier {
     ) -> Result<Vec<SocketAddr>, SocketError> {
         self.begin();
         let (core, config) = (&self.core, &self.core.config);
-        let mut watching = None;
-        if let Some(dir) = sockets {
-            let path = local::fresh_socket(&dir);
-            let refused = |source| SocketError::SocketDir { dir: path.clone(), source };
-            door.listen_local(&path).map_err(refused)?;
-            watching = Some((dir, path));
+        let mut place = Place {
+            door: Arc::downgrade(door),
+            let_in: access.let_in().clone(),
+            runtime_dir: config.runtime_dir.clone(),
+            mesh: config.mesh.clone(),
+            socket: None,
+            failed: false,
+        };
+        if let Some(dir) = &sockets {
+            let listening = place.listen(dir);
+            listening.map_err(|(dir, source)| SocketError::SocketDir { dir, source })?;
         }
         let mut listening = Vec::new();
         for addr in wanted(config) {
@@ -125,9 +133,10 @@ impl MeshCarrier {
         let carrier = self.clone();
         let sink: Sink = Arc::new(move |discovered| carrier.handle_discovered(discovered));
         discovery::fixed::announce(&config.peers, &sink);
-        if let Some((dir, path)) = watching {
-            core.spawn(local::watch(dir, path, sink.clone()));
+        for (host, port) in config.peers.iter().filter_map(discovery::fixed::name) {
+            core.spawn(discovery::names::watch(host.to_owned(), port, sink.clone()));
         }
+        core.spawn(local::watch(move || place.renew(), sink.clone()));
         if config.mdns && !listening.is_empty() {
             let beacon = discovery::mdns::Beacon {
                 id: core.id,
@@ -143,6 +152,64 @@ impl MeshCarrier {
             core.spawn(discovery::mdns::start(beacon, sink).map_err(SocketError::Mdns)?);
         }
         Ok(listening)
+    }
+}
+
+/// The place of a node among those of its user on this host: its socket, and the key of the host.
+struct Place {
+    door: Weak<FrontDoor>,
+    let_in: LetIn,
+    runtime_dir: Option<PathBuf>,
+    mesh: MeshName,
+    /// The socket and its listener, if the node has one.
+    socket: Option<(PathBuf, AbortHandle)>,
+    /// The last attempt to make it again failed.
+    failed: bool,
+}
+
+impl Place {
+    fn listen(&mut self, dir: &Path) -> Result<(), (PathBuf, io::Error)> {
+        let Some(door) = self.door.upgrade() else { return Ok(()) };
+        let path = local::fresh_socket(dir);
+        let listener = door.listen_local(&path).map_err(|source| (path.clone(), source))?;
+        if let Some((_, removed)) = self.socket.replace((path, listener)) {
+            removed.abort();
+        }
+        Ok(())
+    }
+
+    /// Makes the socket and the key again, if they were removed. Returns the node's socket.
+    fn renew(&mut self) -> Option<PathBuf> {
+        let is_there = self.socket.as_ref().is_none_or(|(path, _)| path.exists());
+        let renewed = match is_there {
+            true => self.let_in.renew().map_err(|error| error.to_string()),
+            false => self.make_again(),
+        };
+        match renewed {
+            Ok(()) => self.failed = false,
+            Err(_) if self.failed => {}
+            Err(error) => {
+                self.failed = true;
+                tracing::warn!(
+                    error,
+                    "this node's socket or the host's key can't be checked, or made again: other \
+                     nodes of this host may not find this one"
+                );
+            }
+        }
+        self.socket.as_ref().map(|(path, _)| path.clone())
+    }
+
+    fn make_again(&mut self) -> Result<(), String> {
+        let told = |(path, error): (PathBuf, io::Error)| format!("{}: {error}", path.display());
+        let dir = local::prepare(self.runtime_dir.as_deref(), &self.mesh).map_err(told)?;
+        self.let_in.renew().map_err(|error| error.to_string())?;
+        self.listen(&dir).map_err(told)?;
+        tracing::warn!(
+            dir = %dir.display(),
+            "the socket of this node was removed: it has made another one"
+        );
+        Ok(())
     }
 }
 

@@ -22,8 +22,8 @@ mod record;
 pub(crate) use inbox::{Inbox, InboxAction, Verdict};
 pub(crate) use numbered::Numbered;
 pub(crate) use outbox::{
-    Contents, DeliveryKey, Full, NewMessage, NewMessages, Outbox, OutboxAction, OutboxConfig,
-    OutboxEvent, Source, Submitted,
+    Contents, DeliveryKey, Full, MAX_SUBSCRIPTIONS, NewMessage, NewMessages, Outbox, OutboxAction,
+    OutboxConfig, OutboxEvent, Source, Submitted,
 };
 pub(crate) use record::RecordError;
 #[cfg(fuzzing)]

@@ -186,7 +186,7 @@ fn may_be_told(address: &Address) -> bool {
                 std::net::IpAddr::V6(v6) => !v6.is_unicast_link_local(),
             }
         }
-        Address::Host(host, port) => host != "localhost" && *port != 0,
+        Address::Host(host, port) => host != "localhost" && !host.contains('%') && *port != 0,
         Address::Local(_) | Address::Memory(_) => false,
     }
 }

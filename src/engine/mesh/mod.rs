@@ -13,6 +13,7 @@ mod announcements;
 mod endings;
 mod gossip;
 mod handshake;
+mod interests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -25,13 +26,20 @@ use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
 use crate::wire::{Bye, Control, Hello, Limits};
-use allowance::Allowance;
+use allowance::{Allowance, Rate};
 use gossip::{Gossip, NAMED_A_SECOND, NAMED_BURST};
+use interests::Interests;
+pub(crate) use interests::TooMany;
 
 /// The time after which a connection without a hello is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// The most patterns and services that a peer may announce in all.
-const MAX_ANNOUNCED: usize = 10_000;
+/// The most patterns and services that a node may announce in all.
+pub(crate) const MAX_ANNOUNCED: usize = 10_000;
+/// The rate of a peer's changes. The protocol allows a burst of 20,000; the rest is for records that
+/// were delayed on their way.
+const PEER_RATE: Rate = Rate { burst: 3 * MAX_ANNOUNCED as u64, a_second: 1000 };
+/// The most addresses in a hello, which must be small.
+const MAX_TOLD: usize = 64;
 /// The time in which an old link must answer a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -236,9 +244,7 @@ pub(crate) struct Mesh {
     me: MeshConfig,
     /// The addresses at which others reach this node over a network.
     addresses: Vec<Address>,
-    /// The number of local subscriptions to each pattern.
-    patterns: BTreeMap<Pattern, usize>,
-    services: BTreeMap<ServiceName, u32>,
+    interests: Interests,
     /// Ordered, so that a simulated run can be repeated.
     links: BTreeMap<LinkId, Link>,
     /// The deadlines of connections that are not links yet.
@@ -256,8 +262,7 @@ impl Mesh {
     pub(crate) fn new(me: MeshConfig, seed: u64) -> Self {
         Self {
             addresses: Vec::new(),
-            patterns: BTreeMap::new(),
-            services: BTreeMap::new(),
+            interests: Interests::new(),
             links: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
@@ -275,8 +280,10 @@ impl Mesh {
         &self.me.budget
     }
 
-    /// Sets the addresses at which others reach this node over a network, for future hellos.
-    pub(crate) fn set_addresses(&mut self, addresses: Vec<Address>) {
+    /// Sets the addresses at which others reach this node over a network, for future hellos; at most
+    /// 64 of them.
+    pub(crate) fn set_addresses(&mut self, mut addresses: Vec<Address>) {
+        addresses.truncate(MAX_TOLD);
         self.addresses = addresses;
     }
 
@@ -284,6 +291,12 @@ impl Mesh {
 
     pub(crate) fn handle_sighting(&mut self, now: Time, sighting: Sighting) {
         self.dialer.handle_sighting(now, sighting);
+        self.dial_due(now);
+    }
+
+    /// Handles the addresses that a configured name currently has: each is a target of its own.
+    pub(crate) fn handle_resolved(&mut self, now: Time, name: Address, addresses: Vec<Address>) {
+        self.dialer.handle_resolved(now, name, addresses);
         self.dial_due(now);
     }
 
@@ -303,7 +316,7 @@ impl Mesh {
         let dialled = connection.target.is_some();
         let deadline = now + HELLO_TIMEOUT;
         let phase = Phase::Greeting { deadline };
-        let allowance = Allowance::new(now);
+        let allowance = Allowance::new(now, PEER_RATE);
         let hints = Bucket::new(now, NAMED_BURST, NAMED_A_SECOND);
         let share = self.me.budget.share();
         let fresh =
@@ -397,14 +410,30 @@ impl Mesh {
             self.accept(now, newcomer);
         }
         self.gossip_due(now);
+        self.announce_due(now);
         self.dial_due(now);
+    }
+
+    /// Records that this node did not run for that long, in which no peer could meet a deadline.
+    pub(crate) fn handle_pause(&mut self, pause: Duration) {
+        let late: Vec<LinkId> = self.deadlines.iter().map(|(_, link)| *link).collect();
+        for link in late {
+            let phase = self.links.get(&link).map(|entry| entry.phase.later(pause));
+            if let Some(phase) = phase {
+                self.set_phase(link, phase);
+            }
+        }
+        for probe in self.probes.values_mut() {
+            probe.deadline = probe.deadline + pause;
+        }
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<Time> {
         let links = self.deadlines.first().map(|(deadline, _)| *deadline);
         let probes = self.probes.values().map(|probe| probe.deadline).min();
         let dials = self.dialing.then(|| self.dialer.poll_timeout()).flatten();
-        [links, probes, dials, self.gossip_at()].into_iter().flatten().min()
+        let news = self.interests.poll_timeout();
+        [links, probes, dials, self.gossip_at(), news].into_iter().flatten().min()
     }
 
     pub(crate) fn poll_action(&mut self) -> Option<Action> {
@@ -533,6 +562,14 @@ fn service_info((name, concurrency): (&ServiceName, &u32)) -> ServiceInfo {
 }
 
 impl Phase {
+    fn later(self, by: Duration) -> Self {
+        match self {
+            Self::Greeting { deadline } => Self::Greeting { deadline: deadline + by },
+            Self::Deciding { deadline } => Self::Deciding { deadline: deadline + by },
+            Self::Up => Self::Up,
+        }
+    }
+
     fn deadline(self) -> Option<Time> {
         match self {
             Self::Greeting { deadline } | Self::Deciding { deadline } => Some(deadline),

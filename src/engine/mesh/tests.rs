@@ -192,8 +192,8 @@ fn a_node_that_stops_makes_no_new_links() {
 fn what_a_hello_has_no_room_for_follows_it() {
     let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
     let pattern = |n| -> Pattern { format!("{}.{n:04}", "t".repeat(200)).parse().unwrap() };
-    (0..1000).for_each(|n| b.subscribe(&pattern(n)));
-    b.serve(&"stock".parse().unwrap(), 1);
+    (0..1000).for_each(|n| b.subscribe(at(0), &pattern(n)).unwrap());
+    b.serve(at(0), &"stock".parse().unwrap(), 1).unwrap();
     let target = Some(TargetKey::Address(Address::Memory(1)));
     connect(&mut b, LinkId(1), target, 1);
     let listed: Vec<usize> = sent(&mut b)
@@ -207,12 +207,12 @@ fn what_a_hello_has_no_room_for_follows_it() {
         .collect();
     assert_eq!(listed.iter().sum::<usize>(), 1000);
     assert!(
-        listed.len() > 5 && listed.iter().all(|len| *len <= announcements::MAX_LISTED / 200),
+        listed.len() > 5 && listed.iter().all(|len| *len <= interests::MAX_LISTED / 200),
         "{listed:?}"
     );
 
     linked(&mut b, &mut a, LinkId(2));
-    b.unsubscribe(&pattern(0));
+    b.unsubscribe(at(3), &pattern(0));
     exchange(&mut a, &mut b);
     let peer = &a.peers()[0];
     assert_eq!((peer.patterns.len(), peer.services.len()), (999, 1));
@@ -434,4 +434,162 @@ fn addresses_that_keep_changing_are_dialled_once_a_second_at_most() {
         }
     }
     assert!((5..=20).contains(&dials), "{dials}");
+}
+
+fn pattern(text: String) -> Pattern {
+    text.parse().unwrap()
+}
+
+#[test]
+fn what_peers_would_not_accept_is_refused_here_and_the_links_stay() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    b.serve(at(2), &"work".parse().unwrap(), 1).unwrap();
+    for n in 1..MAX_ANNOUNCED {
+        b.subscribe(at(2), &pattern(format!("t.{n}"))).unwrap();
+    }
+    assert_eq!(b.subscribe(at(2), &pattern("one.more".into())), Err(TooMany));
+    assert_eq!(b.serve(at(2), &"more".parse().unwrap(), 1), Err(TooMany));
+    b.subscribe(at(2), &pattern("t.1".into())).expect("it is announced already");
+    b.serve(at(2), &"work".parse().unwrap(), 8).expect("a change of what is announced");
+    b.unsubscribe(at(2), &pattern("t.2".into()));
+    b.subscribe(at(2), &pattern("one.more".into())).expect("there is room again");
+    run(&mut b, &mut a, Duration::from_secs(20));
+    let peer = &a.peers()[0];
+    assert_eq!((peer.patterns.len(), peer.services.len()), (MAX_ANNOUNCED - 1, 1));
+    assert_eq!(peer.services[0].concurrency, 8);
+
+    // A new link lists all of it.
+    a.handle_closed(at(30_000), LinkId(1), DownReason::Closed);
+    b.handle_closed(at(30_000), LinkId(1), DownReason::Closed);
+    sent(&mut a);
+    sent(&mut b);
+    connect(&mut b, LinkId(2), Some(TargetKey::Address(Address::Memory(1))), 1);
+    connect(&mut a, LinkId(2), None, 2);
+    exchange(&mut a, &mut b);
+    assert_eq!(a.peers()[0].patterns.len(), MAX_ANNOUNCED - 1);
+}
+
+/// Lets time pass for a node, and delivers what it sends to its peer.
+fn run(from: &mut Mesh, to: &mut Mesh, span: Duration) {
+    let (mut now, end) = (at(3), at(3) + span);
+    while now < end {
+        now = from.poll_timeout().filter(|due| *due < end).unwrap_or(end).max(now);
+        from.handle_timeout(now);
+        for (link, control) in sent(from).0 {
+            to.handle_control(now, link, control);
+        }
+        sent(to);
+    }
+}
+
+#[test]
+fn a_node_whose_subscriptions_come_and_go_without_end_keeps_its_links() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    let mut records = 0;
+    // Two changes each millisecond, 2.5 times as many as are announced, and all delayed by 5 s.
+    for n in 0_u64..60_000 {
+        let now = at(10 + n);
+        b.subscribe(now, &pattern(format!("reply.{n}"))).unwrap();
+        if n >= 3_000 {
+            b.unsubscribe(now, &pattern(format!("reply.{}", n - 3_000)));
+        }
+        b.handle_timeout(now);
+        for (link, control) in sent(&mut b).0 {
+            records += 1;
+            a.handle_control(at(5_000 + n / 5_000 * 5_000), link, control);
+        }
+        sent(&mut a);
+        assert!(a.is_linked(&b.me.id), "cut at {n}");
+    }
+    assert!(records > 1_000, "changes were announced: {records}");
+    assert!(b.poll_timeout().is_some(), "and some wait");
+    for n in 0..60_000 {
+        b.unsubscribe(at(70_000), &pattern(format!("reply.{n}")));
+    }
+    b.subscribe(at(70_000), &pattern("last".into())).unwrap();
+    let mut now = at(70_000);
+    while let Some(due) = b.poll_timeout().filter(|due| *due < at(90_000)) {
+        now = due.max(now);
+        b.handle_timeout(now);
+        sent(&mut b).0.into_iter().for_each(|(link, news)| a.handle_control(now, link, news));
+    }
+    assert_eq!(a.peers()[0].patterns, [pattern("last".into())]);
+}
+
+#[test]
+fn of_a_subscription_that_ends_while_it_waits_peers_hear_nothing() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    linked(&mut a, &mut b, LinkId(1));
+    (0..9_000).for_each(|n| b.subscribe(at(3), &pattern(format!("t.{n}"))).unwrap());
+    sent(&mut b);
+    b.subscribe(at(3), &pattern("brief".into())).unwrap();
+    b.unsubscribe(at(3), &pattern("brief".into()));
+    let mut now = at(3);
+    while let Some(due) = b.poll_timeout().filter(|due| *due < at(20_000)) {
+        now = due.max(now);
+        b.handle_timeout(now);
+        for (_, control) in sent(&mut b).0 {
+            if let Control::Announce(news) = control {
+                assert!(!news.subscribed.contains(&pattern("brief".into())));
+            }
+        }
+    }
+    assert!(now < at(8_000), "4,000 that waited, at 800 a second: {now:?}");
+}
+
+#[test]
+fn of_a_name_with_many_addresses_the_own_one_stands_for_no_other() {
+    let mut me = mesh(1, 1);
+    let name = Address::Host("mesh.headless".into(), 4000);
+    let addresses = |numbers: &[u64]| numbers.iter().map(|it| Address::Memory(*it)).collect();
+    let targets = |me: &mut Mesh| -> Vec<TargetKey> {
+        let dialled = actions(me).into_iter().filter_map(|action| match action {
+            Action::Dial { target, .. } => Some(target),
+            _ => None,
+        });
+        dialled.collect()
+    };
+    let key = |number| TargetKey::Address(Address::Memory(number));
+    me.handle_resolved(at(0), name.clone(), addresses(&[1, 2, 3]));
+    assert_eq!(targets(&mut me), [key(1), key(2), key(3)], "each is dialled");
+    // The first is this node itself.
+    let (near, far) = (LinkId(1), LinkId(2));
+    connect(&mut me, near, Some(key(1)), 1);
+    connect(&mut me, far, None, 1);
+    for (link, hello) in sent(&mut me).0 {
+        assert_eq!(link, near);
+        me.handle_control(at(2), far, hello);
+    }
+    sent(&mut me).0.into_iter().for_each(|(_, hello)| me.handle_control(at(2), near, hello));
+    me.handle_dial_failed(at(3), &key(2), "refused".into());
+    me.handle_dial_failed(at(3), &key(3), "refused".into());
+    me.handle_timeout(at(10_000));
+    assert_eq!(targets(&mut me), [key(2), key(3)], "the others are dialled again, it is not");
+    assert_eq!(me.unreachable().len(), 2);
+
+    // It is resolved again: one is gone, one is new.
+    me.handle_dial_failed(at(10_001), &key(2), "refused".into());
+    me.handle_resolved(at(10_002), name, addresses(&[1, 3, 4]));
+    assert_eq!(targets(&mut me), [key(4)]);
+    me.handle_dial_failed(at(10_003), &key(3), "refused".into());
+    me.handle_dial_failed(at(10_003), &key(4), "refused".into());
+    me.handle_timeout(at(30_000));
+    let mut again = targets(&mut me);
+    again.sort_unstable();
+    assert_eq!(again, [key(3), key(4)]);
+}
+
+#[test]
+fn a_pause_of_this_node_is_not_held_against_a_connection() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    a.handle_sighting(at(0), address(2));
+    let target = dialled(&mut a);
+    connect(&mut a, LinkId(1), target, 2);
+    connect(&mut b, LinkId(1), None, 1);
+    a.handle_pause(Duration::from_secs(60));
+    a.handle_timeout(at(60_000));
+    exchange(&mut a, &mut b);
+    assert!(a.is_linked(&b.me.id));
 }

@@ -82,8 +82,8 @@ impl Crowd {
             };
             let mut mesh = Mesh::new(config, node as u64);
             mesh.set_addresses(vec![address(node)]);
-            mesh.subscribe(&format!("own.{node}").parse().unwrap());
-            mesh.subscribe(&"all.>".parse().unwrap());
+            mesh.subscribe(Time::default(), &format!("own.{node}").parse().unwrap()).unwrap();
+            mesh.subscribe(Time::default(), &"all.>".parse().unwrap()).unwrap();
             Member { mesh, sent: Sent::default(), wakes: None }
         };
         let mut crowd = Self {
@@ -245,7 +245,8 @@ fn a_change_costs_one_record_a_peer_however_large_the_mesh() {
         let mut crowd = Crowd::new(nodes);
         crowd.converge();
         let before = crowd.members[3].sent;
-        crowd.members[3].mesh.subscribe(&"news.today".parse().unwrap());
+        let now = crowd.now;
+        crowd.members[3].mesh.subscribe(now, &"news.today".parse().unwrap()).unwrap();
         crowd.perform(3);
         let after = crowd.members[3].sent;
         let peers = nodes as u64 - 1;

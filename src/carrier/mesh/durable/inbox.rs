@@ -2,20 +2,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Durable;
 use crate::address::ServiceName;
 use crate::carrier::WishEnd;
 use crate::carrier::mesh::peer_link::PeerLink;
 use crate::core::{Hold, Settle, Ticket, add};
-use crate::engine::Settlement;
-use crate::engine::delivery::{Inbox, InboxAction, Verdict};
+use crate::engine::delivery::{Inbox, InboxAction, MAX_SUBSCRIPTIONS, Verdict};
+use crate::engine::{Settlement, Time, TooMany};
 use crate::identity::NodeId;
 use crate::journal::{Ended, Need};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
 use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo};
+
+/// The most ended durable subscriptions that are still announced, to peers that link later.
+const MAX_ENDED: usize = 256;
 
 impl Durable {
     /// Passes an input to the inbox, then carries out its actions.
@@ -141,18 +145,30 @@ impl Durable {
         lock(&self.store.inbox).is_idle()
     }
 
-    /// Retries the entries that the disk refused.
-    pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>) {
-        if lock(&self.store.inbox).has_unstored() {
+    /// Retries the entries that the disk refused, once a second.
+    pub(in crate::carrier::mesh) fn handle_inbox_timeout(self: &Arc<Self>, now: Time) {
+        let (now, last) = (now.since_start().as_secs(), &self.inbox_retried);
+        if last.swap(now, Ordering::Relaxed) != now && lock(&self.store.inbox).has_unstored() {
             self.with_inbox(Inbox::handle_timeout);
         }
     }
 
     // Durable subscriptions.
 
-    pub(in crate::carrier::mesh) fn handle_consumer_began(self: &Arc<Self>, name: &ServiceName) {
+    /// Announces a durable subscription that began.
+    ///
+    /// # Errors
+    /// [`TooMany`] if publishers would not remember that many of one node.
+    pub(in crate::carrier::mesh) fn handle_consumer_began(
+        self: &Arc<Self>,
+        name: &ServiceName,
+    ) -> Result<(), TooMany> {
+        if self.core.look(|front| front.consumers().count()) > MAX_SUBSCRIPTIONS {
+            return Err(TooMany);
+        }
         lock(&self.store.ended).remove(name);
         self.announce_consumers();
+        Ok(())
     }
 
     pub(in crate::carrier::mesh) fn handle_consumer_ended(
@@ -161,7 +177,12 @@ impl Durable {
         end: WishEnd,
     ) {
         if end == WishEnd::Forget {
-            lock(&self.store.ended).insert(name.clone());
+            let mut ended = lock(&self.store.ended);
+            if ended.len() >= MAX_ENDED {
+                // Linked peers were notified; others keep its messages until they forget it.
+                ended.pop_first();
+            }
+            ended.insert(name.clone());
         }
         self.announce_consumers();
     }

@@ -7,6 +7,7 @@ mod reader;
 pub(crate) mod store;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -18,8 +19,8 @@ use crate::clock::unix_ms;
 use crate::core::{Alarm, Core, Event, Line, NotStored, Progress, add};
 use crate::engine::Time;
 use crate::engine::delivery::{
-    Full, NewMessage, NewMessages, Now, Outbox, OutboxAction, OutboxEvent, Source, Submitted,
-    Target,
+    Full, NewMessage, NewMessages, Now, Numbered, Outbox, OutboxAction, OutboxEvent, Source,
+    Submitted, Target,
 };
 use crate::identity::NodeId;
 use crate::journal::{DiskNews, Ended};
@@ -39,6 +40,8 @@ pub(crate) struct Durable {
     /// The alarm of the mesh's driver, which also handles the outbox's timeouts.
     alarm: Arc<Alarm>,
     store: Store,
+    /// The second since the start in which the inbox's entries were last retried.
+    inbox_retried: AtomicU64,
 }
 
 /// Returns the answer of a node without a store.
@@ -56,7 +59,7 @@ impl Durable {
         store: Store,
     ) -> Arc<Self> {
         let (core, links, alarm) = (core.clone(), links.clone(), alarm.clone());
-        Arc::new(Self { core, links, alarm, store })
+        Arc::new(Self { core, links, alarm, store, inbox_retried: AtomicU64::new(0) })
     }
 
     /// Starts: from here on the journals report to this, and the outbox sends.
@@ -81,6 +84,11 @@ impl Durable {
     /// Returns the number of durable subscriptions to a topic that the outbox knows.
     pub(super) fn count_consumers(&self, topic: &Topic) -> usize {
         lock(&self.store.outbox).subscribers(topic).len()
+    }
+
+    /// Returns the number of those that accept messages now.
+    pub(super) fn count_present_consumers(&self, topic: &Topic) -> usize {
+        lock(&self.store.outbox).present_subscribers(topic)
     }
 
     fn now(&self) -> Now {
@@ -208,6 +216,10 @@ impl Durable {
             OutboxEvent::NotRemembered(peer) => {
                 reporter.log(Line::NotRemembered(peer));
                 return reporter.counters.refused("too_many_subscribers");
+            }
+            OutboxEvent::SubscriptionsNotRemembered(peer) => {
+                reporter.log(Line::SubscriptionsNotRemembered(peer));
+                return reporter.counters.refused("too_many_subscriptions");
             }
             OutboxEvent::DeadLetter { number, reason } => {
                 add(&reporter.counters.dead_lettered, 1);
@@ -342,6 +354,11 @@ impl Durable {
     }
 
     // The store.
+
+    /// Ends the waits for messages: nothing is sent any more.
+    pub(super) fn abandon(&self) {
+        *lock(&self.store.waiters) = Numbered::default();
+    }
 
     /// Closes the files. Returns the number of messages left in the outbox.
     pub(super) async fn close(self: &Arc<Self>) -> u64 {

@@ -27,6 +27,8 @@ pub(crate) use intake::{Full, NewMessage, NewMessages};
 pub(crate) use once::Submitted;
 pub(crate) use recover::Contents;
 
+pub(crate) use peers::MAX_SUBSCRIPTIONS;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -134,6 +136,8 @@ pub(crate) enum OutboxEvent {
     InboxLost(NodeId),
     /// The peer is forgotten when it disconnects, as too many peers are remembered already.
     NotRemembered(NodeId),
+    /// The peer has more durable subscriptions than are remembered for one.
+    SubscriptionsNotRemembered(NodeId),
     /// Messages have been queued for an absent peer for long.
     PeerGone {
         peer: NodeId,
@@ -248,6 +252,8 @@ struct Peer {
     /// The time of the last reassignment of its messages since `down_since`.
     reassigned_at: Option<Time>,
     told_gone: bool,
+    /// Its further durable subscriptions were reported as not remembered.
+    told_full: bool,
 }
 
 /// A journal append in progress.
@@ -416,6 +422,16 @@ impl Outbox {
         let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
         let targets = all.map(|((node, name), _)| Target::Subscription(*node, name.clone()));
         targets.collect()
+    }
+
+    /// Returns the number of those whose nodes are linked and accept their messages now.
+    pub(crate) fn present_subscribers(&self, topic: &Topic) -> usize {
+        let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
+        let is_present = |peer: &Peer, name| peer.up && peer.active.contains(name);
+        all.filter(|((node, name), _)| {
+            self.peers.get(node).is_some_and(|peer| is_present(peer, name))
+        })
+        .count()
     }
 
     /// Returns the number of pending messages, counted once for each destination.

@@ -12,8 +12,8 @@ use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
 use crate::wire::{Control, InboxInfo};
 
-/// The most durable subscriptions remembered for a peer.
-pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
+/// The most durable subscriptions of a node, and the most that are remembered for a peer.
+pub(crate) const MAX_SUBSCRIPTIONS: usize = 256;
 /// The most peers remembered while they are absent and nothing is queued for them. A member of the
 /// mesh can create any number of ids, and each new peer has all of them stored again.
 pub(super) const MAX_PEERS: usize = if cfg!(test) { 64 } else { 4096 };
@@ -56,7 +56,7 @@ impl Outbox {
         self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
-        (peer.told_inbox, peer.reassigned_at) = (None, None);
+        (peer.told_inbox, peer.reassigned_at, peer.told_full) = (None, None, false);
         peer.active.clear();
         let ready = std::mem::take(&mut peer.ready);
         let of_node = self.streams.iter().filter(|stream| stream.node == node);
@@ -135,6 +135,13 @@ impl Outbox {
         }
         if changed {
             self.store_peers(met);
+        }
+        if new > room
+            && let Some(peer) = self.peers.get_mut(&node)
+            && !std::mem::replace(&mut peer.told_full, true)
+        {
+            let event = OutboxEvent::SubscriptionsNotRemembered(node);
+            self.actions.push_back(OutboxAction::Report(event));
         }
     }
 

@@ -266,7 +266,7 @@ impl SimNode {
             mesh.handle_sighting(now.time, sighting);
         }
         let pattern: Pattern = PATTERNS[life.node % PATTERNS.len()].parse().unwrap();
-        mesh.subscribe(&pattern);
+        mesh.subscribe(now.time, &pattern).unwrap();
         let overflow = OVERFLOWS[random.below(4) as usize];
         let queue = SubscriptionQueue::new(overflow, SUBSCRIPTION_QUEUE);
         let limits = FrontLimits { max_body: MAX_BODY as usize, local: 0, broker: 0 };
@@ -327,7 +327,7 @@ impl SimNode {
             for name in names.into_iter().chain(inbox) {
                 let number = self.front.serve(&name, CONCURRENCY, name.clone());
                 self.offered.push((name.clone(), number.expect("it is not offered yet")));
-                self.mesh.serve(&name, CONCURRENCY);
+                self.mesh.serve(self.now.time, &name, CONCURRENCY).unwrap();
             }
         } else {
             self.withdraw_services();
@@ -348,7 +348,7 @@ impl SimNode {
     fn withdraw_services(&mut self) {
         for (name, number) in std::mem::take(&mut self.offered) {
             self.front.withdraw(number);
-            self.mesh.withdraw(&name);
+            self.mesh.withdraw(self.now.time, &name);
         }
     }
 

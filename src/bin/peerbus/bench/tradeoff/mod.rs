@@ -81,7 +81,7 @@ impl Tradeoff {
         let mut comparison = Comparison::new(workloads, systems, skipped, &self.dir).await?;
         let outcome = tokio::select! {
             outcome = comparison.run(self.rounds, self.placement, &self.dir) => outcome,
-            () = interrupted() => Err(anyhow::anyhow!("the run was interrupted")),
+            _ = interrupted() => Err(anyhow::anyhow!("the run was interrupted")),
         };
         output::progress(None);
         let cut_short = outcome.as_ref().err().map(|error| format!("{error:#}"));

@@ -48,6 +48,8 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
+    let told = OutboxEvent::SubscriptionsNotRemembered(BOB);
+    assert_eq!(bench.events.iter().filter(|event| **event == told).count(), 1, "told once");
 }
 
 fn minted(number: usize) -> NodeId {
