@@ -83,6 +83,13 @@ impl Reporter {
         }
     }
 
+    /// Counts what a full inbox forgot for `newcomer` and refused it, and schedules the report.
+    pub(crate) fn count_inbox_full(&self, newcomer: NodeId, forgotten: u64, refused: u64) {
+        if self.counters.inbox_full(newcomer, forgotten, refused) {
+            self.unreported.notify_one();
+        }
+    }
+
     /// Reports drops and moved keys in groups, until this future is dropped.
     pub(super) async fn keep_reporting(&self) {
         loop {
@@ -93,6 +100,9 @@ impl Reporter {
             }
             for ((service, from, to), count) in unreported.moved {
                 self.report(Event::KeysMoved { service, from, to, count });
+            }
+            if let Some((newcomer, forgotten, refused)) = unreported.inbox_full {
+                self.report(Event::InboxFull { newcomer, forgotten, refused });
             }
             sleep(GROUP).await;
         }

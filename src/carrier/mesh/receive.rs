@@ -204,8 +204,8 @@ impl LinkReceiver {
             (ReceivedControl::Answers(answers), Some(durable)) => {
                 durable.handle_answers(link.peer, answers);
             }
-            (ReceivedControl::Epochs(epochs), Some(durable)) => {
-                durable.handle_epochs(link, &epochs);
+            (ReceivedControl::Epochs(epochs, moment), Some(durable)) => {
+                durable.handle_epochs(link, &epochs, moment);
             }
             (ReceivedControl::Inbox(info, denial), durable) => {
                 denial.into_iter().for_each(|denial| link.send_control(denial));
@@ -218,7 +218,7 @@ impl LinkReceiver {
                 carrier.with_mesh(|mesh, now| mesh.handle_control(now, link.id, control));
             }
             // A node without a store has no messages to which these could refer.
-            (ReceivedControl::Answers(_) | ReceivedControl::Epochs(_), None) => {}
+            (ReceivedControl::Answers(_) | ReceivedControl::Epochs(..), None) => {}
         }
         Ok(())
     }

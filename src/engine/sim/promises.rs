@@ -89,6 +89,10 @@ pub(super) struct Promises {
     /// Of these, the ones whose end is on the disk, and those whose end ever was.
     durable: HashSet<Place>,
     processed: BTreeSet<Place>,
+    /// Of these, those whose sender, or whose receiver, was put back to an older state since: they may
+    /// be processed again, and say so. Where both were, nobody knows.
+    sender_put_back: HashSet<Place>,
+    receiver_put_back: HashSet<Place>,
     /// What a rule refused.
     refused: HashSet<MessageId>,
     /// How often each node ended without warning.
@@ -110,6 +114,8 @@ impl Promises {
             begun: BTreeMap::new(),
             durable: HashSet::new(),
             processed: BTreeSet::new(),
+            sender_put_back: HashSet::new(),
+            receiver_put_back: HashSet::new(),
             refused: HashSet::new(),
             deaths: BTreeMap::new(),
             gone: HashSet::new(),
@@ -189,6 +195,8 @@ impl Promises {
     pub(super) fn handle_put_back(&mut self, node: usize) {
         let sent = &self.sent;
         self.gone.retain(|message| sent[message].sender != node);
+        let of_node = self.processed.iter().filter(|(.., message)| sent[message].sender == node);
+        self.sender_put_back.extend(of_node.copied());
         self.sent.values_mut().filter(|sent| sent.sender == node).for_each(|sent| {
             (sent.stored, sent.forgotten) = (false, true);
         });
@@ -258,10 +266,14 @@ impl Promises {
         assert!(self.begun.contains_key(&place), "{message} was never begun");
         self.durable.insert(place);
         self.processed.insert(place);
+        self.sender_put_back.remove(&place);
+        self.receiver_put_back.remove(&place);
     }
 
     /// A node lost its inbox: it may process again what it has processed.
     pub(super) fn handle_inbox_lost(&mut self, node: usize) {
+        let here = self.processed.iter().filter(|(other, ..)| *other == node);
+        self.receiver_put_back.extend(here.copied());
         self.durable.retain(|(other, ..)| *other != node);
     }
 
@@ -281,6 +293,11 @@ impl Promises {
         self.seen.when("messages taken from a node that had processed them", processed);
         let one_only = sure && self.settings.reassign_after.is_none();
         assert!(!(one_only && processed), "{message} was processed elsewhere");
+        let put_back = [&self.sender_put_back, &self.receiver_put_back];
+        let [by_sender, by_receiver] = put_back.map(|places| places.contains(&place));
+        self.seen.when("messages processed again after a restore", by_sender && !by_receiver);
+        let is_known = self.processed.contains(&place) && !(by_sender && by_receiver);
+        assert!(again || !is_known, "{message} was processed at {node}, and doesn't say so");
         let begun = self.begun.entry(place).or_default();
         let new = *begun == 0 && !elsewhere;
         assert!(again || new || !sure, "{message} comes again, and doesn't say so");

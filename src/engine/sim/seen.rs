@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-const ALL: [&str; 68] = [
+const ALL: [&str; 70] = [
     // Links, and those who are at their ends.
     "cuts",
     "silent cuts",
@@ -75,6 +75,8 @@ const ALL: [&str; 68] = [
     "snapshots of inboxes that live",
     "inboxes lost",
     "outboxes put back",
+    "inboxes put back",
+    "messages processed again after a restore",
 ];
 
 /// How often each of them was seen.

@@ -62,8 +62,14 @@ impl Durable {
     /// Starts: from here on the journals report to this, and the outbox sends.
     pub(super) fn begin(self: &Arc<Self>) {
         self.store.belongs_to(self);
+        let me = self.core.id;
+        let heard = lock(&self.store.inbox).heard(&me);
+        let own = InboxInfo { epoch: 0, heard, ..InboxInfo::default() };
+        self.with_outbox(|outbox, now| {
+            outbox.handle_link_up(me);
+            outbox.handle_inbox(now, me, own);
+        });
         self.with_inbox(|_| ());
-        self.with_outbox(|_, _| ());
         self.core.spawn(self.clone().watch_routes());
         self.core.spawn(self.clone().keep_reading());
     }
@@ -134,6 +140,9 @@ impl Durable {
                     }
                     source => store.reader.push(Wanted::Transmit(transmission, source)),
                 }
+            }
+            OutboxAction::Send(to, Control::Epochs(epochs, moment)) if to == self.core.id => {
+                lock(&store.inbox).handle_epochs(to, &epochs, moment);
             }
             OutboxAction::Send(to, control) => self.links.send_control(&to, control),
             OutboxAction::Stored(number, result) => {
@@ -214,6 +223,7 @@ impl Durable {
                 Event::DeadLetter { number, reason }
             }
             OutboxEvent::InboxLost(peer) => Event::InboxLost { peer },
+            OutboxEvent::IsOlder(peer) => Event::OutboxIsOlder { peer },
             OutboxEvent::PeerGone { peer, messages } => Event::PeerGone { peer, messages },
         });
     }
@@ -245,7 +255,7 @@ impl Durable {
     }
 
     pub(super) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
-        self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
+        self.with_outbox(|outbox, now| outbox.handle_inbox(now, from, info));
     }
 
     /// Handles a new link: each side announces its epochs and its inbox.
@@ -256,6 +266,7 @@ impl Durable {
 
     pub(super) fn handle_link_down(self: &Arc<Self>, peer: NodeId) {
         self.with_outbox(|outbox, now| outbox.handle_link_down(now, peer));
+        self.with_inbox(|inbox| inbox.handle_link_down(peer));
     }
 
     fn send_answers(self: &Arc<Self>, to: NodeId, answers: Vec<Answer>) {

@@ -65,6 +65,7 @@ pub(super) struct Keeping {
     states: Vec<u64>,
     groups: Vec<Group>,
     peers: bool,
+    history: bool,
 }
 
 /// The records of a segment about messages stored elsewhere.
@@ -285,7 +286,11 @@ impl Outbox {
             true => ENTRY + PEER * self.peers.len() as u64,
             false => 0,
         };
-        moves + peers + states + RANGE * ranges + ID * ids
+        let history = match self.history.segment == Some(number) {
+            true => ENTRY + PEER * self.history.len() as u64,
+            false => 0,
+        };
+        moves + peers + history + states + RANGE * ranges + ID * ids
     }
 
     fn state_cost(&self, message: u64) -> u64 {
@@ -348,11 +353,14 @@ impl Outbox {
             let is_live = |message| self.entries.get(message).is_some();
             groups.extend(self.once.wanted(*number, counted, is_live));
         }
-        let peers = self.peers_in.is_none_or(|segment| segments.contains(&segment));
+        let has = |segment: u64| segments.contains(&segment);
+        let (peers, history) =
+            (self.peers_in.is_none_or(has), self.history.segment.is_some_and(has));
         if settled == Ranges::default()
             && states == Ranges::default()
             && groups.is_empty()
             && !peers
+            && !history
         {
             // This frees space even on a completely full disk.
             return self.go(segments);
@@ -365,6 +373,7 @@ impl Outbox {
             settled: settled.iter().collect(),
             ids: ids.collect(),
             peers: peers.then(|| self.peer_records()),
+            history: history.then(|| self.history_record()),
             ..KeptRecord::default()
         };
         for message in &states {
@@ -373,20 +382,23 @@ impl Outbox {
         }
         let record = OutboxRecord::Kept(record).encode();
         let settled = settled.iter().collect();
-        let keeping = Keeping { segments, settled, states, groups, peers };
+        let keeping = Keeping { segments, settled, states, groups, peers, history };
         self.cleaning = Cleaning::Keeping;
         self.append_encoded(record, Pending::Kept(Box::new(keeping)));
     }
 
     /// The records are rewritten: the segments that held them can be removed.
     pub(super) fn handle_kept(&mut self, position: Position, keeping: Keeping) {
-        let Keeping { segments, settled, states, groups, peers } = keeping;
+        let Keeping { segments, settled, states, groups, peers, history } = keeping;
         let here = position.segment;
         settled.iter().for_each(|(first, last)| self.segments.tell_range(here, *first, *last));
         self.segments.tell(here, states.into_iter());
         groups.into_iter().for_each(|group| self.once.remember(here, group));
         if peers {
             self.peers_in = Some(here);
+        }
+        if history {
+            self.history.segment = Some(here);
         }
         self.go(segments);
     }

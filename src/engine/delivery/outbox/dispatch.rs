@@ -266,9 +266,13 @@ impl Outbox {
         part.attempts += 1;
         part.state = State::InFlight;
         let (attempt, redelivered) = (part.attempts, part.redelivered);
+        let redelivered = redelivered || self.history.doubts(&node, key.number);
         let peer = self.peers.entry(node).or_default();
         peer.in_flight += 1;
         peer.in_flight_bytes += size;
+        if peer.told != Some(self.history.reached()) {
+            self.announce_epochs(node);
+        }
         let delivery = Arc::new(Delivery { id, floor, attempt, redelivered });
         let transmit = OutboxAction::Transmit { to: node, key, source, delivery, expires_at };
         self.actions.push_back(transmit);

@@ -12,6 +12,7 @@ mod answers;
 mod cleaning;
 mod dispatch;
 mod ends;
+mod history;
 mod intake;
 mod key_queues;
 mod moving;
@@ -132,6 +133,8 @@ pub(crate) enum OutboxEvent {
     },
     /// A peer's inbox was replaced: it may process messages again.
     InboxLost(NodeId),
+    /// A peer knows a later state of this outbox, which is an older copy.
+    IsOlder(NodeId),
     /// The peer is forgotten when it disconnects, as too many peers are remembered already.
     NotRemembered(NodeId),
     /// Messages have been queued for an absent peer for long.
@@ -234,6 +237,8 @@ struct Peer {
     known_inbox: Option<u64>,
     /// The first epoch that it announced over the current link.
     told_inbox: Option<u64>,
+    /// The end of the journal that it was told over the current link.
+    told: Option<(u64, u64)>,
     /// The node's durable subscriptions that currently accept messages.
     active: Vec<ServiceName>,
     ready: VecDeque<DeliveryKey>,
@@ -265,6 +270,7 @@ enum Pending {
     Settled(Vec<(u64, u32)>, Vec<Bound>),
     /// The remembered state of peers.
     Peers,
+    History,
     /// The first entry of a new segment.
     Begun,
     /// The records to keep of segments to be removed.
@@ -296,6 +302,8 @@ pub(crate) struct Outbox {
     target_numbers: HashMap<Target, u32>,
     streams: Vec<StreamState>,
     stream_numbers: HashMap<(NodeId, Stream), u32>,
+    /// The streams of each node.
+    streams_of: HashMap<NodeId, Vec<u32>>,
     peers: BTreeMap<NodeId, Peer>,
     /// Peers that may have something to send.
     dirty: BTreeSet<NodeId>,
@@ -334,6 +342,7 @@ pub(crate) struct Outbox {
     /// The ids of messages stored once.
     once: once::Once,
     segments: segments::Segments,
+    history: history::History,
     /// The segment with the latest stored state of peers.
     peers_in: Option<u64>,
     /// The free space of the journal's disk.
@@ -373,6 +382,7 @@ impl Outbox {
             target_numbers: HashMap::default(),
             streams: Vec::new(),
             stream_numbers: HashMap::default(),
+            streams_of: HashMap::default(),
             peers: BTreeMap::from([(config.me, me)]),
             dirty: BTreeSet::new(),
             waiting: BTreeMap::new(),
@@ -396,6 +406,7 @@ impl Outbox {
             written: VecDeque::new(),
             once: once::Once::default(),
             segments: segments::Segments::default(),
+            history: history::History::default(),
             peers_in: None,
             room: Room { level: Level::Ample, bytes: u64::MAX, last: 0 },
             full_since: Time::default(),
@@ -465,6 +476,7 @@ impl Outbox {
         let outstanding = Numbered::default();
         self.streams.push(StreamState { node, stream: stream.clone(), next: 1, outstanding });
         self.stream_numbers.insert((node, stream), number);
+        self.streams_of.entry(node).or_default().push(number);
         number
     }
 

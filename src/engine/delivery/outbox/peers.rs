@@ -10,7 +10,7 @@ use crate::engine::Time;
 use crate::engine::delivery::record::{NodeBytes, OutboxRecord, PeerRecord};
 use crate::engine::delivery::{DeadLetterReason, Now, Target};
 use crate::identity::NodeId;
-use crate::wire::{Control, InboxInfo};
+use crate::wire::InboxInfo;
 
 /// The most durable subscriptions remembered for a peer.
 pub(super) const MAX_SUBSCRIPTIONS: usize = 256;
@@ -38,17 +38,10 @@ impl Peer {
 impl Outbox {
     /// Handles a new link to a peer. The peer announces its inbox itself.
     pub(crate) fn handle_link_up(&mut self, node: NodeId) {
-        let mut epochs = vec![self.config.epoch];
-        for stream in &self.streams {
-            let epoch = stream.stream.epoch;
-            if stream.node == node && !stream.outstanding.is_empty() && !epochs.contains(&epoch) {
-                epochs.push(epoch);
-            }
-        }
         let peer = self.peers.entry(node).or_default();
         peer.up = true;
         peer.told_gone = false;
-        self.actions.push_back(OutboxAction::Send(node, Control::Epochs(epochs)));
+        self.announce_epochs(node);
     }
 
     /// Handles the end of a link. Messages in flight may have been processed or not.
@@ -56,11 +49,10 @@ impl Outbox {
         self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node) else { return };
         (peer.up, peer.inbox, peer.down_since) = (false, None, now.time);
-        (peer.told_inbox, peer.reassigned_at) = (None, None);
+        (peer.told_inbox, peer.told, peer.reassigned_at) = (None, None, None);
         peer.active.clear();
         let ready = std::mem::take(&mut peer.ready);
-        let of_node = self.streams.iter().filter(|stream| stream.node == node);
-        let keys = of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key));
+        let keys = self.bound_to(node);
         let in_flight: Vec<DeliveryKey> = keys
             .filter(|key| self.part(*key).is_some_and(|part| part.state == State::InFlight))
             .collect();
@@ -88,12 +80,18 @@ impl Outbox {
     }
 
     /// Handles the announcement of a peer's inbox, or of this node's own, whose epoch is 0 here.
-    pub(crate) fn handle_inbox(&mut self, node: NodeId, info: InboxInfo) {
+    pub(crate) fn handle_inbox(&mut self, now: Now, node: NodeId, info: InboxInfo) {
+        self.now = now.time;
         let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) else { return };
+        let is_first = peer.told_inbox.is_none();
         // The epoch is constant for the lifetime of a process.
         if *peer.told_inbox.get_or_insert(info.epoch) != info.epoch {
             return;
         }
+        if let Some(heard) = info.heard.filter(|_| is_first) {
+            self.handle_heard(node, heard);
+        }
+        let Some(peer) = self.peers.get_mut(&node) else { return };
         peer.inbox = Some(info.epoch);
         peer.active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
         self.dirty.insert(node);
@@ -233,9 +231,7 @@ impl Outbox {
             return;
         }
         peer.reassigned_at = Some(now.time);
-        let of_node = self.streams.iter().filter(|stream| stream.node == node);
-        let keys: Vec<DeliveryKey> =
-            of_node.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key)).collect();
+        let keys: Vec<DeliveryKey> = self.bound_to(node).collect();
         for key in keys {
             let Some(part) = self.part(key) else { continue };
             let moves = matches!(self.targets[part.target as usize], Target::Service(_))
@@ -250,6 +246,13 @@ impl Outbox {
                 self.release(key);
             }
         }
+    }
+
+    /// Returns the messages bound to a node, now or before.
+    fn bound_to(&self, node: NodeId) -> impl Iterator<Item = DeliveryKey> {
+        let streams = self.streams_of.get(&node).into_iter().flatten();
+        let streams = streams.map(|number| &self.streams[*number as usize]);
+        streams.flat_map(|stream| stream.outstanding.iter().map(|(_, key)| *key))
     }
 
     fn reassign(&mut self, key: DeliveryKey) {

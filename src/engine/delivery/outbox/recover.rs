@@ -37,6 +37,7 @@ impl Outbox {
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
         self.segments.reach(position);
+        self.history.reach(position);
         let here = position.segment;
         match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) => {
@@ -102,6 +103,7 @@ impl Outbox {
             }
             OutboxRecord::Peers(peers) => self.recover_peers(here, &peers)?,
             OutboxRecord::Kept(kept) => self.recover_kept(here, &kept)?,
+            OutboxRecord::History(history) => self.history.recover(here, &history),
         }
         // The settled records are on the disk.
         for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
@@ -130,6 +132,9 @@ impl Outbox {
         for group in &kept.ids {
             let since = self.segments.written as i64 - group.age.min(i64::MAX as u64) as i64;
             self.once.remember(here, Group { since, ids: group.ids()? });
+        }
+        if let Some(history) = &kept.history {
+            self.history.recover(here, history);
         }
         kept.peers.as_ref().map_or(Ok(()), |peers| self.recover_peers(here, peers))
     }
@@ -303,6 +308,7 @@ impl Outbox {
     /// Completes the recovery: the recovered messages are dispatched.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
         self.now = now.time;
+        self.begin_life();
         let parts = self.entries.iter().flat_map(|(number, entry)| {
             let parts = (0u32..).zip(&entry.parts);
             let stored = parts.filter(|(_, part)| part.state == State::Storing);

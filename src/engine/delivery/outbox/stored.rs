@@ -18,11 +18,11 @@ impl Outbox {
         let persist = match pending {
             // If the record is lost, the messages are sent again, and the receiver recognises them.
             Pending::Settled(..) => Persist::Lazy,
-            Pending::Noted(_) => Persist::Flush,
+            Pending::Noted(_) | Pending::History => Persist::Flush,
             _ => Persist::Sync,
         };
         let need = match pending {
-            Pending::Messages(..) | Pending::Peers => Need::None,
+            Pending::Messages(..) | Pending::Peers | Pending::History => Need::None,
             Pending::Moved(_) | Pending::Begun | Pending::Kept(_) => Need::Removal,
             _ if self.is_at_an_end => Need::Emergency,
             _ => Need::Urgent,
@@ -89,7 +89,9 @@ impl Outbox {
             && self
                 .pending
                 .get(token)
-                .is_some_and(|it| !matches!(it, Pending::Settled(..) | Pending::Noted(_)));
+                .is_some_and(|it| {
+                    !matches!(it, Pending::Settled(..) | Pending::Noted(_) | Pending::History)
+                });
         while synced
             && self.written.front().is_some_and(|before| before.token < token)
             && let Some(Written { numbers, .. }) = self.written.pop_front()
@@ -116,7 +118,12 @@ impl Outbox {
                     self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
                 }
             }
+            (Some(Pending::History), result) => {
+                self.history.segment =
+                    result.ok().map(|position| position.segment).or(self.history.segment);
+            }
             (Some(Pending::Bound(keys)), Ok(position)) => {
+                self.history.reach(position);
                 self.segments.tell(position.segment, keys.iter().map(|key| key.number));
                 for key in keys {
                     if self.part(key).is_some_and(|part| part.state == State::Binding) {

@@ -118,10 +118,10 @@ impl SimNode {
                     }
                 }
             }
-            ReceivedControl::Epochs(epochs) => {
+            ReceivedControl::Epochs(epochs, moment) => {
                 let first = !std::mem::replace(&mut end.epochs_told, true);
                 if let Some(store) = &mut self.store {
-                    store.inbox.handle_epochs(peer, &epochs);
+                    store.inbox.handle_epochs(peer, &epochs, moment);
                     if first {
                         self.announce_inbox(peer);
                     }
@@ -137,7 +137,7 @@ impl SimNode {
                     self.transmit(link);
                 }
                 if let Some(store) = &mut self.store {
-                    store.outbox.handle_inbox(peer, *info);
+                    store.outbox.handle_inbox(self.now, peer, *info);
                 }
                 self.routes_changed = true;
             }
@@ -268,6 +268,7 @@ impl SimNode {
             Action::Report(MeshEvent::PeerDown { id, .. }) => {
                 if let Some(store) = &mut self.store {
                     store.outbox.handle_link_down(self.now, id);
+                    store.inbox.handle_link_down(id);
                 }
             }
             Action::Admit(_) | Action::Report(_) => {}

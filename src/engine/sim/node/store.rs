@@ -131,6 +131,10 @@ impl Store {
         promises.check_ends(life.node, &recovered);
         promises.forget_lost_probe(life.node, &recovered);
         inbox.handle_recovered();
+        let me = node_id(life.node);
+        let heard = inbox.heard(&me);
+        outbox.handle_link_up(me);
+        outbox.handle_inbox(now, me, InboxInfo { epoch: 0, heard, ..InboxInfo::default() });
         Self {
             outbox,
             inbox,
@@ -204,7 +208,7 @@ impl SimNode {
     }
 
     fn perform_outbox(&mut self, action: OutboxAction, ledger: &mut Ledger) {
-        let now = self.now;
+        let (now, me) = (self.now, self.id);
         let store = self.store();
         let promises = &mut ledger.promises;
         match action {
@@ -235,6 +239,9 @@ impl SimNode {
                 let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
                 message.header.time_to_live = left.map(Duration::from_millis);
                 self.send_stored(to, key, message, delivery, ledger);
+            }
+            OutboxAction::Send(to, Control::Epochs(epochs, moment)) if to == me => {
+                store.inbox.handle_epochs(to, &epochs, moment);
             }
             OutboxAction::Send(to, control) => self.send_control(to, control),
             OutboxAction::Stored(number, result) => {
@@ -330,6 +337,7 @@ impl SimNode {
                 self.front.handle_call(self.now.time, hold.path, message, hold);
                 self.store().inbox.handle_begun(from);
             }
+            InboxAction::Forgot { .. } => panic!("there are few senders"),
         }
     }
 
@@ -361,9 +369,10 @@ impl SimNode {
         let (from, place) = (message.from, place(self.life.node, &message));
         let mut delivery = message.delivery.take().expect("it is guaranteed");
         let (id, attempt) = (delivery.id.clone(), delivery.attempt);
-        let store = self.store();
+        let Self { store: Some(store), front, .. } = self else { return };
         store.arrived.insert((from, id.clone()), place.2);
-        let verdict = store.inbox.handle_delivery(from, Arc::make_mut(&mut delivery));
+        let is_served = || front.serves(&message.header, id.stream.subscription.as_ref());
+        let verdict = store.inbox.handle_delivery(from, Arc::make_mut(&mut delivery), is_served);
         let again = delivery.redelivered;
         message.delivery = Some(delivery);
         let promises = &mut ledger.promises;
@@ -386,6 +395,7 @@ impl SimNode {
                 }
                 self.answer(from, Answer { id, attempt, outcome });
             }
+            Verdict::Full => panic!("there are few senders"),
         }
     }
 
@@ -431,11 +441,19 @@ impl SimNode {
         let epoch = self.store.as_ref()?.inbox.epoch();
         let consumers = self.front.consumers();
         let subscriptions = consumers.map(|(name, pattern, _)| (name.clone(), pattern.clone()));
-        Some(InboxInfo { epoch, subscriptions: subscriptions.collect(), ended: Vec::new() })
+        let (subscriptions, ended) = (subscriptions.collect(), Vec::new());
+        Some(InboxInfo { epoch, subscriptions, ended, heard: None })
+    }
+
+    /// The announcement of the inbox for one peer.
+    fn announcement(&self, peer: &NodeId, info: &InboxInfo) -> InboxInfo {
+        let heard = self.store.as_ref().and_then(|store| store.inbox.heard(peer));
+        InboxInfo { heard, ..info.clone() }
     }
 
     pub(super) fn announce_inbox(&mut self, peer: NodeId) {
         if let Some(info) = self.inbox_info() {
+            let info = self.announcement(&peer, &info);
             self.send_control(peer, Control::Inbox(Box::new(info)));
         }
     }
@@ -443,14 +461,17 @@ impl SimNode {
     /// Announces the durable subscriptions of this node, itself included.
     pub(super) fn announce_consumers(&mut self, ledger: &mut Ledger) {
         let Some(info) = self.inbox_info() else { return };
-        let (id, own) = (self.id, InboxInfo { epoch: 0, ..info.clone() });
-        self.store().outbox.handle_inbox(id, own);
+        let (id, now) = (self.id, self.now);
+        let own = InboxInfo { epoch: 0, ..self.announcement(&id, &info) };
+        self.store().outbox.handle_inbox(now, id, own);
         while self.perform_store(ledger) {}
         self.routes_changed = true;
         let open: Vec<_> = self.links.iter().filter(|(_, end)| end.open).map(|it| *it.0).collect();
         for link in open {
+            let Some(peer) = self.links.get(&link).map(|end| end.peer) else { continue };
+            let info = self.announcement(&peer, &info);
             if let Some(end) = self.links.get_mut(&link) {
-                end.flow.enqueue_control(Control::Inbox(Box::new(info.clone())));
+                end.flow.enqueue_control(Control::Inbox(Box::new(info)));
             }
             self.transmit(link);
         }

@@ -199,8 +199,8 @@ impl Bench {
 
     fn meet(&mut self, node: NodeId) {
         self.outbox.handle_link_up(node);
-        let info = InboxInfo { epoch: 1, subscriptions: Vec::new(), ended: Vec::new() };
-        self.outbox.handle_inbox(node, info);
+        let info = InboxInfo { epoch: 1, ..InboxInfo::default() };
+        self.outbox.handle_inbox(self.now(), node, info);
         self.run();
     }
 
@@ -208,7 +208,8 @@ impl Bench {
         self.outbox.handle_link_up(node);
         let all = names.iter().map(|name| (ServiceName::clone(name), "orders.>".parse().unwrap()));
         let (subscriptions, ended) = (all.collect(), ended.iter().copied().cloned().collect());
-        self.outbox.handle_inbox(node, InboxInfo { epoch: 1, subscriptions, ended });
+        let info = InboxInfo { epoch: 1, subscriptions, ended, heard: None };
+        self.outbox.handle_inbox(self.now(), node, info);
         self.run();
     }
 

@@ -44,7 +44,8 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
     for round in 0..3 {
         let names = (0..600).map(|n| format!("s{round}-{n}").parse().unwrap());
         let subscriptions = names.map(|name| (name, "orders.>".parse().unwrap())).collect();
-        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions, ended: Vec::new() });
+        let info = InboxInfo { epoch: 1, subscriptions, ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info);
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
@@ -163,15 +164,15 @@ fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
     let stored = bench.journal.len();
     for epoch in 2..1000 {
         let subscription = ("billing".parse().unwrap(), "orders.>".parse().unwrap());
-        let info = InboxInfo { epoch, subscriptions: vec![subscription], ended: Vec::new() };
-        bench.outbox.handle_inbox(BOB, info);
+        let info = InboxInfo { epoch, subscriptions: vec![subscription], ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info);
         bench.run();
     }
     assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "a process has one inbox");
     for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
         let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
-        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ended: Vec::new() };
-        bench.outbox.handle_inbox(BOB, info);
+        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info);
         bench.run();
     }
     assert_eq!(bench.journal.len(), stored + 1, "a new peer is stored at once, nothing else yet");
