@@ -155,7 +155,8 @@ pub struct Counters {
     /// Links that have been up.
     pub links: u64,
     /// Connections that the front door refused or cut, by reason; and, as `too_many_subscribers`,
-    /// peers that the outbox doesn't remember.
+    /// peers that the outbox doesn't remember, and as `lapsed_subscriptions`, durable subscriptions
+    /// that it ended.
     pub refused: BTreeMap<String, u64>,
 }
 

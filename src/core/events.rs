@@ -12,7 +12,7 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::address::ServiceName;
-use crate::engine::delivery::DeadLetterReason;
+use crate::engine::delivery::{DeadLetterReason, Lapse};
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::opaque::opaque;
@@ -77,6 +77,18 @@ pub enum Event {
     OutboxIsOlder {
         /// The peer.
         peer: NodeId,
+    },
+    /// This node's outbox ended a durable subscription of a peer, and dropped the messages that it
+    /// kept for it.
+    SubscriptionLapsed {
+        /// The peer.
+        peer: NodeId,
+        /// The name of the subscription.
+        name: ServiceName,
+        /// The reason.
+        reason: Lapse,
+        /// The number of dropped messages.
+        messages: u64,
     },
     /// This node's inbox is full. It forgot senders, whose duplicates may run again, with
     /// [`is_redelivered`](crate::Message::is_redelivered); or it refused messages, which are

@@ -139,6 +139,13 @@ fn write_event(event: Event) {
             "a peer knows a later state of this outbox: it was restored from an older copy, or runs \
              twice; messages may be processed again, marked as redelivered"
         ),
+        Event::SubscriptionLapsed { peer, name, reason, messages } => tracing::warn!(
+            peer = %peer.short(),
+            %name,
+            %reason,
+            messages,
+            "a durable subscription was ended, with its messages"
+        ),
         Event::InboxFull { newcomer, forgotten, refused } => tracing::warn!(
             newcomer = %newcomer.short(),
             forgotten,

@@ -127,6 +127,16 @@ pub(crate) fn event(event: &Event) -> (Value, String) {
                 peer.short()
             ),
         ),
+        Event::SubscriptionLapsed { peer, name, reason, messages } => (
+            json!({
+                "event": "subscription_lapsed", "peer": peer, "name": name.as_str(),
+                "reason": reason.to_string(), "messages": messages,
+            }),
+            format!(
+                "the durable subscription {name} of {} was ended, with {messages} messages: {reason}",
+                peer.short()
+            ),
+        ),
         Event::InboxFull { newcomer, forgotten, refused } => (
             json!({
                 "event": "inbox_full", "newcomer": newcomer, "forgotten": forgotten,

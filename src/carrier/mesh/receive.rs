@@ -210,7 +210,7 @@ impl LinkReceiver {
             (ReceivedControl::Inbox(info, denial), durable) => {
                 denial.into_iter().for_each(|denial| link.send_control(denial));
                 if let Some(durable) = durable {
-                    durable.handle_inbox(link.peer, *info);
+                    durable.handle_inbox(link, *info);
                 }
                 carrier.core.routes.notify();
             }

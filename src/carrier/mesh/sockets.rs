@@ -183,6 +183,9 @@ async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, watched: Arc<Watched>) {
     let changed = |before: &TrustedKeys, now: &TrustedKeys| {
         let as_before = |id: &NodeId| now.get(id).is_some() && now.get(id) == before.get(id);
         carrier.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
+        if let Some(durable) = &carrier.durable {
+            durable.handle_distrusted(|id| before.get(id).is_some() && now.get(id).is_none());
+        }
     };
     watched.watch(changed).await;
 }

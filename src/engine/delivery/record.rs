@@ -187,6 +187,12 @@ pub(super) struct PeerRecord {
     pub(super) node: NodeBytes,
     pub(super) inbox: u64,
     pub(super) subscriptions: Vec<(String, String)>,
+    /// The last time that it was linked, in ms since the Unix epoch; zero if unknown.
+    #[serde(default)]
+    pub(super) seen_at: u64,
+    /// The subscriptions that never acknowledged a message.
+    #[serde(default)]
+    pub(super) unproven: Vec<String>,
 }
 
 impl PeerRecord {
@@ -328,6 +334,8 @@ pub(super) enum OutboxRecord<'a> {
     Kept(KeptRecord<'a>),
     /// The history of the outbox.
     History(HistoryRecord),
+    /// The remembered state of some peers, which replaces what was known of them.
+    Met(Vec<PeerRecord>),
 }
 
 impl<'a> OutboxRecord<'a> {
@@ -351,6 +359,7 @@ impl<'a> OutboxRecord<'a> {
             Self::Left(left) => with_kind(8, left),
             Self::Kept(kept) => with_kind(9, kept),
             Self::History(history) => with_kind(10, history),
+            Self::Met(peers) => with_kind(11, peers),
         }
     }
 
@@ -378,6 +387,7 @@ impl<'a> OutboxRecord<'a> {
             8 => Self::Left(decode(rest)?),
             9 => Self::Kept(decode(rest)?),
             10 => Self::History(decode(rest)?),
+            11 => Self::Met(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

@@ -5,7 +5,9 @@ use crate::engine::RequestOutcome;
 use crate::identity::NodeId;
 use crate::message::{Message, MessageId};
 use crate::trust::{Action, Grants};
-use crate::wire::{Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, Moment, Payload, Record};
+use crate::wire::{
+    Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, Moment, Payload, Record,
+};
 
 pub(super) const NOT_ALLOWED: &str = "the node's rules don't allow it";
 

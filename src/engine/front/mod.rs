@@ -417,11 +417,7 @@ impl<H: Host> Front<H> {
     }
 
     /// Returns the service or durable subscription to which a message is addressed.
-    fn target(
-        &self,
-        header: &Header,
-        subscription: Option<&ServiceName>,
-    ) -> Option<ServiceNumber> {
+    fn target(&self, header: &Header, subscription: Option<&ServiceName>) -> Option<ServiceNumber> {
         match (&header.destination, subscription) {
             (Destination::Topic(topic), Some(subscription)) => {
                 let (pattern, number) = self.durable.get(subscription)?;

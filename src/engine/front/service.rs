@@ -3,7 +3,7 @@
 //! Calls with the same ordering key run one after the other, in the order of their arrival; the
 //! others run beside them.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -43,15 +43,27 @@ pub(crate) struct Service<K, C, R> {
     calls: HashMap<K, State<R>>,
     running: usize,
     /// Queued calls that run as soon as there is room.
-    waiting: VecDeque<Waiting<K, C>>,
+    waiting: Queue<K, C>,
     /// For each ordering key of a running call or one in `waiting`: the calls behind that one.
-    behind: HashMap<Arc<str>, VecDeque<Waiting<K, C>>>,
+    behind: HashMap<Arc<str>, Queue<K, C>>,
+    /// The number of calls that were queued so far.
+    queued: u64,
 }
+
+/// Queued calls in their order, by the number at which [`State::Waits`] finds each.
+type Queue<K, C> = BTreeMap<u64, Waiting<K, C>>;
 
 #[derive(Debug)]
 enum State<R> {
-    Waits,
-    Runs { order: Option<Arc<str>>, kept: Option<R> },
+    /// In `waiting`, or behind another call with its ordering key.
+    Waits {
+        number: u64,
+        behind: Option<Arc<str>>,
+    },
+    Runs {
+        order: Option<Arc<str>>,
+        kept: Option<R>,
+    },
 }
 
 impl<R> State<R> {
@@ -61,7 +73,7 @@ impl<R> State<R> {
 
     fn kept(&self) -> Option<&R> {
         match self {
-            Self::Waits => None,
+            Self::Waits { .. } => None,
             Self::Runs { kept, .. } => kept.as_ref(),
         }
     }
@@ -81,8 +93,9 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             concurrency: concurrency.max(1),
             calls: HashMap::default(),
             running: 0,
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
             behind: HashMap::default(),
+            queued: 0,
         }
     }
 
@@ -101,18 +114,23 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         let order: Option<Arc<str>> = order.map(Arc::from);
         let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
         if before.is_none() && self.running < self.concurrency {
-            self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+            self.behind.extend(order.clone().map(|order| (order, BTreeMap::new())));
             entry.insert(State::running(order));
             self.running += 1;
             return Admission::Start(call);
         }
-        entry.insert(State::Waits);
+        let number = self.queued;
+        self.queued += 1;
         let waiting = Waiting { key, order: order.clone(), expires, call };
         match before {
-            Some(behind) => behind.push_back(waiting),
+            Some(behind) => {
+                entry.insert(State::Waits { number, behind: order });
+                behind.insert(number, waiting);
+            }
             None => {
-                self.behind.extend(order.map(|order| (order, VecDeque::new())));
-                self.waiting.push_back(waiting);
+                entry.insert(State::Waits { number, behind: None });
+                self.behind.extend(order.map(|order| (order, BTreeMap::new())));
+                self.waiting.insert(number, waiting);
             }
         }
         Admission::Waits
@@ -147,7 +165,7 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             finished.kept = kept;
         }
         while self.running < self.concurrency
-            && let Some(next) = self.waiting.pop_front()
+            && let Some((_, next)) = self.waiting.pop_first()
         {
             if next.expires.is_some_and(|expires| expires <= now) {
                 self.calls.remove(&next.key);
@@ -166,9 +184,17 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     /// Handles a cancellation. Returns the call if it was still queued; a running one is not
     /// stopped here.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
-        let waits = matches!(self.calls.get(&key), Some(State::Waits));
-        let (_, call) = waits.then(|| self.take_waiting(|waiting| *waiting == key).pop())??;
-        Some(call)
+        let State::Waits { number, behind } = self.calls.get(&key)? else { return None };
+        let (number, behind) = (*number, behind.clone());
+        self.calls.remove(&key);
+        match behind {
+            Some(order) => self.behind.get_mut(&order)?.remove(&number).map(|it| it.call),
+            None => {
+                let Waiting { order, call, .. } = self.waiting.remove(&number)?;
+                self.release(order);
+                Some(call)
+            }
+        }
     }
 
     /// Removes and returns the queued calls for which `wanted` is true, in the order of their names.
@@ -204,21 +230,23 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     /// Releases an ordering key: the call behind the one that left is next.
     fn release(&mut self, order: Option<Arc<str>>) {
         let Some(order) = order else { return };
-        match self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
-            Some(next) => self.waiting.push_back(next),
+        match self.behind.get_mut(&order).and_then(BTreeMap::pop_first) {
+            Some((_, next)) => {
+                let number = self.queued;
+                self.queued += 1;
+                self.calls.insert(next.key, State::Waits { number, behind: None });
+                self.waiting.insert(number, next);
+            }
             None => _ = self.behind.remove(&order),
         }
     }
 }
 
 /// Removes the items for which `wanted` is true; most often there are none.
-fn extract<T>(queue: &mut VecDeque<T>, wanted: impl Fn(&T) -> bool) -> VecDeque<T> {
-    if !queue.iter().any(&wanted) {
-        return VecDeque::new();
-    }
-    let (taken, kept) = std::mem::take(queue).into_iter().partition(wanted);
-    *queue = kept;
-    taken
+fn extract<T>(queue: &mut BTreeMap<u64, T>, wanted: impl Fn(&T) -> bool) -> Vec<T> {
+    let numbers: Vec<u64> =
+        queue.iter().filter(|(_, it)| wanted(it)).map(|(number, _)| *number).collect();
+    numbers.iter().filter_map(|number| queue.remove(number)).collect()
 }
 
 #[cfg(test)]

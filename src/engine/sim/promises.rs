@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use super::rules::Rule;
 use super::seen::Seen;
 use super::settings::{SENDERS, Settings};
 use crate::engine::delivery::{DeadLetterReason, NewMessage, Target};
@@ -35,6 +36,8 @@ pub(super) struct Sent {
     pub(super) nature: Nature,
     pub(super) lane: Option<(Target, &'static str)>,
     pub(super) parts: usize,
+    /// It is for durable subscriptions.
+    pub(super) is_event: bool,
     pub(super) stored: bool,
     /// Of those that are stored together, by the first.
     pub(super) transaction: MessageId,
@@ -45,6 +48,10 @@ pub(super) struct Sent {
     pub(super) may_end_again: bool,
     /// Its outbox was put back to an older state, and knows nothing of it or too little.
     pub(super) forgotten: bool,
+    /// A subscription that it is for has ended or changed: it need not be processed there.
+    pub(super) released: bool,
+    /// A rule kept it from a peer.
+    pub(super) kept_back: bool,
     /// An operator had it sent again when it was a dead letter, or removed it.
     pub(super) decided: Option<Decision>,
 }
@@ -57,12 +64,15 @@ impl Sent {
             nature: Nature::Good,
             lane: None,
             parts,
+            is_event: false,
             stored: false,
             transaction: id,
             once: None,
             done: None,
             may_end_again: false,
             forgotten: false,
+            released: false,
+            kept_back: false,
             decided: None,
         }
     }
@@ -159,7 +169,8 @@ impl Promises {
         }
         match &result {
             Ok(()) => {
-                assert!(there >= sent.parts, "{message} is settled and was not processed");
+                let released = sent.released || there >= sent.parts;
+                assert!(released, "{message} is settled and was not processed");
                 self.seen.add("messages processed", 1);
             }
             Err(DeadLetterReason::Expired { maybe_processed }) => {
@@ -178,6 +189,9 @@ impl Promises {
             Err(DeadLetterReason::Failed { .. }) => {
                 self.seen.add("dead letters by failure", 1);
                 assert_eq!(sent.nature, Nature::Poison);
+            }
+            Err(DeadLetterReason::NotAllowed) => {
+                assert!(sent.kept_back, "no rule forbade {message}")
             }
             Err(DeadLetterReason::TooLarge | DeadLetterReason::Unreadable) => panic!("nothing is"),
         }
@@ -200,6 +214,23 @@ impl Promises {
         self.sent.values_mut().filter(|sent| sent.sender == node).for_each(|sent| {
             (sent.stored, sent.forgotten) = (false, true);
         });
+    }
+
+    /// A durable subscription that a node's outbox knew has ended, or changed its pattern.
+    pub(super) fn handle_subscription_ended(&mut self, node: usize) {
+        for sent in self.sent.values_mut().filter(|it| it.sender == node && it.is_event) {
+            match &sent.done {
+                None => sent.released = true,
+                // A dead letter that was for it goes too.
+                Some(Err(_)) => (sent.released, sent.may_end_again) = (true, true),
+                Some(Ok(())) => {}
+            }
+        }
+    }
+
+    /// A rule kept a message from a peer.
+    pub(super) fn handle_kept_back(&mut self, message: MessageId, rule: Rule) {
+        self.of(message).kept_back |= rule != Rule::All;
     }
 
     // What is in an outbox that was read.
@@ -233,7 +264,7 @@ impl Promises {
                     self.seen.when("messages gone for good", self.gone.insert(*message));
                 }
                 Some(Ok(())) => assert!(!self.gone.contains(message), "{message} came back"),
-                Some(Err(_)) if sent.decided.is_none() => {
+                Some(Err(_)) if sent.decided.is_none() && !sent.released => {
                     assert!(is_there, "the dead letter {message} is lost");
                 }
                 Some(Err(_)) | None => {}

@@ -14,6 +14,7 @@ use crate::identity::NodeId;
 use crate::journal::{Ended, Need};
 use crate::message::Message;
 use crate::sync::lock;
+use crate::trust::Grants;
 use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo, Moment};
 
 impl Durable {
@@ -202,7 +203,9 @@ impl Durable {
         let info = self.inbox_info(&ended);
         let heard = lock(&self.store.inbox).heard(&self.core.id);
         let own = InboxInfo { epoch: 0, heard, ..info.clone() };
-        self.with_outbox(|outbox, now| outbox.handle_inbox(now, self.core.id, own));
+        self.with_outbox(|outbox, now| {
+            outbox.handle_inbox(now, self.core.id, own, &Grants::Everything)
+        });
         self.core.routes.notify();
         for link in self.links.all().iter().filter(|link| link.is_open()) {
             link.send_control(self.announcement(&link.peer, &info));

@@ -12,20 +12,22 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use super::links::Links;
+use super::peer_link::PeerLink;
 use crate::address::Topic;
 use crate::carrier::{NewGuaranteed, OutboxError, Receipt, Submission};
 use crate::clock::unix_ms;
 use crate::core::{Alarm, Core, Event, Line, NotStored, Progress, add};
 use crate::engine::Time;
 use crate::engine::delivery::{
-    Full, NewMessage, NewMessages, Now, Outbox, OutboxAction, OutboxEvent, Source, Submitted,
-    Target,
+    DeliveryKey, Full, Lapse, NewMessage, NewMessages, Now, Outbox, OutboxAction, OutboxEvent,
+    Source, Submitted, Target,
 };
 use crate::identity::NodeId;
 use crate::journal::{DiskNews, Ended};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
+use crate::trust::Grants;
 use crate::wire::{
     Answer, Control, Delivery, DeliveryOutcome, Envelope, InboxInfo, MAX_ANSWERS, Payload,
 };
@@ -67,7 +69,7 @@ impl Durable {
         let own = InboxInfo { epoch: 0, heard, ..InboxInfo::default() };
         self.with_outbox(|outbox, now| {
             outbox.handle_link_up(me);
-            outbox.handle_inbox(now, me, own);
+            outbox.handle_inbox(now, me, own, &Grants::Everything);
         });
         self.with_inbox(|_| ());
         self.core.spawn(self.clone().watch_routes());
@@ -183,7 +185,7 @@ impl Durable {
     ) {
         let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
         message.header.time_to_live = left.map(Duration::from_millis);
-        match self.send(to, message, delivery) {
+        match self.send(outbox, to, key, message, delivery) {
             Ok(()) => {}
             Err(DropReason::LinkLost) => outbox.handle_link_down(now, to),
             Err(reason) => outbox.handle_not_transmitted(now, key, reason),
@@ -192,12 +194,19 @@ impl Durable {
 
     fn send(
         self: &Arc<Self>,
+        outbox: &Outbox,
         to: NodeId,
+        key: DeliveryKey,
         Envelope { header, mut payload }: Envelope,
         delivery: Arc<Delivery>,
     ) -> Result<(), DropReason> {
         let body = payload.take_body();
+        let check = |grants: &Grants| match outbox.objection(key, &header.destination, grants) {
+            Some(reason) => Err(reason),
+            None => Ok(()),
+        };
         if to == self.core.id {
+            check(&Grants::Everything)?;
             let mut message = Box::new(Message::new(to, header, body));
             message.delivery = Some(delivery);
             self.loop_back(message);
@@ -205,6 +214,7 @@ impl Durable {
         }
         let routing = self.links.routing();
         let route = routing.link(&to).ok_or(DropReason::LinkLost)?;
+        check(&route.link.grants)?;
         let payload = Payload::Guaranteed(body, delivery);
         route.link.send_message(Envelope { header, payload })?;
         add(&self.core.reporter.counters.queued, 1);
@@ -217,6 +227,14 @@ impl Durable {
             OutboxEvent::NotRemembered(peer) => {
                 reporter.log(Line::NotRemembered(peer));
                 return reporter.counters.refused("too_many_subscribers");
+            }
+            OutboxEvent::Lapsed { node, name, reason, messages } => {
+                reporter.counters.refused("lapsed_subscriptions");
+                // Ids that are drawn by the thousand would fill the log, and lose nothing.
+                if reason == Lapse::NoRoom && messages == 0 {
+                    return;
+                }
+                Event::SubscriptionLapsed { peer: node, name, reason, messages }
             }
             OutboxEvent::DeadLetter { number, reason } => {
                 add(&reporter.counters.dead_lettered, 1);
@@ -254,8 +272,13 @@ impl Durable {
         });
     }
 
-    pub(super) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
-        self.with_outbox(|outbox, now| outbox.handle_inbox(now, from, info));
+    pub(super) fn handle_inbox(self: &Arc<Self>, over: &PeerLink, info: InboxInfo) {
+        self.with_outbox(|outbox, now| outbox.handle_inbox(now, over.peer, info, &over.grants));
+    }
+
+    /// Handles the removal of trusted keys: nothing is kept for them any more.
+    pub(super) fn handle_distrusted(self: &Arc<Self>, is_meant: impl Fn(&NodeId) -> bool) {
+        self.with_outbox(|outbox, now| outbox.handle_distrusted(now, is_meant));
     }
 
     /// Handles a new link: each side announces its epochs and its inbox.

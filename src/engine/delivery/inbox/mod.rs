@@ -78,7 +78,9 @@ pub(crate) enum InboxAction {
     Begin(NodeId, DeliveryId),
     /// A sender was forgotten to make room for another: what it sent before may be run again, as
     /// redelivered.
-    Forgot { newcomer: NodeId },
+    Forgot {
+        newcomer: NodeId,
+    },
 }
 
 #[derive(Debug)]
@@ -285,6 +287,7 @@ impl Inbox {
 
     /// Admits a delivery that is neither known nor running.
     fn admit(&mut self, place: usize, from: NodeId, delivery: &Delivery) -> Verdict {
+        self.accept(&from);
         let Some(seen) = self.streams.get_mut(&place) else { return Verdict::Full };
         let (attempt, phase, seq) = (delivery.attempt, Phase::Running, delivery.id.seq);
         if !delivery.redelivered {

@@ -35,6 +35,8 @@ pub(super) struct Sender {
     count: usize,
     /// The moment of its outbox that it announced over the current link.
     announced: Option<Moment>,
+    /// The latest moment from which a message was accepted: it may be processed any time now.
+    accepted: Option<Moment>,
     /// The latest moment from which a message was processed, and the writes after whose last failure
     /// that was recorded.
     heard: Option<(Moment, u64)>,
@@ -231,12 +233,21 @@ impl Inbox {
     pub(super) fn evict(&mut self, node: NodeId) {
         self.senders.has_forgotten = true;
         let Some(sender) = self.senders.all.get_mut(&node) else { return };
-        sender.heard = None;
+        (sender.heard, sender.accepted) = (None, None);
         let places: Vec<usize> = sender.streams.values().flatten().copied().collect();
         for place in places {
             self.drop_stream(place);
         }
         self.senders.drop_if_idle(&node);
+    }
+
+    /// Notes that a message of a sender is accepted, at the moment that the sender announced.
+    pub(super) fn accept(&mut self, from: &NodeId) {
+        if let Some(sender) = self.senders.all.get_mut(from)
+            && sender.announced.is_some()
+        {
+            sender.accepted = sender.announced;
+        }
     }
 
     // What senders announce.
@@ -280,9 +291,10 @@ impl Inbox {
 
     /// Returns the latest moment of a peer's outbox from which a message was processed here.
     pub(crate) fn heard(&self, peer: &NodeId) -> Option<Moment> {
-        let heard = self.senders.all.get(peer).and_then(|sender| sender.heard);
+        let sender = self.senders.all.get(peer);
+        let heard = || sender.and_then(|it| it.heard).map(|(moment, _)| moment);
         let forgotten = || self.senders.has_forgotten.then_some(Moment::FORGOTTEN);
-        heard.map(|(moment, _)| moment).or_else(forgotten)
+        sender.and_then(|it| it.accepted).or_else(heard).or_else(forgotten)
     }
 
     /// Records the moment of a sender's outbox from which a message is processed, before the record
@@ -290,7 +302,7 @@ impl Inbox {
     pub(super) fn hear(&mut self, node: NodeId) {
         let Some(sender) = self.senders.all.get_mut(&node) else { return };
         sender.used |= sender.turn.is_some();
-        let Some(now) = sender.announced.filter(|now| sender.heard != Some((*now, self.failures)))
+        let Some(now) = sender.accepted.filter(|now| sender.heard != Some((*now, self.failures)))
         else {
             return;
         };

@@ -282,7 +282,7 @@ impl Outbox {
         let (written, size) = (self.segments.written, self.config.segment_size);
         let ids = self.once.count_wanted(number, written, size);
         let moves = segment.live_bytes + MOVE * segment.live;
-        let peers = match self.peers_in.is_none_or(|peers| peers == number) {
+        let peers = match self.peers_in.is_empty() || self.peers_in.contains(&number) {
             true => ENTRY + PEER * self.peers.len() as u64,
             false => 0,
         };
@@ -302,6 +302,7 @@ impl Outbox {
                 }
                 DeadLetterReason::Expired { .. }
                 | DeadLetterReason::TooLarge
+                | DeadLetterReason::NotAllowed
                 | DeadLetterReason::Unreadable => STATE,
             },
             _ => STATE,
@@ -353,9 +354,8 @@ impl Outbox {
             let is_live = |message| self.entries.get(message).is_some();
             groups.extend(self.once.wanted(*number, counted, is_live));
         }
-        let has = |segment: u64| segments.contains(&segment);
-        let (peers, history) =
-            (self.peers_in.is_none_or(has), self.history.segment.is_some_and(has));
+        let peers = self.has_peers_in(&segments);
+        let history = self.history.segment.is_some_and(|it| segments.contains(&it));
         if settled == Ranges::default()
             && states == Ranges::default()
             && groups.is_empty()
@@ -387,6 +387,11 @@ impl Outbox {
         self.append_encoded(record, Pending::Kept(Box::new(keeping)));
     }
 
+    /// Returns true if segments hold records of the state of peers, or if none is known to.
+    fn has_peers_in(&self, segments: &[u64]) -> bool {
+        self.peers_in.is_empty() || segments.iter().any(|it| self.peers_in.contains(it))
+    }
+
     /// The records are rewritten: the segments that held them can be removed.
     pub(super) fn handle_kept(&mut self, position: Position, keeping: Keeping) {
         let Keeping { segments, settled, states, groups, peers, history } = keeping;
@@ -395,7 +400,8 @@ impl Outbox {
         self.segments.tell(here, states.into_iter());
         groups.into_iter().for_each(|group| self.once.remember(here, group));
         if peers {
-            self.peers_in = Some(here);
+            self.peers_in.retain(|segment| *segment > here);
+            self.peers_in.insert(here);
         }
         if history {
             self.history.segment = Some(here);

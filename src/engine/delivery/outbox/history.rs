@@ -73,9 +73,8 @@ impl History {
     }
 
     fn knows(&self, epoch: u64, heard: Moment) -> bool {
-        let is_reached = |life: &Moment| {
-            (heard.segment, heard.offset) <= (life.segment, life.offset)
-        };
+        let is_reached =
+            |life: &Moment| (heard.segment, heard.offset) <= (life.segment, life.offset);
         heard.epoch == epoch
             || self.lives.iter().any(|life| life.epoch == heard.epoch && is_reached(life))
     }

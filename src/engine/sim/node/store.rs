@@ -9,12 +9,13 @@ use super::disks::{Disks, Which};
 use super::{Later, Life, Request, SimHold, SimNode, node_id};
 use crate::engine::delivery::{
     Contents, DeliveryKey, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxConfig,
-    RetryPolicy, Source, Verdict,
+    OutboxEvent, RetryPolicy, Source, Verdict,
 };
 use crate::engine::sim::Random;
 use crate::engine::sim::disk::{Disk, SEGMENT, kind};
 use crate::engine::sim::ledger::Ledger;
 use crate::engine::sim::promises::place;
+use crate::engine::sim::rules::Rule;
 use crate::engine::sim::settings::Settings;
 use crate::engine::{Path, Settlement, Time};
 use crate::identity::NodeId;
@@ -22,6 +23,7 @@ use crate::journal::stepped::EntryKind;
 use crate::journal::{Entry, Need, Position};
 use crate::message::{Message, MessageId};
 use crate::report::DropReason;
+use crate::trust::Grants;
 use crate::wire::{
     Answer, Control, Delivery, DeliveryId, DeliveryOutcome, Envelope, InboxInfo, Lane, Payload,
     Totals, decode_stored,
@@ -76,6 +78,7 @@ pub(in super::super) fn outbox_config(
         segment_size: SEGMENT,
         reassign_after: settings.reassign_after,
         gone_after: Duration::from_secs(3600),
+        lapse_after: None,
     }
 }
 
@@ -134,7 +137,8 @@ impl Store {
         let me = node_id(life.node);
         let heard = inbox.heard(&me);
         outbox.handle_link_up(me);
-        outbox.handle_inbox(now, me, InboxInfo { epoch: 0, heard, ..InboxInfo::default() });
+        let own = InboxInfo { epoch: 0, heard, ..InboxInfo::default() };
+        outbox.handle_inbox(now, me, own, &Grants::Everything);
         Self {
             outbox,
             inbox,
@@ -257,6 +261,10 @@ impl SimNode {
                 // It comes too late to be written.
                 promises.of(message).may_end_again |= store.closed;
             }
+            OutboxAction::Report(OutboxEvent::Lapsed { .. }) => {
+                promises.seen.add("subscriptions that a rule ended", 1);
+                promises.handle_subscription_ended(self.life.node);
+            }
             OutboxAction::Report(_) => {}
         }
     }
@@ -271,6 +279,23 @@ impl SimNode {
         ledger: &mut Ledger,
     ) {
         let (now, body) = (self.now, payload.take_body());
+        let link = self.routing.link(&to).copied();
+        let (grants, rule) = match link.and_then(|link| self.links.get(&link)) {
+            Some(end) => (end.grants.clone(), end.rule),
+            None => (Grants::Everything, Rule::All),
+        };
+        let outbox = &mut self.store().outbox;
+        let objection = outbox.objection(key, &header.destination, &grants);
+        if let Some(reason) = objection {
+            if reason == DropReason::NoSubscriber {
+                ledger.promises.handle_subscription_ended(self.life.node);
+            }
+            let kept = reason == DropReason::NotAllowed;
+            ledger.promises.seen.when("guaranteed messages that a rule kept from a peer", kept);
+            ledger.promises.handle_kept_back(header.id, rule);
+            return self.store().outbox.handle_not_transmitted(now, key, reason);
+        }
+        assert!(rule.lets_have(&header.destination), "{} is sent against {rule:?}", header.id);
         if to == self.id {
             let mut message = Box::new(Message::new(to, header, body));
             message.delivery = Some(delivery);
@@ -279,7 +304,6 @@ impl SimNode {
             return self.later(after, Later::LoopBack);
         }
         let payload = Payload::Guaranteed(body, delivery);
-        let link = self.routing.link(&to).copied();
         let Some((link, end)) = link.and_then(|link| Some((link, self.links.get_mut(&link)?)))
         else {
             return self.store().outbox.handle_link_down(now, to);
@@ -463,7 +487,7 @@ impl SimNode {
         let Some(info) = self.inbox_info() else { return };
         let (id, now) = (self.id, self.now);
         let own = InboxInfo { epoch: 0, ..self.announcement(&id, &info) };
-        self.store().outbox.handle_inbox(now, id, own);
+        self.store().outbox.handle_inbox(now, id, own, &Grants::Everything);
         while self.perform_store(ledger) {}
         self.routes_changed = true;
         let open: Vec<_> = self.links.iter().filter(|(_, end)| end.open).map(|it| *it.0).collect();
