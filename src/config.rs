@@ -65,6 +65,7 @@ pub struct Config {
     pub(crate) hold_keys: bool,
     pub(crate) reassign_after: Option<Duration>,
     pub(crate) gone_after: Duration,
+    pub(crate) forget_subscribers_after: Option<Duration>,
 }
 
 // The keys in `trust` don't show their secrets, and the broker's address is shown without them.
@@ -127,6 +128,7 @@ impl Default for Config {
             hold_keys: false,
             reassign_after: None,
             gone_after: Duration::from_secs(3600),
+            forget_subscribers_after: Some(Duration::from_secs(30 * 24 * 3600)),
         }
     }
 }
@@ -337,6 +339,11 @@ impl Config {
         /// The absence of a peer after which its queued guaranteed messages are reported
         /// ([`Event::PeerGone`](crate::Event::PeerGone)): one hour by default. They are kept.
         gone_after: Duration;
+        /// The absence of a peer after which its durable subscriptions end here, with the messages
+        /// kept for them ([`Event::SubscriptionLapsed`](crate::Event::SubscriptionLapsed)): 30 days
+        /// by default. `None` keeps them for good. None ends in the first `gone_after` of this
+        /// node's run.
+        forget_subscribers_after: Option<Duration>;
     }
 
     /// Keeps guaranteed messages in this folder, which is created if it is missing: sent messages

@@ -30,3 +30,18 @@ pub(crate) struct Delivery {
     /// A handler may have received the message before, here or elsewhere.
     pub(crate) redelivered: bool,
 }
+
+/// A moment in the history of an outbox: the outbox was opened as `epoch`, and its journal reached
+/// this end. A copy of the outbox that was made earlier does not know the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Moment {
+    pub(crate) epoch: u64,
+    /// The journal's segment, and the offset in it.
+    pub(crate) segment: u64,
+    pub(crate) offset: u64,
+}
+
+impl Moment {
+    /// The moment that no outbox knows: the receiver may have forgotten the true one.
+    pub(crate) const FORGOTTEN: Self = Self { epoch: 0, segment: 0, offset: 0 };
+}

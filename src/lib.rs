@@ -141,7 +141,7 @@ pub use carrier::{Capability, DeliveryError, OutboxError, Receipt, Unsupported};
 pub use config::Config;
 pub use core::{Call, DownCause, Event, Events, HandlerError, NotStored, Reply};
 pub use engine::Overflow;
-pub use engine::delivery::{DeadLetterReason, Target};
+pub use engine::delivery::{DeadLetterReason, Lapse, Target};
 pub use identity::{Identity, IdentityError, Incarnation, NodeId, NodeIdError};
 pub use journal::Durability;
 pub use link::memory::MemoryNetwork;

@@ -160,6 +160,7 @@ impl ClosedOutbox {
             segment_size: u64::MAX,
             reassign_after: None,
             gone_after: Duration::MAX,
+            lapse_after: None,
         });
         let mut unreadable = None;
         let mut take = |entry: Entry<'_>| {

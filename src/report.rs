@@ -37,8 +37,8 @@ pub enum DropReason {
     HandlerFailed,
     /// The reply came after its request had ended.
     Late,
-    /// The receiver's inbox remembers its maximum number of senders, or of streams of this sender.
-    /// A guaranteed message is retried.
+    /// The receiver's inbox has no room to remember the message: it is full, or the sender has its
+    /// share. A guaranteed message is retried.
     InboxFull,
     /// The receiver gave a reason that this version doesn't know.
     Other,
@@ -140,6 +140,9 @@ pub struct Counters {
     pub dropped_for_others: BTreeMap<DropReason, u64>,
     /// Ordering keys whose messages moved to another instance of their service.
     pub moved_keys: u64,
+    /// Senders of guaranteed messages that the full inbox forgot: their duplicates may run again,
+    /// with [`is_redelivered`](crate::Message::is_redelivered).
+    pub forgotten_senders: u64,
     /// Guaranteed messages stored here.
     pub stored: u64,
     /// Guaranteed messages from this node that all their destinations have processed.
@@ -152,7 +155,8 @@ pub struct Counters {
     /// Links that have been up.
     pub links: u64,
     /// Connections that the front door refused or cut, by reason; and, as `too_many_subscribers`,
-    /// peers that the outbox doesn't remember.
+    /// peers that the outbox doesn't remember, and as `lapsed_subscriptions`, durable subscriptions
+    /// that it ended.
     pub refused: BTreeMap<String, u64>,
 }
 

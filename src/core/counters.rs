@@ -34,6 +34,7 @@ struct Rare {
     dropped_for_others: BTreeMap<DropReason, u64>,
     refused: BTreeMap<String, u64>,
     moved_keys: u64,
+    forgotten_senders: u64,
     unreported: Unreported,
 }
 
@@ -45,6 +46,8 @@ pub(crate) struct Unreported {
     pub(crate) moved: BTreeMap<(ServiceName, NodeId, NodeId), u64>,
     pub(crate) refused: BTreeMap<(Option<IpAddr>, Refused), (Option<Address>, u64)>,
     pub(crate) denied: BTreeMap<(NodeId, Action, String), u64>,
+    /// Senders that a full inbox forgot, and messages that it refused; and the last newcomer.
+    pub(crate) inbox_full: Option<(NodeId, u64, u64)>,
 }
 
 /// The refusal of a connection.
@@ -60,7 +63,10 @@ const MOST_GROUPS: usize = 16;
 
 impl Unreported {
     fn is_empty(&self) -> bool {
-        self.dropped.is_empty() && self.moved.is_empty() && !self.has_refusals()
+        self.dropped.is_empty()
+            && self.moved.is_empty()
+            && self.inbox_full.is_none()
+            && !self.has_refusals()
     }
 
     pub(crate) fn has_refusals(&self) -> bool {
@@ -97,6 +103,18 @@ impl LiveCounters {
         rare.moved_keys += 1;
         let first = rare.unreported.is_empty();
         *rare.unreported.moved.entry((service.clone(), from, to)).or_default() += 1;
+        first
+    }
+
+    /// Counts senders that the full inbox forgot for `newcomer`, and messages of it that it refused.
+    /// Returns true if nothing else is unreported.
+    pub(crate) fn inbox_full(&self, newcomer: NodeId, forgotten: u64, refused: u64) -> bool {
+        let mut rare = self.rare();
+        rare.forgotten_senders += forgotten;
+        *rare.dropped_for_others.entry(DropReason::InboxFull).or_default() += refused;
+        let first = rare.unreported.is_empty();
+        let full = rare.unreported.inbox_full.get_or_insert((newcomer, 0, 0));
+        *full = (newcomer, full.1 + forgotten, full.2 + refused);
         first
     }
 
@@ -142,6 +160,7 @@ impl LiveCounters {
             false => Unreported {
                 dropped: std::mem::take(&mut unreported.dropped),
                 moved: std::mem::take(&mut unreported.moved),
+                inbox_full: unreported.inbox_full.take(),
                 ..Unreported::default()
             },
         }
@@ -181,6 +200,7 @@ impl LiveCounters {
             duplicates: get(&self.duplicates),
             refused: rare.refused.clone(),
             moved_keys: rare.moved_keys,
+            forgotten_senders: rare.forgotten_senders,
         }
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::address::ServiceName;
-use crate::engine::delivery::DeadLetterReason;
+use crate::engine::delivery::{DeadLetterReason, Lapse};
 use crate::engine::{DownReason, MeshEvent};
 use crate::identity::NodeId;
 use crate::opaque::opaque;
@@ -70,6 +70,36 @@ pub enum Event {
     InboxLost {
         /// The peer.
         peer: NodeId,
+    },
+    /// A peer has processed messages of a later state of this node's outbox: the outbox was restored
+    /// from an older copy, or it runs in two places. The messages stored so far may be processed
+    /// there again, with [`is_redelivered`](crate::Message::is_redelivered).
+    OutboxIsOlder {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// This node's outbox ended a durable subscription of a peer, and dropped the messages that it
+    /// kept for it.
+    SubscriptionLapsed {
+        /// The peer.
+        peer: NodeId,
+        /// The name of the subscription.
+        name: ServiceName,
+        /// The reason.
+        reason: Lapse,
+        /// The number of dropped messages.
+        messages: u64,
+    },
+    /// This node's inbox is full. It forgot senders, whose duplicates may run again, with
+    /// [`is_redelivered`](crate::Message::is_redelivered); or it refused messages, which are
+    /// retried. Reported at most once a second.
+    InboxFull {
+        /// The last sender for which there was no room.
+        newcomer: NodeId,
+        /// The number of forgotten senders.
+        forgotten: u64,
+        /// The number of refused messages.
+        refused: u64,
     },
     /// Guaranteed messages have been queued for an absent peer for longer than
     /// [`Config::gone_after`](crate::Config::gone_after): it may be gone permanently.

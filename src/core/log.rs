@@ -194,6 +194,24 @@ fn write_event(event: Event) {
             peer = %peer.short(),
             "a peer lost its inbox: it may process messages again"
         ),
+        Event::OutboxIsOlder { peer } => tracing::warn!(
+            peer = %peer.short(),
+            "a peer knows a later state of this outbox: it was restored from an older copy, or runs \
+             twice; messages may be processed again, marked as redelivered"
+        ),
+        Event::SubscriptionLapsed { peer, name, reason, messages } => tracing::warn!(
+            peer = %peer.short(),
+            %name,
+            %reason,
+            messages,
+            "a durable subscription was ended, with its messages"
+        ),
+        Event::InboxFull { newcomer, forgotten, refused } => tracing::warn!(
+            newcomer = %newcomer.short(),
+            forgotten,
+            refused,
+            "the inbox is full: it forgets senders, whose duplicates may run again"
+        ),
         Event::PeerGone { peer, messages } => {
             tracing::warn!(peer = %peer.short(), messages, "messages await an absent peer");
         }

@@ -105,6 +105,13 @@ impl Reporter {
         }
     }
 
+    /// Counts what a full inbox forgot for `newcomer` and refused it, and schedules the report.
+    pub(crate) fn count_inbox_full(&self, newcomer: NodeId, forgotten: u64, refused: u64) {
+        if self.counters.inbox_full(newcomer, forgotten, refused) {
+            self.unreported.notify_one();
+        }
+    }
+
     /// Reports in groups what is counted first, until this future is dropped.
     pub(super) async fn keep_reporting(&self) {
         let mut refusals_from = Instant::now();
@@ -129,6 +136,9 @@ impl Reporter {
         }
         for ((service, from, to), count) in unreported.moved {
             self.report_event(Event::KeysMoved { service, from, to, count });
+        }
+        if let Some((newcomer, forgotten, refused)) = unreported.inbox_full {
+            self.report_event(Event::InboxFull { newcomer, forgotten, refused });
         }
         for ((peer, action, name), count) in unreported.denied {
             self.report_event(Event::Denied { peer, action, name, count });

@@ -238,6 +238,7 @@ async fn open_store(
         segment_size: Options::default().segment_size,
         reassign_after: config.reassign_after,
         gone_after: config.gone_after,
+        lapse_after: config.forget_subscribers_after,
     };
     let options = Options { durability: config.durability, ..Options::default() };
     let open = move || {

@@ -2,7 +2,7 @@
 
 use super::LANES;
 use super::WireError;
-use super::delivery::{Answer, InboxInfo, push_numbers};
+use super::delivery::{Answer, InboxInfo, Moment, push_numbers, read_moment, write_moment};
 use super::pack::{ArrayWriter, Fields, Reader, push_str};
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::identity::{Incarnation, NodeId};
@@ -35,9 +35,10 @@ pub(crate) enum Control {
     Peers(Vec<Hint>),
     /// `[10, [answer, …]]`: answers to guaranteed messages.
     Answers(Vec<Answer>),
-    /// `[11, [epoch, …]]`: the epochs of which this outbox still has unsettled messages.
-    Epochs(Vec<u64>),
-    /// `[12, epoch, [[name, pattern], …], [ended name, …]]`: this node keeps an inbox.
+    /// `[11, [epoch, …], moment]`: the epochs of which this outbox still has unsettled messages, and
+    /// the present moment of its history.
+    Epochs(Vec<u64>, Option<Moment>),
+    /// `[12, epoch, [[name, pattern], …], [ended name, …], moment]`: this node keeps an inbox.
     Inbox(Box<InboxInfo>),
     /// `[13, [[action, name], …]]`: actions of the other side that this side denies.
     Denied(Vec<(Action, String)>),
@@ -263,9 +264,10 @@ impl Control {
                 record.uint(10);
                 record.list(answers.iter(), |buf, answer| answer.write(buf));
             }
-            Self::Epochs(epochs) => {
+            Self::Epochs(epochs, moment) => {
                 record.uint(11);
                 push_numbers(&mut record, epochs);
+                write_moment(&mut record, *moment);
             }
             Self::Inbox(info) => {
                 record.uint(12);
@@ -331,7 +333,7 @@ impl Control {
                 Ok(Hint { id, addresses })
             })?),
             10 => Self::Answers(fields.list(Answer::read)?),
-            11 => Self::Epochs(fields.list(Reader::uint)?),
+            11 => Self::Epochs(fields.list(Reader::uint)?, read_moment(fields)?),
             12 => Self::Inbox(Box::new(InboxInfo::read(fields)?)),
             13 => Self::Denied(read_denied(fields)?),
             _ => return Ok(None),

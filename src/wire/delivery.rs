@@ -3,7 +3,7 @@
 use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_uint};
 use crate::address::ServiceName;
-pub(crate) use crate::delivery_id::{Delivery, DeliveryId, Stream};
+pub(crate) use crate::delivery_id::{Delivery, DeliveryId, Moment, Stream};
 use crate::text::{clean, shorten};
 
 /// The receiver's answer to a delivery.
@@ -31,7 +31,7 @@ pub(crate) enum DeliveryOutcome {
 }
 
 /// A node's announcement of its inbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct InboxInfo {
     /// The epoch, drawn when the inbox was created: a new one means that the old inbox is lost.
     pub(crate) epoch: u64,
@@ -39,6 +39,8 @@ pub(crate) struct InboxInfo {
     pub(crate) subscriptions: Vec<(ServiceName, crate::address::Pattern)>,
     /// The durable subscriptions that the node has ended permanently.
     pub(crate) ended: Vec<ServiceName>,
+    /// The latest moment of the reader's outbox from which a message was processed there.
+    pub(crate) heard: Option<Moment>,
 }
 
 /// The longest text that an answer carries, in bytes.
@@ -142,7 +144,7 @@ impl Answer {
 }
 
 impl InboxInfo {
-    /// Writes the fields `epoch, [[name, pattern], …], [ended name, …]`.
+    /// Writes the fields `epoch, [[name, pattern], …], [ended name, …], moment`.
     pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
         record.uint(self.epoch);
         record.list(self.subscriptions.iter(), |buf, (name, pattern)| {
@@ -152,6 +154,7 @@ impl InboxInfo {
             pair.finish();
         });
         record.list(self.ended.iter(), |buf, name| super::pack::push_str(buf, name.as_str()));
+        write_moment(record, self.heard);
     }
 
     pub(super) fn read(fields: &mut Fields<'_, '_>) -> Result<Self, WireError> {
@@ -164,8 +167,30 @@ impl InboxInfo {
             Ok((name, pattern))
         })?;
         let ended = fields.list(|reader| Ok(ServiceName::from_wire(reader.str()?)?))?;
-        Ok(Self { epoch, subscriptions, ended })
+        let heard = read_moment(fields)?;
+        Ok(Self { epoch, subscriptions, ended, heard })
     }
+}
+
+/// Writes `[epoch, segment, offset]`, or nothing.
+pub(super) fn write_moment(record: &mut ArrayWriter<'_>, moment: Option<Moment>) {
+    let Some(Moment { epoch, segment, offset }) = moment else { return };
+    record.nested(|buf| {
+        let mut fields = ArrayWriter::new(buf);
+        [epoch, segment, offset].into_iter().for_each(|field| fields.uint(field));
+        fields.finish();
+    });
+}
+
+pub(super) fn read_moment(fields: &mut Fields<'_, '_>) -> Result<Option<Moment>, WireError> {
+    fields.opt(|reader| {
+        let mut fields = reader.array()?;
+        let epoch = fields.need(Reader::uint)?;
+        let segment = fields.need(Reader::uint)?;
+        let offset = fields.need(Reader::uint)?;
+        fields.finish()?;
+        Ok(Moment { epoch, segment, offset })
+    })
 }
 
 /// Writes numbers as a list.

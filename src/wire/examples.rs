@@ -93,7 +93,9 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         outcome: DeliveryOutcome::Failed("busy".into()),
     };
     let subscriptions = vec![("billing".parse().unwrap(), "orders.>".parse().unwrap())];
-    let inbox = InboxInfo { epoch: 9, subscriptions, ended: Vec::new() };
+    let moment = |offset| Moment { epoch: 7, segment: 1, offset };
+    let heard = Some(moment(48));
+    let inbox = InboxInfo { epoch: 9, subscriptions, ended: Vec::new(), heard };
     let mut request = call(3, "stock", "how many?");
     request.payload = Payload::Request("how many?".into());
     request.header.reply_to = Some(ALICE);
@@ -129,7 +131,7 @@ fn examples() -> Vec<(&'static str, Preamble, Vec<Record>)> {
         ("guaranteed", fresh, message(guaranteed)),
         ("answers", fresh, control(Control::Answers(vec![processed, failed]))),
         ("inbox", fresh, control(Control::Inbox(Box::new(inbox)))),
-        ("epochs", fresh, control(Control::Epochs(vec![7]))),
+        ("epochs", fresh, control(Control::Epochs(vec![7], Some(moment(200))))),
         ("cancel", fresh, control(Control::Cancel(id(3)))),
         ("probe", fresh, control(Control::Probe(1))),
         ("peers", fresh, control(Control::Peers(vec![hint]))),

@@ -18,7 +18,9 @@ mod record;
 
 pub(crate) use batch::{BatchEncoder, Decoded, EncodedBatch, EventPack, Preamble, Totals, decode};
 pub(crate) use control::{Announcement, Bye, Control, Hello, Hint, Limits, MAX_ANSWERS, MAX_HINTS};
-pub(crate) use delivery::{Answer, Delivery, DeliveryId, DeliveryOutcome, InboxInfo, Stream};
+pub(crate) use delivery::{
+    Answer, Delivery, DeliveryId, DeliveryOutcome, InboxInfo, Moment, Stream,
+};
 pub(crate) use parcel::{Parcel, Unpacked};
 pub(crate) use record::{
     Envelope, Failure, LANES, Lane, OutgoingEvent, Payload, Record, decode_stored, encode_stored,

@@ -37,6 +37,10 @@ pub(crate) struct NodeOptions {
     /// each attempt [default: 200ms..60s]
     #[arg(long, value_name = "FIRST..LONGEST", value_parser = parse_backoff)]
     backoff: Option<(Duration, Duration)>,
+    /// Absence of a peer after which its durable subscriptions end here, with the messages kept for
+    /// them, such as 30d [default: 30d]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    forget_subscribers_after: Option<Duration>,
     /// Send all messages through a broker instead of links: peerbus://HOST:PORT (`peerbus broker`),
     /// nats:// or tls:// (NATS), amqp:// or amqps:// (RabbitMQ). Other users of this host can read
     /// command lines: give credentials by --broker-credentials-file, by PEERBUS_BROKER_CREDENTIALS
@@ -115,6 +119,9 @@ impl NodeOptions {
     fn retrying(&self, mut config: Config) -> Config {
         if let Some(attempts) = self.max_attempts {
             config = config.max_attempts(attempts);
+        }
+        if let Some(after) = self.forget_subscribers_after {
+            config = config.forget_subscribers_after(Some(after));
         }
         if let Some((first, longest)) = self.backoff {
             config = config.backoff(first, longest);

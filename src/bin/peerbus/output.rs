@@ -148,6 +148,35 @@ fn described(event: &Event) -> (Value, String) {
             json!({ "event": "dead_letter", "number": number, "reason": reason.to_string() }),
             format!("message {number} is a dead letter: {reason}"),
         ),
+        Event::OutboxIsOlder { peer } => (
+            json!({ "event": "outbox_is_older", "peer": peer }),
+            format!(
+                "{} knows a later state of this outbox, which is an older copy; what is in it may be \
+                 processed again",
+                peer.short()
+            ),
+        ),
+        Event::SubscriptionLapsed { peer, name, reason, messages } => (
+            json!({
+                "event": "subscription_lapsed", "peer": peer, "name": name.as_str(),
+                "reason": reason.to_string(), "messages": messages,
+            }),
+            format!(
+                "the durable subscription {name} of {} was ended, with {messages} messages: {reason}",
+                peer.short()
+            ),
+        ),
+        Event::InboxFull { newcomer, forgotten, refused } => (
+            json!({
+                "event": "inbox_full", "newcomer": newcomer, "forgotten": forgotten,
+                "refused": refused,
+            }),
+            format!(
+                "the inbox is full: {forgotten} senders forgotten and {refused} messages refused, \
+                 the last for {}",
+                newcomer.short()
+            ),
+        ),
         Event::InboxLost { peer } => (
             json!({ "event": "inbox_lost", "peer": peer }),
             format!("{} has lost its inbox, and may process messages again", peer.short()),

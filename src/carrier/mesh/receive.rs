@@ -212,13 +212,13 @@ impl LinkReceiver {
             (ReceivedControl::Answers(answers), Some(durable)) => {
                 durable.handle_answers(link.peer, answers);
             }
-            (ReceivedControl::Epochs(epochs), Some(durable)) => {
-                durable.handle_epochs(link, &epochs);
+            (ReceivedControl::Epochs(epochs, moment), Some(durable)) => {
+                durable.handle_epochs(link, &epochs, moment);
             }
             (ReceivedControl::Inbox(info, denial), durable) => {
                 denial.into_iter().for_each(|denial| link.send_control(denial));
                 if let Some(durable) = durable {
-                    durable.handle_inbox(link.peer, *info);
+                    durable.handle_inbox(link, *info);
                 }
                 carrier.core.routes.notify();
             }
@@ -229,7 +229,7 @@ impl LinkReceiver {
                 carrier.with_mesh(|mesh, now| mesh.handle_control(now, link.id, control));
             }
             // A node without a store has no messages to which these could refer.
-            (ReceivedControl::Answers(_) | ReceivedControl::Epochs(_), None) => {}
+            (ReceivedControl::Answers(_) | ReceivedControl::Epochs(..), None) => {}
         }
         Ok(())
     }

@@ -258,6 +258,9 @@ async fn watch_trusted_keys(carrier: Arc<MeshCarrier>, keys: Arc<Watched<Trusted
     let changed = |before: &TrustedKeys, now: &TrustedKeys| {
         let as_before = |id: &NodeId| now.get(id).is_some() && now.get(id) == before.get(id);
         carrier.with_mesh(|mesh, now| mesh.handle_trust_changed(now, as_before));
+        if let Some(durable) = &carrier.durable {
+            durable.handle_distrusted(|id| before.get(id).is_some() && now.get(id).is_none());
+        }
     };
     keys.watch(changed).await;
 }

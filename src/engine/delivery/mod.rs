@@ -102,6 +102,24 @@ pub(crate) struct Binding {
     pub(crate) seq: u64,
 }
 
+/// The reason for which an outbox ended a durable subscription that its node did not end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Lapse {
+    /// The node was away for longer than
+    /// [`Config::forget_subscribers_after`](crate::Config::forget_subscribers_after).
+    #[error("its node was away for too long")]
+    Absent,
+    /// The rules no longer allow it, or the node's key is no longer trusted.
+    #[error("it is no longer allowed")]
+    NotAllowed,
+    /// The outbox has too many subscriptions, and this one never took a message. Reported only if
+    /// messages were kept for it; all are counted in
+    /// [`Counters::refused`](crate::Counters::refused) as `lapsed_subscriptions`.
+    #[error("there are too many, and it never took a message")]
+    NoRoom,
+}
+
 /// The reason for which a message is a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -129,6 +147,9 @@ pub enum DeadLetterReason {
         /// The reason given by the receiver.
         text: String,
     },
+    /// This node's rules no longer let the receiver have the message.
+    #[error("this node's rules no longer let its receiver have it")]
+    NotAllowed,
     /// The message is larger than its receiver accepts.
     #[error("larger than its receiver accepts")]
     TooLarge,

@@ -10,7 +10,7 @@ use super::{Binding, DeadLetterReason, Target};
 use crate::address::{Pattern, ServiceName};
 use crate::identity::NodeId;
 use crate::message::MessageId;
-use crate::wire::Stream;
+use crate::wire::{Moment, Stream};
 
 /// The error of decoding a journal entry.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +187,12 @@ pub(super) struct PeerRecord {
     pub(super) node: NodeBytes,
     pub(super) inbox: u64,
     pub(super) subscriptions: Vec<(String, String)>,
+    /// The last time that it was linked, in ms since the Unix epoch; zero if unknown.
+    #[serde(default)]
+    pub(super) seen_at: u64,
+    /// The subscriptions that never acknowledged a message.
+    #[serde(default)]
+    pub(super) unproven: Vec<String>,
 }
 
 impl PeerRecord {
@@ -212,6 +218,21 @@ pub(super) struct KeptRecord<'a> {
     pub(super) ids: Vec<IdsRecord<'a>>,
     /// The remembered state of all peers.
     pub(super) peers: Option<Vec<PeerRecord>>,
+    /// The history of the outbox.
+    #[serde(default)]
+    pub(super) history: Option<HistoryRecord>,
+}
+
+/// The lives of an outbox, and the messages that another copy of it may have sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HistoryRecord {
+    /// The epoch of the present life.
+    pub(super) epoch: u64,
+    /// The ends of earlier lives, in order.
+    pub(super) lives: Vec<MomentRecord>,
+    /// The number below which messages may have been processed, by receiver.
+    pub(super) doubted: Vec<(NodeBytes, u64)>,
+    pub(super) doubted_by_all: u64,
 }
 
 /// A node and a stream of deliveries to it: its epoch, and its subscription.
@@ -311,6 +332,10 @@ pub(super) enum OutboxRecord<'a> {
     Left(Vec<(u64, u32)>),
     /// The records to keep of removed segments.
     Kept(KeptRecord<'a>),
+    /// The history of the outbox.
+    History(HistoryRecord),
+    /// The remembered state of some peers, which replaces what was known of them.
+    Met(Vec<PeerRecord>),
 }
 
 impl<'a> OutboxRecord<'a> {
@@ -333,6 +358,8 @@ impl<'a> OutboxRecord<'a> {
             }
             Self::Left(left) => with_kind(8, left),
             Self::Kept(kept) => with_kind(9, kept),
+            Self::History(history) => with_kind(10, history),
+            Self::Met(peers) => with_kind(11, peers),
         }
     }
 
@@ -359,6 +386,8 @@ impl<'a> OutboxRecord<'a> {
             }
             8 => Self::Left(decode(rest)?),
             9 => Self::Kept(decode(rest)?),
+            10 => Self::History(decode(rest)?),
+            11 => Self::Met(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }
@@ -382,10 +411,47 @@ impl StreamRecord {
     }
 }
 
+/// A moment of an outbox: epoch, segment, offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MomentRecord(u64, u64, u64);
+
+impl From<Moment> for MomentRecord {
+    fn from(Moment { epoch, segment, offset }: Moment) -> Self {
+        Self(epoch, segment, offset)
+    }
+}
+
+impl From<MomentRecord> for Moment {
+    fn from(MomentRecord(epoch, segment, offset): MomentRecord) -> Self {
+        Self { epoch, segment, offset }
+    }
+}
+
+/// A sender that an inbox remembers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SenderRecord {
+    pub(super) node: NodeBytes,
+    /// The latest moment of its outbox from which a message was processed.
+    pub(super) heard: Option<MomentRecord>,
+    /// The sender came back after an absence.
+    pub(super) returned: bool,
+}
+
+/// The whole state of an inbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct InboxState {
+    pub(super) epoch: u64,
+    /// Senders were forgotten for want of room.
+    pub(super) has_forgotten: bool,
+    /// The senders, the longest unheard first.
+    pub(super) senders: Vec<SenderRecord>,
+    pub(super) streams: Vec<StreamRecord>,
+}
+
 /// An entry of an inbox's journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum InboxRecord {
-    /// A snapshot that replaces all earlier entries: the epoch, and the streams.
+    /// A snapshot of earlier versions: the epoch, and the streams.
     Snapshot(u64, Vec<StreamRecord>),
     /// A new stream.
     Opened(StreamRecord),
@@ -395,6 +461,12 @@ pub(super) enum InboxRecord {
     Begun(u64, u64, u32),
     /// Streams whose deliveries the sender has all settled.
     Forgotten(Vec<u64>),
+    /// A message is processed from this moment of the sender's outbox.
+    Heard(NodeBytes, MomentRecord),
+    /// A sender that was forgotten for want of room.
+    Evicted(NodeBytes),
+    /// A snapshot that replaces all earlier entries.
+    State(InboxState),
 }
 
 impl InboxRecord {
@@ -405,6 +477,9 @@ impl InboxRecord {
             Self::Processed(stream, seq) => with_kind(2, &(stream, seq)),
             Self::Begun(stream, seq, times) => with_kind(3, &(stream, seq, times)),
             Self::Forgotten(streams) => with_kind(4, streams),
+            Self::Heard(node, moment) => with_kind(5, &(node, moment)),
+            Self::Evicted(node) => with_kind(6, node),
+            Self::State(state) => with_kind(7, state),
         }
     }
 
@@ -425,6 +500,12 @@ impl InboxRecord {
                 Self::Begun(stream, seq, times)
             }
             4 => Self::Forgotten(decode(rest)?),
+            5 => {
+                let (node, moment) = decode(rest)?;
+                Self::Heard(node, moment)
+            }
+            6 => Self::Evicted(decode(rest)?),
+            7 => Self::State(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

@@ -5,7 +5,9 @@ use crate::engine::RequestOutcome;
 use crate::identity::NodeId;
 use crate::message::{Message, MessageId};
 use crate::trust::{Action, Grants};
-use crate::wire::{Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, Payload, Record};
+use crate::wire::{
+    Answer, Control, DeliveryOutcome, Envelope, InboxInfo, Lane, Moment, Payload, Record,
+};
 
 pub(super) const NOT_ALLOWED: &str = "the node's rules don't allow it";
 
@@ -48,8 +50,8 @@ pub(crate) enum ReceivedControl {
     Cancel(MessageId),
     /// Answers to guaranteed messages, for the outbox.
     Answers(Vec<Answer>),
-    /// The epochs of the peer's outbox, for the inbox.
-    Epochs(Vec<u64>),
+    /// The epochs of the peer's outbox and its present moment, for the inbox.
+    Epochs(Vec<u64>, Option<Moment>),
     /// The peer's durable subscriptions, for the outbox, and the denial of the forbidden ones.
     Inbox(Box<InboxInfo>, Option<Control>),
     /// A record about the link or its peer, for the mesh.
@@ -87,14 +89,14 @@ fn incoming_control(
     grants: &Grants,
 ) -> Result<ReceivedControl, OutOfTurn> {
     Ok(match control {
-        Control::Dropped(_) | Control::Answers(_) | Control::Epochs(_) | Control::Inbox(_)
+        Control::Dropped(_) | Control::Answers(_) | Control::Epochs(..) | Control::Inbox(_)
             if !is_open =>
         {
             return Err(OutOfTurn);
         }
         Control::Dropped(counts) => ReceivedControl::DropReport(counts),
         Control::Answers(answers) => ReceivedControl::Answers(answers),
-        Control::Epochs(epochs) => ReceivedControl::Epochs(epochs),
+        Control::Epochs(epochs, moment) => ReceivedControl::Epochs(epochs, moment),
         Control::Inbox(mut info) => {
             let denial = take_denied(&mut info, grants);
             ReceivedControl::Inbox(info, denial)

@@ -32,7 +32,7 @@ use super::flow::LinkLoss;
 use super::{LinkId, Path, Time};
 use crate::address::{Destination, Pattern, ServiceName};
 use crate::identity::NodeId;
-use crate::message::{Extra, Message, MessageId, check_size};
+use crate::message::{Extra, Header, Message, MessageId, check_size};
 use crate::report::DropReason;
 use crate::wire::{Delivery, DeliveryOutcome, Failure, Payload};
 
@@ -384,7 +384,9 @@ impl<H: Host> Front<H> {
         if bounded && !has_room(self.broker_bytes, message.cost(), self.limits.broker) {
             return self.handle_refused(path, message, hold, DropReason::SlowPeer);
         }
-        let target = self.target(&message);
+        let subscription =
+            message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
+        let target = self.target(&message.header, subscription);
         let Some((number, served)) =
             target.and_then(|number| Some((number, self.served.get_mut(&number)?)))
         else {
@@ -409,11 +411,14 @@ impl<H: Host> Front<H> {
         }
     }
 
+    /// Returns true if this node takes messages with that header, for that durable subscription.
+    pub(crate) fn serves(&self, header: &Header, subscription: Option<&ServiceName>) -> bool {
+        self.target(header, subscription).is_some()
+    }
+
     /// Returns the service or durable subscription to which a message is addressed.
-    fn target(&self, message: &Message) -> Option<ServiceNumber> {
-        let subscription =
-            message.delivery.as_ref().and_then(|it| it.id.stream.subscription.as_ref());
-        match (&message.header.destination, subscription) {
+    fn target(&self, header: &Header, subscription: Option<&ServiceName>) -> Option<ServiceNumber> {
+        match (&header.destination, subscription) {
             (Destination::Topic(topic), Some(subscription)) => {
                 let (pattern, number) = self.durable.get(subscription)?;
                 pattern.matches(topic).then_some(*number)

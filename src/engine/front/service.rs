@@ -3,7 +3,7 @@
 //! Calls with the same ordering key run one after the other, in the order of their arrival; the
 //! others run beside them.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -40,52 +40,51 @@ pub(crate) struct Finished<K, C, R> {
 pub(crate) struct Service<K, C, R> {
     concurrency: usize,
     /// All running and queued calls, by name.
-    calls: HashMap<K, State<C, R>>,
+    calls: HashMap<K, State<R>>,
     running: usize,
-    /// The tickets of queued calls that run as soon as there is room.
-    waiting: VecDeque<Ticket<K>>,
+    /// Queued calls that run as soon as there is room.
+    waiting: Queue<K, C>,
     /// For each ordering key of a running call or one in `waiting`: the calls behind that one.
-    behind: HashMap<Arc<str>, VecDeque<Ticket<K>>>,
-    tickets: u64,
-    /// The number of tickets in the queues whose calls were cancelled.
-    void: usize,
+    behind: HashMap<Arc<str>, Queue<K, C>>,
+    /// The number of calls that were queued so far.
+    queued: u64,
 }
+
+/// Queued calls in their order, by the number at which [`State::Waits`] finds each.
+type Queue<K, C> = BTreeMap<u64, Waiting<K, C>>;
 
 #[derive(Debug)]
-enum State<C, R> {
-    Waits(Waiting<C>),
-    Runs { order: Option<Arc<str>>, kept: Option<R> },
+enum State<R> {
+    /// In `waiting`, or behind another call with its ordering key.
+    Waits {
+        number: u64,
+        behind: Option<Arc<str>>,
+    },
+    Runs {
+        order: Option<Arc<str>>,
+        kept: Option<R>,
+    },
 }
 
-impl<C, R> State<C, R> {
+impl<R> State<R> {
     fn running(order: Option<Arc<str>>) -> Self {
         Self::Runs { order, kept: None }
     }
 
     fn kept(&self) -> Option<&R> {
         match self {
-            Self::Waits(_) => None,
+            Self::Waits { .. } => None,
             Self::Runs { kept, .. } => kept.as_ref(),
         }
     }
 }
 
 #[derive(Debug)]
-struct Waiting<C> {
-    number: u64,
-    /// The call is in `waiting`, not behind another.
-    is_next: bool,
+struct Waiting<K, C> {
+    key: K,
     order: Option<Arc<str>>,
     expires: Option<Time>,
     call: C,
-}
-
-/// The place of a call in a queue. It is void once the call was cancelled, so that a cancellation
-/// takes no search.
-#[derive(Debug, Clone, Copy)]
-struct Ticket<K> {
-    key: K,
-    number: u64,
 }
 
 impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
@@ -94,10 +93,9 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             concurrency: concurrency.max(1),
             calls: HashMap::default(),
             running: 0,
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
             behind: HashMap::default(),
-            tickets: 0,
-            void: 0,
+            queued: 0,
         }
     }
 
@@ -116,22 +114,25 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         let order: Option<Arc<str>> = order.map(Arc::from);
         let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
         if before.is_none() && self.running < self.concurrency {
-            self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+            self.behind.extend(order.clone().map(|order| (order, BTreeMap::new())));
             entry.insert(State::running(order));
             self.running += 1;
             return Admission::Start(call);
         }
-        self.tickets += 1;
-        let (number, is_next) = (self.tickets, before.is_none());
-        let ticket = Ticket { key, number };
+        let number = self.queued;
+        self.queued += 1;
+        let waiting = Waiting { key, order: order.clone(), expires, call };
         match before {
-            Some(behind) => behind.push_back(ticket),
+            Some(behind) => {
+                entry.insert(State::Waits { number, behind: order });
+                behind.insert(number, waiting);
+            }
             None => {
-                self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
-                self.waiting.push_back(ticket);
+                entry.insert(State::Waits { number, behind: None });
+                self.behind.extend(order.map(|order| (order, BTreeMap::new())));
+                self.waiting.insert(number, waiting);
             }
         }
-        entry.insert(State::Waits(Waiting { number, is_next, order, expires, call }));
         Admission::Waits
     }
 
@@ -164,17 +165,17 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             finished.kept = kept;
         }
         while self.running < self.concurrency
-            && let Some(ticket) = self.waiting.pop_front()
+            && let Some((_, next)) = self.waiting.pop_first()
         {
-            let Some(next) = self.redeem(ticket) else { continue };
             if next.expires.is_some_and(|expires| expires <= now) {
+                self.calls.remove(&next.key);
                 self.release(next.order);
-                finished.expired.push((ticket.key, next.call));
+                finished.expired.push((next.key, next.call));
                 continue;
             }
-            self.calls.insert(ticket.key, State::running(next.order));
+            self.calls.insert(next.key, State::running(next.order));
             self.running += 1;
-            finished.next = Some((ticket.key, next.call));
+            finished.next = Some((next.key, next.call));
             break;
         }
         finished
@@ -183,28 +184,33 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     /// Handles a cancellation. Returns the call if it was still queued; a running one is not
     /// stopped here.
     pub(crate) fn handle_cancel(&mut self, key: K) -> Option<C> {
-        if !matches!(self.calls.get(&key), Some(State::Waits(_))) {
-            return None;
+        let State::Waits { number, behind } = self.calls.get(&key)? else { return None };
+        let (number, behind) = (*number, behind.clone());
+        self.calls.remove(&key);
+        match behind {
+            Some(order) => self.behind.get_mut(&order)?.remove(&number).map(|it| it.call),
+            None => {
+                let Waiting { order, call, .. } = self.waiting.remove(&number)?;
+                self.release(order);
+                Some(call)
+            }
         }
-        let Some(State::Waits(waiting)) = self.calls.remove(&key) else { return None };
-        self.void += 1;
-        if waiting.is_next {
-            self.release(waiting.order);
-        }
-        if self.void > self.calls.len() + MOST_VOID {
-            self.drop_void_tickets();
-        }
-        Some(waiting.call)
     }
 
     /// Removes and returns the queued calls for which `wanted` is true, in the order of their names.
     pub(crate) fn take_waiting(&mut self, wanted: impl Fn(&K) -> bool) -> Vec<(K, C)> {
-        let waits = |(key, state): (&K, &State<C, R>)| {
-            (matches!(state, State::Waits(_)) && wanted(key)).then_some(*key)
-        };
-        let mut keys: Vec<K> = self.calls.iter().filter_map(waits).collect();
-        keys.sort_unstable();
-        keys.into_iter().filter_map(|key| Some((key, self.handle_cancel(key)?))).collect()
+        let wanted = |waiting: &Waiting<K, C>| wanted(&waiting.key);
+        let mut taken = Vec::new();
+        for behind in self.behind.values_mut() {
+            taken.extend(extract(behind, wanted));
+        }
+        for waiting in extract(&mut self.waiting, wanted) {
+            self.release(waiting.order.clone());
+            taken.push(waiting);
+        }
+        taken.sort_unstable_by_key(|waiting| waiting.key);
+        taken.iter().for_each(|waiting| _ = self.calls.remove(&waiting.key));
+        taken.into_iter().map(|waiting| (waiting.key, waiting.call)).collect()
     }
 
     /// Returns true if no call is running or queued.
@@ -221,46 +227,26 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         self.calls.len()
     }
 
-    /// Takes the call of a ticket, unless it was cancelled.
-    fn redeem(&mut self, ticket: Ticket<K>) -> Option<Waiting<C>> {
-        if !is_valid(&self.calls, &ticket) {
-            self.void -= 1;
-            return None;
-        }
-        match self.calls.remove(&ticket.key) {
-            Some(State::Waits(waiting)) => Some(waiting),
-            _ => None,
-        }
-    }
-
     /// Releases an ordering key: the call behind the one that left is next.
     fn release(&mut self, order: Option<Arc<str>>) {
         let Some(order) = order else { return };
-        while let Some(ticket) = self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
-            match self.calls.get_mut(&ticket.key) {
-                Some(State::Waits(waiting)) if waiting.number == ticket.number => {
-                    waiting.is_next = true;
-                    return self.waiting.push_back(ticket);
-                }
-                _ => self.void -= 1,
+        match self.behind.get_mut(&order).and_then(BTreeMap::pop_first) {
+            Some((_, next)) => {
+                let number = self.queued;
+                self.queued += 1;
+                self.calls.insert(next.key, State::Waits { number, behind: None });
+                self.waiting.insert(number, next);
             }
+            None => _ = self.behind.remove(&order),
         }
-        self.behind.remove(&order);
-    }
-
-    fn drop_void_tickets(&mut self) {
-        let Self { calls, waiting, behind, void, .. } = self;
-        waiting.retain(|ticket| is_valid(calls, ticket));
-        behind.values_mut().for_each(|queue| queue.retain(|ticket| is_valid(calls, ticket)));
-        *void = 0;
     }
 }
 
-/// The void tickets that may outnumber the calls before they are searched for.
-const MOST_VOID: usize = 64;
-
-fn is_valid<K: Hash + Eq, C, R>(calls: &HashMap<K, State<C, R>>, ticket: &Ticket<K>) -> bool {
-    matches!(calls.get(&ticket.key), Some(State::Waits(it)) if it.number == ticket.number)
+/// Removes the items for which `wanted` is true; most often there are none.
+fn extract<T>(queue: &mut BTreeMap<u64, T>, wanted: impl Fn(&T) -> bool) -> Vec<T> {
+    let numbers: Vec<u64> =
+        queue.iter().filter(|(_, it)| wanted(it)).map(|(number, _)| *number).collect();
+    numbers.iter().filter_map(|number| queue.remove(number)).collect()
 }
 
 #[cfg(test)]
@@ -336,24 +322,5 @@ mod tests {
         assert_eq!(finish(&mut service, at(6), 1), (Some('d'), vec!['b']), "b expired");
         assert_eq!(finish(&mut service, at(6), 4), (None, vec![]));
         assert!(service.is_idle() && service.behind.is_empty());
-    }
-
-    #[test]
-    fn calls_that_are_cancelled_at_once_leave_no_tickets_behind() {
-        let mut service = Service::new(1);
-        service.handle_call(0, Some("x"), None, 'a');
-        for _ in 0..1000 {
-            for order in [None, Some("x"), Some("y")] {
-                assert_eq!(service.handle_call(7, order, None, 'b'), Admission::Waits);
-                assert_eq!(service.handle_cancel(7), Some('b'));
-            }
-        }
-        let behind: usize = service.behind.values().map(VecDeque::len).sum();
-        assert!(service.waiting.len() + behind <= MOST_VOID + 2, "{}", service.void);
-        service.handle_call(7, Some("x"), None, 'c');
-        assert_eq!(finish(&mut service, at(1), 0), (Some('c'), vec![]), "its own ticket counts");
-        finish(&mut service, at(1), 7);
-        assert!(service.is_idle() && service.behind.is_empty());
-        assert_eq!((service.waiting.len(), service.void), (0, 0));
     }
 }

@@ -48,7 +48,7 @@ impl Receiver {
                     self.answers += 1;
                     continue;
                 }
-                InboxAction::Begin(..) => continue,
+                InboxAction::Begin(..) | InboxAction::Forgot { .. } => continue,
             };
             self.snapshots += u64::from(kind == EntryKind::First);
             let written = self.journal.write(std::iter::once((entry, kind))).remove(0);
@@ -61,7 +61,7 @@ impl Receiver {
     fn deliver(&mut self, epoch: u64, seq: u64, floor: u64) -> Verdict {
         let id = DeliveryId { stream: Stream { epoch, subscription: None }, seq };
         let mut delivery = Delivery { id, floor, attempt: 1, redelivered: false };
-        let verdict = self.inbox.handle_delivery(SENDER, &mut delivery);
+        let verdict = self.inbox.handle_delivery(SENDER, &mut delivery, || true);
         if verdict == Verdict::Run {
             self.inbox.handle_ended(SENDER, &delivery.id, DeliveryOutcome::Processed);
         }

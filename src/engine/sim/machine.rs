@@ -12,8 +12,9 @@ use super::world::{Event, World};
 pub(super) struct Machine {
     /// Those of its store, while nobody has it open.
     pub(super) disks: Option<Disks>,
-    /// A copy of the outbox's.
+    /// A copy of the outbox's, and of the inbox's.
     backup: Option<Disk>,
+    inbox_backup: Option<Disk>,
     /// The node on it offers services and a durable subscription.
     pub(super) serves: bool,
 }
@@ -23,7 +24,7 @@ impl Machine {
         let disks = Disks { outbox: Disk::cleaned(), inbox: Disk::default() };
         disks.outbox.limit(settings.capacity.unwrap_or_default());
         let disks = (node < STORES).then_some(disks);
-        Self { disks, backup: None, serves: true }
+        Self { disks, backup: None, inbox_backup: None, serves: true }
     }
 }
 
@@ -35,7 +36,7 @@ impl World {
         let pause = self.random.between(20_000, 130_000);
         self.after(pause, Event::Fault);
         let node = self.random.below(self.nodes.len() as u64) as usize;
-        match self.random.below(16) {
+        match self.random.below(17) {
             0 | 1 => self.crash(node, Crash::Process),
             2 | 3 => self.crash(node, Crash::Machine),
             4 => self.shut_down(node),
@@ -54,6 +55,7 @@ impl World {
             9 => self.change_rule(node),
             10 | 11 => self.toggle_disk(node),
             12 => self.jump(),
+            13 => self.back_up_running(node),
             _ => self.serve(node, !self.machines[node].serves),
         }
     }
@@ -146,8 +148,9 @@ impl World {
             self.machines[node].disks = Some(disks);
             match self.random.below(60) {
                 0 => self.lose_inbox(node),
-                1 => self.restore_outbox(node),
-                2..=9 => self.back_up(node),
+                1 | 2 => self.restore_outbox(node),
+                3 => self.restore_inbox(node),
+                4..=10 => self.back_up(node),
                 _ => {}
             }
             self.ledger.promises.handle_sender_lost(node);
@@ -181,13 +184,34 @@ impl World {
     }
 
     fn back_up(&mut self, node: usize) {
-        self.machines[node].backup = Some(self.disks(node).outbox.copy());
+        let Disks { outbox, inbox } = self.disks(node);
+        let (outbox, inbox) = (outbox.copy(), inbox.copy());
+        let machine = &mut self.machines[node];
+        (machine.backup, machine.inbox_backup) = (Some(outbox), Some(inbox));
+    }
+
+    /// Copies the disks of a node that runs.
+    fn back_up_running(&mut self, node: usize) {
+        let Some(store) = self.nodes[node].as_ref().and_then(|node| node.store.as_ref()) else {
+            return;
+        };
+        let (outbox, inbox) = (store.disks.outbox.copy(), store.disks.inbox.copy());
+        let machine = &mut self.machines[node];
+        (machine.backup, machine.inbox_backup) = (Some(outbox), Some(inbox));
     }
 
     /// It may process again what it has processed.
     fn lose_inbox(&mut self, node: usize) {
         self.ledger.seen.add("inboxes lost", 1);
         self.disks(node).inbox = Disk::default();
+        self.ledger.promises.handle_inbox_lost(node);
+    }
+
+    /// Puts an inbox back to what it was, if there is a copy.
+    fn restore_inbox(&mut self, node: usize) {
+        let Some(disk) = self.machines[node].inbox_backup.take() else { return };
+        self.ledger.seen.add("inboxes put back", 1);
+        self.disks(node).inbox = disk;
         self.ledger.promises.handle_inbox_lost(node);
     }
 

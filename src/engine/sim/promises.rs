@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use super::rules::Rule;
 use super::seen::Seen;
 use super::settings::{SENDERS, Settings};
 use crate::engine::delivery::{DeadLetterReason, NewMessage, Target};
@@ -35,6 +36,8 @@ pub(super) struct Sent {
     pub(super) nature: Nature,
     pub(super) lane: Option<(Target, &'static str)>,
     pub(super) parts: usize,
+    /// It is for durable subscriptions.
+    pub(super) is_event: bool,
     pub(super) stored: bool,
     /// Of those that are stored together, by the first.
     pub(super) transaction: MessageId,
@@ -45,6 +48,10 @@ pub(super) struct Sent {
     pub(super) may_end_again: bool,
     /// Its outbox was put back to an older state, and knows nothing of it or too little.
     pub(super) forgotten: bool,
+    /// A subscription that it is for has ended or changed: it need not be processed there.
+    pub(super) released: bool,
+    /// A rule kept it from a peer.
+    pub(super) kept_back: bool,
     /// An operator had it sent again when it was a dead letter, or removed it.
     pub(super) decided: Option<Decision>,
 }
@@ -57,12 +64,15 @@ impl Sent {
             nature: Nature::Good,
             lane: None,
             parts,
+            is_event: false,
             stored: false,
             transaction: id,
             once: None,
             done: None,
             may_end_again: false,
             forgotten: false,
+            released: false,
+            kept_back: false,
             decided: None,
         }
     }
@@ -89,6 +99,10 @@ pub(super) struct Promises {
     /// Of these, the ones whose end is on the disk, and those whose end ever was.
     durable: HashSet<Place>,
     processed: BTreeSet<Place>,
+    /// Of these, those whose sender, or whose receiver, was put back to an older state since: they may
+    /// be processed again, and say so. Where both were, nobody knows.
+    sender_put_back: HashSet<Place>,
+    receiver_put_back: HashSet<Place>,
     /// What a rule refused.
     refused: HashSet<MessageId>,
     /// How often each node ended without warning.
@@ -110,6 +124,8 @@ impl Promises {
             begun: BTreeMap::new(),
             durable: HashSet::new(),
             processed: BTreeSet::new(),
+            sender_put_back: HashSet::new(),
+            receiver_put_back: HashSet::new(),
             refused: HashSet::new(),
             deaths: BTreeMap::new(),
             gone: HashSet::new(),
@@ -153,7 +169,8 @@ impl Promises {
         }
         match &result {
             Ok(()) => {
-                assert!(there >= sent.parts, "{message} is settled and was not processed");
+                let released = sent.released || there >= sent.parts;
+                assert!(released, "{message} is settled and was not processed");
                 self.seen.add("messages processed", 1);
             }
             Err(DeadLetterReason::Expired { maybe_processed }) => {
@@ -173,6 +190,9 @@ impl Promises {
                 self.seen.add("dead letters by failure", 1);
                 assert_eq!(sent.nature, Nature::Poison);
             }
+            Err(DeadLetterReason::NotAllowed) => {
+                assert!(sent.kept_back, "no rule forbade {message}")
+            }
             Err(DeadLetterReason::TooLarge | DeadLetterReason::Unreadable) => panic!("nothing is"),
         }
         sent.done = Some(result);
@@ -189,9 +209,28 @@ impl Promises {
     pub(super) fn handle_put_back(&mut self, node: usize) {
         let sent = &self.sent;
         self.gone.retain(|message| sent[message].sender != node);
+        let of_node = self.processed.iter().filter(|(.., message)| sent[message].sender == node);
+        self.sender_put_back.extend(of_node.copied());
         self.sent.values_mut().filter(|sent| sent.sender == node).for_each(|sent| {
             (sent.stored, sent.forgotten) = (false, true);
         });
+    }
+
+    /// A durable subscription that a node's outbox knew has ended, or changed its pattern.
+    pub(super) fn handle_subscription_ended(&mut self, node: usize) {
+        for sent in self.sent.values_mut().filter(|it| it.sender == node && it.is_event) {
+            match &sent.done {
+                None => sent.released = true,
+                // A dead letter that was for it goes too.
+                Some(Err(_)) => (sent.released, sent.may_end_again) = (true, true),
+                Some(Ok(())) => {}
+            }
+        }
+    }
+
+    /// A rule kept a message from a peer.
+    pub(super) fn handle_kept_back(&mut self, message: MessageId, rule: Rule) {
+        self.of(message).kept_back |= rule != Rule::All;
     }
 
     // What is in an outbox that was read.
@@ -225,7 +264,7 @@ impl Promises {
                     self.seen.when("messages gone for good", self.gone.insert(*message));
                 }
                 Some(Ok(())) => assert!(!self.gone.contains(message), "{message} came back"),
-                Some(Err(_)) if sent.decided.is_none() => {
+                Some(Err(_)) if sent.decided.is_none() && !sent.released => {
                     assert!(is_there, "the dead letter {message} is lost");
                 }
                 Some(Err(_)) | None => {}
@@ -258,10 +297,14 @@ impl Promises {
         assert!(self.begun.contains_key(&place), "{message} was never begun");
         self.durable.insert(place);
         self.processed.insert(place);
+        self.sender_put_back.remove(&place);
+        self.receiver_put_back.remove(&place);
     }
 
     /// A node lost its inbox: it may process again what it has processed.
     pub(super) fn handle_inbox_lost(&mut self, node: usize) {
+        let here = self.processed.iter().filter(|(other, ..)| *other == node);
+        self.receiver_put_back.extend(here.copied());
         self.durable.retain(|(other, ..)| *other != node);
     }
 
@@ -281,6 +324,11 @@ impl Promises {
         self.seen.when("messages taken from a node that had processed them", processed);
         let one_only = sure && self.settings.reassign_after.is_none();
         assert!(!(one_only && processed), "{message} was processed elsewhere");
+        let put_back = [&self.sender_put_back, &self.receiver_put_back];
+        let [by_sender, by_receiver] = put_back.map(|places| places.contains(&place));
+        self.seen.when("messages processed again after a restore", by_sender && !by_receiver);
+        let is_known = self.processed.contains(&place) && !(by_sender && by_receiver);
+        assert!(again || !is_known, "{message} was processed at {node}, and doesn't say so");
         let begun = self.begun.entry(place).or_default();
         let new = *begun == 0 && !elsewhere;
         assert!(again || new || !sure, "{message} comes again, and doesn't say so");

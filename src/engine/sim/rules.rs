@@ -15,14 +15,17 @@ pub(super) enum Rule {
     PublishA,
     /// Calls to `work`, guaranteed ones too, and no events.
     SendWork,
+    /// All, but that it hears of nothing but old orders.
+    HearOld,
 }
 
 impl Rule {
     pub(super) fn any(random: &mut Random) -> Self {
-        match random.below(6) {
+        match random.below(7) {
             0 => Self::Nothing,
             1 => Self::PublishA,
             2 => Self::SendWork,
+            3 => Self::HearOld,
             _ => Self::All,
         }
     }
@@ -33,6 +36,9 @@ impl Rule {
             Self::Nothing => "",
             Self::PublishA => "* publish a.>\n* subscribe >\n* serve *",
             Self::SendWork => "* send work\n* subscribe >\n* serve *",
+            Self::HearOld => {
+                "* publish >\n* send >\n* serve *\n* subscribe a.orders.old\n* subscribe b.>"
+            }
         };
         let rules: Rules = text.parse().unwrap();
         rules.grants(&NodeId::from_bytes([0; 32]), None)
@@ -41,7 +47,7 @@ impl Rule {
     /// Judges a message without the engine's code.
     pub(super) fn lets_send(self, to: &Destination) -> bool {
         match (self, to) {
-            (Self::All, _) => true,
+            (Self::All | Self::HearOld, _) => true,
             (Self::Nothing, _) => false,
             (Self::PublishA, Destination::Topic(topic)) => topic.as_str().starts_with("a."),
             (Self::SendWork, Destination::Service(name)) => name.as_str() == "work",
@@ -49,8 +55,22 @@ impl Rule {
         }
     }
 
-    /// Judges a subscription in the same way.
-    pub(super) fn lets_subscribe(self) -> bool {
-        self != Self::Nothing
+    /// Judges a durable subscription in the same way.
+    pub(super) fn lets_subscribe(self, pattern: &str) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::HearOld => pattern == "a.orders.old",
+            Self::All | Self::PublishA | Self::SendWork => true,
+        }
+    }
+
+    /// Judges a message to the peer: an event that it is to have, or a call that it is to handle.
+    pub(super) fn lets_have(self, to: &Destination) -> bool {
+        match (self, to) {
+            (Self::Nothing, Destination::Node(_)) => true,
+            (Self::Nothing, _) => false,
+            (Self::HearOld, Destination::Topic(topic)) => topic.as_str() == "a.orders.old",
+            _ => true,
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-const ALL: [&str; 68] = [
+const ALL: [&str; 72] = [
     // Links, and those who are at their ends.
     "cuts",
     "silent cuts",
@@ -44,6 +44,8 @@ const ALL: [&str; 68] = [
     "guaranteed messages that were queued when their link was lost",
     "guaranteed messages that found their link full",
     "inboxes that a rule kept subscriptions of",
+    "subscriptions that a rule ended",
+    "guaranteed messages that a rule kept from a peer",
     "rejections",
     "dead letters by failure",
     "dead letters by expiry",
@@ -75,6 +77,8 @@ const ALL: [&str; 68] = [
     "snapshots of inboxes that live",
     "inboxes lost",
     "outboxes put back",
+    "inboxes put back",
+    "messages processed again after a restore",
 ];
 
 /// How often each of them was seen.

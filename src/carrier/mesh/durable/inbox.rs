@@ -14,9 +14,9 @@ use crate::engine::{Settlement, Time, TooMany};
 use crate::identity::NodeId;
 use crate::journal::{Ended, Need};
 use crate::message::Message;
-use crate::report::DropReason;
 use crate::sync::lock;
-use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo};
+use crate::trust::Grants;
+use crate::wire::{Answer, Control, DeliveryOutcome, InboxInfo, Moment};
 
 /// The most ended durable subscriptions that are still announced, to peers that link later.
 const MAX_ENDED: usize = 256;
@@ -47,6 +47,9 @@ impl Durable {
                 }
                 InboxAction::Answer(to, answer) => answers.entry(to).or_default().push(answer),
                 InboxAction::Begin(from, id) => begin.push((from, id)),
+                InboxAction::Forgot { newcomer } => {
+                    self.core.reporter.count_inbox_full(newcomer, 1, 0);
+                }
             }
         }
         drop(inbox);
@@ -91,8 +94,9 @@ impl Durable {
         self: &Arc<Self>,
         over: &PeerLink,
         epochs: &[u64],
+        moment: Option<Moment>,
     ) {
-        self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs));
+        self.with_inbox(|inbox| inbox.handle_epochs(over.peer, epochs, moment));
         // An earlier announcement may have arrived before the peer knew that the link is up.
         if over.is_first_epochs() {
             self.announce_inbox(&over.peer);
@@ -112,7 +116,12 @@ impl Durable {
         let hold = hold.with_ticket(Some(Ticket::Kept(self.clone())));
         let mut held = Some((message, hold));
         let verdict = self.with_inbox(|inbox| {
-            let verdict = inbox.handle_delivery(from, Arc::make_mut(&mut delivery));
+            let header = held.as_ref().map(|(message, _)| &message.header);
+            let is_served = || {
+                let subscription = id.stream.subscription.as_ref();
+                header.is_some_and(|it| self.core.look(|front| front.serves(it, subscription)))
+            };
+            let verdict = inbox.handle_delivery(from, Arc::make_mut(&mut delivery), is_served);
             if let Some((message, _)) = &mut held {
                 message.delivery = Some(delivery);
             }
@@ -130,13 +139,14 @@ impl Durable {
             }
             Verdict::RunLater | Verdict::Wait => return,
             Verdict::Answer(outcome) => outcome,
+            Verdict::Full => {
+                self.core.reporter.count_inbox_full(from, 0, 1);
+                DeliveryOutcome::Refused
+            }
         };
         drop(held);
         let counters = &self.core.reporter.counters;
         add(&counters.duplicates, u64::from(outcome == DeliveryOutcome::Processed));
-        if outcome == DeliveryOutcome::Refused {
-            counters.dropped_for_others(DropReason::InboxFull, 1);
-        }
         self.send_answers(from, vec![Answer { id, attempt, outcome }]);
     }
 
@@ -189,7 +199,14 @@ impl Durable {
 
     pub(super) fn announce_inbox(&self, peer: &NodeId) {
         let ended = lock(&self.store.ended);
-        self.links.send_control(peer, Control::Inbox(Box::new(self.inbox_info(&ended))));
+        let info = self.inbox_info(&ended);
+        self.links.send_control(peer, self.announcement(peer, &info));
+    }
+
+    /// Returns the announcement of this node's inbox for one peer.
+    fn announcement(&self, peer: &NodeId, info: &InboxInfo) -> Control {
+        let heard = lock(&self.store.inbox).heard(peer);
+        Control::Inbox(Box::new(InboxInfo { heard, ..info.clone() }))
     }
 
     fn inbox_info(&self, ended: &BTreeSet<ServiceName>) -> InboxInfo {
@@ -197,7 +214,7 @@ impl Durable {
         let subscriptions = self.core.look(|front| {
             front.consumers().map(|(name, pattern, _)| (name.clone(), pattern.clone())).collect()
         });
-        InboxInfo { epoch, subscriptions, ended }
+        InboxInfo { epoch, subscriptions, ended, heard: None }
     }
 
     /// Announces this node's durable subscriptions, to its own outbox too.
@@ -205,11 +222,14 @@ impl Durable {
         // The lock keeps announcements in order: the last one must be true.
         let ended = lock(&self.store.ended);
         let info = self.inbox_info(&ended);
-        let own = InboxInfo { epoch: 0, ..info.clone() };
-        self.with_outbox(|outbox, _| outbox.handle_inbox(self.core.id, own));
+        let heard = lock(&self.store.inbox).heard(&self.core.id);
+        let own = InboxInfo { epoch: 0, heard, ..info.clone() };
+        self.with_outbox(|outbox, now| {
+            outbox.handle_inbox(now, self.core.id, own, &Grants::Everything)
+        });
         self.core.routes.notify();
         for link in self.links.all().iter().filter(|link| link.is_open()) {
-            link.send_control(Control::Inbox(Box::new(info.clone())));
+            link.send_control(self.announcement(&link.peer, &info));
         }
     }
 }

@@ -13,20 +13,22 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use super::links::Links;
+use super::peer_link::PeerLink;
 use crate::address::Topic;
 use crate::carrier::{NewGuaranteed, OutboxError, Receipt, Submission};
 use crate::clock::unix_ms;
 use crate::core::{Alarm, Core, Event, Line, NotStored, Progress, add};
 use crate::engine::Time;
 use crate::engine::delivery::{
-    Full, NewMessage, NewMessages, Now, Numbered, Outbox, OutboxAction, OutboxEvent, Source,
-    Submitted, Target,
+    DeliveryKey, Full, Lapse, NewMessage, NewMessages, Now, Numbered, Outbox, OutboxAction,
+    OutboxEvent, Source, Submitted, Target,
 };
 use crate::identity::NodeId;
 use crate::journal::{DiskNews, Ended};
 use crate::message::Message;
 use crate::report::DropReason;
 use crate::sync::lock;
+use crate::trust::Grants;
 use crate::wire::{
     Answer, Control, Delivery, DeliveryOutcome, Envelope, InboxInfo, MAX_ANSWERS, Payload,
 };
@@ -65,8 +67,14 @@ impl Durable {
     /// Starts: from here on the journals report to this, and the outbox sends.
     pub(super) fn begin(self: &Arc<Self>) {
         self.store.belongs_to(self);
+        let me = self.core.id;
+        let heard = lock(&self.store.inbox).heard(&me);
+        let own = InboxInfo { epoch: 0, heard, ..InboxInfo::default() };
+        self.with_outbox(|outbox, now| {
+            outbox.handle_link_up(me);
+            outbox.handle_inbox(now, me, own, &Grants::Everything);
+        });
         self.with_inbox(|_| ());
-        self.with_outbox(|_, _| ());
         self.core.spawn(self.clone().watch_routes());
         self.core.spawn(self.clone().keep_reading());
     }
@@ -143,6 +151,9 @@ impl Durable {
                     source => store.reader.push(Wanted::Transmit(transmission, source)),
                 }
             }
+            OutboxAction::Send(to, Control::Epochs(epochs, moment)) if to == self.core.id => {
+                lock(&store.inbox).handle_epochs(to, &epochs, moment);
+            }
             OutboxAction::Send(to, control) => self.links.send_control(&to, control),
             OutboxAction::Stored(number, result) => {
                 if result.is_ok() {
@@ -182,7 +193,7 @@ impl Durable {
     ) {
         let left = expires_at.map(|at| at.saturating_sub(now.unix_ms));
         message.header.time_to_live = left.map(Duration::from_millis);
-        match self.send(to, message, delivery) {
+        match self.send(outbox, to, key, message, delivery) {
             Ok(()) => {}
             Err(DropReason::LinkLost) => outbox.handle_link_down(now, to),
             Err(reason) => outbox.handle_not_transmitted(now, key, reason),
@@ -191,12 +202,19 @@ impl Durable {
 
     fn send(
         self: &Arc<Self>,
+        outbox: &Outbox,
         to: NodeId,
+        key: DeliveryKey,
         Envelope { header, mut payload }: Envelope,
         delivery: Arc<Delivery>,
     ) -> Result<(), DropReason> {
         let body = payload.take_body();
+        let check = |grants: &Grants| match outbox.objection(key, &header.destination, grants) {
+            Some(reason) => Err(reason),
+            None => Ok(()),
+        };
         if to == self.core.id {
+            check(&Grants::Everything)?;
             let mut message = Box::new(Message::new(to, header, body));
             message.delivery = Some(delivery);
             self.loop_back(message);
@@ -204,6 +222,7 @@ impl Durable {
         }
         let routing = self.links.routing();
         let route = routing.link(&to).ok_or(DropReason::LinkLost)?;
+        check(&route.link.grants)?;
         let payload = Payload::Guaranteed(body, delivery);
         route.link.send_message(Envelope { header, payload })?;
         add(&self.core.reporter.counters.queued, 1);
@@ -221,11 +240,20 @@ impl Durable {
                 reporter.log(Line::SubscriptionsNotRemembered(peer));
                 return reporter.counters.refused("too_many_subscriptions");
             }
+            OutboxEvent::Lapsed { node, name, reason, messages } => {
+                reporter.counters.refused("lapsed_subscriptions");
+                // Ids that are drawn by the thousand would fill the log, and lose nothing.
+                if reason == Lapse::NoRoom && messages == 0 {
+                    return;
+                }
+                Event::SubscriptionLapsed { peer: node, name, reason, messages }
+            }
             OutboxEvent::DeadLetter { number, reason } => {
                 add(&reporter.counters.dead_lettered, 1);
                 Event::DeadLetter { number, reason }
             }
             OutboxEvent::InboxLost(peer) => Event::InboxLost { peer },
+            OutboxEvent::IsOlder(peer) => Event::OutboxIsOlder { peer },
             OutboxEvent::PeerGone { peer, messages } => Event::PeerGone { peer, messages },
         });
     }
@@ -256,8 +284,13 @@ impl Durable {
         });
     }
 
-    pub(super) fn handle_inbox(self: &Arc<Self>, from: NodeId, info: InboxInfo) {
-        self.with_outbox(|outbox, _| outbox.handle_inbox(from, info));
+    pub(super) fn handle_inbox(self: &Arc<Self>, over: &PeerLink, info: InboxInfo) {
+        self.with_outbox(|outbox, now| outbox.handle_inbox(now, over.peer, info, &over.grants));
+    }
+
+    /// Handles the removal of trusted keys: nothing is kept for them any more.
+    pub(super) fn handle_distrusted(self: &Arc<Self>, is_meant: impl Fn(&NodeId) -> bool) {
+        self.with_outbox(|outbox, now| outbox.handle_distrusted(now, is_meant));
     }
 
     /// Handles a new link: each side announces its epochs and its inbox.
@@ -268,6 +301,7 @@ impl Durable {
 
     pub(super) fn handle_link_down(self: &Arc<Self>, peer: NodeId) {
         self.with_outbox(|outbox, now| outbox.handle_link_down(now, peer));
+        self.with_inbox(|inbox| inbox.handle_link_down(peer));
     }
 
     fn send_answers(self: &Arc<Self>, to: NodeId, answers: Vec<Answer>) {

@@ -1,15 +1,19 @@
 //! The inbox: the record of deliveries processed here. Pure.
 //!
 //! For each stream of each sender it keeps a watermark and the numbers processed above it. There is
-//! no time window: a delivery is remembered until its sender reports it as settled.
+//! no time window: a delivery is remembered until its sender reports it as settled, or until the
+//! inbox is full and forgets the sender (`senders.rs`). Of each sender it also keeps the latest
+//! moment of its outbox: a sender that does not know the moment is an older copy, and marks what it
+//! sends as redelivered.
 
 mod poison;
 mod recover;
+mod senders;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::RecordError;
 use super::numbered::Numbered;
@@ -25,11 +29,6 @@ const MAX_BEGUN: u32 = 10;
 /// The number of unfinished runs from which on a redelivered message is run alone among such
 /// suspects, so that the one that kills is told apart from those that only die with it.
 const SUSPECT: u32 = 3;
-/// The most streams remembered per sender: one for each epoch of its outbox with unsettled
-/// deliveries, and one for each durable subscription.
-const MAX_STREAMS: usize = 4096;
-/// The most senders remembered; a member of the mesh can create any number of ids.
-const MAX_SENDERS: usize = 4096;
 /// The most ranges of processed numbers per stream; a sender has far fewer messages in flight.
 const MAX_RANGES: usize = 65_536;
 /// The journal bytes after which a snapshot replaces the earlier entries, unless the last snapshot
@@ -50,6 +49,8 @@ pub(crate) enum Verdict {
     Wait,
     /// The handler need not run; this is the answer.
     Answer(DeliveryOutcome),
+    /// The inbox has no room to remember it: it is refused.
+    Full,
 }
 
 /// An action for the owner of the inbox. Actions are carried out in order.
@@ -75,6 +76,11 @@ pub(crate) enum InboxAction {
     Answer(NodeId, Answer),
     /// The handler may begin.
     Begin(NodeId, DeliveryId),
+    /// A sender was forgotten to make room for another: what it sent before may be run again, as
+    /// redelivered.
+    Forgot {
+        newcomer: NodeId,
+    },
 }
 
 #[derive(Debug)]
@@ -82,8 +88,13 @@ struct Seen {
     node: NodeId,
     stream: Stream,
     number: u64,
-    /// The record that opens the stream is written; later records of the stream follow it.
-    opened: bool,
+    /// The record that opens the stream is being written, and is written; later records of the
+    /// stream follow it. A failed write since then may have taken it: each is the number of failed
+    /// writes before.
+    opening: Option<u64>,
+    opened: Option<u64>,
+    /// The memory for which its sender is charged, in bytes; zero until it is recorded.
+    charged: u64,
     floor: u64,
     /// The numbers whose handlers returned Ok.
     processed: Ranges,
@@ -114,6 +125,7 @@ enum Phase {
 #[derive(Debug)]
 enum Pending {
     Opened(usize),
+    Heard,
     /// A processed delivery: place, number, and true if the entry holds the stream's whole state.
     Processed(usize, u64, bool),
     Begun(usize, u64),
@@ -134,9 +146,13 @@ pub(crate) struct Inbox {
     streams: BTreeMap<usize, Seen>,
     next_place: usize,
     places: HashMap<(NodeId, Stream), usize>,
-    /// The number of streams of each sender.
-    senders: HashMap<NodeId, usize>,
+    /// The places of the streams, by their numbers in the journal.
+    numbers: HashMap<u64, usize>,
+    senders: senders::Senders,
     next_number: u64,
+    /// The number of failed writes. Each may have taken earlier unsynced entries with it, even if a
+    /// later sync succeeds.
+    failures: u64,
     pending: Numbered<Pending>,
     /// Deliveries to be run later, in order of arrival, and whether each may begin; by node.
     later: HashMap<NodeId, VecDeque<(DeliveryId, bool)>>,
@@ -162,7 +178,9 @@ impl Inbox {
             streams: BTreeMap::new(),
             next_place: 0,
             places: HashMap::default(),
-            senders: HashMap::default(),
+            numbers: HashMap::default(),
+            senders: senders::Senders::default(),
+            failures: 0,
             // Not a number of an earlier process, whose records may follow ours if the disk failed.
             next_number: epoch & 0xffff_ffff,
             pending: Numbered::default(),
@@ -196,7 +214,9 @@ impl Inbox {
             node,
             stream: stream.clone(),
             number,
-            opened: false,
+            opening: None,
+            opened: None,
+            charged: 0,
             floor: 0,
             processed: Ranges::default(),
             begun: BTreeMap::new(),
@@ -204,25 +224,30 @@ impl Inbox {
         };
         self.streams.insert(place, seen);
         self.places.insert((node, stream.clone()), place);
-        *self.senders.entry(node).or_default() += 1;
+        self.numbers.insert(number, place);
+        self.enter_sender(node, stream.epoch, place);
         place
     }
 
-    /// Handles an arriving delivery.
-    pub(crate) fn handle_delivery(&mut self, from: NodeId, delivery: &mut Delivery) -> Verdict {
+    /// Handles an arriving delivery. `is_served` returns true if this node has a handler for it: what
+    /// has none takes no place here, and leaves no trace.
+    pub(crate) fn handle_delivery(
+        &mut self,
+        from: NodeId,
+        delivery: &mut Delivery,
+        is_served: impl FnOnce() -> bool,
+    ) -> Verdict {
         let DeliveryId { stream, seq } = &delivery.id;
         let seq = *seq;
-        let place = match self.places.get(&(from, stream.clone())) {
-            Some(place) => *place,
-            None if !self.has_room_for(&from) => return Verdict::Answer(DeliveryOutcome::Refused),
+        let place = match self.places.get(&(from, stream.clone())).copied() {
+            Some(place) => place,
+            None if !is_served() => return Verdict::Answer(DeliveryOutcome::Refused),
+            None if !self.has_room_for(from) => return Verdict::Full,
             None => {
                 let number = self.next_number;
                 self.next_number += 1;
                 let place = self.open_stream(from, stream, number);
-                let opened = self.streams.get(&place).map(Seen::record);
-                let opened = InboxRecord::Opened(opened.expect("it was opened just now"));
-                self.append(&opened, Pending::Opened(place), Persist::Flush);
-                place
+                return self.admit(place, from, delivery);
             }
         };
         let seen = self.streams.get_mut(&place).expect("what is in `places` is there");
@@ -233,15 +258,19 @@ impl Inbox {
         if delivery.floor > seen.floor {
             seen.floor = delivery.floor;
             seen.processed.remove_below(delivery.floor);
-            seen.begun.retain(|seq, _| *seq >= delivery.floor);
+            if !seen.begun.is_empty() {
+                seen.begun = seen.begun.split_off(&delivery.floor);
+            }
         }
         if seen.processed.contains(seq) {
             return Verdict::Answer(DeliveryOutcome::Processed);
         }
-        if seen.processed.iter().len() >= MAX_RANGES {
+        let is_long =
+            seen.processed.iter().len() >= MAX_RANGES || !self.senders.has_room_for_gap(seen);
+        if is_long {
             // The sender's lowest number is always accepted, or the gaps would never close.
             if seq > seen.floor && !seen.processed.touches(seq) {
-                return Verdict::Answer(DeliveryOutcome::Refused);
+                return Verdict::Full;
             }
             if seq < seen.floor {
                 seen.processed.remove_below(seen.floor);
@@ -250,7 +279,17 @@ impl Inbox {
         // Below the floor, the delivery was settled once with an unknown outcome: the sender's
         // outbox is an older copy.
         delivery.redelivered |= seq < seen.floor;
-        let (attempt, phase) = (delivery.attempt, Phase::Running);
+        if delivery.redelivered && !is_served() {
+            return Verdict::Answer(DeliveryOutcome::Refused);
+        }
+        self.admit(place, from, delivery)
+    }
+
+    /// Admits a delivery that is neither known nor running.
+    fn admit(&mut self, place: usize, from: NodeId, delivery: &Delivery) -> Verdict {
+        self.accept(&from);
+        let Some(seen) = self.streams.get_mut(&place) else { return Verdict::Full };
+        let (attempt, phase, seq) = (delivery.attempt, Phase::Running, delivery.id.seq);
         if !delivery.redelivered {
             seen.open.insert(seq, Open { attempt, phase, counted: false });
             let Some(later) = self.later.get_mut(&from) else { return Verdict::Run };
@@ -271,14 +310,6 @@ impl Inbox {
             self.count_begun(place, seq);
         }
         Verdict::RunLater
-    }
-
-    /// Returns true if another stream of that sender may be remembered.
-    fn has_room_for(&self, from: &NodeId) -> bool {
-        match self.senders.get(from) {
-            Some(streams) => *streams < MAX_STREAMS,
-            None => self.senders.len() < MAX_SENDERS,
-        }
     }
 
     /// Handles the end of a handler.
@@ -302,6 +333,7 @@ impl Inbox {
         self.end_suspect(place, id.seq);
         let answer = Answer { id: id.clone(), attempt, outcome };
         self.actions.push_back(InboxAction::Answer(from, answer));
+        self.drop_if_unused(place);
     }
 
     fn seen(&mut self, from: NodeId, stream: &Stream) -> Option<(usize, &mut Seen)> {
@@ -315,10 +347,16 @@ impl Inbox {
             open.phase = Phase::Storing;
         }
         seen.begun.remove(&seq);
-        // The record that opens the stream may not have been written.
-        let whole = !seen.opened;
+        let node = seen.node;
+        self.hear(node);
+        let failures = self.failures;
+        let Some(seen) = self.streams.get_mut(&place) else { return };
+        let whole = seen.opening != Some(failures) && seen.opened != Some(failures);
         let record = match whole {
-            true => InboxRecord::Opened(seen.record()),
+            true => {
+                seen.opening = Some(failures);
+                InboxRecord::Opened(seen.record())
+            }
             false => InboxRecord::Processed(seen.number, seq),
         };
         self.append(&record, Pending::Processed(place, seq, whole), Persist::Sync);
@@ -341,30 +379,32 @@ impl Inbox {
                 self.note(&record);
             }
             self.end_suspect(place, id.seq);
+            self.drop_if_unused(place);
         }
     }
 
     /// Handles the outcome of an append.
     pub(crate) fn handle_appended(&mut self, token: u64, result: Result<Position, NotStored>) {
         if result.is_err() {
-            // Earlier unsynced entries may be lost too, even if a later sync succeeds.
-            self.streams.values_mut().for_each(|seen| seen.opened = false);
+            self.failures += 1;
         }
         self.snapshot_if_due();
         match self.pending.remove(token) {
-            None => {}
+            None | Some(Pending::Heard) => {}
             Some(Pending::Opened(place)) => {
                 if let Some(seen) = self.streams.get_mut(&place) {
-                    seen.opened = result.is_ok();
+                    seen.opened = result.is_ok().then_some(self.failures);
                 }
             }
             Some(Pending::Processed(place, seq, whole)) => {
                 let Some(seen) = self.streams.get_mut(&place) else { return };
-                if result.is_ok() && !whole && !seen.opened {
+                if result.is_ok() && !whole && seen.opened != Some(self.failures) {
                     // The entry that opens the stream may be lost.
                     return self.store_processed(place, seq);
                 }
-                seen.opened |= whole && result.is_ok();
+                if whole && result.is_ok() {
+                    seen.opened = Some(self.failures);
+                }
                 let Some(open) = seen.open.get_mut(&seq) else { return };
                 if result.is_err() {
                     open.phase = Phase::Unstored;
@@ -377,6 +417,9 @@ impl Inbox {
                 let id = DeliveryId { stream: seen.stream.clone(), seq };
                 let answer = Answer { id, attempt, outcome: DeliveryOutcome::Processed };
                 self.actions.push_back(InboxAction::Answer(seen.node, answer));
+                if seen.is_mischarged() {
+                    self.charge(place);
+                }
             }
             // The run begins even if the count could not be written.
             Some(Pending::Begun(place, seq)) => {
@@ -412,38 +455,6 @@ impl Inbox {
         for (place, seq) in std::mem::take(&mut self.unstored) {
             self.store_processed(place, seq);
         }
-    }
-
-    /// Handles a sender's announcement of the epochs of which it still has messages.
-    pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64]) {
-        let epochs: HashSet<u64> = epochs.iter().copied().collect();
-        let numbers = self.forget(|seen| {
-            seen.node == from && !epochs.contains(&seen.stream.epoch) && seen.open.is_empty()
-        });
-        if !numbers.is_empty() {
-            self.note(&InboxRecord::Forgotten(numbers));
-            self.snapshot_if_due();
-        }
-    }
-
-    /// Removes streams; returns their numbers.
-    fn forget(&mut self, gone: impl Fn(&Seen) -> bool) -> Vec<u64> {
-        let gone = self.streams.iter().filter(|(_, seen)| gone(seen));
-        let places: Vec<usize> = gone.map(|(place, _)| *place).collect();
-        let mut numbers = Vec::new();
-        for place in places {
-            if let Some(seen) = self.streams.remove(&place) {
-                if let Some(streams) = self.senders.get_mut(&seen.node) {
-                    *streams -= 1;
-                    if *streams == 0 {
-                        self.senders.remove(&seen.node);
-                    }
-                }
-                self.places.remove(&(seen.node, seen.stream));
-                numbers.push(seen.number);
-            }
-        }
-        numbers
     }
 
     /// Returns true if no append is pending.

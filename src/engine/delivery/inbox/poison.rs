@@ -12,6 +12,13 @@ use crate::wire::DeliveryId;
 impl Inbox {
     /// Writes the start of a handler, which begins once that is done.
     pub(super) fn count_begun(&mut self, place: usize, seq: u64) {
+        let failures = self.failures;
+        let Some(seen) = self.streams.get_mut(&place) else { return };
+        if seen.opening != Some(failures) && seen.opened != Some(failures) {
+            seen.opening = Some(failures);
+            let opened = InboxRecord::Opened(seen.record());
+            self.append(&opened, Pending::Opened(place), Persist::Flush);
+        }
         let Some(seen) = self.streams.get_mut(&place) else { return };
         let begun = seen.begun.entry(seq).or_default();
         *begun += 1;
@@ -20,6 +27,7 @@ impl Inbox {
         }
         let record = InboxRecord::Begun(seen.number, seq, *begun);
         self.append(&record, Pending::Begun(place, seq), Persist::Flush);
+        self.charge(place);
     }
 
     pub(super) fn next_suspect(&mut self) {

@@ -1,7 +1,9 @@
 //! Snapshots of the whole inbox, which bound the length of the journal.
 
 use super::{Inbox, InboxAction, Pending, Phase, Seen, SnapshotPhase};
-use crate::engine::delivery::record::{InboxRecord, Name, NodeBytes, StreamRecord};
+use crate::engine::delivery::record::{
+    InboxRecord, InboxState, Name, NodeBytes, SenderRecord, StreamRecord,
+};
 
 impl Inbox {
     pub(super) fn snapshot_if_due(&mut self) {
@@ -13,11 +15,19 @@ impl Inbox {
 
     /// Writes a snapshot, so that earlier entries can be removed.
     pub(super) fn take_snapshot(&mut self) {
-        let streams: Vec<_> = self.streams.values().map(Seen::record).collect();
+        let recorded = self.streams.values().filter(|seen| seen.is_recorded());
+        let streams: Vec<_> = recorded.map(Seen::record).collect();
         let processed = streams.iter().flat_map(|stream| &stream.processed);
         let messages: u64 = processed.map(|(first, last)| last.saturating_sub(*first) + 1).sum();
         let messages = messages.try_into().unwrap_or(u32::MAX);
-        let snapshot = InboxRecord::Snapshot(self.epoch, streams);
+        let senders = self.senders.recorded().map(|(node, heard, returned)| SenderRecord {
+            node: NodeBytes(*node),
+            heard: heard.map(Into::into),
+            returned,
+        });
+        let (epoch, has_forgotten) = (self.epoch, self.senders.has_forgotten);
+        let state = InboxState { epoch, has_forgotten, senders: senders.collect(), streams };
+        let snapshot = InboxRecord::State(state);
         let (token, entry) = (self.token_for(Pending::Snapshot), snapshot.encode());
         self.snapshot_size = entry.len() as u64;
         self.since_snapshot = 0;
@@ -33,6 +43,16 @@ impl Inbox {
 }
 
 impl Seen {
+    /// Returns true if the journal holds the stream, or is about to.
+    fn is_recorded(&self) -> bool {
+        self.opening.is_some() || self.opened.is_some()
+    }
+
+    /// Returns true if deliveries are on their way through it.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.open.is_empty()
+    }
+
     pub(super) fn record(&self) -> StreamRecord {
         let mut processed = self.processed.clone();
         // Their handlers returned Ok, and the journal holds their records before this one.

@@ -1,6 +1,8 @@
 //! Limits, and cases that the simulator does not cover.
 
+use super::senders::MAX_STREAMS;
 use super::*;
+use crate::wire::Moment;
 
 const SENDER: NodeId = NodeId::from_bytes([7; 32]);
 const PLACE: Position = Position { segment: 1, offset: 0, length: 0 };
@@ -36,7 +38,7 @@ impl Bench {
                     self.inbox.handle_appended(token, Ok(PLACE));
                 }
                 InboxAction::Note(entry) => self.journal.push(entry),
-                InboxAction::RemoveBefore(_) => {}
+                InboxAction::RemoveBefore(_) | InboxAction::Forgot { .. } => {}
                 InboxAction::Answer(_, answer) => self.answers.push(answer),
                 InboxAction::Begin(from, _) => {
                     self.begun += 1;
@@ -47,7 +49,7 @@ impl Bench {
     }
 
     fn deliver(&mut self, mut delivery: Delivery) -> Verdict {
-        let verdict = self.inbox.handle_delivery(SENDER, &mut delivery);
+        let verdict = self.inbox.handle_delivery(SENDER, &mut delivery, || true);
         self.run();
         verdict
     }
@@ -110,17 +112,17 @@ fn an_outbox_that_is_an_older_copy_loses_nothing() {
     }
     // The sender had sent 1 to 3 and been notified of their end; the copy has not.
     let mut old = delivery(1, 1, 1);
-    let verdict = bench.inbox.handle_delivery(SENDER, &mut old);
+    let verdict = bench.inbox.handle_delivery(SENDER, &mut old, || true);
     assert!(matches!(verdict, Verdict::RunLater) && old.redelivered);
     bench.run();
     // Messages that it stores from now on have a new epoch.
     let mut fresh = delivery(1, 1, 1);
     fresh.id.stream.epoch = 6;
     assert_eq!(bench.deliver(fresh), Verdict::Run);
-    bench.inbox.handle_epochs(SENDER, &[6]);
+    bench.inbox.handle_epochs(SENDER, &[6], None);
     assert_eq!(bench.inbox.places.len(), 2, "one of the old epoch still runs");
     bench.end(1, DeliveryOutcome::Processed);
-    bench.inbox.handle_epochs(SENDER, &[6]);
+    bench.inbox.handle_epochs(SENDER, &[6], None);
     assert_eq!(bench.inbox.places.len(), 1);
 }
 
@@ -133,31 +135,92 @@ fn a_sender_with_ever_new_streams_is_refused() {
         assert_eq!(bench.deliver(odd.clone()), Verdict::Run);
     }
     odd.id.stream.epoch = u64::MAX;
-    assert_eq!(bench.deliver(odd.clone()), Verdict::Answer(DeliveryOutcome::Refused));
+    assert_eq!(bench.deliver(odd.clone()), Verdict::Full);
     let other = NodeId::from_bytes([8; 32]);
-    assert_eq!(bench.inbox.handle_delivery(other, &mut odd), Verdict::Run);
+    assert_eq!(bench.inbox.handle_delivery(other, &mut odd, || true), Verdict::Run);
+}
+
+fn minted(number: u64) -> NodeId {
+    let mut id = [9; 32];
+    id[..8].copy_from_slice(&number.to_le_bytes());
+    NodeId::from_bytes(id)
+}
+
+impl Bench {
+    /// A message of a sender arrives, and is processed.
+    fn process(&mut self, from: NodeId, seq: u64) {
+        let mut delivery = delivery(seq, 1, 1);
+        assert_eq!(self.inbox.handle_delivery(from, &mut delivery, || true), Verdict::Run);
+        self.inbox.handle_ended(from, &delivery.id, DeliveryOutcome::Processed);
+        self.run();
+    }
 }
 
 #[test]
-fn ever_new_senders_are_refused_until_old_ones_have_settled() {
+fn what_nothing_serves_takes_no_place_and_leaves_no_trace() {
     let mut bench = Bench::new();
-    let sender = |number: u64| {
-        let mut id = [9; 32];
-        id[..8].copy_from_slice(&number.to_le_bytes());
-        NodeId::from_bytes(id)
-    };
-    let mut first = delivery(1, 1, 1);
-    for number in 0..MAX_SENDERS as u64 {
-        assert_eq!(bench.inbox.handle_delivery(sender(number), &mut first), Verdict::Run);
+    let stored = bench.journal.len();
+    for (number, attempt) in (0..10_000).flat_map(|number| [(number, 1), (number, 2)]) {
+        let mut delivery = delivery(1, 1, attempt);
+        let verdict = bench.inbox.handle_delivery(minted(number), &mut delivery, || false);
+        assert_eq!(verdict, Verdict::Answer(DeliveryOutcome::Refused));
     }
     bench.run();
-    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(DeliveryOutcome::Refused));
-    bench.inbox.handle_ended(sender(0), &first.id, DeliveryOutcome::Processed);
+    assert_eq!((bench.journal.len(), bench.inbox.count_senders()), (stored, 0));
+    // What was processed is known, whether or not it is still served.
+    bench.process(SENDER, 1);
+    let verdict = bench.inbox.handle_delivery(SENDER, &mut delivery(1, 1, 2), || false);
+    assert_eq!(verdict, Verdict::Answer(DeliveryOutcome::Processed));
+}
+
+#[test]
+fn what_was_not_processed_leaves_nothing_behind() {
+    let mut bench = Bench::new();
+    for number in 0..100 {
+        let from = minted(number);
+        bench.inbox.handle_epochs(from, &[5], Some(Moment { epoch: 5, segment: 1, offset: 48 }));
+        let mut first = delivery(1, 1, 1);
+        assert_eq!(bench.inbox.handle_delivery(from, &mut first, || true), Verdict::Run);
+        let outcome = DeliveryOutcome::Rejected("no".into());
+        bench.inbox.handle_ended(from, &first.id, outcome);
+        bench.inbox.handle_link_down(from);
+    }
     bench.run();
+    assert_eq!((bench.inbox.count_senders(), bench.inbox.streams.len()), (0, 0));
+}
+
+#[test]
+fn a_full_inbox_forgets_whom_it_has_not_heard_for_long_and_those_who_came_once_before() {
+    let mut bench = Bench::new();
+    let moment = |offset| Some(Moment { epoch: 5, segment: 1, offset });
+    // One comes back, one only once.
+    for from in [SENDER, minted(0)] {
+        bench.inbox.handle_epochs(from, &[5], moment(1));
+        bench.process(from, 1);
+        bench.inbox.handle_link_down(from);
+    }
+    bench.inbox.handle_epochs(SENDER, &[5], moment(2));
+    bench.process(SENDER, 2);
+    let mut number = 1;
+    while !bench.inbox.senders.has_forgotten {
+        bench.process(minted(number), 1);
+        number += 1;
+        assert!(number < 100_000, "it grows for ever");
+    }
+    for more in number..number + 1000 {
+        bench.process(minted(more), 1);
+    }
+    let known = Verdict::Answer(DeliveryOutcome::Processed);
+    assert_eq!(bench.deliver(delivery(2, 1, 2)), known);
+    assert_eq!(bench.inbox.heard(&SENDER), moment(2));
+    // The other is forgotten, and can't be told from a newcomer: both doubt what they have.
+    assert_eq!(bench.inbox.heard(&minted(0)), Some(Moment::FORGOTTEN));
+    let bytes = bench.inbox.bytes();
     bench.restart();
-    assert_eq!(bench.deliver(first.clone()), Verdict::Answer(DeliveryOutcome::Refused));
-    bench.inbox.handle_epochs(sender(0), &[]);
-    assert_eq!(bench.deliver(first), Verdict::Run);
+    assert_eq!(bench.inbox.bytes(), bytes, "the same is charged after a restart");
+    assert_eq!(bench.deliver(delivery(2, 1, 2)), known);
+    assert_eq!(bench.inbox.heard(&minted(0)), Some(Moment::FORGOTTEN));
+    bench.process(minted(number + 2000), 1);
 }
 
 #[test]
@@ -209,7 +272,7 @@ fn gaps_are_limited_and_what_closes_or_makes_none_is_always_taken() {
         assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
         bench.end(seq, DeliveryOutcome::Processed);
     }
-    assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Answer(DeliveryOutcome::Refused));
+    assert_eq!(bench.deliver(delivery(last + 2, 1, 1)), Verdict::Full);
     for seq in [last + 1, 3, 1] {
         assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run, "{seq}");
         bench.end(seq, DeliveryOutcome::Processed);

@@ -1,7 +1,7 @@
 //! Operator commands for messages and durable subscriptions. Each changes an outbox that is not
 //! running, and returns the journal entry that records the change.
 
-use super::{DeliveryKey, OutboundDelivery, Outbox, State};
+use super::{DeliveryKey, Outbox, State};
 use crate::address::{Pattern, ServiceName};
 use crate::engine::delivery::Target;
 use crate::engine::delivery::record::{BindingRecord, OutboxRecord};
@@ -54,13 +54,16 @@ impl Outbox {
 
     /// Returns the known durable subscriptions.
     pub(crate) fn subscriptions(&self) -> impl Iterator<Item = (NodeId, &ServiceName, &Pattern)> {
-        self.subscriptions.iter().map(|((node, name), pattern)| (*node, name, pattern))
+        self.subscriptions.iter().map(|(node, name, it)| (node, name, &it.pattern))
     }
 
     /// Removes a durable subscription and its messages from an outbox that is not running; returns
     /// `None` if it is unknown. The entries must be stored in this order.
     pub(crate) fn unsubscribe(&mut self, node: NodeId, name: &ServiceName) -> Option<Forgotten> {
         let messages = self.drop_subscription(node, name)?;
+        while !self.dropping.is_empty() {
+            self.drop_messages();
+        }
         let settled = std::mem::take(&mut self.settled);
         self.actions.clear();
         let entries = [OutboxRecord::Settled(settled), OutboxRecord::Peers(self.peer_records())];
@@ -70,31 +73,7 @@ impl Outbox {
     /// [`Outbox::unsubscribe`] for a running outbox.
     pub(crate) fn handle_unsubscribed(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
         let messages = self.drop_subscription(node, name)?;
-        self.store_peers(true);
+        self.store_peer(node, true);
         Some(messages)
-    }
-
-    /// Removes a durable subscription and settles its messages; returns their number. Messages that
-    /// are still being stored are settled once stored.
-    pub(super) fn drop_subscription(&mut self, node: NodeId, name: &ServiceName) -> Option<u64> {
-        self.subscriptions.remove(&(node, name.clone()))?;
-        if let Some(peer) = self.peers.get_mut(&node) {
-            peer.active.retain(|active| active != name);
-        }
-        let target = Target::Subscription(node, name.clone());
-        let Some(target) = self.target_numbers.get(&target).copied() else { return Some(0) };
-        let parts = self.entries.iter().flat_map(|(number, entry)| {
-            let parts = entry.parts.iter().enumerate();
-            let kept = move |(_, part): &(usize, &OutboundDelivery)| {
-                part.target == target && part.state != State::Settled && entry.position.is_some()
-            };
-            parts.filter(kept).map(move |(at, _)| DeliveryKey { number, part: at as u32 })
-        });
-        let keys: Vec<DeliveryKey> = parts.collect();
-        for key in &keys {
-            self.revive(*key);
-            self.settle(*key);
-        }
-        Some(keys.len() as u64)
     }
 }

@@ -53,8 +53,28 @@ impl Outbox {
             DropReason::TooLarge => self.dead_letter(key, DeadLetterReason::TooLarge),
             // The end of the link is reported shortly.
             DropReason::LinkLost => self.make_ready(key),
+            // Its subscription has ended, or changed its pattern.
+            DropReason::NoSubscriber => self.settle(key),
+            DropReason::NotAllowed => self.handle_forbidden(now, key),
             _ => self.pause_until(key, now.time + QUEUE_RETRY, false),
         }
+    }
+
+    /// Handles a message that the rules no longer let its node have.
+    fn handle_forbidden(&mut self, now: Now, key: DeliveryKey) {
+        let Some(part) = self.part_mut(key) else { return };
+        // It was not sent.
+        part.attempts = part.attempts.saturating_sub(1);
+        let (target, is_new, attempts) = (part.target, part.was_never_sent(), part.attempts);
+        if !matches!(self.targets[target as usize], Target::Service(_)) {
+            return self.dead_letter(key, DeadLetterReason::NotAllowed);
+        }
+        // Another instance may have it, unless this one may have processed it.
+        if is_new && !self.is_at_an_end {
+            self.unbind(key);
+            self.note(&OutboxRecord::Bound(vec![(key.number, key.part, None)]), [key.number]);
+        }
+        self.pause(now, key, attempts, true);
     }
 
     /// Returns true if that attempt is still in flight.
@@ -106,9 +126,11 @@ impl Outbox {
             Some(_) => return true,
             None => {
                 // Any attempt counts, also one from before the message went to another node.
+                let target = part.target;
                 if !over {
                     self.settle(key);
                 }
+                self.note_proof(target);
                 return true;
             }
         };

@@ -65,6 +65,7 @@ pub(super) struct Keeping {
     states: Vec<u64>,
     groups: Vec<Group>,
     peers: bool,
+    history: bool,
 }
 
 /// The records of a segment about messages stored elsewhere.
@@ -281,11 +282,15 @@ impl Outbox {
         let (written, size) = (self.segments.written, self.config.segment_size);
         let ids = self.once.count_wanted(number, written, size);
         let moves = segment.live_bytes + MOVE * segment.live;
-        let peers = match self.peers_in.is_none_or(|peers| peers == number) {
+        let peers = match self.peers_in.is_empty() || self.peers_in.contains(&number) {
             true => ENTRY + PEER * self.peers.len() as u64,
             false => 0,
         };
-        moves + peers + states + RANGE * ranges + ID * ids
+        let history = match self.history.segment == Some(number) {
+            true => ENTRY + PEER * self.history.len() as u64,
+            false => 0,
+        };
+        moves + peers + history + states + RANGE * ranges + ID * ids
     }
 
     fn state_cost(&self, message: u64) -> u64 {
@@ -297,6 +302,7 @@ impl Outbox {
                 }
                 DeadLetterReason::Expired { .. }
                 | DeadLetterReason::TooLarge
+                | DeadLetterReason::NotAllowed
                 | DeadLetterReason::Unreadable => STATE,
             },
             _ => STATE,
@@ -348,11 +354,13 @@ impl Outbox {
             let is_live = |message| self.entries.get(message).is_some();
             groups.extend(self.once.wanted(*number, counted, is_live));
         }
-        let peers = self.peers_in.is_none_or(|segment| segments.contains(&segment));
+        let peers = self.has_peers_in(&segments);
+        let history = self.history.segment.is_some_and(|it| segments.contains(&it));
         if settled == Ranges::default()
             && states == Ranges::default()
             && groups.is_empty()
             && !peers
+            && !history
         {
             // This frees space even on a completely full disk.
             return self.go(segments);
@@ -365,6 +373,7 @@ impl Outbox {
             settled: settled.iter().collect(),
             ids: ids.collect(),
             peers: peers.then(|| self.peer_records()),
+            history: history.then(|| self.history_record()),
             ..KeptRecord::default()
         };
         for message in &states {
@@ -373,20 +382,29 @@ impl Outbox {
         }
         let record = OutboxRecord::Kept(record).encode();
         let settled = settled.iter().collect();
-        let keeping = Keeping { segments, settled, states, groups, peers };
+        let keeping = Keeping { segments, settled, states, groups, peers, history };
         self.cleaning = Cleaning::Keeping;
         self.append_encoded(record, Pending::Kept(Box::new(keeping)));
     }
 
+    /// Returns true if segments hold records of the state of peers, or if none is known to.
+    fn has_peers_in(&self, segments: &[u64]) -> bool {
+        self.peers_in.is_empty() || segments.iter().any(|it| self.peers_in.contains(it))
+    }
+
     /// The records are rewritten: the segments that held them can be removed.
     pub(super) fn handle_kept(&mut self, position: Position, keeping: Keeping) {
-        let Keeping { segments, settled, states, groups, peers } = keeping;
+        let Keeping { segments, settled, states, groups, peers, history } = keeping;
         let here = position.segment;
         settled.iter().for_each(|(first, last)| self.segments.tell_range(here, *first, *last));
         self.segments.tell(here, states.into_iter());
         groups.into_iter().for_each(|group| self.once.remember(here, group));
         if peers {
-            self.peers_in = Some(here);
+            self.peers_in.retain(|segment| *segment > here);
+            self.peers_in.insert(here);
+        }
+        if history {
+            self.history.segment = Some(here);
         }
         self.go(segments);
     }

@@ -65,6 +65,7 @@ impl Outbox {
                     // The peer counts as absent from now on, even if it was never connected.
                     let missed = Peer { down_since: self.now, ..Peer::default() };
                     self.peers.entry(node).or_insert(missed).waiting += 1;
+                    self.note_absence(node);
                 }
                 self.set_state(key, State::Waiting);
                 self.waiting.entry(target).or_default().push_back(key);
@@ -266,9 +267,13 @@ impl Outbox {
         part.attempts += 1;
         part.state = State::InFlight;
         let (attempt, redelivered) = (part.attempts, part.redelivered);
+        let redelivered = redelivered || self.history.doubts(&node, key.number);
         let peer = self.peers.entry(node).or_default();
         peer.in_flight += 1;
         peer.in_flight_bytes += size;
+        if peer.told != Some(self.history.reached()) {
+            self.announce_epochs(node);
+        }
         let delivery = Arc::new(Delivery { id, floor, attempt, redelivered });
         let transmit = OutboxAction::Transmit { to: node, key, source, delivery, expires_at };
         self.actions.push_back(transmit);
@@ -293,8 +298,15 @@ impl Outbox {
         self.disk_retry.take_if(|at| *at <= now.time);
         self.clean_retry.take_if(|at| *at <= now.time);
         self.clean_due |= self.clean_at.take_if(|at| *at <= now.time).is_some();
-        if self.peers_retry.take_if(|at| *at <= now.time).is_some() && self.peers_dirty {
-            self.store_peers(false);
+        let retry = self.peers_retry.take_if(|at| *at <= now.time).is_some();
+        if retry && !self.peers_dirty.is_empty() {
+            self.store_peers();
+        }
+        if self.drop_at.take_if(|at| *at <= now.time).is_some() {
+            self.drop_messages();
+        }
+        if self.lapse_at.take_if(|at| *at <= now.time).is_some() {
+            self.lapse_absent(now);
         }
         while let Some((at, key)) = self.wall.first().copied()
             && at <= now.unix_ms
@@ -302,8 +314,16 @@ impl Outbox {
             self.wall.pop_first();
             self.handle_wall(now, key);
         }
-        let missed: Vec<NodeId> = self.missed().map(|(node, _)| *node).collect();
-        missed.into_iter().for_each(|node| self.handle_absence(now, node));
+        while let Some((at, node)) = self.absences.first().copied()
+            && at <= now.time
+        {
+            self.absences.pop_first();
+            if let Some(peer) = self.peers.get_mut(&node) {
+                peer.absence = None;
+            }
+            self.handle_absence(now, node);
+            self.note_absence(node);
+        }
     }
 
     fn handle_wall(&mut self, now: Now, key: DeliveryKey) {

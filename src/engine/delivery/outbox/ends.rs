@@ -1,8 +1,8 @@
 //! Ends of messages: processed, dead letter, or discarded without a trace.
 
 use super::{DeliveryKey, OutboundDelivery, Outbox, OutboxAction, OutboxEvent, Pending, State};
-use crate::engine::delivery::DeadLetterReason;
 use crate::engine::delivery::record::OutboxRecord;
+use crate::engine::delivery::{DeadLetterReason, Target};
 
 impl Outbox {
     /// Marks a destination as having processed its message.
@@ -50,6 +50,9 @@ impl Outbox {
                 self.wall.remove(&(at, key));
             }
         }
+        if state == State::Settled {
+            self.no_longer_keep(key);
+        }
         self.open -= 1;
         self.dead += u64::from(matches!(state, State::Dead(_)));
         self.set_state(key, state);
@@ -74,6 +77,18 @@ impl Outbox {
         }
     }
 
+    /// Removes a message from those kept for its durable subscription.
+    fn no_longer_keep(&mut self, key: DeliveryKey) {
+        if let Some(part) = self.part(key)
+            && matches!(self.targets[part.target as usize], Target::Subscription(..))
+        {
+            let target = part.target;
+            if let Some(kept) = self.kept_for.get_mut(&target) {
+                kept.remove(key.number);
+            }
+        }
+    }
+
     pub(super) fn uncache(&mut self, number: u64) {
         if let Some(entry) = self.entries.get_mut(number)
             && entry.position.is_some()
@@ -90,6 +105,7 @@ impl Outbox {
             let key = DeliveryKey { number, part };
             self.take_numbers(key).for_each(|bound| self.release_number(bound));
             self.leave_key_queue(key);
+            self.no_longer_keep(key);
             match self.part(key).map(|part| &part.state) {
                 Some(State::Settled) | None => {}
                 Some(State::Dead(_)) => self.dead -= 1,

@@ -149,6 +149,9 @@ impl Outbox {
                 self.key_queues.entry((in_target, order.clone())).or_default().push_back(key);
             }
             self.open += 1;
+            if matches!(target, Target::Subscription(..)) {
+                self.kept_for.entry(in_target).or_default().insert(number, part as u32);
+            }
             parts.push(OutboundDelivery {
                 target: in_target,
                 bound,

@@ -12,6 +12,7 @@ mod answers;
 mod cleaning;
 mod dispatch;
 mod ends;
+mod history;
 mod intake;
 mod key_queues;
 mod moving;
@@ -20,6 +21,7 @@ mod peers;
 mod recover;
 mod segments;
 mod stored;
+mod subscriptions;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +29,7 @@ pub(crate) use intake::{Full, NewMessage, NewMessages};
 pub(crate) use once::Submitted;
 pub(crate) use recover::Contents;
 
-pub(crate) use peers::MAX_SUBSCRIPTIONS;
+pub(crate) use subscriptions::MAX_SUBSCRIPTIONS;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -37,8 +39,8 @@ use smallvec::SmallVec;
 
 use super::numbered::Numbered;
 use super::record::OutboxRecord;
-use super::{Binding, DeadLetterReason, RetryPolicy, Target};
-use crate::address::{Pattern, ServiceName, Topic};
+use super::{Binding, DeadLetterReason, Lapse, RetryPolicy, Target};
+use crate::address::ServiceName;
 use crate::engine::random::Random;
 use crate::engine::{HashMap, Time};
 use crate::identity::NodeId;
@@ -67,6 +69,8 @@ pub(crate) struct OutboxConfig {
     pub(crate) segment_size: u64,
     /// The absence of a peer with pending messages after which it is reported.
     pub(crate) gone_after: Duration,
+    /// The absence of a peer after which its durable subscriptions lapse.
+    pub(crate) lapse_after: Option<Duration>,
 }
 
 /// Chooses an instance of a service, among those for which the last argument returns a load.
@@ -134,6 +138,15 @@ pub(crate) enum OutboxEvent {
     },
     /// A peer's inbox was replaced: it may process messages again.
     InboxLost(NodeId),
+    /// A peer knows a later state of this outbox, which is an older copy.
+    IsOlder(NodeId),
+    /// A durable subscription was ended here, with that number of messages.
+    Lapsed {
+        node: NodeId,
+        name: ServiceName,
+        reason: Lapse,
+        messages: u64,
+    },
     /// The peer is forgotten when it disconnects, as too many peers are remembered already.
     NotRemembered(NodeId),
     /// The peer has more durable subscriptions than are remembered for one.
@@ -238,6 +251,8 @@ struct Peer {
     known_inbox: Option<u64>,
     /// The first epoch that it announced over the current link.
     told_inbox: Option<u64>,
+    /// The end of the journal that it was told over the current link.
+    told: Option<(u64, u64)>,
     /// The node's durable subscriptions that currently accept messages.
     active: Vec<ServiceName>,
     ready: VecDeque<DeliveryKey>,
@@ -254,6 +269,10 @@ struct Peer {
     told_gone: bool,
     /// Its further durable subscriptions were reported as not remembered.
     told_full: bool,
+    /// The time at which its absence is looked at next.
+    absence: Option<Time>,
+    /// The last time that it was linked, in ms since the Unix epoch.
+    seen_at: u64,
 }
 
 /// A journal append in progress.
@@ -270,7 +289,8 @@ enum Pending {
     /// Settled destinations, and their delivery numbers.
     Settled(Vec<(u64, u32)>, Vec<Bound>),
     /// The remembered state of peers.
-    Peers,
+    Peers(Vec<NodeId>),
+    History,
     /// The first entry of a new segment.
     Begun,
     /// The records to keep of segments to be removed.
@@ -302,6 +322,8 @@ pub(crate) struct Outbox {
     target_numbers: HashMap<Target, u32>,
     streams: Vec<StreamState>,
     stream_numbers: HashMap<(NodeId, Stream), u32>,
+    /// The streams of each node.
+    streams_of: HashMap<NodeId, Vec<u32>>,
     peers: BTreeMap<NodeId, Peer>,
     /// Peers that may have something to send.
     dirty: BTreeSet<NodeId>,
@@ -318,10 +340,18 @@ pub(crate) struct Outbox {
     freed: Vec<(u64, u32)>,
     /// The state of peers is being stored.
     peers_pending: bool,
-    /// The state of peers changed since it was last stored.
-    peers_dirty: bool,
+    /// The peers whose state changed since it was last stored.
+    peers_dirty: BTreeSet<NodeId>,
     /// The changes include a new peer or subscription.
     peers_met: bool,
+    /// The number of peers whose inbox is known.
+    peers_known: usize,
+    /// The time until which there is no room for more.
+    peers_full_until: Time,
+    /// The absent peers with messages, by the time at which they are looked at next.
+    absences: BTreeSet<(Time, NodeId)>,
+    /// The time of the next search for subscriptions that lapse.
+    lapse_at: Option<Time>,
     /// The earliest time to store it again, unless it includes a new peer or subscription.
     peers_retry: Option<Time>,
     /// The time at which to retry an append that the disk refused and that can wait.
@@ -329,7 +359,12 @@ pub(crate) struct Outbox {
     timers: BTreeSet<(Time, DeliveryKey)>,
     /// Timers by the wall clock.
     wall: BTreeSet<(u64, DeliveryKey)>,
-    subscriptions: BTreeMap<(NodeId, ServiceName), Pattern>,
+    subscriptions: subscriptions::Subscriptions,
+    /// The unsettled messages for each durable subscription, by target: their part, by number.
+    kept_for: HashMap<u32, Numbered<u32>>,
+    /// Ended subscriptions, by target, and the number below which their messages are dropped.
+    dropping: VecDeque<(u32, u64)>,
+    drop_at: Option<Time>,
     pending: Numbered<Pending>,
     next_token: u64,
     settled: Vec<(u64, u32)>,
@@ -340,8 +375,9 @@ pub(crate) struct Outbox {
     /// The ids of messages stored once.
     once: once::Once,
     segments: segments::Segments,
-    /// The segment with the latest stored state of peers.
-    peers_in: Option<u64>,
+    history: history::History,
+    /// The segments with records of the state of peers.
+    peers_in: BTreeSet<u64>,
     /// The free space of the journal's disk.
     room: Room,
     /// The time since which the disk is full and nothing was removed.
@@ -379,6 +415,7 @@ impl Outbox {
             target_numbers: HashMap::default(),
             streams: Vec::new(),
             stream_numbers: HashMap::default(),
+            streams_of: HashMap::default(),
             peers: BTreeMap::from([(config.me, me)]),
             dirty: BTreeSet::new(),
             waiting: BTreeMap::new(),
@@ -388,13 +425,20 @@ impl Outbox {
             former: HashMap::default(),
             freed: Vec::new(),
             peers_pending: false,
-            peers_dirty: false,
+            peers_dirty: BTreeSet::new(),
             peers_met: false,
+            peers_known: 1,
+            peers_full_until: Time::default(),
+            absences: BTreeSet::new(),
+            lapse_at: None,
             peers_retry: None,
             disk_retry: None,
             timers: BTreeSet::new(),
             wall: BTreeSet::new(),
-            subscriptions: BTreeMap::new(),
+            subscriptions: subscriptions::Subscriptions::default(),
+            kept_for: HashMap::default(),
+            dropping: VecDeque::new(),
+            drop_at: None,
             pending: Numbered::default(),
             next_token: 1,
             settled: Vec::new(),
@@ -402,7 +446,8 @@ impl Outbox {
             written: VecDeque::new(),
             once: once::Once::default(),
             segments: segments::Segments::default(),
-            peers_in: None,
+            history: history::History::default(),
+            peers_in: BTreeSet::new(),
             room: Room { level: Level::Ample, bytes: u64::MAX, last: 0 },
             full_since: Time::default(),
             cleaning: cleaning::Cleaning::default(),
@@ -415,23 +460,6 @@ impl Outbox {
             actions: VecDeque::new(),
             config,
         }
-    }
-
-    /// Returns the durable subscriptions that match a topic.
-    pub(crate) fn subscribers(&self, topic: &Topic) -> SmallVec<[Target; 1]> {
-        let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
-        let targets = all.map(|((node, name), _)| Target::Subscription(*node, name.clone()));
-        targets.collect()
-    }
-
-    /// Returns the number of those whose nodes are linked and accept their messages now.
-    pub(crate) fn present_subscribers(&self, topic: &Topic) -> usize {
-        let all = self.subscriptions.iter().filter(|(_, pattern)| pattern.matches(topic));
-        let is_present = |peer: &Peer, name| peer.up && peer.active.contains(name);
-        all.filter(|((node, name), _)| {
-            self.peers.get(node).is_some_and(|peer| is_present(peer, name))
-        })
-        .count()
     }
 
     /// Returns the number of pending messages, counted once for each destination.
@@ -481,6 +509,7 @@ impl Outbox {
         let outstanding = Numbered::default();
         self.streams.push(StreamState { node, stream: stream.clone(), next: 1, outstanding });
         self.stream_numbers.insert((node, stream), number);
+        self.streams_of.entry(node).or_default().push(number);
         number
     }
 
@@ -493,6 +522,7 @@ impl Outbox {
     /// bound to the node before, so that the node recognises a duplicate.
     fn bind(&mut self, key: DeliveryKey, node: NodeId, target: &Target) -> Bound {
         self.peers.entry(node).or_default().bound += 1;
+        self.note_absence(node);
         if let Some(former) = self.take_former(key, node) {
             return former;
         }
@@ -585,8 +615,10 @@ impl Outbox {
     /// Returns the next timeouts: by the monotonic clock, and by the wall clock in Unix ms.
     pub(crate) fn poll_timeout(&self) -> (Option<Time>, Option<u64>) {
         let timer = self.timers.first().map(|(at, _)| *at);
-        let peers = self.peers_retry.filter(|_| self.peers_dirty && !self.peers_pending);
+        let peers =
+            self.peers_retry.filter(|_| !self.peers_dirty.is_empty() && !self.peers_pending);
         let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
+        let timers = timers.chain(self.drop_at).chain(self.lapse_at);
         let timers = timers.chain(self.disk_retry).chain(self.clean_retry).chain(self.clean_at);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }

@@ -1,5 +1,6 @@
 //! Recovery of an outbox from its journal.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -37,6 +38,7 @@ impl Outbox {
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
         self.segments.reach(position);
+        self.history.reach(position);
         let here = position.segment;
         match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) => {
@@ -102,6 +104,11 @@ impl Outbox {
             }
             OutboxRecord::Peers(peers) => self.recover_peers(here, &peers)?,
             OutboxRecord::Kept(kept) => self.recover_kept(here, &kept)?,
+            OutboxRecord::Met(peers) => {
+                self.peers_in.insert(here);
+                peers.iter().try_for_each(|peer| self.recover_peer(peer))?;
+            }
+            OutboxRecord::History(history) => self.history.recover(here, &history),
         }
         // The settled records are on the disk.
         for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
@@ -130,6 +137,9 @@ impl Outbox {
         for group in &kept.ids {
             let since = self.segments.written as i64 - group.age.min(i64::MAX as u64) as i64;
             self.once.remember(here, Group { since, ids: group.ids()? });
+        }
+        if let Some(history) = &kept.history {
+            self.history.recover(here, history);
         }
         kept.peers.as_ref().map_or(Ok(()), |peers| self.recover_peers(here, peers))
     }
@@ -171,7 +181,7 @@ impl Outbox {
     }
 
     fn recover_peers(&mut self, here: u64, peers: &[PeerRecord]) -> Result<(), RecordError> {
-        self.peers_in = Some(here);
+        self.peers_in = BTreeSet::from([here]);
         self.subscriptions.clear();
         peers.iter().try_for_each(|peer| self.recover_peer(peer))
     }
@@ -200,9 +210,12 @@ impl Outbox {
         }
         let order: Option<Arc<str>> = record.order.as_deref().map(Arc::from);
         let mut parts: SmallVec<[OutboundDelivery; 1]> = SmallVec::new();
-        for part in &record.parts {
-            let target = part.target.target()?;
-            let target = self.target_number(&target);
+        for (at, part) in (0u32..).zip(&record.parts) {
+            let to = part.target.target()?;
+            let target = self.target_number(&to);
+            if matches!(to, Target::Subscription(..)) {
+                self.kept_for.entry(target).or_default().insert(number, at);
+            }
             let state = State::Storing;
             let (bound, failures, attempts) = (None, part.failures, 0);
             let redelivered = part.redelivered;
@@ -251,6 +264,7 @@ impl Outbox {
         number.next = number.next.max(binding.seq + 1);
         number.outstanding.insert(binding.seq, key);
         self.peers.entry(binding.node).or_default().bound += 1;
+        self.note_absence(binding.node);
         // A message has one number at a node; the record that gave up another may be missing.
         let former = self.take_former(key, binding.node).filter(|former| *former != bound);
         former.into_iter().for_each(|given_up| self.release_number(given_up));
@@ -285,11 +299,16 @@ impl Outbox {
 
     fn recover_peer(&mut self, record: &PeerRecord) -> Result<(), RecordError> {
         let node = record.node.0;
+        self.subscriptions.forget(node);
         for (name, pattern) in record.subscriptions()? {
-            self.subscriptions.insert((node, name), pattern);
+            let proven = !record.unproven.iter().any(|it| it == name.as_str());
+            self.subscriptions.insert(node, &name, &pattern, 0, proven);
         }
         if node != self.config.me {
-            self.peers.entry(node).or_default().known_inbox = Some(record.inbox);
+            self.subscriptions.set_gone(node, true);
+            let peer = self.peers.entry(node).or_default();
+            self.peers_known += usize::from(peer.known_inbox.is_none());
+            (peer.known_inbox, peer.seen_at) = (Some(record.inbox), record.seen_at);
         }
         Ok(())
     }
@@ -303,6 +322,7 @@ impl Outbox {
     /// Completes the recovery: the recovered messages are dispatched.
     pub(crate) fn handle_recovered(&mut self, now: Now) {
         self.now = now.time;
+        self.begin_life();
         let parts = self.entries.iter().flat_map(|(number, entry)| {
             let parts = (0u32..).zip(&entry.parts);
             let stored = parts.filter(|(_, part)| part.state == State::Storing);
@@ -310,7 +330,17 @@ impl Outbox {
         });
         let keys: Vec<DeliveryKey> = parts.collect();
         keys.into_iter().for_each(|key| self.activate(now, key));
-        self.peers.values_mut().for_each(|peer| peer.down_since = now.time);
+        let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
+        for node in nodes {
+            if let Some(peer) = self.peers.get_mut(&node) {
+                peer.down_since = now.time;
+                if peer.seen_at == 0 {
+                    peer.seen_at = now.unix_ms;
+                }
+            }
+            self.note_absence(node);
+        }
+        self.lapse_at = self.config.lapse_after.map(|_| now.time + self.config.gone_after);
     }
 
     /// Returns the contents of the outbox, in the order in which they were stored.

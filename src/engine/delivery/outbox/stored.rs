@@ -1,9 +1,7 @@
 //! Appends to the journal, and their outcomes.
 
 use super::once::Group;
-use super::{
-    Bound, DISK_RETRY, DeliveryKey, Outbox, OutboxAction, Pending, State, Target, Written,
-};
+use super::{Bound, DISK_RETRY, DeliveryKey, Outbox, OutboxAction, Pending, State, Written};
 use crate::engine::delivery::Now;
 use crate::engine::delivery::record::OutboxRecord;
 use crate::journal::{Level, Need, NotStored, Persist, Position};
@@ -18,11 +16,11 @@ impl Outbox {
         let persist = match pending {
             // If the record is lost, the messages are sent again, and the receiver recognises them.
             Pending::Settled(..) => Persist::Lazy,
-            Pending::Noted(_) => Persist::Flush,
+            Pending::Noted(_) | Pending::History => Persist::Flush,
             _ => Persist::Sync,
         };
         let need = match pending {
-            Pending::Messages(..) | Pending::Peers => Need::None,
+            Pending::Messages(..) | Pending::Peers(_) | Pending::History => Need::None,
             Pending::Moved(_) | Pending::Begun | Pending::Kept(_) => Need::Removal,
             _ if self.is_at_an_end => Need::Emergency,
             _ => Need::Urgent,
@@ -86,10 +84,9 @@ impl Outbox {
             }
         }
         let synced = result.is_ok()
-            && self
-                .pending
-                .get(token)
-                .is_some_and(|it| !matches!(it, Pending::Settled(..) | Pending::Noted(_)));
+            && self.pending.get(token).is_some_and(|it| {
+                !matches!(it, Pending::Settled(..) | Pending::Noted(_) | Pending::History)
+            });
         while synced
             && self.written.front().is_some_and(|before| before.token < token)
             && let Some(Written { numbers, .. }) = self.written.pop_front()
@@ -116,7 +113,12 @@ impl Outbox {
                     self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
                 }
             }
+            (Some(Pending::History), result) => {
+                self.history.segment =
+                    result.ok().map(|position| position.segment).or(self.history.segment);
+            }
             (Some(Pending::Bound(keys)), Ok(position)) => {
+                self.history.reach(position);
                 self.segments.tell(position.segment, keys.iter().map(|key| key.number));
                 for key in keys {
                     if self.part(key).is_some_and(|part| part.state == State::Binding) {
@@ -165,13 +167,14 @@ impl Outbox {
                 }
                 self.handle_moved(number, result.ok());
             }
-            (Some(Pending::Peers), result) => {
+            (Some(Pending::Peers(nodes)), result) => {
                 (self.peers_pending, self.peers_retry) = (false, Some(now.time + DISK_RETRY));
-                self.peers_in =
-                    result.as_ref().ok().map(|position| position.segment).or(self.peers_in);
-                self.peers_dirty |= result.is_err();
-                if self.peers_dirty {
-                    self.store_peers(false);
+                match result {
+                    Ok(position) => _ = self.peers_in.insert(position.segment),
+                    Err(_) => self.peers_dirty.extend(nodes),
+                }
+                if !self.peers_dirty.is_empty() {
+                    self.store_peers();
                 }
             }
             (Some(Pending::Begun), result) => {
@@ -238,16 +241,6 @@ impl Outbox {
             }
             None if self.is_behind(key) => self.set_state(key, State::Blocked),
             None => self.release(key),
-        }
-    }
-
-    /// Returns true if the message is for a durable subscription that has since ended.
-    pub(super) fn is_unwanted(&self, key: DeliveryKey) -> bool {
-        match self.part(key).map(|part| &self.targets[part.target as usize]) {
-            Some(Target::Subscription(node, name)) => {
-                !self.subscriptions.contains_key(&(*node, name.clone()))
-            }
-            _ => false,
         }
     }
 }

@@ -3,9 +3,10 @@
 use bytes::Bytes;
 
 use super::{LIMITS, Life, Link, MAX_BODY, Request, SEND_QUEUE, SimHold, SimNode, node_id};
-use crate::address::Destination;
+use crate::address::{Destination, Pattern};
 use crate::engine::front::CallKey;
 use crate::engine::sim::ledger::Ledger;
+use crate::engine::sim::rules::Rule;
 use crate::engine::{
     Action, Budget, Connection, Delivered, DownReason, EventBatch, Flow, Incoming, LinkId,
     MeshEvent, Path, ReceivedControl, ReceivedMessage, TargetKey, deliver, incoming, may_publish,
@@ -119,26 +120,28 @@ impl SimNode {
                     }
                 }
             }
-            ReceivedControl::Epochs(epochs) => {
+            ReceivedControl::Epochs(epochs, moment) => {
                 let first = !std::mem::replace(&mut end.epochs_told, true);
                 if let Some(store) = &mut self.store {
-                    store.inbox.handle_epochs(peer, &epochs);
+                    store.inbox.handle_epochs(peer, &epochs, moment);
                     if first {
                         self.announce_inbox(peer);
                     }
                 }
             }
             ReceivedControl::Inbox(info, denial) => {
-                let allowed = end.rule.lets_subscribe();
-                assert!(allowed || info.subscriptions.is_empty(), "it was not allowed");
-                assert!(!allowed || denial.is_none(), "it was allowed");
+                let (rule, grants) = (end.rule, end.grants.clone());
+                let allowed = |pattern: &Pattern| rule.lets_subscribe(pattern.as_str());
+                let mut taken = info.subscriptions.iter().map(|(_, pattern)| pattern);
+                assert!(taken.all(allowed), "it was not allowed");
+                assert!(rule != Rule::All || denial.is_none(), "it was allowed");
                 if let Some(denial) = denial {
                     ledger.seen.add("inboxes that a rule kept subscriptions of", 1);
                     end.flow.enqueue_control(&denial);
                     self.transmit(link);
                 }
                 if let Some(store) = &mut self.store {
-                    store.outbox.handle_inbox(peer, *info);
+                    store.outbox.handle_inbox(self.now, peer, *info, &grants);
                 }
                 self.routes_changed = true;
             }
@@ -269,6 +272,7 @@ impl SimNode {
             Action::Report(MeshEvent::PeerDown { id, .. }) => {
                 if let Some(store) = &mut self.store {
                     store.outbox.handle_link_down(self.now, id);
+                    store.inbox.handle_link_down(id);
                 }
             }
             Action::Admit(_) | Action::Report(_) => {}

@@ -105,6 +105,8 @@ const CONCURRENCY: u32 = 2;
 /// A durable subscription of the nodes that have a store and serve `work`, to some of what is
 /// published in vain to the others.
 const CONSUMER: (&str, &str) = ("billing", "a.orders.*");
+/// Its pattern now and then, which doesn't match what is sent.
+const OTHER_PATTERN: &str = "a.orders.old";
 const OVERFLOWS: [Overflow; 4] =
     [Overflow::DropNewest, Overflow::DropOldest, Overflow::KeepLatest, Overflow::HoldBack];
 
@@ -333,7 +335,9 @@ impl SimNode {
             self.withdraw_services();
         }
         if self.store.is_some() && SERVICES[self.life.node] == Some("work") {
-            let (name, pattern) = (CONSUMER.0.parse().unwrap(), CONSUMER.1.parse().unwrap());
+            let changes = self.settings.faults && self.random.once_in(4);
+            let pattern = if changes { OTHER_PATTERN } else { CONSUMER.1 };
+            let (name, pattern) = (CONSUMER.0.parse().unwrap(), pattern.parse().unwrap());
             if serves {
                 self.consumer = self.front.consume(&name, &pattern, CONCURRENCY, name.clone());
             } else if let Some(number) = self.consumer.take() {

@@ -67,6 +67,10 @@ impl SimNode {
                 let store = self.store.as_ref().expect("it sends");
                 new.targets = store.outbox.subscribers(topic);
                 sent.parts = new.targets.len();
+                let key = new.envelope.header.ordering_key();
+                let key = KEYS.into_iter().find(|it| key == Some(*it));
+                let only = new.targets.first().filter(|_| new.targets.len() == 1);
+                sent.lane = key.and_then(|key| Some((only.cloned()?, key)));
             }
             if new.targets.is_empty() {
                 continue;
@@ -137,12 +141,14 @@ impl SimNode {
         let expires_at = self.random.once_in(8).then_some(soon);
         let not_before = self.random.once_in(8).then_some(soon / 2 + unix_ms / 2);
         let parts = targets.len();
+        let is_event = matches!(header.destination, Destination::Topic(_));
         let envelope = Arc::new(Envelope::one_way(header, self.body()));
         let once = self.random.once_in(6);
         let new = NewMessage { envelope, targets, expires_at, not_before, once };
         let sent = Sent {
             nature,
             lane,
+            is_event,
             once: once.then(|| new.clone()),
             ..Sent::new(self.life.node, message, parts)
         };

@@ -9,12 +9,13 @@ use super::disks::{Disks, Which};
 use super::{Later, Life, Request, SimHold, SimNode, node_id};
 use crate::engine::delivery::{
     Contents, DeliveryKey, Inbox, InboxAction, Now, Outbox, OutboxAction, OutboxConfig,
-    RetryPolicy, Source, Verdict,
+    OutboxEvent, RetryPolicy, Source, Verdict,
 };
 use crate::engine::sim::Random;
 use crate::engine::sim::disk::{Disk, SEGMENT, kind};
 use crate::engine::sim::ledger::Ledger;
 use crate::engine::sim::promises::place;
+use crate::engine::sim::rules::Rule;
 use crate::engine::sim::settings::Settings;
 use crate::engine::{Path, Settlement, Time};
 use crate::identity::NodeId;
@@ -22,6 +23,7 @@ use crate::journal::stepped::EntryKind;
 use crate::journal::{Entry, Need, Position};
 use crate::message::{Message, MessageId};
 use crate::report::DropReason;
+use crate::trust::Grants;
 use crate::wire::{
     Answer, Control, Delivery, DeliveryId, DeliveryOutcome, Envelope, InboxInfo, Lane, Payload,
     Totals, decode_stored,
@@ -76,6 +78,7 @@ pub(in super::super) fn outbox_config(
         segment_size: SEGMENT,
         reassign_after: settings.reassign_after,
         gone_after: Duration::from_secs(3600),
+        lapse_after: None,
     }
 }
 
@@ -131,6 +134,11 @@ impl Store {
         promises.check_ends(life.node, &recovered);
         promises.forget_lost_probe(life.node, &recovered);
         inbox.handle_recovered();
+        let me = node_id(life.node);
+        let heard = inbox.heard(&me);
+        outbox.handle_link_up(me);
+        let own = InboxInfo { epoch: 0, heard, ..InboxInfo::default() };
+        outbox.handle_inbox(now, me, own, &Grants::Everything);
         Self {
             outbox,
             inbox,
@@ -204,7 +212,7 @@ impl SimNode {
     }
 
     fn perform_outbox(&mut self, action: OutboxAction, ledger: &mut Ledger) {
-        let now = self.now;
+        let (now, me) = (self.now, self.id);
         let store = self.store();
         let promises = &mut ledger.promises;
         match action {
@@ -236,6 +244,9 @@ impl SimNode {
                 message.header.time_to_live = left.map(Duration::from_millis);
                 self.send_stored(to, key, message, delivery, ledger);
             }
+            OutboxAction::Send(to, Control::Epochs(epochs, moment)) if to == me => {
+                store.inbox.handle_epochs(to, &epochs, moment);
+            }
             OutboxAction::Send(to, control) => self.send_control(to, control),
             OutboxAction::Stored(number, result) => {
                 let message = store.numbers[&number];
@@ -249,6 +260,10 @@ impl SimNode {
                 promises.handle_done(message, result);
                 // It comes too late to be written.
                 promises.of(message).may_end_again |= store.closed;
+            }
+            OutboxAction::Report(OutboxEvent::Lapsed { .. }) => {
+                promises.seen.add("subscriptions that a rule ended", 1);
+                promises.handle_subscription_ended(self.life.node);
             }
             OutboxAction::Report(_) => {}
         }
@@ -264,6 +279,23 @@ impl SimNode {
         ledger: &mut Ledger,
     ) {
         let (now, body) = (self.now, payload.take_body());
+        let link = self.routing.link(&to).copied();
+        let (grants, rule) = match link.and_then(|link| self.links.get(&link)) {
+            Some(end) => (end.grants.clone(), end.rule),
+            None => (Grants::Everything, Rule::All),
+        };
+        let outbox = &mut self.store().outbox;
+        let objection = outbox.objection(key, &header.destination, &grants);
+        if let Some(reason) = objection {
+            if reason == DropReason::NoSubscriber {
+                ledger.promises.handle_subscription_ended(self.life.node);
+            }
+            let kept = reason == DropReason::NotAllowed;
+            ledger.promises.seen.when("guaranteed messages that a rule kept from a peer", kept);
+            ledger.promises.handle_kept_back(header.id, rule);
+            return self.store().outbox.handle_not_transmitted(now, key, reason);
+        }
+        assert!(rule.lets_have(&header.destination), "{} is sent against {rule:?}", header.id);
         if to == self.id {
             let mut message = Box::new(Message::new(to, header, body));
             message.delivery = Some(delivery);
@@ -272,7 +304,6 @@ impl SimNode {
             return self.later(after, Later::LoopBack);
         }
         let payload = Payload::Guaranteed(body, delivery);
-        let link = self.routing.link(&to).copied();
         let Some((link, end)) = link.and_then(|link| Some((link, self.links.get_mut(&link)?)))
         else {
             return self.store().outbox.handle_link_down(now, to);
@@ -330,6 +361,7 @@ impl SimNode {
                 self.front.handle_call(self.now.time, hold.path, message, hold);
                 self.store().inbox.handle_begun(from);
             }
+            InboxAction::Forgot { .. } => panic!("there are few senders"),
         }
     }
 
@@ -361,9 +393,10 @@ impl SimNode {
         let (from, place) = (message.from, place(self.life.node, &message));
         let mut delivery = message.delivery.take().expect("it is guaranteed");
         let (id, attempt) = (delivery.id.clone(), delivery.attempt);
-        let store = self.store();
+        let Self { store: Some(store), front, .. } = self else { return };
         store.arrived.insert((from, id.clone()), place.2);
-        let verdict = store.inbox.handle_delivery(from, Arc::make_mut(&mut delivery));
+        let is_served = || front.serves(&message.header, id.stream.subscription.as_ref());
+        let verdict = store.inbox.handle_delivery(from, Arc::make_mut(&mut delivery), is_served);
         let again = delivery.redelivered;
         message.delivery = Some(delivery);
         let promises = &mut ledger.promises;
@@ -386,6 +419,7 @@ impl SimNode {
                 }
                 self.answer(from, Answer { id, attempt, outcome });
             }
+            Verdict::Full => panic!("there are few senders"),
         }
     }
 
@@ -431,11 +465,19 @@ impl SimNode {
         let epoch = self.store.as_ref()?.inbox.epoch();
         let consumers = self.front.consumers();
         let subscriptions = consumers.map(|(name, pattern, _)| (name.clone(), pattern.clone()));
-        Some(InboxInfo { epoch, subscriptions: subscriptions.collect(), ended: Vec::new() })
+        let (subscriptions, ended) = (subscriptions.collect(), Vec::new());
+        Some(InboxInfo { epoch, subscriptions, ended, heard: None })
+    }
+
+    /// The announcement of the inbox for one peer.
+    fn announcement(&self, peer: &NodeId, info: &InboxInfo) -> InboxInfo {
+        let heard = self.store.as_ref().and_then(|store| store.inbox.heard(peer));
+        InboxInfo { heard, ..info.clone() }
     }
 
     pub(super) fn announce_inbox(&mut self, peer: NodeId) {
         if let Some(info) = self.inbox_info() {
+            let info = self.announcement(&peer, &info);
             self.send_control(peer, Control::Inbox(Box::new(info)));
         }
     }
@@ -443,14 +485,17 @@ impl SimNode {
     /// Announces the durable subscriptions of this node, itself included.
     pub(super) fn announce_consumers(&mut self, ledger: &mut Ledger) {
         let Some(info) = self.inbox_info() else { return };
-        let (id, own) = (self.id, InboxInfo { epoch: 0, ..info.clone() });
-        self.store().outbox.handle_inbox(id, own);
+        let (id, now) = (self.id, self.now);
+        let own = InboxInfo { epoch: 0, ..self.announcement(&id, &info) };
+        self.store().outbox.handle_inbox(now, id, own, &Grants::Everything);
         while self.perform_store(ledger) {}
         self.routes_changed = true;
         let open: Vec<_> = self.links.iter().filter(|(_, end)| end.open).map(|it| *it.0).collect();
         for link in open {
+            let Some(peer) = self.links.get(&link).map(|end| end.peer) else { continue };
+            let info = self.announcement(&peer, &info);
             if let Some(end) = self.links.get_mut(&link) {
-                end.flow.enqueue_control(&Control::Inbox(Box::new(info.clone())));
+                end.flow.enqueue_control(&Control::Inbox(Box::new(info)));
             }
             self.transmit(link);
         }

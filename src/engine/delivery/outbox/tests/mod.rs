@@ -8,12 +8,14 @@ use bytes::Bytes;
 use smallvec::smallvec;
 
 use super::answers::MOST_UNREADABLE;
-use super::peers::{MAX_PEERS, MAX_SUBSCRIPTIONS};
+use super::peers::MAX_PEERS;
+use super::subscriptions::{MAX_ALL, MAX_SUBSCRIPTIONS, MAX_UNPROVEN};
 use super::*;
 use crate::address::Destination;
 use crate::engine::delivery::record::OutboxRecord;
 use crate::engine::delivery::{Now, RetryPolicy};
 use crate::message::{Header, IdSource, Kind};
+use crate::trust::Grants;
 use crate::wire::{Answer, DeliveryId, DeliveryOutcome, InboxInfo};
 
 const ME: NodeId = NodeId::from_bytes([1; 32]);
@@ -70,6 +72,7 @@ impl Bench {
             reassign_after,
             segment_size: 1 << 20,
             gone_after: HOUR,
+            lapse_after: Some(24 * HOUR),
         };
         Self {
             outbox: Outbox::new(config),
@@ -199,8 +202,8 @@ impl Bench {
 
     fn meet(&mut self, node: NodeId) {
         self.outbox.handle_link_up(node);
-        let info = InboxInfo { epoch: 1, subscriptions: Vec::new(), ended: Vec::new() };
-        self.outbox.handle_inbox(node, info);
+        let info = InboxInfo { epoch: 1, ..InboxInfo::default() };
+        self.outbox.handle_inbox(self.now(), node, info, &Grants::Everything);
         self.run();
     }
 
@@ -208,7 +211,8 @@ impl Bench {
         self.outbox.handle_link_up(node);
         let all = names.iter().map(|name| (ServiceName::clone(name), "orders.>".parse().unwrap()));
         let (subscriptions, ended) = (all.collect(), ended.iter().copied().cloned().collect());
-        self.outbox.handle_inbox(node, InboxInfo { epoch: 1, subscriptions, ended });
+        let info = InboxInfo { epoch: 1, subscriptions, ended, heard: None };
+        self.outbox.handle_inbox(self.now(), node, info, &Grants::Everything);
         self.run();
     }
 

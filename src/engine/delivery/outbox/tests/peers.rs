@@ -1,6 +1,8 @@
 //! Known peers, and how long they are remembered.
 
 use super::*;
+use crate::engine::delivery::Lapse;
+use crate::report::DropReason;
 
 #[test]
 fn a_peer_that_messages_wait_for_is_reported_once() {
@@ -44,7 +46,8 @@ fn a_peer_with_ever_new_subscriptions_is_remembered_for_some_only() {
     for round in 0..3 {
         let names = (0..600).map(|n| format!("s{round}-{n}").parse().unwrap());
         let subscriptions = names.map(|name| (name, "orders.>".parse().unwrap())).collect();
-        bench.outbox.handle_inbox(BOB, InboxInfo { epoch: 1, subscriptions, ended: Vec::new() });
+        let info = InboxInfo { epoch: 1, subscriptions, ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info, &Grants::Everything);
         bench.run();
     }
     assert_eq!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len(), MAX_SUBSCRIPTIONS);
@@ -78,10 +81,12 @@ fn peers_that_nothing_is_kept_for_are_forgotten_when_they_go() {
     assert!(bench.outbox.peers.len() <= MAX_PEERS + 2 && bench.events.is_empty());
     for number in 0..MAX_PEERS + 1 {
         bench.subscribe(minted(number), &[&name], &[]);
-        bench.lose(minted(number));
     }
     let left_out = bench.events.iter().filter(|it| matches!(it, OutboxEvent::NotRemembered(_)));
     assert!(left_out.count() >= 1);
+    for number in 0..MAX_PEERS + 1 {
+        bench.lose(minted(number));
+    }
     assert!(bench.outbox.peers.len() <= MAX_PEERS + 2);
     assert!(bench.outbox.subscribers(&"orders.new".parse().unwrap()).len() <= MAX_PEERS);
 }
@@ -165,18 +170,150 @@ fn a_peer_that_changes_its_mind_about_its_inbox_costs_little() {
     let stored = bench.journal.len();
     for epoch in 2..1000 {
         let subscription = ("billing".parse().unwrap(), "orders.>".parse().unwrap());
-        let info = InboxInfo { epoch, subscriptions: vec![subscription], ended: Vec::new() };
-        bench.outbox.handle_inbox(BOB, info);
+        let info = InboxInfo { epoch, subscriptions: vec![subscription], ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info, &Grants::Everything);
         bench.run();
     }
     assert_eq!((bench.journal.len(), bench.events.len()), (stored, 0), "a process has one inbox");
     for pattern in ["orders.eu", "orders.us"].iter().cycle().take(1000) {
         let subscription = ("billing".parse().unwrap(), pattern.parse().unwrap());
-        let info = InboxInfo { epoch: 1, subscriptions: vec![subscription], ended: Vec::new() };
-        bench.outbox.handle_inbox(BOB, info);
+        let info =
+            InboxInfo { epoch: 1, subscriptions: vec![subscription], ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info, &Grants::Everything);
         bench.run();
     }
     assert_eq!(bench.journal.len(), stored + 1, "a new peer is stored at once, nothing else yet");
     bench.sleep(2 * DISK_RETRY);
     assert_eq!(bench.journal.len(), stored + 2, "the current state");
+}
+
+fn names(count: usize) -> Vec<ServiceName> {
+    (0..count).map(|n| format!("s{n}").parse().unwrap()).collect()
+}
+
+/// Lapses by reason.
+fn lapsed(bench: &Bench, wanted: Lapse) -> Vec<NodeId> {
+    let lapsed = bench.events.iter().filter_map(|event| match event {
+        OutboxEvent::Lapsed { node, reason, .. } if *reason == wanted => Some(*node),
+        _ => None,
+    });
+    lapsed.collect()
+}
+
+#[test]
+fn a_flood_of_ids_that_subscribe_and_leave_makes_room_for_itself() {
+    let topic = "orders.new".parse().unwrap();
+    let billing: ServiceName = "billing".parse().unwrap();
+    let mut bench = Bench::new(None);
+    // Bob has taken a message, and left; Carol never got one.
+    bench.subscribe(BOB, &[&billing], &[]);
+    bench.submit(Target::Subscription(BOB, billing.clone())).unwrap();
+    let id = bench.sent[0].1.id.clone();
+    bench.answer(BOB, &id, 1, DeliveryOutcome::Processed);
+    bench.lose(BOB);
+    bench.subscribe(CAROL, &[&billing], &[]);
+    bench.lose(CAROL);
+    let names = names(MAX_SUBSCRIPTIONS);
+    let all: Vec<&ServiceName> = names.iter().collect();
+    for number in 0..60 {
+        bench.subscribe(minted(number), &all, &[]);
+        bench.lose(minted(number));
+    }
+    let kept = bench.outbox.subscribers(&topic);
+    assert!(kept.len() <= MAX_UNPROVEN + 1, "{}", kept.len());
+    for node in [BOB, CAROL] {
+        assert!(kept.contains(&Target::Subscription(node, billing.clone())));
+    }
+    let gone = lapsed(&bench, Lapse::NoRoom);
+    assert!(gone.len() > MAX_UNPROVEN && !gone.contains(&CAROL));
+    // The same is known after a restart.
+    bench.sleep(2 * DISK_RETRY);
+    let bench = bench.restart();
+    assert_eq!(bench.outbox.subscribers(&topic).len(), kept.len());
+}
+
+#[test]
+fn ids_that_stay_make_room_for_those_with_fewer_subscriptions() {
+    let names = names(MAX_SUBSCRIPTIONS);
+    let all: Vec<&ServiceName> = names.iter().collect();
+    let mut bench = Bench::new(None);
+    for number in 0..10 {
+        bench.subscribe(minted(number), &all, &[]);
+    }
+    bench.subscribe(BOB, &[&names[0]], &[]);
+    let kept = bench.outbox.subscribers(&"orders.new".parse().unwrap());
+    assert!(kept.len() <= MAX_ALL);
+    assert!(kept.contains(&Target::Subscription(BOB, names[0].clone())));
+}
+
+#[test]
+fn a_subscription_whose_node_stays_away_lapses() {
+    let billing: ServiceName = "billing".parse().unwrap();
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&billing], &[]);
+    bench.subscribe(CAROL, &[&billing], &[]);
+    bench.lose(BOB);
+    let mut bench = bench.restart();
+    bench.outbox.handle_link_up(CAROL);
+    bench.submit(Target::Subscription(BOB, billing.clone())).unwrap();
+    for _ in 0..23 {
+        bench.sleep(HOUR);
+    }
+    assert_eq!(bench.outbox.subscriptions().count(), 2);
+    for _ in 0..3 {
+        bench.sleep(HOUR);
+    }
+    assert_eq!(lapsed(&bench, Lapse::Absent), [BOB]);
+    assert_eq!((bench.outbox.subscriptions().count(), bench.outbox.pending()), (1, 0));
+}
+
+#[test]
+fn what_a_peer_may_no_longer_have_is_not_sent() {
+    let rules: crate::trust::Rules = "* subscribe public.>".parse().unwrap();
+    let grants = rules.grants(&BOB, None);
+    let billing: ServiceName = "billing".parse().unwrap();
+    let announce = |bench: &mut Bench, pattern: &str, grants: &Grants| {
+        bench.outbox.handle_link_up(BOB);
+        let subscriptions = vec![(billing.clone(), pattern.parse().unwrap())];
+        let info = InboxInfo { epoch: 1, subscriptions, ..InboxInfo::default() };
+        bench.outbox.handle_inbox(bench.now(), BOB, info, grants);
+        bench.run();
+    };
+    let mut bench = Bench::new(None);
+    announce(&mut bench, "secret.>", &Grants::Everything);
+    bench.lose(BOB);
+    bench.submit(Target::Subscription(BOB, billing.clone())).unwrap();
+    // He comes back with the same name for what he may have.
+    announce(&mut bench, "public.>", &grants);
+    assert_eq!(lapsed(&bench, Lapse::NotAllowed), [BOB]);
+    assert_eq!((bench.sent.len(), bench.outbox.pending()), (0, 0));
+    // Each message is judged by its own topic when it is sent.
+    bench.submit(Target::Subscription(BOB, billing.clone())).unwrap();
+    let key = DeliveryKey { number: 2, part: 0 };
+    let objection = |topic: &str, grants: &Grants| {
+        let destination = Destination::Topic(topic.parse().unwrap());
+        bench.outbox.objection(key, &destination, grants)
+    };
+    assert_eq!(objection("public.news", &grants), None);
+    assert_eq!(objection("secret.plan", &grants), Some(DropReason::NoSubscriber));
+    assert_eq!(objection("public.news", &Grants::nothing()), Some(DropReason::NotAllowed));
+    bench.outbox.handle_not_transmitted(bench.now(), key, DropReason::NotAllowed);
+    bench.run();
+    assert_eq!(bench.done.last(), Some(&(2, Err(DeadLetterReason::NotAllowed))));
+}
+
+#[test]
+fn nothing_is_kept_for_a_key_that_is_no_longer_trusted() {
+    let billing: ServiceName = "billing".parse().unwrap();
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&billing], &[]);
+    bench.lose(BOB);
+    let event = bench.submit(Target::Subscription(BOB, billing.clone())).unwrap();
+    let command = bench.submit(Target::Node(BOB)).unwrap();
+    bench.submit(Target::Node(CAROL)).unwrap();
+    bench.outbox.handle_distrusted(bench.now(), |node| *node == BOB);
+    bench.run();
+    let forbidden = Err(DeadLetterReason::NotAllowed);
+    assert_eq!(bench.done, [(event, Ok(())), (command, forbidden)]);
+    assert_eq!((lapsed(&bench, Lapse::NotAllowed), bench.outbox.dead_letters()), (vec![BOB], 1));
 }
