@@ -54,6 +54,7 @@ pub struct Config {
     pub(crate) max_pending_handshakes: usize,
     pub(crate) max_connections: usize,
     pub(crate) peer_memory: u64,
+    pub(crate) dials_per_second: u32,
     pub(crate) log_lines: u32,
     pub(crate) runtime_dir: Option<PathBuf>,
     pub(crate) outbox: Option<PathBuf>,
@@ -117,6 +118,7 @@ impl Default for Config {
             max_pending_handshakes: 512,
             max_connections: 1024,
             peer_memory: 512 * 1024 * 1024,
+            dials_per_second: 64,
             log_lines: 25,
             runtime_dir: None,
             outbox: None,
@@ -304,7 +306,7 @@ impl Config {
         max_pending_handshakes: usize;
         /// The maximum number of accepted connections from networks: 1,024 by default. Beyond it,
         /// one that has carried no message makes room, of the address with the most; if all have
-        /// carried one, newcomers are refused.
+        /// carried one, one of another address that has over half of all; else newcomers are refused.
         ///
         /// Connections over Unix sockets, from processes of the same user on this host, have limits
         /// of their own: 1,024 handshakes and 4,096 connections. All limits are lowered to what the
@@ -315,6 +317,10 @@ impl Config {
         /// half of it is taken, the link of a peer that takes more than an equal share of the other
         /// half is cut.
         peer_memory: u64;
+        /// The most addresses per second that are dialled because of multicast DNS, and because of
+        /// other nodes' hints: 64 of each by default, and four seconds' worth at once. Others can
+        /// name any address there.
+        dials_per_second: u32;
         /// The most log lines per second about what peers and messages cause: 25 by default, and
         /// four seconds' worth at once. Further ones are counted in the log.
         log_lines: u32;
@@ -418,6 +424,9 @@ impl Config {
                 "peer_memory is {} bytes; at least 16777216 are needed",
                 self.peer_memory
             ));
+        }
+        if self.dials_per_second == 0 {
+            return problem("dials_per_second is 0; turn off mdns and gossip instead".into());
         }
         if self.lease.is_zero() {
             return problem("lease is zero; set a positive duration".into());

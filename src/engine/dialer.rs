@@ -76,10 +76,6 @@ const MAX_DIALING: usize = 32;
 /// The pause before a retry when a source other than this host and its configuration reports
 /// changed addresses. A forger could report changes at any rate.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
-/// The addresses dialled at once, and per second, of a tier that anybody can fill: a forger may name
-/// the addresses of a third party.
-const DIAL_BURST: u64 = 256;
-const DIALS_A_SECOND: u64 = 64;
 /// The most addresses kept of a node.
 pub(crate) const MAX_ADDRESSES: usize = 8;
 /// The tiers of trust in a source, queued and dialled separately: this host and the configuration;
@@ -91,10 +87,6 @@ const MAX_KNOWN: [usize; TIERS] = [usize::MAX, 4096, 4096];
 /// The number of attempts before a target is removed, if it is known from gossip only or its tier
 /// is full.
 const ATTEMPTS: u32 = 5;
-
-fn pace() -> Bucket {
-    Bucket::new(Time::default(), DIAL_BURST, DIALS_A_SECOND)
-}
 
 fn tier(source: Source) -> usize {
     match source {
@@ -125,7 +117,11 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    pub(crate) fn new(me: NodeId, seed: u64) -> Self {
+    /// A dialer that dials at most that many addresses per second of the tiers that anybody can
+    /// fill: a forger may name the addresses of a third party.
+    pub(crate) fn new(me: NodeId, seed: u64, per_second: u32) -> Self {
+        let pace = u64::from(per_second);
+        let pace = || Some(Bucket::new(Time::default(), 4 * pace, pace));
         Self {
             me,
             targets: BTreeMap::new(),
@@ -136,7 +132,7 @@ impl Dialer {
             resolved: BTreeSet::new(),
             dialing: [0; TIERS],
             known: [0; TIERS],
-            pace: [None, Some(pace()), Some(pace())],
+            pace: [None, pace(), pace()],
             random: Random::new(seed),
         }
     }

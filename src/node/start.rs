@@ -207,6 +207,7 @@ async fn carrier(
         limits,
         gossip: config.gossip,
         loopback_only: !config.trust.reaches_networks(),
+        dials_per_second: config.dials_per_second,
         budget: Budget::new(config.peer_memory),
     };
     let parts = MeshParts { mesh: Mesh::new(mesh_config, random_u64()), limits, store };

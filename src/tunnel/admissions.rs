@@ -89,11 +89,12 @@ impl Standing {
 }
 
 /// The connection that makes room, of those that may.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Victim {
     Oldest,
-    /// Any, so that a flood of newcomers mostly replaces itself.
+    /// Any unproven one, so that a flood of newcomers mostly replaces itself.
     AnyUnproven,
+    Any,
 }
 
 impl Victim {
@@ -101,11 +102,12 @@ impl Victim {
         let others = entries.iter().filter(|(number, _)| **number != newcomer);
         match self {
             Self::Oldest => others.map(|(number, _)| *number).next(),
-            Self::AnyUnproven => {
-                let unproven = others.filter(|(_, entry)| !entry.standing.is_proven());
-                let unproven: Vec<u64> = unproven.map(|(number, _)| *number).collect();
+            Self::AnyUnproven | Self::Any => {
+                let may_go = |entry: &Entry| self == Self::Any || !entry.standing.is_proven();
+                let candidates = others.filter(|(_, entry)| may_go(entry));
+                let candidates: Vec<u64> = candidates.map(|(number, _)| *number).collect();
                 let drawn = RandomState::new().hash_one(newcomer) as usize;
-                unproven.get(drawn.checked_rem(unproven.len())?).copied()
+                candidates.get(drawn.checked_rem(candidates.len())?).copied()
             }
         }
     }
@@ -173,11 +175,22 @@ impl Pool {
         let Some(((.., Reverse(number)), from)) = candidates.max_by_key(|(order, _)| *order) else {
             return false;
         };
-        match self.remove(from, number) {
-            Some(entry) => _ = entry.evict.send(()),
-            None => return false,
-        }
-        true
+        self.evict(from, number)
+    }
+
+    /// Evicts any connection of another address that has more than `half` of all. Returns false if
+    /// none has.
+    fn take_from_half(&mut self, half: usize, newcomer: Option<IpAddr>, number: u64) -> bool {
+        let mut addresses = self.sites.values().flat_map(|site| &site.addresses);
+        let victim = addresses.find(|(from, entries)| **from != newcomer && entries.len() > half);
+        let victim =
+            victim.and_then(|(from, entries)| Some((*from, Victim::Any.among(entries, number)?)));
+        victim.is_some_and(|(from, number)| self.evict(from, number))
+    }
+
+    fn evict(&mut self, from: Option<IpAddr>, number: u64) -> bool {
+        let entry = self.remove(from, number);
+        entry.map(|entry| entry.evict.send(())).is_some()
     }
 }
 
@@ -226,7 +239,8 @@ impl Place {
     /// Moves the connection, whose handshake is complete, to the open ones.
     ///
     /// # Errors
-    /// [`Refusal::Connections`] if all places are taken by proven connections.
+    /// [`Refusal::Connections`] if all places are taken by proven connections, and no other address
+    /// has more than half of them.
     pub(super) fn open(&self) -> Result<(), Refusal> {
         let Standing { admissions, from, .. } = &*self.standing;
         let mut table = lock(&admissions.table);
@@ -237,6 +251,7 @@ impl Place {
         open.insert(*from, self.number, entry);
         if open.count > admissions.most.open
             && !open.make_room(self.number, known, Victim::AnyUnproven)
+            && !open.take_from_half(admissions.most.open / 2, *from, self.number)
         {
             open.remove(*from, self.number);
             return Err(Refusal::Connections);

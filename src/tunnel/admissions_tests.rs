@@ -71,9 +71,13 @@ fn open_connections_that_carried_nothing_make_room_and_others_do_not() {
     assert_eq!(idle[1..].iter_mut().filter_map(|it| is_evicted(it).then_some(())).count(), 1);
     idle.iter().for_each(prove);
     prove(&newcomer);
-    let late = admissions.admit(ip("10.0.0.9"));
+    let late = admissions.admit(ip("10.0.0.1"));
     assert_eq!(late.0.open(), Err(Refusal::Connections), "all places are in use");
     assert_eq!(count(&admissions), (0, 3));
+    let others: Vec<_> = (2..5).map(|n| admissions.admit(ip(&format!("10.0.0.{n}")))).collect();
+    others.iter().for_each(prove);
+    let opened = others.iter().filter(|(place, _)| place.open().is_ok()).count();
+    assert_eq!(opened, 2, "others take places until no address has more than half of them");
 }
 
 #[test]

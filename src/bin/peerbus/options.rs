@@ -83,6 +83,15 @@ pub(crate) struct NodeOptions {
     /// Don't use multicast DNS
     #[arg(long)]
     pub(crate) no_mdns: bool,
+    /// Connections to accept from networks [default: 1024]
+    #[arg(long, value_name = "COUNT")]
+    max_connections: Option<usize>,
+    /// Memory that all peers together may take [default: 512]
+    #[arg(long, value_name = "MIB")]
+    peer_memory: Option<u32>,
+    /// Log lines per second about what peers cause [default: 25]
+    #[arg(long, value_name = "COUNT")]
+    log_lines: Option<u32>,
     /// Don't announce peers to each other, and don't dial announced peers
     #[arg(long)]
     pub(crate) no_gossip: bool,
@@ -117,6 +126,15 @@ impl NodeOptions {
     }
 
     fn retrying(&self, mut config: Config) -> Config {
+        if let Some(most) = self.max_connections {
+            config = config.max_connections(most);
+        }
+        if let Some(mib) = self.peer_memory {
+            config = config.peer_memory(u64::from(mib) << 20);
+        }
+        if let Some(lines) = self.log_lines {
+            config = config.log_lines(lines);
+        }
         if let Some(attempts) = self.max_attempts {
             config = config.max_attempts(attempts);
         }

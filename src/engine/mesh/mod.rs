@@ -55,6 +55,8 @@ pub(crate) struct MeshConfig {
     pub(crate) gossip: bool,
     /// The node dials no address beyond this host.
     pub(crate) loopback_only: bool,
+    /// The limit of dials to addresses that anybody could have named.
+    pub(crate) dials_per_second: u32,
     /// The memory for what peers announce.
     pub(crate) budget: Arc<Budget>,
 }
@@ -267,7 +269,7 @@ impl Mesh {
             deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
             probes: BTreeMap::new(),
-            dialer: Dialer::new(me.id, seed),
+            dialer: Dialer::new(me.id, seed, me.dials_per_second),
             dialing: true,
             gossip: Gossip::new(me.id),
             nonce: 0,

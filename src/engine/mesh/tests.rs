@@ -13,6 +13,7 @@ fn mesh(byte: u8, incarnation: u64) -> Mesh {
         limits: LIMITS,
         gossip: true,
         loopback_only: false,
+        dials_per_second: 64,
         budget: Budget::new(u64::MAX),
     };
     Mesh::new(config, 1)

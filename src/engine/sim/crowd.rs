@@ -78,6 +78,7 @@ impl Crowd {
                 limits: Limits { max_body: 1 << 20, windows: [1 << 22; 4] },
                 gossip: true,
                 loopback_only: false,
+                dials_per_second: 64,
                 budget: Budget::new(u64::MAX),
             };
             let mut mesh = Mesh::new(config, node as u64);

@@ -259,6 +259,7 @@ impl SimNode {
             limits: LIMITS,
             gossip: true,
             loopback_only: false,
+            dials_per_second: 64,
             budget: Budget::new(u64::MAX),
         };
         let mut mesh = Mesh::new(config, life.number * 31 + life.node as u64);
