@@ -11,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::events::Event;
 use crate::address::ServiceName;
-use crate::engine::{Bucket, Time};
+use crate::engine::{Bucket, Rate, Time};
 use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::sync::{Mutex, Rank, calling_out, lock};
@@ -60,8 +60,8 @@ struct Waiting {
 
 impl Log {
     pub(super) fn new(lines_per_second: u32) -> Self {
-        let pace = u64::from(lines_per_second);
-        let pace = Bucket::new(Time::default(), 4 * pace, pace);
+        let per_second = u64::from(lines_per_second);
+        let pace = Bucket::new(Time::default(), Rate { burst: 4 * per_second, per_second });
         let waiting = Waiting { lines: VecDeque::new(), skipped: 0, pace };
         Self {
             waiting: Mutex::new(Rank::Leaf, waiting),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::engine::random::Random;
-use crate::engine::{Bucket, LinkId, Time};
+use crate::engine::{Bucket, LinkId, Rate, Time};
 use crate::identity::NodeId;
 use crate::peer::{Address, Source, Unreachable};
 
@@ -120,8 +120,9 @@ impl Dialer {
     /// A dialer that dials at most that many addresses per second of the tiers that anybody can
     /// fill: a forger may name the addresses of a third party.
     pub(crate) fn new(me: NodeId, seed: u64, per_second: u32) -> Self {
-        let pace = u64::from(per_second);
-        let pace = || Some(Bucket::new(Time::default(), 4 * pace, pace));
+        let per_second = u64::from(per_second);
+        let rate = Rate { burst: 4 * per_second, per_second };
+        let pace = || Some(Bucket::new(Time::default(), rate));
         Self {
             me,
             targets: BTreeMap::new(),
@@ -420,7 +421,7 @@ impl Dialer {
         let open = tiers.filter(|(_, dialing)| *dialing < MAX_DIALING);
         let next = open.filter_map(|((due, pace), _)| {
             let (until, key) = due.first()?;
-            Some((pace.as_ref().map_or(*until, |pace| pace.next().max(*until)), key))
+            Some((pace.as_ref().map_or(*until, |pace| pace.ready_at(1).max(*until)), key))
         });
         next.min()
     }

@@ -30,7 +30,7 @@ mod routing;
 mod sim;
 mod subscription;
 
-pub(crate) use bucket::Bucket;
+pub(crate) use bucket::{Bucket, Rate};
 pub(crate) use budget::{Budget, Share};
 pub(crate) use choice::{Affinity, Candidate, choose};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};

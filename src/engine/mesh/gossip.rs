@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use super::{Connection, Mesh, Origin};
 use crate::engine::dialer::MAX_ADDRESSES;
-use crate::engine::{LinkId, Time};
+use crate::engine::{LinkId, Rate, Time};
 use crate::identity::NodeId;
 use crate::peer::Address;
 use crate::wire::{Control, Hint, MAX_HINTS};
@@ -25,8 +25,7 @@ use crate::wire::{Control, Hint, MAX_HINTS};
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 /// The unknown nodes that a peer may name at once, and per second; further hints are ignored.
-pub(super) const NAMED_BURST: u64 = 64;
-pub(super) const NAMED_A_SECOND: u64 = 8;
+pub(super) const NAMED: Rate = Rate { burst: 64, per_second: 8 };
 /// The number of peers that get a hint about a new one.
 const TOLD_OF_NEW: usize = 3;
 

@@ -6,10 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::allowance::{Allowance, Rate};
 use super::{MAX_ANNOUNCED, service_info};
 use crate::address::{Pattern, ServiceName};
-use crate::engine::Time;
+use crate::engine::{Bucket, Rate, Time};
 use crate::wire::Announcement;
 
 /// The most bytes of patterns and service names that go into one record.
@@ -17,7 +16,7 @@ pub(super) const MAX_LISTED: usize = 32 * 1024;
 
 /// The rate of this node's changes: half of a peer's burst is for the lists after a hello, and the
 /// rest covers the changes that a stalled connection delivers together.
-const RATE: Rate = Rate { burst: MAX_ANNOUNCED as u64 / 2, a_second: 800 };
+const RATE: Rate = Rate { burst: MAX_ANNOUNCED as u64 / 2, per_second: 800 };
 
 /// The number of waiting changes that are announced together.
 const TOGETHER: u64 = 8;
@@ -62,7 +61,7 @@ pub(super) struct Interests {
     begun: BTreeMap<u64, Interest>,
     numbers: BTreeMap<Interest, u64>,
     last_number: u64,
-    allowance: Allowance,
+    allowance: Bucket,
 }
 
 impl Interests {
@@ -75,7 +74,7 @@ impl Interests {
             begun: BTreeMap::new(),
             numbers: BTreeMap::new(),
             last_number: 0,
-            allowance: Allowance::new(Time::default(), RATE),
+            allowance: Bucket::new(Time::default(), RATE),
         }
     }
 

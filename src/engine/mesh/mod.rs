@@ -8,7 +8,6 @@
 //!
 //! Of two nodes, the one with the smaller id decides which connection becomes their only link.
 
-mod allowance;
 mod announcements;
 mod endings;
 mod gossip;
@@ -21,13 +20,12 @@ use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, MAX_ADDRESSES, Sighting, TargetKey};
-use crate::engine::{Bucket, Budget, LinkId, RouteChange, Share, Time};
+use crate::engine::{Bucket, Budget, LinkId, Rate, RouteChange, Share, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
 use crate::wire::{Bye, Control, Hello, Limits};
-use allowance::{Allowance, Rate};
-use gossip::{Gossip, NAMED_A_SECOND, NAMED_BURST};
+use gossip::{Gossip, NAMED};
 use interests::Interests;
 pub(crate) use interests::TooMany;
 
@@ -37,7 +35,7 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) const MAX_ANNOUNCED: usize = 10_000;
 /// The rate of a peer's changes. The protocol allows a burst of 20,000; the rest is for records that
 /// were delayed on their way.
-const PEER_RATE: Rate = Rate { burst: 3 * MAX_ANNOUNCED as u64, a_second: 1000 };
+const PEER_RATE: Rate = Rate { burst: 3 * MAX_ANNOUNCED as u64, per_second: 1000 };
 /// The most addresses in a hello, which must be small.
 const MAX_TOLD: usize = 64;
 /// The time in which an old link must answer a probe.
@@ -179,7 +177,7 @@ struct Link {
     /// The number of announcements sent after our hello; `None` before the hello.
     announced: Option<u64>,
     /// The rate limit of the peer's changes.
-    allowance: Allowance,
+    allowance: Bucket,
     /// The rate limit of unknown nodes in its hints.
     hints: Bucket,
     /// The bytes that its announcements take.
@@ -318,8 +316,8 @@ impl Mesh {
         let dialled = connection.target.is_some();
         let deadline = now + HELLO_TIMEOUT;
         let phase = Phase::Greeting { deadline };
-        let allowance = Allowance::new(now, PEER_RATE);
-        let hints = Bucket::new(now, NAMED_BURST, NAMED_A_SECOND);
+        let allowance = Bucket::new(now, PEER_RATE);
+        let hints = Bucket::new(now, NAMED);
         let share = self.me.budget.share();
         let fresh =
             Link { connection, phase, announced: None, allowance, hints, share, about: None };
