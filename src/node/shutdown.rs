@@ -6,7 +6,8 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Inner, Loss};
+use super::Inner;
+use super::ending::Loss;
 use crate::address::{Pattern, ServiceName};
 use crate::carrier::{Wish, WishEnd};
 use crate::core::Stopped;

@@ -8,7 +8,8 @@ use std::sync::{Arc, OnceLock};
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::{Inner, Life, Node, RuntimeGuard};
+use super::ending::{Life, RuntimeGuard};
+use super::{Inner, Node};
 use crate::carrier::Carrier;
 use crate::carrier::broker::{
     BrokerCarrier, BrokerHandle, BrokerUrl, BrokerUrlError, RefusedByBroker,
