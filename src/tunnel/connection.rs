@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 
 use super::admissions::{Place, Standing};
@@ -27,6 +28,9 @@ use crate::link::{Acceptor, Link, Receiver, new_identity};
 
 /// The time limit for writing the queued batches when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// The time that the batches of a connection take before other tasks have their turn. A peer can
+/// make them as expensive as it likes, and its bytes may never end.
+const SLICE: Duration = Duration::from_micros(500);
 /// The maximum size of one read.
 const READ_BUFFER: usize = 64 * 1024;
 const FIRST_BUFFER: usize = 4 * 1024;
@@ -246,13 +250,20 @@ impl LinkEnds {
     ) -> Ended {
         let Self { batches, mut closed, started, heard_after_ms, admitted } = self;
         let reading = async {
+            let mut busy = Duration::ZERO;
             loop {
                 loop {
                     if admitted.load(Ordering::Relaxed) {
                         input.gate.admit();
                     }
+                    let begun = Instant::now();
                     let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
                     receiver.handle_batch(batch);
+                    busy += begun.elapsed();
+                    if busy >= SLICE {
+                        busy = Duration::ZERO;
+                        yield_now().await;
+                    }
                 }
                 if input.read_from(&mut from_peer).await? == 0 {
                     return Ok::<(), Ended>(());
