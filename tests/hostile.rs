@@ -6,7 +6,9 @@ mod common;
 
 use std::net::SocketAddr;
 
-use common::wire::{GREETING, PREAMBLE, announcement, batch, frame, hello, hello_with, ready};
+use common::wire::{
+    GREETING, PREAMBLE, Record, announcement, batch, batch_of, frame, hello, hello_with, ready,
+};
 use common::{Host, SOON, soon, wait_for};
 use peerbus::{Call, Event, Node, Trust};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -441,6 +443,26 @@ async fn a_member_that_causes_records_and_reads_nothing_loses_its_link() {
     soon(flood).await;
     let reason = lost(&target, &mut events).await;
     assert!(reason.contains("reads nothing"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_batch_that_takes_long_is_handled_to_its_end() {
+    // Other tasks have their turn in between.
+    const EVENTS: usize = 6000;
+    let target = Target::new().await;
+    let mut inbox = target.node.subscribe("bait").unwrap();
+    let mut stream = member(&target).await;
+    let first = Record::new(4, 16).bin(&[7; 16]).str("bait").bin(b"");
+    // The id and the topic are those of the event before.
+    let next = Record::new(4, 16).uint(0).nils(1).bin(b"");
+    let cancel = Record::new(2, 5).bin(&[9; 16]);
+    let rest = (1..EVENTS).flat_map(|_| [cancel.clone(), next.clone()]);
+    let records = std::iter::once(first).chain(rest);
+    stream.write_all(&batch_of(&PREAMBLE, records)).await.unwrap();
+    for _ in 0..EVENTS {
+        soon(inbox.recv()).await.unwrap();
+    }
+    assert_eq!(target.node.peers().len(), 2, "the link stays");
 }
 
 #[tokio::test]

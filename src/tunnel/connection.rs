@@ -24,13 +24,10 @@ use super::socket::Socket;
 use super::{GateLimits, Refusal, Tls, zmtp};
 use crate::engine::{Connection, Origin};
 use crate::identity::NodeId;
-use crate::link::{Acceptor, Link, Receiver, new_identity};
+use crate::link::{Acceptor, Link, Receiver, SLICE, new_identity};
 
 /// The time limit for writing the queued batches when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// The time that the batches of a connection take before other tasks have their turn. A peer can
-/// make them as expensive as it likes, and its bytes may never end.
-const SLICE: Duration = Duration::from_micros(500);
 /// The maximum size of one read.
 const READ_BUFFER: usize = 64 * 1024;
 const FIRST_BUFFER: usize = 4 * 1024;
@@ -258,7 +255,11 @@ impl LinkEnds {
                     }
                     let begun = Instant::now();
                     let Some(batch) = input.gate.next_batch(&mut input.bytes)? else { break };
-                    receiver.handle_batch(batch);
+                    if let Some(rest) = receiver.handle_batch(batch) {
+                        rest.await;
+                        busy = Duration::ZERO;
+                        continue;
+                    }
                     busy += begun.elapsed();
                     if busy >= SLICE {
                         busy = Duration::ZERO;

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use rustls::pki_types::ServerName;
 use tokio::sync::mpsc;
 
@@ -23,7 +24,9 @@ struct Doorkeeper {
 struct Deaf;
 
 impl Receiver for Deaf {
-    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_batch(&self, _: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
+        None
+    }
     fn handle_closed(&self) {}
 }
 
