@@ -56,6 +56,10 @@ kill rounds="2000":
 churn seconds="110":
     PEERBUS_CHURN_SECONDS={{seconds}} cargo test --test churn -- --nocapture
 
+# A node under siege by hostile processes, for longer than in CI: just siege 60
+siege seconds="60":
+    PEERBUS_SIEGE_SECONDS={{seconds}} cargo test --release --test siege -- --nocapture
+
 # Any bytes for everything that reads what strangers write: just fuzz 3600
 fuzz seconds="600":
     .ci/fuzz {{seconds}}

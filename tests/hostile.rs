@@ -6,6 +6,9 @@ mod common;
 
 use std::net::SocketAddr;
 
+use common::wire::{
+    GREETING, PREAMBLE, Record, announcement, batch, batch_of, frame, hello, hello_with, ready,
+};
 use common::{Host, SOON, soon, wait_for};
 use peerbus::{Call, Event, Node, Trust};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -63,63 +66,11 @@ async fn cut(stream: &mut TcpStream) {
     let _reset = soon(stream.read_to_end(&mut rest)).await;
 }
 
-const GREETING: [u8; 64] = {
-    let mut greeting = [0; 64];
-    greeting[0] = 0xff;
-    greeting[9] = 0x7f;
-    greeting[10] = 3;
-    greeting[12] = b'N';
-    greeting[13] = b'U';
-    greeting[14] = b'L';
-    greeting[15] = b'L';
-    greeting
-};
-
-fn ready(identity: &[u8]) -> Vec<u8> {
-    let mut command = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity".to_vec();
-    command.extend_from_slice(&(identity.len() as u32).to_be_bytes());
-    command.extend_from_slice(identity);
-    let mut bytes = vec![4, command.len() as u8];
-    bytes.extend_from_slice(&command);
-    bytes
-}
-
-fn frame(more: bool, body: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![2 | u8::from(more)];
-    bytes.extend_from_slice(&(body.len() as u64).to_be_bytes());
-    bytes.extend_from_slice(body);
-    bytes
-}
-
 /// A connection after its ZMTP handshake.
 async fn shaken(target: &Target) -> TcpStream {
     let mut stream = target.connect().await;
     stream.write_all(&[&GREETING[..], &ready(&[5; 48])].concat()).await.unwrap();
     stream
-}
-
-/// A batch of one record.
-fn batch(preamble: &[u8], record: &[u8]) -> Vec<u8> {
-    let mut records = (record.len() as u32).to_be_bytes().to_vec();
-    records.extend_from_slice(record);
-    [frame(true, preamble), frame(false, &records)].concat()
-}
-
-const PREAMBLE: [u8; 8] = [0x97, 1, 0, 0, 0, 0, 0, 0];
-
-fn hello(mesh: &str, id: [u8; 32]) -> Vec<u8> {
-    let mut record = vec![0x98, 1, 0xa0 | mesh.len() as u8];
-    record.extend_from_slice(mesh.as_bytes());
-    record.extend_from_slice(&[0xc4, 32]);
-    record.extend_from_slice(&id);
-    record.extend_from_slice(&[7, 0xa1, b'x']);
-    record.extend_from_slice(&[0xce, 0, 0x10, 0, 0]);
-    record.push(0x93);
-    for _ in 0..3 {
-        record.extend_from_slice(&[0xce, 0, 0x40, 0, 0]);
-    }
-    record.push(0);
-    record
 }
 
 /// Says hello and accepts the link: the smallest of ids decides.
@@ -130,9 +81,7 @@ async fn member(target: &Target) -> TcpStream {
     let mut events = target.node.events();
     let mut stream = target.connect().await;
     stream.write_all(&[&GREETING[..], &ready(&[0; 48])].concat()).await.unwrap();
-    let mut record = hello("default", MEMBER);
-    record[0] += 1;
-    record.extend_from_slice(b"\x91\xa4bait");
+    let record = hello_with("default", MEMBER, &["bait"], &[]);
     stream.write_all(&batch(&PREAMBLE, &record)).await.unwrap();
     stream.write_all(&batch(&PREAMBLE, &[0x91, 2])).await.unwrap();
     wait_for(&mut events, |event| match event {
@@ -141,21 +90,6 @@ async fn member(target: &Target) -> TcpStream {
     })
     .await;
     stream
-}
-
-/// `[3, seq, subscribed, unsubscribed]`
-fn announcement(seq: u32, subscribed: &[String], unsubscribed: &[String]) -> Vec<u8> {
-    let mut record = vec![0x94, 3, 0xce];
-    record.extend_from_slice(&seq.to_be_bytes());
-    for list in [subscribed, unsubscribed] {
-        record.push(0xdd);
-        record.extend_from_slice(&(list.len() as u32).to_be_bytes());
-        for text in list {
-            record.push(0xa0 | text.len() as u8);
-            record.extend_from_slice(text.as_bytes());
-        }
-    }
-    record
 }
 
 /// Waits until the hostile member has lost its link; returns the reason.
@@ -509,6 +443,26 @@ async fn a_member_that_causes_records_and_reads_nothing_loses_its_link() {
     soon(flood).await;
     let reason = lost(&target, &mut events).await;
     assert!(reason.contains("reads nothing"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_batch_that_takes_long_is_handled_to_its_end() {
+    // Other tasks have their turn in between.
+    const EVENTS: usize = 6000;
+    let target = Target::new().await;
+    let mut inbox = target.node.subscribe("bait").unwrap();
+    let mut stream = member(&target).await;
+    let first = Record::new(4, 16).bin(&[7; 16]).str("bait").bin(b"");
+    // The id and the topic are those of the event before.
+    let next = Record::new(4, 16).uint(0).nils(1).bin(b"");
+    let cancel = Record::new(2, 5).bin(&[9; 16]);
+    let rest = (1..EVENTS).flat_map(|_| [cancel.clone(), next.clone()]);
+    let records = std::iter::once(first).chain(rest);
+    stream.write_all(&batch_of(&PREAMBLE, records)).await.unwrap();
+    for _ in 0..EVENTS {
+        soon(inbox.recv()).await.unwrap();
+    }
+    assert_eq!(target.node.peers().len(), 2, "the link stays");
 }
 
 #[tokio::test]

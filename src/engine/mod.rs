@@ -29,6 +29,7 @@ mod routing;
 #[cfg(test)]
 mod sim;
 mod subscription;
+mod turns;
 
 pub(crate) use bucket::{Bucket, Rate};
 pub(crate) use budget::{Budget, Share};

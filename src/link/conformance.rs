@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
 use super::memory::MemoryNetwork;
@@ -48,8 +49,9 @@ impl Side {
 struct Taker(mpsc::UnboundedSender<Arrival>);
 
 impl Receiver for Taker {
-    fn handle_batch(&self, frames: Vec<Bytes>) {
+    fn handle_batch(&self, frames: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
         let _test_is_over = self.0.send(Arrival::Batch(frames));
+        None
     }
 
     fn handle_closed(&self) {

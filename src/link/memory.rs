@@ -153,7 +153,9 @@ impl MemoryPort {
 
 async fn deliver(mut parcels: mpsc::UnboundedReceiver<Parcel>, receiver: Arc<dyn Receiver>) {
     while let Some(Parcel::Batch(frames)) = parcels.recv().await {
-        receiver.handle_batch(frames);
+        if let Some(rest) = receiver.handle_batch(frames) {
+            rest.await;
+        }
     }
     receiver.handle_closed();
 }

@@ -9,9 +9,10 @@ pub(crate) mod memory;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 
 use crate::engine::Connection;
 use crate::identity::{NodeId, random_bytes};
@@ -38,10 +39,17 @@ pub(crate) trait Link: Send + Sync {
     }
 }
 
+/// The time that the batches of a connection take before other tasks have their turn. A peer can
+/// make them as expensive as it likes, and its bytes may never end.
+pub(crate) const SLICE: Duration = Duration::from_micros(500);
+
 /// Receives the batches of a connection, in order, from one task.
 pub(crate) trait Receiver: Send + Sync {
-    /// Handles a batch. Must not block.
-    fn handle_batch(&self, frames: Vec<Bytes>);
+    /// Handles a batch, or as much of it as is due at once. Must not block.
+    ///
+    /// A returned future handles the rest, and yields to other tasks in between. It must be awaited
+    /// before the next batch; if it is dropped, the rest is lost.
+    fn handle_batch(&self, frames: Vec<Bytes>) -> Option<BoxFuture<'_, ()>>;
 
     /// Handles the end of the connection; called once, and last.
     fn handle_closed(&self);

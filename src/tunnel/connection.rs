@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 
 use super::admissions::{Place, Standing};
@@ -24,7 +25,7 @@ use super::zmtp::{End, Ready};
 use super::{GateLimits, Refusal, Tls, zmtp};
 use crate::engine::{Connection, Origin};
 use crate::identity::NodeId;
-use crate::link::{Acceptor, Link, Receiver};
+use crate::link::{Acceptor, Link, Receiver, SLICE};
 
 /// The time limit for writing the queued batches when this side closes.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -250,6 +251,7 @@ impl LinkEnds {
         let Self { batches, mut closed, started, heard_after_ms, admitted } = self;
         let (pong, pongs) = mpsc::channel(PONGS);
         let reading = async {
+            let mut busy = Duration::ZERO;
             loop {
                 let now = Instant::now();
                 loop {
@@ -257,9 +259,21 @@ impl LinkEnds {
                         input.gate.admit();
                     }
                     match input.gate.next(&mut input.bytes, now)? {
-                        Some(Received::Batch(batch)) => receiver.handle_batch(batch),
+                        Some(Received::Batch(batch)) => {
+                            let begun = Instant::now();
+                            if let Some(rest) = receiver.handle_batch(batch) {
+                                rest.await;
+                                busy = Duration::ZERO;
+                                continue;
+                            }
+                            busy += begun.elapsed();
+                        }
                         Some(Received::Ping(context)) => _ = pong.try_send(context),
                         None => break,
+                    }
+                    if busy >= SLICE {
+                        busy = Duration::ZERO;
+                        yield_now().await;
                     }
                 }
                 if input.read_from(&mut from_peer).await? == 0 {

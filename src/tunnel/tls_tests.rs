@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rustls::SignatureAlgorithm;
+use futures_util::future::BoxFuture;
 use rustls::pki_types::ServerName;
 use rustls::sign::Signer;
 use tokio::sync::mpsc;
@@ -25,7 +26,9 @@ struct Doorkeeper {
 struct Deaf;
 
 impl Receiver for Deaf {
-    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_batch(&self, _: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
+        None
+    }
     fn handle_closed(&self) {}
 }
 

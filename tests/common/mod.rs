@@ -1,6 +1,8 @@
 //! The shared part of the integration tests: nodes in a mesh of their own.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod wire;
+
 use std::time::Duration;
 
 use peerbus::{Body, Call, Config, Event, Events, HandlerError, Node};

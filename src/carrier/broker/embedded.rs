@@ -268,7 +268,9 @@ impl Watch for Exit {
 struct Nobody;
 
 impl Receiver for Nobody {
-    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_batch(&self, _: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
+        None
+    }
     fn handle_closed(&self) {}
 }
 
@@ -285,7 +287,7 @@ struct Reader {
 }
 
 impl Receiver for Reader {
-    fn handle_batch(&self, frames: Vec<Bytes>) {
+    fn handle_batch(&self, frames: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
         let answer = lock(&self.answer).take();
         match answer {
             Some(answer) => {
@@ -298,6 +300,7 @@ impl Receiver for Reader {
             }
             None => self.handle(&frames),
         }
+        None
     }
 
     fn handle_closed(&self) {

@@ -194,8 +194,9 @@ struct Port {
 }
 
 impl Receiver for Port {
-    fn handle_batch(&self, frames: Vec<Bytes>) {
+    fn handle_batch(&self, frames: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
         lock(&self.shared.hub).handle(self.client, &frames);
+        None
     }
 
     fn handle_closed(&self) {

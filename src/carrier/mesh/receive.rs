@@ -1,8 +1,12 @@
 //! Received batches: takes them apart, and passes each record to its handler.
 
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::task::yield_now;
 
 use super::peer_link::PeerLink;
 use super::{MeshCarrier, durable};
@@ -13,7 +17,7 @@ use crate::engine::{
     ReceivedMessage, Violation, incoming, may_publish,
 };
 use crate::identity::NodeId;
-use crate::link::{Acceptor, Link, Receiver};
+use crate::link::{Acceptor, Link, Receiver, SLICE};
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::{
@@ -52,7 +56,9 @@ impl Acceptor for NodeAcceptor {
 struct NobodyHome;
 
 impl Receiver for NobodyHome {
-    fn handle_batch(&self, _: Vec<Bytes>) {}
+    fn handle_batch(&self, _: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
+        None
+    }
     fn handle_closed(&self) {}
 }
 
@@ -68,6 +74,15 @@ enum Fault {
     Flow(Violation),
     OutOfTurn,
 }
+
+/// How far the records of a batch were handled.
+enum Progress {
+    Complete,
+    More,
+}
+
+/// The records between two looks at the clock.
+const RECORDS_A_LOOK: u32 = 16;
 
 impl From<WireError> for Fault {
     fn from(error: WireError) -> Self {
@@ -88,10 +103,36 @@ impl From<OutOfTurn> for Fault {
 }
 
 impl Receiver for LinkReceiver {
-    fn handle_batch(&self, frames: Vec<Bytes>) {
-        let Err(fault) = self.take_apart(frames) else {
-            return;
+    fn handle_batch(&self, frames: Vec<Bytes>) -> Option<BoxFuture<'_, ()>> {
+        if self.link.has_ended() {
+            return None;
+        }
+        let mut events = Events { receiver: self, batch: None };
+        let taken = self.open(frames).and_then(|mut batch| {
+            let progress = self.take_slice(&mut batch, &mut events)?;
+            Ok((batch, progress))
+        });
+        match taken {
+            Ok((_, Progress::Complete)) => None,
+            Ok((batch, Progress::More)) => Some(self.take_rest(batch, events).boxed()),
+            Err(fault) => {
+                self.handle_fault(fault);
+                None
+            }
+        }
+    }
+
+    fn handle_closed(&self) {
+        let reason = match self.link.peek(Flow::has_overflowed) {
+            true => DownReason::Violation("it reads nothing of what it is sent".into()),
+            false => DownReason::Closed,
         };
+        self.carrier.with_mesh(|mesh, now| mesh.handle_closed(now, self.link.id, reason));
+    }
+}
+
+impl LinkReceiver {
+    fn handle_fault(&self, fault: Fault) {
         let (carrier, link) = (&self.carrier, self.link.id);
         let text = match fault {
             Fault::Wire(WireError::Version(version)) if version > PROTOCOL_VERSION => {
@@ -105,37 +146,51 @@ impl Receiver for LinkReceiver {
         carrier.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
 
-    fn handle_closed(&self) {
-        let reason = match self.link.peek(Flow::has_overflowed) {
-            true => DownReason::Violation("it reads nothing of what it is sent".into()),
-            false => DownReason::Closed,
-        };
-        self.carrier.with_mesh(|mesh, now| mesh.handle_closed(now, self.link.id, reason));
-    }
-}
-
-impl LinkReceiver {
-    fn take_apart(&self, frames: Vec<Bytes>) -> Result<(), Fault> {
+    fn open(&self, frames: Vec<Bytes>) -> Result<Decoded<'_>, Fault> {
         let (core, link) = (&self.carrier.core, &self.link);
-        if link.has_ended() {
-            return Ok(());
-        }
-        let mut batch = decode(frames, &core.id, &link.peer, core.config.max_body)?;
+        let batch = decode(frames, &core.id, &link.peer, core.config.max_body)?;
         let now = core.now();
         link.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
         if batch.preamble.consumed.iter().any(|lane| lane.messages > 0) {
             link.prove();
         }
-        let mut events = Events { receiver: self, batch: None };
-        let taken = self.take_records(&mut batch, &mut events);
+        Ok(batch)
+    }
+
+    /// Handles the rest of a batch, slice by slice.
+    async fn take_rest(&self, mut batch: Decoded<'_>, mut events: Events<'_>) {
+        loop {
+            yield_now().await;
+            match self.take_slice(&mut batch, &mut events) {
+                Ok(Progress::More) => {}
+                Ok(Progress::Complete) => return,
+                Err(fault) => return self.handle_fault(fault),
+            }
+        }
+    }
+
+    /// Handles the next records of a batch.
+    fn take_slice(
+        &self,
+        batch: &mut Decoded<'_>,
+        events: &mut Events<'_>,
+    ) -> Result<Progress, Fault> {
+        let taken = self.take_records(batch, events);
         // Events that precede a fault are delivered all the same.
         events.deliver()?;
         taken
     }
 
-    fn take_records(&self, batch: &mut Decoded<'_>, events: &mut Events<'_>) -> Result<(), Fault> {
-        let link = &self.link;
-        while !link.has_ended() {
+    fn take_records(
+        &self,
+        batch: &mut Decoded<'_>,
+        events: &mut Events<'_>,
+    ) -> Result<Progress, Fault> {
+        let (link, begun) = (&self.link, Instant::now());
+        for number in 1_u32.. {
+            if link.has_ended() {
+                break;
+            }
             while let Some((id, body)) = batch.next_successor() {
                 events.add_successor(id, body)?;
             }
@@ -152,8 +207,11 @@ impl LinkReceiver {
                 }
                 Incoming::Unknown => {}
             }
+            if number % RECORDS_A_LOOK == 0 && begun.elapsed() >= SLICE {
+                return Ok(Progress::More);
+            }
         }
-        Ok(())
+        Ok(Progress::Complete)
     }
 
     fn handle_message(

@@ -305,7 +305,7 @@ impl<H: Host> Front<H> {
     /// Refuses the queued calls.
     pub(crate) fn refuse_queued(&mut self, number: ServiceNumber) {
         let Some(served) = self.served.get_mut(&number) else { return };
-        for (key, call) in served.calls.take_waiting(|_| true) {
+        for (key, call) in served.calls.take_queued() {
             self.refuse(key.path, call, DropReason::NoService);
         }
         self.forget_if_over(number);
@@ -397,7 +397,7 @@ impl<H: Host> Front<H> {
         let order = message.header.ordering_key().map(str::to_owned);
         let cost = message.cost();
         let call = Call { message, deadline, hold, handle: H::Handle::default() };
-        match served.calls.handle_call(key, order.as_deref(), deadline, call) {
+        match served.calls.handle_call(key, path, order.as_deref(), deadline, call) {
             Admission::Start(call) => {
                 self.hold_room(path, cost);
                 let run = self.begin(number, key, call);
@@ -535,7 +535,7 @@ impl<H: Host> Front<H> {
         let key = CallKey { path, id };
         let mut cancelled = None;
         for (number, served) in &mut self.served {
-            if let Some(call) = served.calls.handle_cancel(key) {
+            if let Some(call) = served.calls.handle_cancel(path, key) {
                 cancelled = Some((*number, call));
             } else if let Some(running) = served.calls.kept(key) {
                 self.effects.push_back(Effect::Interrupt(running.handle.clone()));
@@ -580,7 +580,7 @@ impl<H: Host> Front<H> {
     /// Drops the queued calls that arrived over a lost path, and interrupts the running ones.
     fn lose_calls(&mut self, number: ServiceNumber, path: Path) {
         let Some(served) = self.served.get_mut(&number) else { return };
-        let queued = served.calls.take_waiting(|key| key.path == path);
+        let queued = served.calls.handle_path_lost(path);
         for (key, running) in served.calls.all_kept() {
             // The sender's outbox still waits for a guaranteed message.
             if key.path == path && running.heading.delivery.is_none() {
