@@ -808,7 +808,10 @@ async fn a_node_that_is_dropped_gives_its_store_back() {
             let config = place.config("alice");
             match config.start().await {
                 Ok(node) => return node,
-                Err(error) => assert!(error.to_string().contains("another process"), "{error}"),
+                Err(StartError::Store(error)) => {
+                    assert!(matches!(error.problem, StoreProblem::InUse), "{error:?}");
+                }
+                Err(error) => panic!("{error}"),
             }
             tokio::task::yield_now().await;
         }

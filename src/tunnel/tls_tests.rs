@@ -3,8 +3,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use rustls::SignatureAlgorithm;
 use futures_util::future::BoxFuture;
+use rustls::SignatureAlgorithm;
 use rustls::pki_types::ServerName;
 use rustls::sign::Signer;
 use tokio::sync::mpsc;
