@@ -135,6 +135,21 @@ fn a_subscription_that_is_ended_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_subscription_that_ends_and_begins_again_gets_what_comes_only() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let subscription = Target::Subscription(BOB, name.clone());
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.subscribe(BOB, &[], &[]);
+    let kept = bench.submit(subscription.clone()).unwrap();
+    bench.subscribe(BOB, &[&name], &[&name]);
+    assert_eq!(bench.done, [(kept, Ok(()))]);
+    assert!(bench.sent.is_empty());
+    bench.submit(subscription).unwrap();
+    assert_eq!(bench.sent.len(), 1);
+}
+
+#[test]
 fn an_operator_ends_the_subscription_of_a_node_that_is_gone() {
     let name: ServiceName = "billing".parse().unwrap();
     let mut bench = Bench::new(None);
