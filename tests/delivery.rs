@@ -602,6 +602,52 @@ async fn what_was_processed_before_its_outbox_was_restored_comes_again_as_redeli
 }
 
 #[tokio::test]
+async fn a_copy_that_runs_beside_its_original_sends_what_was_processed_as_redelivered() {
+    let place = Place::new();
+    let store = |name: &str| place.stores.path().join(name);
+    let alice = place.node("alice").await;
+    let mut receipts = Vec::new();
+    for text in ["one", "two"] {
+        receipts.push(alice.send("work", text).guaranteed().await.unwrap());
+    }
+    copy(&store("alice"), &store("clone"));
+    let (told, mut seen) = unbounded_channel();
+    let bob = place.node("bob").await;
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
+    for text in ["one", "two"] {
+        assert_eq!(next(&mut seen).await, fresh(text));
+    }
+    for receipt in receipts {
+        soon(receipt.processed()).await.unwrap();
+    }
+    bob.shutdown().await;
+
+    // In one mesh, one of the two would end: they have one identity.
+    let elsewhere = Host::new();
+    let config = |name: &str| elsewhere.config(name).outbox(store(name));
+    let bob = config("bob").start().await.unwrap();
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
+    let clone = config("clone").start().await.unwrap();
+    assert_eq!(clone.id(), alice.id());
+    for text in ["one", "two"] {
+        assert_eq!(next(&mut seen).await, (text.into(), 1, true));
+    }
+    let receipt = clone.send("work", "of the clone").guaranteed().await.unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert_eq!(next(&mut seen).await, fresh("of the clone"));
+    clone.shutdown().await;
+    bob.shutdown().await;
+
+    // The original doesn't know what its copy has sent meanwhile.
+    let receipt = alice.send("work", "of the original").guaranteed().await.unwrap();
+    let bob = place.node("bob").await;
+    let _service = bob.serve("work", sender(&told)).concurrency(1).start().unwrap();
+    soon(receipt.processed()).await.unwrap();
+    assert_eq!(next(&mut seen).await, ("of the original".into(), 1, true));
+    assert!(seen.try_recv().is_err());
+}
+
+#[tokio::test]
 async fn an_outbox_that_is_wiped_has_nothing_new_dropped_as_a_duplicate() {
     let place = Place::new();
     let bob = place.node("bob").await;

@@ -15,8 +15,8 @@ use crate::identity::NodeId;
 use crate::message::MessageId;
 use crate::report::DropReason;
 use crate::wire::{
-    BatchEncoder, Control, EncodedBatch, Envelope, EventPack, LANES, Lane, Limits, MAX_BATCH,
-    OutgoingEvent, Payload, Preamble, Totals,
+    BatchEncoder, Control, EncodedBatch, Envelope, EventPack, InboxInfo, LANES, Lane, Limits,
+    MAX_BATCH, OutgoingEvent, Payload, Preamble, Totals,
 };
 
 /// The most batches that the transport may hold unencoded. Two keep it busy; more would only hide
@@ -172,8 +172,8 @@ pub(crate) struct Flow {
     control: Queue<ControlRecord>,
     /// The nonce of the latest probe: one answer suffices for all.
     probed: Option<u64>,
-    /// The latest list of durable subscriptions, encoded. It follows all queued records.
-    inbox: Option<Box<[u8]>>,
+    /// The latest list of durable subscriptions. It follows all queued records.
+    inbox: Option<Box<InboxInfo>>,
     /// The queue of control records was full.
     overflowed: bool,
     in_flight: u32,
@@ -294,13 +294,17 @@ impl Flow {
         if self.closed || self.overflowed {
             return;
         }
-        // One answer suffices for all probes, and the last list of durable subscriptions is whole.
+        // One answer suffices for all probes.
         if let Control::ProbeReply(nonce) = control {
             self.probed = Some(*nonce);
             return;
         }
-        if let Control::Inbox(_) = control {
-            self.inbox = Some(control.encode().into_boxed_slice());
+        if let Control::Inbox(info) = control {
+            let mut info = info.clone();
+            if let Some(before) = self.inbox.take() {
+                info.supersede(*before);
+            }
+            self.inbox = Some(info);
             return;
         }
         let record = ControlRecord {
@@ -351,7 +355,7 @@ impl Flow {
             && self.control.len() == 0
             && let Some(inbox) = self.inbox.take()
         {
-            batch.push_encoded(&inbox);
+            batch.push_control(&Control::Inbox(inbox));
         }
         // A batch with a hello must be small, so nothing follows the hello.
         if !greets {

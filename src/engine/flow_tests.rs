@@ -1,4 +1,5 @@
 use super::*;
+use crate::address::ServiceName;
 use crate::engine::Budget;
 use crate::trust::Action;
 use crate::wire::{Bye, Hello};
@@ -58,6 +59,27 @@ fn one_reply_answers_all_probes() {
     assert_eq!(flow.control.bytes(), 0);
     assert!(sent(&mut flow).len() < 100);
     assert!(!flow.can_transmit());
+}
+
+#[test]
+fn the_last_list_of_durable_subscriptions_says_what_ended_before_it() {
+    let mut flow = flow();
+    let name = |n: u32| format!("s{n}").parse::<ServiceName>().unwrap();
+    let of = |names: &[u32], ended: &[u32]| InboxInfo {
+        epoch: 1,
+        subscriptions: names.iter().map(|n| (name(*n), "a.>".parse().unwrap())).collect(),
+        ended: ended.iter().map(|n| name(*n)).collect(),
+        heard: None,
+    };
+    for info in [of(&[2], &[1]), of(&[1], &[2]), of(&[1, 3], &[2])] {
+        flow.enqueue_control(&Control::Inbox(Box::new(info)));
+    }
+    assert_eq!(flow.inbox.as_deref(), Some(&of(&[1, 3], &[2, 1])));
+    assert!(!sent(&mut flow).is_empty());
+    for n in 0..10_000 {
+        flow.enqueue_control(&Control::Inbox(Box::new(of(&[], &[n]))));
+    }
+    assert_eq!(flow.inbox.as_ref().map(|info| info.ended.len()), Some(512));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Guaranteed delivery on the wire: the fields of a guaranteed message, and its answer.
 
+use std::collections::BTreeSet;
+
 use super::WireError;
 use super::pack::{ArrayWriter, Fields, Reader, push_uint};
 use crate::address::ServiceName;
@@ -42,6 +44,9 @@ pub(crate) struct InboxInfo {
     /// The latest moment of the reader's outbox from which a message was processed there.
     pub(crate) heard: Option<Moment>,
 }
+
+/// The most names of ended durable subscriptions that are carried over to a later announcement.
+const MAX_ENDED: usize = 512;
 
 /// The longest text that an answer carries, in bytes.
 const MAX_TEXT: usize = 1024;
@@ -144,6 +149,14 @@ impl Answer {
 }
 
 impl InboxInfo {
+    /// Takes the place of an earlier announcement that was not sent. What ended before ends still:
+    /// a subscription that began again with its name is another one.
+    pub(crate) fn supersede(&mut self, before: Self) {
+        let known: BTreeSet<ServiceName> = self.ended.iter().cloned().collect();
+        self.ended.extend(before.ended.into_iter().filter(|name| !known.contains(name)));
+        self.ended.truncate(MAX_ENDED);
+    }
+
     /// Writes the fields `epoch, [[name, pattern], …], [ended name, …], moment`.
     pub(super) fn write(&self, record: &mut ArrayWriter<'_>) {
         record.uint(self.epoch);

@@ -57,9 +57,13 @@
 //! | restated facts are stored before it goes | 0 |
 //! | cleaning may use kept room | 8 |
 //! | room is kept for cleaning | 728 |
+//! | messages are marked after a restore | 54 |
+//! | the pattern is looked at when a message is sent | 5 |
+//! | so is the right to serve | 8 |
 //!
 //! Not caught within 100 seeds: that handlers are interrupted when their caller is lost, and that
-//! suspects run alone.
+//! suspects run alone. Not within 150: that the right to hear is looked at when a message is sent,
+//! and that what nothing serves takes no place in an inbox; unit tests hold these.
 
 mod crowd;
 mod disk;

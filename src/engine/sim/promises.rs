@@ -34,7 +34,8 @@ pub(super) enum Decision {
 pub(super) struct Sent {
     pub(super) sender: usize,
     pub(super) nature: Nature,
-    pub(super) lane: Option<(Target, &'static str)>,
+    /// Its targets, each with its ordering key.
+    pub(super) lanes: Vec<(Target, &'static str)>,
     pub(super) parts: usize,
     /// It is for durable subscriptions.
     pub(super) is_event: bool,
@@ -62,7 +63,7 @@ impl Sent {
         Self {
             sender,
             nature: Nature::Good,
-            lane: None,
+            lanes: Vec::new(),
             parts,
             is_event: false,
             stored: false,
@@ -342,12 +343,14 @@ impl Promises {
         self.begun[&place]
     }
 
-    /// All before it with its key are through.
+    /// All before it with its key are through. One for several targets is through at each of them at
+    /// another time, and is not checked.
     fn check_order(&self, message: MessageId) {
-        if self.sent[&message].forgotten {
+        let sent = &self.sent[&message];
+        if sent.forgotten || sent.lanes.len() > 1 {
             return;
         }
-        for other in self.before_in_lane(message) {
+        for (_, other) in self.before_in_lanes(message).filter(|(_, it)| it.lanes.len() == 1) {
             assert!(
                 !other.stored || self.is_through(other),
                 "{message} is ahead of one with its key before it: {other:?}"
@@ -355,14 +358,15 @@ impl Promises {
         }
     }
 
-    /// What its sender sent before it with its key.
-    fn before_in_lane(&self, message: MessageId) -> impl Iterator<Item = &Sent> {
+    /// What its sender sent before it with its key, to a target that is one of its own.
+    fn before_in_lanes(&self, message: MessageId) -> impl Iterator<Item = (MessageId, &Sent)> {
         let sent = &self.sent[&message];
         let before = self.order.iter().take_while(move |other| **other != message);
         before
-            .filter(|_| sent.lane.is_some())
-            .map(|other| &self.sent[other])
-            .filter(|other| other.sender == sent.sender && other.lane == sent.lane)
+            .filter(|_| !sent.lanes.is_empty())
+            .map(|other| (*other, &self.sent[other]))
+            .filter(|(_, other)| other.sender == sent.sender)
+            .filter(|(_, other)| other.lanes.iter().any(|lane| sent.lanes.contains(lane)))
     }
 
     /// Whether those behind it may go.
@@ -375,6 +379,10 @@ impl Promises {
 
     /// Whether a message is behind a dead letter.
     pub(super) fn is_held_up(&self, message: MessageId) -> bool {
-        self.before_in_lane(message).any(|it| it.done.is_some() && !self.is_through(it))
+        self.before_in_lanes(message).any(|(other, it)| match it.done {
+            Some(_) => !self.is_through(it),
+            // One for several targets may be behind a dead letter for another of them.
+            None => it.lanes.len() > 1 && self.is_held_up(other),
+        })
     }
 }

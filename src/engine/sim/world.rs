@@ -14,6 +14,7 @@ use super::seen::Seen;
 use super::settings::{SENDERS, Settings};
 use crate::engine::delivery::Now;
 use crate::engine::{HashMap, LinkId, TargetKey, Time};
+use crate::message::MessageId;
 
 /// Faults happen, and users send, until then.
 const STORMY: Duration = Duration::from_secs(3);
@@ -166,8 +167,11 @@ impl World {
             let open: Vec<_> = promises.unsettled().take(5).collect();
             let busy: Vec<_> = self.nodes.iter().flatten().filter(|it| !it.is_quiet()).collect();
             let busy: Vec<_> = busy.into_iter().map(|it| it.life).collect();
+            let states: Vec<_> = open.iter().map(|(message, _)| self.describe(message)).collect();
             let rooms = self.describe_rooms();
-            panic!("not over: linked {is_full}, busy {busy:?}, unsettled {open:?}\n{rooms}");
+            panic!(
+                "not over: linked {is_full}, busy {busy:?}, unsettled {open:?}\n{states:#?}\n{rooms}"
+            );
         }
         settled && quiet && is_full
     }
@@ -175,6 +179,16 @@ impl World {
     fn is_full_mesh(&self) -> bool {
         let others = self.nodes.len() - 1;
         self.nodes.iter().all(|it| it.as_ref().is_some_and(|it| it.peer_count() == others))
+    }
+
+    /// What the outboxes know of a message, for a failed test.
+    fn describe(&self, message: &MessageId) -> Vec<String> {
+        let stores = self.nodes.iter().flatten().filter_map(|node| node.store.as_ref());
+        let known = stores.flat_map(|store| {
+            let numbers = store.numbers.iter().filter(|(_, other)| *other == message);
+            numbers.map(|(number, _)| store.outbox.describe_message(*number))
+        });
+        known.collect()
     }
 
     // Time.

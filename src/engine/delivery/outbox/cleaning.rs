@@ -275,7 +275,7 @@ impl Outbox {
     }
 
     /// Returns the bytes to be written for a segment's removal.
-    fn cost(&self, number: u64, segment: &Segment) -> u64 {
+    pub(super) fn cost(&self, number: u64, segment: &Segment) -> u64 {
         let facts = self.facts(number, segment);
         let ranges = facts.settled.len() as u64;
         let states: u64 = facts.states.iter().map(|message| self.state_cost(*message)).sum();
@@ -427,22 +427,5 @@ impl Outbox {
             self.cleaning = Cleaning::Removing;
             self.actions.push_back(OutboxAction::Remove(going));
         }
-    }
-}
-
-#[cfg(test)]
-impl Outbox {
-    /// Describes the state of the cleaning, for a failed test.
-    pub(crate) fn describe_room(&self) -> String {
-        let segments = self.segments.iter().map(|(number, it)| {
-            let cost = self.cost(number, it);
-            format!(
-                "{number}: {} bytes, {} live, costs {cost}, goes: {}",
-                it.size, it.live, it.goes
-            )
-        });
-        let (room, retry, end) = (self.room, self.clean_retry, self.is_at_an_end);
-        let all: Vec<String> = segments.collect();
-        format!("{room:?}, {:?}, retry {retry:?}, at an end: {end}; {all:#?}", self.cleaning)
     }
 }

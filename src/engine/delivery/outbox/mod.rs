@@ -10,6 +10,8 @@
 mod admin;
 mod answers;
 mod cleaning;
+#[cfg(test)]
+mod describe;
 mod dispatch;
 mod ends;
 mod history;

@@ -124,10 +124,14 @@ impl Outbox {
         }
         let Some(peer) = self.peers.get_mut(&node) else { return };
         peer.inbox = Some(info.epoch);
-        peer.active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
+        let active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
         self.dirty.insert(node);
         self.waiting_dirty = true;
         self.remember(node, info);
+        // A name that has ended may have begun again.
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.active = active;
+        }
         self.resume(node, |_| true);
     }
 

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 
 use super::once::Group;
 use super::{Bound, DeliveryKey, Entry, OutboundDelivery, Outbox, Rare, State};
+use crate::address::ServiceName;
 use crate::engine::delivery::record::{
     KeptRecord, MessageRecord, OutboxRecord, PartRecord, PeerRecord, Raw, StateRecord,
 };
@@ -182,8 +183,12 @@ impl Outbox {
 
     fn recover_peers(&mut self, here: u64, peers: &[PeerRecord]) -> Result<(), RecordError> {
         self.peers_in = BTreeSet::from([here]);
+        let before: Vec<_> =
+            self.subscriptions.iter().map(|(node, name, _)| (node, name.clone())).collect();
         self.subscriptions.clear();
-        peers.iter().try_for_each(|peer| self.recover_peer(peer))
+        peers.iter().try_for_each(|peer| self.recover_peer(peer))?;
+        self.recover_ended(before);
+        Ok(())
     }
 
     fn recover_message(
@@ -299,6 +304,8 @@ impl Outbox {
 
     fn recover_peer(&mut self, record: &PeerRecord) -> Result<(), RecordError> {
         let node = record.node.0;
+        let before: Vec<_> =
+            self.subscriptions.of(&node).map(|(name, _)| (node, name.clone())).collect();
         self.subscriptions.forget(node);
         for (name, pattern) in record.subscriptions()? {
             let proven = !record.unproven.iter().any(|it| it == name.as_str());
@@ -310,7 +317,19 @@ impl Outbox {
             self.peers_known += usize::from(peer.known_inbox.is_none());
             (peer.known_inbox, peer.seen_at) = (Some(record.inbox), record.seen_at);
         }
+        self.recover_ended(before);
         Ok(())
+    }
+
+    /// Has the messages dropped of subscriptions that a record no longer names. A process that ended
+    /// in the midst of that dropped some of them.
+    fn recover_ended(&mut self, before: Vec<(NodeId, ServiceName)>) {
+        for (node, name) in before {
+            if self.subscriptions.get(&node, &name).is_none() {
+                let target = self.target_number(&Target::Subscription(node, name));
+                self.dropping.push_back((target, self.next_number));
+            }
+        }
     }
 
     /// Sets the existing segments and their lengths in bytes, once the journal is read.
@@ -323,6 +342,7 @@ impl Outbox {
     pub(crate) fn handle_recovered(&mut self, now: Now) {
         self.now = now.time;
         self.begin_life();
+        self.drop_messages();
         let parts = self.entries.iter().flat_map(|(number, entry)| {
             let parts = (0u32..).zip(&entry.parts);
             let stored = parts.filter(|(_, part)| part.state == State::Storing);

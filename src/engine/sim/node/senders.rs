@@ -18,6 +18,13 @@ use crate::wire::Envelope;
 
 const TOPIC: &str = "a.orders.new";
 
+/// The targets of a message with an ordering key, each with the key.
+fn lanes(message: &NewMessage) -> Vec<(Target, &'static str)> {
+    let key = message.envelope.header.ordering_key();
+    let Some(key) = KEYS.into_iter().find(|it| key == Some(*it)) else { return Vec::new() };
+    message.targets.iter().map(|target| (target.clone(), key)).collect()
+}
+
 impl SimNode {
     /// Sends a message, or a few together.
     pub(in super::super) fn send(&mut self, ledger: &mut Ledger) {
@@ -60,26 +67,22 @@ impl SimNode {
         });
         let unsure: Vec<MessageId> = unsure.map(|(message, _)| *message).collect();
         for message in unsure {
-            let sent = ledger.promises.of(message);
-            let mut new = sent.once.clone().expect("it is stored once");
+            let mut new = ledger.promises.sent[&message].once.clone().expect("it is stored once");
             if let Destination::Topic(topic) = &new.envelope.header.destination {
                 // It may have lost what it knew of them.
                 let store = self.store.as_ref().expect("it sends");
                 new.targets = store.outbox.subscribers(topic);
-                sent.parts = new.targets.len();
-                let key = new.envelope.header.ordering_key();
-                let key = KEYS.into_iter().find(|it| key == Some(*it));
-                let only = new.targets.first().filter(|_| new.targets.len() == 1);
-                sent.lane = key.and_then(|key| Some((only.cloned()?, key)));
             }
             if new.targets.is_empty() {
                 continue;
             }
             ledger.promises.seen.add("messages submitted again", 1);
-            let submitted = self.submit(smallvec![new]).remove(0);
+            let submitted = self.submit(smallvec![new.clone()]).remove(0);
             let sent = ledger.promises.of(message);
             let done = match submitted {
                 Submitted::New(number) => {
+                    // One that is known keeps the targets that it had.
+                    (sent.parts, sent.lanes) = (new.targets.len(), lanes(&new));
                     // It comes behind what was stored meanwhile.
                     ledger.promises.order.retain(|other| *other != message);
                     self.enter(number, message, ledger);
@@ -133,9 +136,8 @@ impl SimNode {
         };
         let mut header = Header::new(message, Kind::Command, destination);
         let key = self.random.once_in(3).then(|| KEYS[self.random.below(2) as usize]);
-        let lane = key.filter(|_| targets.len() == 1).map(|key| (targets[0].clone(), key));
-        header.extra.get_or_insert_default().ordering_key =
-            lane.as_ref().map(|(_, key)| (*key).to_owned());
+        let key = key.filter(|_| targets.len() == 1);
+        header.extra.get_or_insert_default().ordering_key = key.map(str::to_owned);
         let unix_ms = self.now.unix_ms;
         let soon = unix_ms + self.random.below(400);
         let expires_at = self.random.once_in(8).then_some(soon);
@@ -147,7 +149,7 @@ impl SimNode {
         let new = NewMessage { envelope, targets, expires_at, not_before, once };
         let sent = Sent {
             nature,
-            lane,
+            lanes: lanes(&new),
             is_event,
             once: once.then(|| new.clone()),
             ..Sent::new(self.life.node, message, parts)

@@ -37,7 +37,7 @@ pub(in super::super) struct Store {
     pub(super) inbox: Inbox,
     pub(in super::super) disks: Disks,
     /// By its number in this outbox.
-    pub(super) numbers: HashMap<u64, MessageId>,
+    pub(in super::super) numbers: HashMap<u64, MessageId>,
     /// Redelivered messages, until it is written that their handlers begin.
     parked: HashMap<(NodeId, DeliveryId), (Box<Message>, SimHold)>,
     /// What arrived, and what its handlers run.

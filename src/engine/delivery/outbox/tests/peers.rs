@@ -135,6 +135,48 @@ fn a_subscription_that_is_ended_leaves_nothing_behind() {
 }
 
 #[test]
+fn the_messages_of_an_ended_subscription_are_dropped_after_a_crash_too() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let subscription = Target::Subscription(BOB, name.clone());
+    let mut bench = Bench::new(None);
+    (bench.outbox.config.max_messages, bench.outbox.config.max_bytes) = (3000, 1 << 30);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.sleep(2 * DISK_RETRY);
+    bench.subscribe(BOB, &[], &[]);
+    // More than are dropped at once.
+    for _ in 0..3000 {
+        bench.submit(subscription.clone()).unwrap();
+    }
+    bench.subscribe(BOB, &[], &[&name]);
+    assert!(bench.outbox.pending() > 1000);
+
+    let mut bench = bench.restart();
+    for _ in 0..3 {
+        bench.sleep(Duration::from_millis(10));
+    }
+    assert_eq!(bench.outbox.pending(), 0);
+    bench.subscribe(BOB, &[&name], &[]);
+    assert!(bench.sent.is_empty());
+    bench.submit(subscription).unwrap();
+    assert_eq!(bench.sent.len(), 1);
+}
+
+#[test]
+fn a_subscription_that_ends_and_begins_again_gets_what_comes_only() {
+    let name: ServiceName = "billing".parse().unwrap();
+    let subscription = Target::Subscription(BOB, name.clone());
+    let mut bench = Bench::new(None);
+    bench.subscribe(BOB, &[&name], &[]);
+    bench.subscribe(BOB, &[], &[]);
+    let kept = bench.submit(subscription.clone()).unwrap();
+    bench.subscribe(BOB, &[&name], &[&name]);
+    assert_eq!(bench.done, [(kept, Ok(()))]);
+    assert!(bench.sent.is_empty());
+    bench.submit(subscription).unwrap();
+    assert_eq!(bench.sent.len(), 1);
+}
+
+#[test]
 fn an_operator_ends_the_subscription_of_a_node_that_is_gone() {
     let name: ServiceName = "billing".parse().unwrap();
     let mut bench = Bench::new(None);
