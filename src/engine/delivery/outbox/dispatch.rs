@@ -302,6 +302,9 @@ impl Outbox {
         if retry && !self.peers_dirty.is_empty() {
             self.store_peers();
         }
+        if self.history.retry.take_if(|at| *at <= now.time).is_some() {
+            self.store_history();
+        }
         if self.drop_at.take_if(|at| *at <= now.time).is_some() {
             self.drop_messages();
         }

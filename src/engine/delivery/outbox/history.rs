@@ -11,9 +11,10 @@
 //! life can lack. A sender that lacks it doubts all messages it has by then: it sends them to that
 //! receiver as redelivered.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Outbox, OutboxAction, OutboxEvent, Pending};
+use crate::engine::Time;
 use crate::engine::delivery::record::{HistoryRecord, NodeBytes, OutboxRecord};
 use crate::identity::NodeId;
 use crate::journal::Position;
@@ -36,6 +37,11 @@ pub(super) struct History {
     doubted: BTreeMap<NodeId, u64>,
     /// The same for all receivers.
     doubted_by_all: u64,
+    /// The peers to which nothing is sent before the doubts about them are stored: without these, the
+    /// next life would know the moment that they hear of this one.
+    unstored: BTreeSet<NodeId>,
+    /// The time at which doubts that could not be stored are stored again.
+    pub(super) retry: Option<Time>,
     /// The segment with the latest record of all this.
     pub(super) segment: Option<u64>,
 }
@@ -96,9 +102,30 @@ impl Outbox {
         }
     }
 
-    fn store_history(&mut self) {
+    pub(super) fn store_history(&mut self) {
         let record = OutboxRecord::History(self.history_record());
-        self.append(&record, Pending::History);
+        let waiting = self.history.unstored.iter().copied().collect();
+        self.append(&record, Pending::History(waiting));
+    }
+
+    /// Returns true if doubts about a peer are not stored yet.
+    pub(super) fn has_unstored_doubts(&self, node: &NodeId) -> bool {
+        self.history.unstored.contains(node)
+    }
+
+    /// Sends to peers whose doubts are stored now.
+    pub(super) fn handle_doubts_stored(&mut self, nodes: Vec<NodeId>) {
+        for node in nodes {
+            if !self.history.unstored.remove(&node) {
+                continue;
+            }
+            if let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) {
+                peer.inbox = peer.told_inbox;
+                self.dirty.insert(node);
+                self.waiting_dirty = true;
+                self.resume(node, |_| true);
+            }
+        }
     }
 
     /// Begins this life of the outbox, once the journal is read.
@@ -146,6 +173,7 @@ impl Outbox {
                 self.history.doubted_by_all = below;
             }
         }
+        self.history.unstored.insert(node);
         self.store_history();
     }
 }

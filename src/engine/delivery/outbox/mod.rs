@@ -292,7 +292,8 @@ enum Pending {
     Settled(Vec<(u64, u32)>, Vec<Bound>),
     /// The remembered state of peers.
     Peers(Vec<NodeId>),
-    History,
+    /// The lives and doubts, and the peers that wait for it.
+    History(Vec<NodeId>),
     /// The first entry of a new segment.
     Begun,
     /// The records to keep of segments to be removed.
@@ -620,7 +621,7 @@ impl Outbox {
         let peers =
             self.peers_retry.filter(|_| !self.peers_dirty.is_empty() && !self.peers_pending);
         let timers = timer.into_iter().chain(self.peer_timeout()).chain(peers);
-        let timers = timers.chain(self.drop_at).chain(self.lapse_at);
+        let timers = timers.chain(self.drop_at).chain(self.lapse_at).chain(self.history.retry);
         let timers = timers.chain(self.disk_retry).chain(self.clean_retry).chain(self.clean_at);
         (timers.min(), self.wall.first().map(|(at, _)| *at))
     }

@@ -122,8 +122,9 @@ impl Outbox {
             // Rights are constant for the lifetime of a link.
             self.lapse_forbidden(node, grants);
         }
+        let is_silent = self.has_unstored_doubts(&node);
         let Some(peer) = self.peers.get_mut(&node) else { return };
-        peer.inbox = Some(info.epoch);
+        peer.inbox = (!is_silent).then_some(info.epoch);
         let active = info.subscriptions.iter().map(|(name, _)| name.clone()).collect();
         self.dirty.insert(node);
         self.waiting_dirty = true;
@@ -256,7 +257,7 @@ impl Outbox {
     }
 
     /// Ends the pauses of messages bound to a node.
-    fn resume(&mut self, node: NodeId, wanted: impl Fn(bool) -> bool) {
+    pub(super) fn resume(&mut self, node: NodeId, wanted: impl Fn(bool) -> bool) {
         let Some(peer) = self.peers.get(&node) else { return };
         for key in peer.paused.clone() {
             if let Some(State::Paused { refused, .. }) = self.part(key).map(|part| &part.state)

@@ -16,11 +16,13 @@ impl Outbox {
         let persist = match pending {
             // If the record is lost, the messages are sent again, and the receiver recognises them.
             Pending::Settled(..) => Persist::Lazy,
-            Pending::Noted(_) | Pending::History => Persist::Flush,
+            Pending::Noted(_) => Persist::Flush,
+            Pending::History(ref waiting) if waiting.is_empty() => Persist::Flush,
             _ => Persist::Sync,
         };
         let need = match pending {
-            Pending::Messages(..) | Pending::Peers(_) | Pending::History => Need::None,
+            Pending::Messages(..) | Pending::Peers(_) => Need::None,
+            Pending::History(ref waiting) if waiting.is_empty() => Need::None,
             Pending::Moved(_) | Pending::Begun | Pending::Kept(_) => Need::Removal,
             _ if self.is_at_an_end => Need::Emergency,
             _ => Need::Urgent,
@@ -85,7 +87,7 @@ impl Outbox {
         }
         let synced = result.is_ok()
             && self.pending.get(token).is_some_and(|it| {
-                !matches!(it, Pending::Settled(..) | Pending::Noted(_) | Pending::History)
+                !matches!(it, Pending::Settled(..) | Pending::Noted(_) | Pending::History(_))
             });
         while synced
             && self.written.front().is_some_and(|before| before.token < token)
@@ -113,9 +115,15 @@ impl Outbox {
                     self.actions.push_back(OutboxAction::Stored(number, Err(error.clone())));
                 }
             }
-            (Some(Pending::History), result) => {
-                self.history.segment =
-                    result.ok().map(|position| position.segment).or(self.history.segment);
+            (Some(Pending::History(waiting)), Ok(position)) => {
+                self.history.segment = Some(position.segment);
+                if !waiting.is_empty() {
+                    self.history.reach(position);
+                    self.handle_doubts_stored(waiting);
+                }
+            }
+            (Some(Pending::History(waiting)), Err(_)) => {
+                self.history.retry = (!waiting.is_empty()).then_some(now.time + DISK_RETRY);
             }
             (Some(Pending::Bound(keys)), Ok(position)) => {
                 self.history.reach(position);
