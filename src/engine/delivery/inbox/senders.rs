@@ -269,19 +269,11 @@ impl Inbox {
         if is_back {
             self.senders.note_return(from);
         }
-        let places = places
-            .into_iter()
-            .filter(|place| self.streams.get(place).is_some_and(|seen| seen.open.is_empty()));
-        let places: Vec<usize> = places.collect();
-        if !places.is_empty() {
-            // An older copy of the outbox must not know the moment at which its streams were
-            // forgotten here.
-            self.accept(&from);
-            self.hear(from);
-        }
         let mut numbers = Vec::new();
         for place in places {
-            numbers.extend(self.drop_stream(place));
+            if self.streams.get(&place).is_some_and(|seen| seen.open.is_empty()) {
+                numbers.extend(self.drop_stream(place));
+            }
         }
         if !numbers.is_empty() {
             self.note(&InboxRecord::Forgotten(numbers));
