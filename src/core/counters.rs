@@ -127,14 +127,11 @@ impl LiveCounters {
         let mut rare = self.rare();
         let first = rare.unreported.is_empty();
         let groups = &mut rare.unreported.refused;
-        let (key, address) = match groups.len() < MOST_GROUPS {
-            _ if groups.contains_key(&(ip, refused.clone())) => ((ip, refused), address),
-            true => ((ip, refused), address),
-            false => {
-                let reason = "further refusals, for several reasons".into();
-                ((None, Refused { reason, by_door: true }), None)
-            }
-        };
+        let (mut key, mut address) = ((ip, refused), address);
+        if groups.len() >= MOST_GROUPS && !groups.contains_key(&key) {
+            let reason = "further refusals, for several reasons".into();
+            (key, address) = ((None, Refused { reason, by_door: true }), None);
+        }
         groups.entry(key).or_insert((address, 0)).1 += 1;
         first
     }
@@ -144,11 +141,11 @@ impl LiveCounters {
         let mut rare = self.rare();
         let first = rare.unreported.is_empty();
         let groups = &mut rare.unreported.denied;
-        let key = (peer, action, name);
-        match groups.len() < MOST_GROUPS || groups.contains_key(&key) {
-            true => *groups.entry(key).or_default() += 1,
-            false => *groups.entry((peer, action, "further names".into())).or_default() += 1,
+        let mut key = (peer, action, name);
+        if groups.len() >= MOST_GROUPS && !groups.contains_key(&key) {
+            key.2 = "further names".into();
         }
+        *groups.entry(key).or_default() += 1;
         first
     }
 

@@ -118,7 +118,7 @@ pub enum Event {
         action: Action,
         /// The pattern or the service.
         name: String,
-        /// How often it was denied since the last such event. At most 16 names are reported in a
+        /// The number of denials since the last such event. At most 16 names are reported in a
         /// second; further ones share an event.
         count: u64,
     },

@@ -153,7 +153,7 @@ struct Incoming {
 #[derive(Debug)]
 struct ControlRecord {
     bytes: Box<[u8]>,
-    /// It is a hello, which a batch ends with.
+    /// The record is a hello, which a batch ends with.
     greets: bool,
 }
 

@@ -401,8 +401,7 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        self.wait(Condition::Subscribers(topic, count), within).await
+        self.wait_on(topic, |topic| Condition::Subscribers(topic, count), within).await
     }
 
     /// Waits until this node's outbox knows at least `count` durable subscriptions to a topic, those
@@ -420,8 +419,7 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        self.wait(Condition::Consumers(topic, count), within).await
+        self.wait_on(topic, |topic| Condition::Consumers(topic, count), within).await
     }
 
     /// Waits until at least `count` durable subscriptions to a topic are known and present: their
@@ -440,8 +438,7 @@ impl Node {
         T: TryInto<Topic>,
         T::Error: Into<AddressError>,
     {
-        let topic = topic.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        self.wait(Condition::PresentConsumers(topic, count), within).await
+        self.wait_on(topic, |topic| Condition::PresentConsumers(topic, count), within).await
     }
 
     /// Waits until a node offers a service, this one included.
@@ -471,8 +468,7 @@ impl Node {
         N: TryInto<ServiceName>,
         N::Error: Into<AddressError>,
     {
-        let name = name.try_into().map_err(|error| WaitError::Address(error.into()))?;
-        self.wait(Condition::Instances(name, count), within).await
+        self.wait_on(name, |name| Condition::Instances(name, count), within).await
     }
 
     /// Waits until at least `count` peers are up. Over a broker, the broker is the only peer.
@@ -482,6 +478,21 @@ impl Node {
     /// more than one peer.
     pub async fn wait_for_peers(&self, count: usize, within: Duration) -> Result<(), WaitError> {
         self.wait(Condition::Peers(count), within).await
+    }
+
+    /// Waits for a condition on a topic or service that is yet to be parsed.
+    async fn wait_on<A, T>(
+        &self,
+        address: A,
+        condition: impl FnOnce(T) -> Condition,
+        within: Duration,
+    ) -> Result<(), WaitError>
+    where
+        A: TryInto<T>,
+        A::Error: Into<AddressError>,
+    {
+        let address = address.try_into().map_err(|error| WaitError::Address(error.into()))?;
+        self.wait(condition(address), within).await
     }
 
     async fn wait(&self, condition: Condition, within: Duration) -> Result<(), WaitError> {

@@ -75,7 +75,7 @@ enum Fault {
     OutOfTurn,
 }
 
-/// How far the records of a batch were handled.
+/// The part of a batch's records that was handled.
 enum Progress {
     Complete,
     More,

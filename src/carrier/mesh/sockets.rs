@@ -58,7 +58,10 @@ impl MeshCarrier {
         let folder = || local::prepare(config.runtime_dir.as_deref(), &config.mesh);
         let folder = || folder().map_err(|(dir, source)| SocketError::SocketDir { dir, source });
         let sockets = meets_locally(config).then(folder).transpose()?;
-        let root = || folder().map(|dir| dir.parent().unwrap_or(&dir).to_owned());
+        let root = || {
+            let dir = sockets.clone().map_or_else(folder, Ok)?;
+            Ok::<_, SocketError>(dir.parent().unwrap_or(&dir).to_owned())
+        };
         let let_in = LetIn::new(&config.trust, root)?;
         let (rules, local) = (config.rules.as_ref(), meets_locally(config));
         let access = Access::new(rules, &config.trust, local, let_in.clone())?;

@@ -34,10 +34,10 @@ pub(super) enum Decision {
 pub(super) struct Sent {
     pub(super) sender: usize,
     pub(super) nature: Nature,
-    /// Its targets, each with its ordering key.
+    /// The targets of the message, each with its ordering key.
     pub(super) lanes: Vec<(Target, &'static str)>,
     pub(super) parts: usize,
-    /// It is for durable subscriptions.
+    /// The message is for durable subscriptions.
     pub(super) is_event: bool,
     pub(super) stored: bool,
     /// Of those that are stored together, by the first.
@@ -362,7 +362,8 @@ impl Promises {
         }
     }
 
-    /// What its sender sent before it with its key, to a target that is one of its own.
+    /// Returns the messages that the same sender sent before with the same key to one of the same
+    /// targets.
     fn before_in_lanes(&self, message: MessageId) -> impl Iterator<Item = (MessageId, &Sent)> {
         let sent = &self.sent[&message];
         let before = self.order.iter().take_while(move |other| **other != message);

@@ -181,7 +181,7 @@ impl World {
         self.nodes.iter().all(|it| it.as_ref().is_some_and(|it| it.peer_count() == others))
     }
 
-    /// What the outboxes know of a message, for a failed test.
+    /// Describes a message as the outboxes know it, for a failed test.
     fn describe(&self, message: &MessageId) -> Vec<String> {
         let stores = self.nodes.iter().flatten().filter_map(|node| node.store.as_ref());
         let known = stores.flat_map(|store| {

@@ -41,9 +41,9 @@ pub(super) struct Sender {
     /// that was recorded.
     heard: Option<(Moment, u64)>,
     bytes: u64,
-    /// It came back after an absence.
+    /// The sender came back after an absence.
     returned: bool,
-    /// Its turn to be forgotten; `None` while nothing is recorded of it.
+    /// The sender's turn to be forgotten; `None` while nothing is recorded of it.
     turn: Option<u64>,
     /// A message of it was processed since its last turn.
     used: bool,

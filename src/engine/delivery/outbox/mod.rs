@@ -269,7 +269,7 @@ struct Peer {
     /// The time of the last reassignment of its messages since `down_since`.
     reassigned_at: Option<Time>,
     told_gone: bool,
-    /// Its further durable subscriptions were reported as not remembered.
+    /// The event that further durable subscriptions of the peer are not remembered was reported.
     told_full: bool,
     /// The time at which its absence is looked at next.
     absence: Option<Time>,

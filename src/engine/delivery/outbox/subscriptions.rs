@@ -37,7 +37,7 @@ pub(super) struct Subscription {
     number: u64,
 }
 
-/// What a peer has, and its place among those that make room.
+/// The subscriptions of a peer, and its place among the peers that make room.
 #[derive(Debug, Default)]
 struct Owner {
     all: BTreeMap<ServiceName, Subscription>,

@@ -105,7 +105,7 @@ const CONCURRENCY: u32 = 2;
 /// A durable subscription of the nodes that have a store and serve `work`, to some of what is
 /// published in vain to the others.
 const CONSUMER: (&str, &str) = ("billing", "a.orders.*");
-/// Its pattern now and then, which doesn't match what is sent.
+/// The pattern that a durable subscription has now and then: it matches nothing that is sent.
 const OTHER_PATTERN: &str = "a.orders.old";
 const OVERFLOWS: [Overflow; 4] =
     [Overflow::DropNewest, Overflow::DropOldest, Overflow::KeepLatest, Overflow::HoldBack];
