@@ -168,6 +168,14 @@ impl Core {
         self.check_running() == Err(Stopped::RuntimeEnded)
     }
 
+    /// Returns true if the runtime drops its tasks: from before the first until after the last one.
+    pub(crate) fn is_runtime_ending(&self) -> bool {
+        let probe = self.runtime.spawn(std::future::pending::<()>());
+        let is_refused = probe.is_finished();
+        probe.abort();
+        is_refused
+    }
+
     /// Refuses further calls from the user. Returns true the first time.
     pub(crate) fn stop(&self, why: Stopped) -> bool {
         let state = match why {

@@ -123,6 +123,10 @@ impl Receiver for LinkReceiver {
     }
 
     fn handle_closed(&self) {
+        // The node ends with its runtime, which drops this link's task before or after it.
+        if self.carrier.core.is_runtime_ending() {
+            return;
+        }
         let reason = match self.link.peek(Flow::has_overflowed) {
             true => DownReason::Violation("it reads nothing of what it is sent".into()),
             false => DownReason::Closed,
