@@ -96,6 +96,8 @@ pub struct ClosedOutbox {
     lost: Option<u64>,
     torn: u64,
     identity: Option<IdentityError>,
+    /// A change was stored, and before it that this process made it.
+    is_changed: bool,
 }
 
 opaque!(ClosedOutbox, |it| path: it.path);
@@ -174,7 +176,17 @@ impl ClosedOutbox {
         }
         let damaged = DamagedPart::all(store::OUTBOX, &recovery);
         let (path, lost, torn) = (path.to_owned(), recovery.lost, recovery.torn);
-        Ok(Self { path, me, outbox, journal, damaged, lost, torn, identity: problem })
+        Ok(Self {
+            path,
+            me,
+            outbox,
+            journal,
+            damaged,
+            lost,
+            torn,
+            identity: problem,
+            is_changed: false,
+        })
     }
 
     /// The error of the identity file in the store, if that exists but can't be used: the node
@@ -305,12 +317,16 @@ impl ClosedOutbox {
         Ok(Some(forgotten.messages))
     }
 
-    fn store(&self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
+    fn store(&mut self, entry: Option<Vec<u8>>) -> Result<bool, StoreError> {
         let Some(entry) = entry else { return Ok(false) };
         let Access::Write(journal) = &self.journal else {
             return Err(self.failed("it was opened for reading only"));
         };
-        journal.append_blocking(&entry).map_err(|error| self.failed(&error.to_string()))?;
+        let first = (!self.is_changed).then(|| self.outbox.begin_closed_life());
+        for entry in first.iter().chain([&entry]) {
+            journal.append_blocking(entry).map_err(|error| self.failed(&error.to_string()))?;
+        }
+        self.is_changed = true;
         Ok(true)
     }
 

@@ -336,6 +336,8 @@ pub(super) enum OutboxRecord<'a> {
     History(HistoryRecord),
     /// The remembered state of some peers, which replaces what was known of them.
     Met(Vec<PeerRecord>),
+    /// The epoch of a life in which the outbox does not run, but is changed.
+    ClosedLife(u64),
 }
 
 impl<'a> OutboxRecord<'a> {
@@ -360,6 +362,7 @@ impl<'a> OutboxRecord<'a> {
             Self::Kept(kept) => with_kind(9, kept),
             Self::History(history) => with_kind(10, history),
             Self::Met(peers) => with_kind(11, peers),
+            Self::ClosedLife(epoch) => with_kind(12, epoch),
         }
     }
 
@@ -388,6 +391,7 @@ impl<'a> OutboxRecord<'a> {
             9 => Self::Kept(decode(rest)?),
             10 => Self::History(decode(rest)?),
             11 => Self::Met(decode(rest)?),
+            12 => Self::ClosedLife(decode(rest)?),
             kind => return Err(RecordError::Kind(*kind)),
         })
     }

@@ -58,6 +58,9 @@ impl World {
         disk.open(|it| outbox.recover(it.position, it.payload).unwrap());
         let contents: Vec<Contents> = outbox.contents().collect();
         let promises = &mut self.ledger.promises;
+        if contents.iter().any(|it| it.dead.is_some()) {
+            disk.store(outbox.begin_closed_life());
+        }
         for letter in contents.iter().filter(|it| it.dead.is_some()) {
             let Contents { number, part, position, .. } = *letter;
             let message = stored(disk, number, position.expect("it is stored")).header.id;

@@ -253,7 +253,8 @@ impl Inbox {
     // What senders announce.
 
     /// Handles a sender's announcement of the epochs of which it still has messages, and of the
-    /// moment that its outbox has reached.
+    /// moment that its outbox has reached. Only from the second announcement over a link on is the
+    /// sender known to have received the moment that was heard before.
     pub(crate) fn handle_epochs(&mut self, from: NodeId, epochs: &[u64], now: Option<Moment>) {
         let Some(sender) = self.senders.all.get_mut(&from) else {
             if now.is_some() {
@@ -261,14 +262,16 @@ impl Inbox {
             }
             return;
         };
-        let is_back = sender.announced.is_none();
-        sender.announced = now;
+        if std::mem::replace(&mut sender.announced, now).is_none() {
+            self.senders.note_return(from);
+            if now.is_some() {
+                return;
+            }
+        }
         let told: HashSet<u64> = epochs.iter().copied().collect();
+        let Some(sender) = self.senders.all.get(&from) else { return };
         let gone = sender.streams.iter().filter(|(epoch, _)| !told.contains(epoch));
         let places: Vec<usize> = gone.flat_map(|(_, places)| places).copied().collect();
-        if is_back {
-            self.senders.note_return(from);
-        }
         let mut numbers = Vec::new();
         for place in places {
             if self.streams.get(&place).is_some_and(|seen| seen.open.is_empty()) {
@@ -276,6 +279,9 @@ impl Inbox {
             }
         }
         if !numbers.is_empty() {
+            // An older copy of the outbox knows the moment before, and has messages of these streams.
+            self.accept(&from);
+            self.hear(from);
             self.note(&InboxRecord::Forgotten(numbers));
             self.snapshot_if_due();
         }

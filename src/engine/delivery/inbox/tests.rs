@@ -127,6 +127,23 @@ fn an_outbox_that_is_an_older_copy_loses_nothing() {
 }
 
 #[test]
+fn streams_are_forgotten_only_by_a_sender_that_knows_what_was_heard() {
+    let mut bench = Bench::new();
+    let moment = |epoch| Some(Moment { epoch, segment: 1, offset: 48 });
+    bench.inbox.handle_epochs(SENDER, &[5], moment(5));
+    bench.process(SENDER, 1);
+    bench.inbox.handle_link_down(SENDER);
+    // A later life of it, which may not have received what this inbox announces.
+    bench.inbox.handle_epochs(SENDER, &[6], moment(6));
+    assert_eq!((bench.inbox.places.len(), bench.inbox.heard(&SENDER)), (1, moment(5)));
+    bench.inbox.handle_epochs(SENDER, &[6], moment(6));
+    bench.run();
+    assert_eq!((bench.inbox.places.len(), bench.inbox.heard(&SENDER)), (0, moment(6)));
+    bench.restart();
+    assert_eq!((bench.inbox.places.len(), bench.inbox.heard(&SENDER)), (0, moment(6)));
+}
+
+#[test]
 fn a_sender_with_ever_new_streams_is_refused() {
     let mut bench = Bench::new();
     let mut odd = delivery(1, 1, 1);

@@ -29,7 +29,7 @@ const MAX_DOUBTED: usize = 256;
 pub(super) struct History {
     /// The ends of earlier lives, in order.
     lives: VecDeque<Moment>,
-    /// The epoch of the last life in the journal, while it is read.
+    /// The epoch of the last life.
     last: Option<u64>,
     /// The end of the journal, as far as receivers are told: segment, and offset.
     reached: (u64, u64),
@@ -71,6 +71,16 @@ impl History {
         self.doubted =
             record.doubted.iter().map(|(NodeBytes(node), below)| (*node, *below)).collect();
         self.doubted_by_all = record.doubted_by_all;
+    }
+
+    /// Begins a life: the last one ended with the last entry.
+    pub(super) fn begin(&mut self, epoch: u64) {
+        if let Some(last) = self.last.replace(epoch) {
+            let (segment, offset) = self.reached;
+            self.lives.push_back(Moment { epoch: last, segment, offset });
+        }
+        let surplus = self.lives.len().saturating_sub(MAX_LIVES);
+        self.lives.drain(..surplus);
     }
 
     /// Returns the number of values to write.
@@ -120,9 +130,13 @@ impl Outbox {
                 continue;
             }
             if let Some(peer) = self.peers.get_mut(&node).filter(|peer| peer.up) {
+                let is_announced = peer.told_inbox.is_some();
                 peer.inbox = peer.told_inbox;
                 self.dirty.insert(node);
                 self.waiting_dirty = true;
+                if is_announced {
+                    self.announce_epochs(node);
+                }
                 self.resume(node, |_| true);
             }
         }
@@ -130,16 +144,18 @@ impl Outbox {
 
     /// Begins this life of the outbox, once the journal is read.
     pub(super) fn begin_life(&mut self) {
-        let (segment, offset) = self.history.reached;
-        if let Some(epoch) = self.history.last.take() {
-            self.history.lives.push_back(Moment { epoch, segment, offset });
-        }
-        let surplus = self.history.lives.len().saturating_sub(MAX_LIVES);
-        self.history.lives.drain(..surplus);
+        self.history.begin(self.config.epoch);
         self.store_history();
     }
 
-    /// Announces the epochs of unsettled deliveries to a node, and the present moment.
+    /// Returns the entry that precedes the changes of an outbox that does not run. Without it, they
+    /// would seem to be what receivers heard of.
+    pub(crate) fn begin_closed_life(&self) -> Vec<u8> {
+        OutboxRecord::ClosedLife(self.config.epoch).encode()
+    }
+
+    /// Announces the epochs of unsettled deliveries to a node, and the present moment: first when a link
+    /// is up, and again once the moment that the node heard last is known, and doubts are stored.
     pub(super) fn announce_epochs(&mut self, node: NodeId) {
         let mut epochs = vec![self.config.epoch];
         let streams = self.streams_of.get(&node).into_iter().flatten();

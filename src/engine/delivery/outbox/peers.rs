@@ -133,6 +133,9 @@ impl Outbox {
         if let Some(peer) = self.peers.get_mut(&node) {
             peer.active = active;
         }
+        if is_first && !is_silent {
+            self.announce_epochs(node);
+        }
         self.resume(node, |_| true);
     }
 

@@ -38,10 +38,16 @@ impl Outbox {
     /// # Errors
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
+        let record = OutboxRecord::decode(entry)?;
+        if let OutboxRecord::ClosedLife(epoch) = record {
+            self.history.begin(epoch);
+        }
         self.segments.reach(position);
         self.history.reach(position);
         let here = position.segment;
-        match OutboxRecord::decode(entry)? {
+        match record {
+            // Handled above: what was reached before it is the end of the last life.
+            OutboxRecord::ClosedLife(_) => {}
             OutboxRecord::Messages(messages) => {
                 for message in messages {
                     self.recover_message(position, &message)?;
