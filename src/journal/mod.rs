@@ -246,6 +246,8 @@ pub(crate) enum Need {
     None,
     /// The entry may use the reserved space, except its last part.
     Urgent,
+    /// The entry may use half of the last part too: without it, no message may be sent any more.
+    Sending,
     /// The entry may use most of the last part too: otherwise no segment can be removed.
     Emergency,
     /// The entry may use all reserved space: it lets a segment be removed.

@@ -25,8 +25,9 @@ const SPARE_STEP: u64 = 1024 * 1024;
 const BESIDE_PART: u64 = 4;
 const BESIDE: u64 = 1024 * 1024;
 /// The fraction of the reserve that urgent entries leave to removals; and the fraction of that
-/// which [`Need::Emergency`] leaves too.
+/// which [`Need::Sending`] and [`Need::Emergency`] leave too.
 const LAST_PART: u64 = 2;
+const SENDING_PART: u64 = 2;
 const LEAST_PART: u64 = 8;
 /// Space is scarce if fewer than this many segments fit.
 const SCARCE: u64 = 4;
@@ -117,6 +118,7 @@ impl Spare {
             // All that is left.
             _ if last == 0 => return true,
             Need::Urgent => last,
+            Need::Sending => last / SENDING_PART,
             Need::Emergency => last / LEAST_PART,
             Need::Removal => 0,
         };

@@ -95,8 +95,17 @@ impl Outbox {
     /// Handles a change of the free space on the journal's disk.
     pub(crate) fn handle_room(&mut self, now: Now, room: Room) {
         self.now = now.time;
-        if room.level == Level::Full && self.room.level != Level::Full {
+        let (was_full, is_full) = (self.room.level == Level::Full, room.level == Level::Full);
+        if was_full && !is_full {
+            self.full_until = Some(now.time);
+        }
+        if is_full && !was_full {
             self.full_since = now.time;
+            // A disk whose reserve is taken again and again is short of space all the while.
+            let is_again = |until| now.time.since(until) < 2 * PATIENCE;
+            if !self.full_until.is_some_and(is_again) {
+                self.short_since = now.time;
+            }
         }
         self.room = room;
         self.clean_due |= room.level != Level::Ample;
@@ -108,7 +117,8 @@ impl Outbox {
         for segment in gone {
             if self.segments.remove(*segment) {
                 self.once.forget_segment(*segment);
-                (self.full_since, self.is_at_an_end) = (now.time, false);
+                (self.full_since, self.short_since) = (now.time, now.time);
+                self.is_at_an_end = false;
             }
         }
         if self.cleaning == Cleaning::Removing {
@@ -238,8 +248,9 @@ impl Outbox {
             return None;
         }
         let patient = self.now.since(self.full_since) < PATIENCE;
+        let frugal = patient && self.now.since(self.short_since) < PATIENCE;
         let is_worth = |it: &Candidate| match level {
-            Level::Full if !patient => it.cost <= it.size / 8 * 7,
+            Level::Full if !frugal => it.cost <= it.size / 8 * 7,
             _ => it.cost <= it.size / 2,
         };
         let least = segment_size / 64;
@@ -377,6 +388,7 @@ impl Outbox {
             ..KeptRecord::default()
         };
         for message in &states {
+            self.note_copy(*message);
             let state = self.message_record(*message, &[]).map(|it| record.state(&it));
             record.states.extend(state);
         }

@@ -341,6 +341,8 @@ pub(crate) struct Outbox {
     former: HashMap<DeliveryKey, Vec<Bound>>,
     /// Messages unbound without having been sent; the record of that is still to be written.
     freed: Vec<(u64, u32)>,
+    /// Messages that were rewritten while their bindings were being stored.
+    bindings_copied: BTreeSet<DeliveryKey>,
     /// The state of peers is being stored.
     peers_pending: bool,
     /// The peers whose state changed since it was last stored.
@@ -385,6 +387,10 @@ pub(crate) struct Outbox {
     room: Room,
     /// The time since which the disk is full and nothing was removed.
     full_since: Time,
+    /// The same, but for moments in which it was not.
+    short_since: Time,
+    /// The time at which it was last no longer full.
+    full_until: Option<Time>,
     cleaning: cleaning::Cleaning,
     /// The disk is full, and no segment can be removed until more messages are settled: records of
     /// that may use the last space.
@@ -427,6 +433,7 @@ impl Outbox {
             key_queues: HashMap::default(),
             former: HashMap::default(),
             freed: Vec::new(),
+            bindings_copied: BTreeSet::new(),
             peers_pending: false,
             peers_dirty: BTreeSet::new(),
             peers_met: false,
@@ -453,6 +460,8 @@ impl Outbox {
             peers_in: BTreeSet::new(),
             room: Room { level: Level::Ample, bytes: u64::MAX, last: 0 },
             full_since: Time::default(),
+            short_since: Time::default(),
+            full_until: None,
             cleaning: cleaning::Cleaning::default(),
             is_at_an_end: false,
             clean_due: false,

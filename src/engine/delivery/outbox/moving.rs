@@ -92,10 +92,18 @@ impl Outbox {
 
     /// Rewrites a message in its current state.
     fn move_message(&mut self, number: u64, encoded: Bytes) {
+        self.note_copy(number);
         let Some(record) = self.message_record(number, &encoded) else { return };
         let record = OutboxRecord::Messages(smallvec![record]).encode();
         self.moving += 1;
         self.append_encoded(record, Pending::Moved(number));
+    }
+
+    /// Notes that a message is rewritten, with bindings that may be refused yet.
+    pub(super) fn note_copy(&mut self, number: u64) {
+        let parts = self.entries.get(number).into_iter().flat_map(|entry| (0..).zip(&entry.parts));
+        let being_bound = parts.filter(|(_, part)| part.state == State::Binding);
+        self.bindings_copied.extend(being_bound.map(|(part, _)| DeliveryKey { number, part }));
     }
 
     /// Returns the record of a message in its current state, with these bytes.

@@ -24,6 +24,7 @@ impl Outbox {
             Pending::Messages(..) | Pending::Peers(_) => Need::None,
             Pending::History(ref waiting) if waiting.is_empty() => Need::None,
             Pending::Moved(_) | Pending::Begun | Pending::Kept(_) => Need::Removal,
+            Pending::Bound(_) if self.is_at_an_end => Need::Sending,
             _ if self.is_at_an_end => Need::Emergency,
             _ => Need::Urgent,
         };
@@ -129,19 +130,22 @@ impl Outbox {
                 self.history.reach(position);
                 self.segments.tell(position.segment, keys.iter().map(|key| key.number));
                 for key in keys {
+                    self.bindings_copied.remove(&key);
                     if self.part(key).is_some_and(|part| part.state == State::Binding) {
                         self.make_ready(key);
                     }
                 }
             }
-            (Some(Pending::Bound(keys)), Err(_)) => {
+            (Some(Pending::Bound(keys)), Err(error)) => {
                 for key in keys {
+                    let is_recorded = self.bindings_copied.remove(&key) || error.may_turn_up;
                     let Some(part) = self.part(key) else { continue };
                     if part.state == State::Binding {
                         match part.redelivered {
                             true => self.leave(key),
-                            // An entry of its own may record the binding.
-                            false => self.free(key),
+                            false if is_recorded => self.free(key),
+                            // Records of refusals would take the last space of a full disk.
+                            false => self.unbind(key),
                         }
                         self.pause(now, key, 0, true);
                     }

@@ -187,6 +187,23 @@ fn a_full_disk_frees_also_what_is_being_written_and_nothing_that_does_not_fit() 
 }
 
 #[test]
+fn a_disk_that_is_full_again_and_again_frees_less_than_half_of_a_segment_too() {
+    let mut bench = bench();
+    bench.wait(5);
+    bench.process(12);
+    bench.segment += 1;
+    bench.process(1);
+    bench.room(FULL);
+    assert!(!bench.removed.contains(&1), "less than half of it would be free");
+    for _ in 0..4 {
+        bench.sleep(Duration::from_millis(200));
+        bench.room(SCARCE);
+        bench.room(FULL);
+    }
+    assert!(bench.removed.contains(&1));
+}
+
+#[test]
 fn numbers_are_never_given_twice_to_what_is_remembered() {
     let mut bench = bench();
     let id = IdSource::new(1).next(1);
