@@ -79,7 +79,6 @@ const ALL: [&str; 72] = [
     "outboxes put back",
     "inboxes put back",
     "messages processed again after a restore",
-    // A known gap. When it is mended, this goes, and the promise is asserted again.
 ];
 
 /// How often each of them was seen.

@@ -248,7 +248,7 @@ impl Outbox {
             return None;
         }
         let patient = self.now.since(self.full_since) < PATIENCE;
-        let frugal = patient && self.now.since(self.short_since) < PATIENCE;
+        let frugal = self.now.since(self.short_since) < PATIENCE;
         let is_worth = |it: &Candidate| match level {
             Level::Full if !frugal => it.cost <= it.size / 8 * 7,
             _ => it.cost <= it.size / 2,

@@ -38,16 +38,9 @@ impl Outbox {
     /// # Errors
     /// [`RecordError`] if this version can't read it.
     pub(crate) fn recover(&mut self, position: Position, entry: &[u8]) -> Result<(), RecordError> {
-        let record = OutboxRecord::decode(entry)?;
-        if let OutboxRecord::ClosedLife(epoch) = record {
-            self.history.begin(epoch);
-        }
         self.segments.reach(position);
-        self.history.reach(position);
         let here = position.segment;
-        match record {
-            // Handled above: what was reached before it is the end of the last life.
-            OutboxRecord::ClosedLife(_) => {}
+        match OutboxRecord::decode(entry)? {
             OutboxRecord::Messages(messages) => {
                 for message in messages {
                     self.recover_message(position, &message)?;
@@ -116,7 +109,10 @@ impl Outbox {
                 peers.iter().try_for_each(|peer| self.recover_peer(peer))?;
             }
             OutboxRecord::History(history) => self.history.recover(here, &history),
+            OutboxRecord::ClosedLife(epoch) => self.history.begin(epoch),
         }
+        // The last life ends before the entry that begins another.
+        self.history.reach(position);
         // The settled records are on the disk.
         for Bound { stream, seq } in std::mem::take(&mut self.unreleased) {
             self.streams[stream as usize].outstanding.remove(seq);
