@@ -85,6 +85,14 @@ fn is_token_char(c: char) -> bool {
     !(c.is_whitespace() || is_hidden(c) || matches!(c, '*' | '>' | '$'))
 }
 
+/// Returns the first character that no token may hold. Most text is plain ASCII, whose bytes tell.
+fn find_forbidden(text: &str) -> Option<char> {
+    match text.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'*' | b'>' | b'$')) {
+        true => None,
+        false => text.chars().find(|c| *c != '.' && !is_token_char(*c)),
+    }
+}
+
 fn check_len(what: &'static str, text: &str, max: usize) -> Result<(), AddressError> {
     if text.is_empty() {
         return Err(AddressError::Empty { what });
@@ -97,7 +105,7 @@ fn check_len(what: &'static str, text: &str, max: usize) -> Result<(), AddressEr
 
 fn check_tokens(what: &'static str, text: &str) -> Result<(), AddressError> {
     check_len(what, text, MAX_ADDRESS_LEN)?;
-    if let Some(found) = text.chars().find(|c| *c != '.' && !is_token_char(*c)) {
+    if let Some(found) = find_forbidden(text) {
         return Err(AddressError::Character { what, text: text.into(), found, allowed: TOKENS });
     }
     if text.split('.').any(str::is_empty) {

@@ -46,14 +46,14 @@ use std::sync::{Arc, Weak};
 use smallvec::SmallVec;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::Instant;
 
 use crate::address::{Destination, Pattern};
 use crate::config::Config;
 use crate::engine::{
-    self, Delivered, Effect, EventBatch, Front, FrontLimits, Host, Path, RequestOutcome, Time,
-    deliver,
+    self, Delivered, Effect, EventBatch, Front, FrontLimits, Host, LinkId, LinkLoss, Path,
+    RequestOutcome, Time, deliver,
 };
 use crate::identity::{NodeId, random_u64};
 use crate::message::{Header, IdSource, Kind, Message, MessageId};
@@ -240,6 +240,18 @@ impl Core {
         drop(front);
         effects.into_iter().for_each(|effect| self.perform(effect));
         result
+    }
+
+    /// Handles the loss of the link to `peer`, with the messages lost in its flow.
+    pub(crate) fn lose_link(self: &Arc<Self>, link: LinkId, peer: NodeId, lost: &LinkLoss) {
+        if self.with_front(|front, _| front.handle_link_lost(link, peer, lost)) {
+            let core = self.clone();
+            self.spawn(async move {
+                while core.with_front(|front, _| front.forget_lost()) {
+                    yield_now().await;
+                }
+            });
+        }
     }
 
     /// Reads the front.

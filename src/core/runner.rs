@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use tokio::sync::Notify;
@@ -18,8 +19,9 @@ use crate::message::MessageId;
 use crate::sync::{Mutex, calling_out, lock};
 use crate::wire::Failure;
 
-/// The number of calls after which a task yields, since handlers may never wait.
-const MOST_IN_A_ROW: u32 = 4;
+/// The time after which a task yields between two calls, since handlers may never wait. All tasks of
+/// a service together delay others by as many turns as it has calls at once.
+const TURN: Duration = Duration::from_micros(10);
 
 /// One service or durable subscription of this node.
 pub(crate) struct ServiceRunner {
@@ -113,16 +115,15 @@ pub(super) fn start(core: &Arc<Core>, run: Run<Shell>) {
     let first = run.handle.clone();
     let (node, began_by) = (core.clone(), first.clone());
     let task = core.runtime.spawn(async move {
-        let (mut next, mut in_a_row) = (Some(run), 0);
+        let (mut next, mut begun) = (Some(run), Instant::now());
         while let Some(run) = next {
             if !Arc::ptr_eq(&run.handle, &began_by) {
                 let _first = run.handle.began_by.set(began_by.clone());
             }
             next = run_one(&node, run).await;
-            in_a_row += 1;
-            if in_a_row == MOST_IN_A_ROW {
-                in_a_row = 0;
+            if next.is_some() && begun.elapsed() >= TURN {
                 yield_now().await;
+                begun = Instant::now();
             }
         }
     });

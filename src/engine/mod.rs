@@ -35,7 +35,7 @@ pub(crate) use bucket::{Bucket, Rate};
 pub(crate) use budget::{Budget, Share};
 pub(crate) use choice::{Affinity, Candidate, choose};
 pub(crate) use dialer::{MAX_ADDRESSES, Sighting, TargetKey};
-pub(crate) use flow::{Backlog, Flow, Liveness, Timing, Violation};
+pub(crate) use flow::{Backlog, Flow, LinkLoss, Liveness, Timing, Violation};
 pub(crate) use front::{
     Effect, Ended, Front, FrontLimits, Host, Incoming, OutOfTurn, ReceivedControl, ReceivedMessage,
     Reply, RequestOutcome, Run, ServiceNumber, Settlement, incoming, may_publish,
@@ -58,6 +58,10 @@ use foldhash::fast::RandomState;
 /// A map with a fast hash, for keys that this node draws, or of which credit allows few. Its seed
 /// is random, but an observer of this process could in time find keys that collide.
 pub(crate) type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
+
+/// The number of entries of an ended link that are forgotten at once. A peer may have left tens of
+/// thousands, and all others wait meanwhile.
+const FORGOTTEN_AT_ONCE: usize = 64;
 
 /// A point in time, measured from the engine's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]

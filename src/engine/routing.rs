@@ -203,12 +203,17 @@ pub(crate) enum RouteChange {
 }
 
 /// The peers' patterns and services. `L` is the owner's handle of a link.
+///
+/// A link's patterns and services are entered and removed bit by bit, since a peer may have
+/// thousands of them. They count from the moment the link is up until it is down.
 #[derive(Debug, Clone)]
 pub(crate) struct Routing<L: Clone = LinkId> {
     /// By the numbers of the links.
     topics: PatternTrie<L>,
-    services: HashMap<ServiceName, OrdMap<NodeId, Instance<L>>>,
-    links: HashMap<NodeId, L>,
+    services: HashMap<ServiceName, OrdMap<(NodeId, LinkId), Instance<L>>>,
+    /// The links that are up.
+    links: HashMap<LinkId, L>,
+    peers: HashMap<NodeId, LinkId>,
 }
 
 impl<L: Clone> Default for Routing<L> {
@@ -217,25 +222,49 @@ impl<L: Clone> Default for Routing<L> {
             topics: PatternTrie::default(),
             services: HashMap::default(),
             links: HashMap::default(),
+            peers: HashMap::default(),
         }
     }
 }
 
 impl<L: Clone> Routing<L> {
-    /// Applies a change of the peer at the other end of `link`, which is reached by `way`.
-    pub(crate) fn apply(&mut self, peer: NodeId, link: LinkId, way: &L, change: RouteChange) {
+    /// Applies a change of the peer at the other end of `link`. `way` returns the handle of the
+    /// link while it exists.
+    pub(crate) fn apply(
+        &mut self,
+        peer: NodeId,
+        link: LinkId,
+        way: impl FnOnce() -> Option<L>,
+        change: RouteChange,
+    ) {
         match change {
-            RouteChange::Up => _ = self.links.insert(peer, way.clone()),
-            RouteChange::Down => _ = self.links.remove(&peer),
-            RouteChange::Subscribed(pattern) => self.topics.insert(&pattern, link.0, way.clone()),
+            RouteChange::Up => {
+                if let Some(way) = way() {
+                    self.links.insert(link, way);
+                    self.peers.insert(peer, link);
+                }
+            }
+            RouteChange::Down => {
+                self.links.remove(&link);
+                if self.peers.get(&peer) == Some(&link) {
+                    self.peers.remove(&peer);
+                }
+            }
+            RouteChange::Subscribed(pattern) => {
+                if let Some(way) = way() {
+                    self.topics.insert(&pattern, link.0, way);
+                }
+            }
             RouteChange::Unsubscribed(pattern) => self.topics.remove(&pattern, link.0),
             RouteChange::Serving(ServiceInfo { name, concurrency }) => {
-                let instance = Instance { link: way.clone(), peer, concurrency };
-                self.services.entry(name).or_default().insert(peer, instance);
+                if let Some(way) = way() {
+                    let instance = Instance { link: way, peer, concurrency };
+                    self.services.entry(name).or_default().insert((peer, link), instance);
+                }
             }
             RouteChange::Withdrawn(name) => {
                 let Some(instances) = self.services.get_mut(&name) else { return };
-                instances.remove(&peer);
+                instances.remove(&(peer, link));
                 if instances.is_empty() {
                     self.services.remove(&name);
                 }
@@ -245,25 +274,34 @@ impl<L: Clone> Routing<L> {
 
     /// Returns the links to the nodes that subscribe to `topic`, each once.
     pub(crate) fn subscribers(&self, topic: &Topic) -> Matches<'_, L> {
-        self.topics.matches(topic)
+        let mut found = self.topics.matches(topic);
+        found.retain(|(number, _)| self.links.contains_key(&LinkId(*number)));
+        found
     }
 
     /// Returns the nodes that serve `name`, in the order of their ids.
     pub(crate) fn instances(&self, name: &ServiceName) -> impl Iterator<Item = &Instance<L>> {
-        self.services.get(name).into_iter().flat_map(OrdMap::values)
+        let all = self.services.get(name).into_iter().flatten();
+        all.filter(|((_, link), _)| self.links.contains_key(link)).map(|(_, instance)| instance)
     }
 
     /// Returns the instance of `name` at `peer`, if it serves that.
     pub(crate) fn instance(&self, name: &ServiceName, peer: &NodeId) -> Option<&Instance<L>> {
-        self.services.get(name)?.get(peer)
+        self.services.get(name)?.get(&(*peer, *self.peers.get(peer)?))
     }
 
     pub(crate) fn link(&self, peer: &NodeId) -> Option<&L> {
-        self.links.get(peer)
+        self.links.get(self.peers.get(peer)?)
     }
 
     pub(crate) fn peers(&self) -> usize {
-        self.links.len()
+        self.peers.len()
+    }
+
+    /// Returns true if nothing of any link is left.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.topics.is_empty() && self.services.is_empty() && self.peers.is_empty()
     }
 }
 
@@ -315,5 +353,27 @@ mod tests {
             }
             prop_assert!(trie.is_empty(), "nothing is left behind");
         }
+    }
+
+    #[test]
+    fn a_new_link_of_a_peer_counts_once_it_is_up_and_outlives_the_old_one() {
+        let (peer, old, new) = (NodeId::from_bytes([1; 32]), LinkId(1), LinkId(2));
+        let name: ServiceName = "stock".parse().unwrap();
+        let serving = || RouteChange::Serving(ServiceInfo { name: name.clone(), concurrency: 1 });
+        let mut routing = Routing::default();
+        let mut apply = |link: LinkId, change| routing.apply(peer, link, || Some(link), change);
+        apply(old, serving());
+        apply(old, RouteChange::Up);
+        apply(new, serving());
+        let serving_links = |routing: &Routing| -> Vec<LinkId> {
+            routing.instances(&name).map(|instance| instance.link).collect()
+        };
+        assert_eq!(serving_links(&routing), [old]);
+        for change in [(old, RouteChange::Down), (new, RouteChange::Up)] {
+            routing.apply(peer, change.0, || Some(change.0), change.1);
+        }
+        routing.apply(peer, old, || None, RouteChange::Withdrawn(name.clone()));
+        assert_eq!(serving_links(&routing), [new]);
+        assert_eq!(routing.instance(&name, &peer).map(|instance| instance.link), Some(new));
     }
 }

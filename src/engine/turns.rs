@@ -1,56 +1,79 @@
 //! Queues that are served in turn, one for each owner, so that who queues much delays no other by
 //! more than one item.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::hash::Hash;
 
 use super::HashMap;
 
+/// Items by number, in the turns of their owners. An item is removed without a search, and so are
+/// all items of an owner.
 #[derive(Debug)]
 pub(crate) struct Turns<O, T> {
     /// The queues that are not empty.
-    queues: HashMap<O, VecDeque<T>>,
+    queues: HashMap<O, Queue<T>>,
     /// Their owners, in the order in which they are served.
-    owners: VecDeque<O>,
+    owners: BTreeMap<u64, O>,
+    last_turn: u64,
+}
+
+#[derive(Debug)]
+struct Queue<T> {
+    items: BTreeMap<u64, T>,
+    /// The number of its owner's turn.
+    turn: u64,
 }
 
 impl<O: Copy + Eq + Hash, T> Turns<O, T> {
     pub(crate) fn new() -> Self {
-        Self { queues: HashMap::default(), owners: VecDeque::new() }
+        Self { queues: HashMap::default(), owners: BTreeMap::new(), last_turn: 0 }
     }
 
-    pub(crate) fn push(&mut self, owner: O, item: T) {
-        let queue = self.queues.entry(owner).or_default();
-        if queue.is_empty() {
-            self.owners.push_back(owner);
-        }
-        queue.push_back(item);
+    /// Adds an item to its owner's queue. The numbers are the order within a queue.
+    pub(crate) fn push(&mut self, owner: O, number: u64, item: T) {
+        let Self { queues, owners, last_turn } = self;
+        let queue = queues.entry(owner).or_insert_with(|| {
+            *last_turn += 1;
+            owners.insert(*last_turn, owner);
+            Queue { items: BTreeMap::new(), turn: *last_turn }
+        });
+        queue.items.insert(number, item);
     }
 
     /// Removes and returns the first item of the owner whose turn it is.
-    pub(crate) fn pop(&mut self) -> Option<T> {
-        let owner = self.owners.pop_front()?;
+    pub(crate) fn pop(&mut self) -> Option<(O, T)> {
+        let (_, owner) = self.owners.pop_first()?;
         let queue = self.queues.get_mut(&owner)?;
-        let item = queue.pop_front();
-        match queue.is_empty() {
-            true => _ = self.queues.remove(&owner),
-            false => self.owners.push_back(owner),
+        let (_, item) = queue.items.pop_first()?;
+        if queue.items.is_empty() {
+            self.queues.remove(&owner);
+        } else {
+            self.last_turn += 1;
+            queue.turn = self.last_turn;
+            self.owners.insert(self.last_turn, owner);
         }
-        item
+        Some((owner, item))
     }
 
-    /// Removes the items for which `wanted` is false.
-    pub(crate) fn retain(&mut self, wanted: impl Fn(&T) -> bool) {
-        self.queues.retain(|_, queue| {
-            queue.retain(&wanted);
-            !queue.is_empty()
-        });
-        self.owners.retain(|owner| self.queues.contains_key(owner));
+    /// Removes an item, if it is there.
+    pub(crate) fn remove(&mut self, owner: O, number: u64) {
+        let Some(queue) = self.queues.get_mut(&owner) else { return };
+        queue.items.remove(&number);
+        if queue.items.is_empty() {
+            self.remove_all(owner);
+        }
+    }
+
+    /// Removes all items of an owner.
+    pub(crate) fn remove_all(&mut self, owner: O) {
+        if let Some(queue) = self.queues.remove(&owner) {
+            self.owners.remove(&queue.turn);
+        }
     }
 
     #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        self.queues.values().map(VecDeque::len).sum()
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queues.is_empty() && self.owners.is_empty()
     }
 }
 
@@ -58,32 +81,39 @@ impl<O: Copy + Eq + Hash, T> Turns<O, T> {
 mod tests {
     use super::*;
 
-    fn all(turns: &mut Turns<char, u32>) -> Vec<u32> {
-        std::iter::from_fn(|| turns.pop()).collect()
+    fn push(turns: &mut Turns<char, u64>, owner: char, numbers: std::ops::Range<u64>) {
+        numbers.for_each(|number| turns.push(owner, number, number));
+    }
+
+    fn all(turns: &mut Turns<char, u64>) -> Vec<u64> {
+        std::iter::from_fn(|| turns.pop()).map(|(_, item)| item).collect()
     }
 
     #[test]
     fn owners_are_served_in_turn_and_each_in_its_own_order() {
         let mut turns = Turns::new();
-        (0..4).for_each(|item| turns.push('a', item));
-        (10..12).for_each(|item| turns.push('b', item));
-        assert_eq!(turns.pop(), Some(0));
-        turns.push('c', 20);
+        push(&mut turns, 'a', 0..4);
+        push(&mut turns, 'b', 10..12);
+        assert_eq!(turns.pop(), Some(('a', 0)));
+        push(&mut turns, 'c', 20..21);
         assert_eq!(all(&mut turns), [10, 1, 20, 11, 2, 3]);
-        turns.push('b', 12);
+        push(&mut turns, 'b', 12..13);
         assert_eq!(all(&mut turns), [12]);
-        assert!(turns.queues.is_empty() && turns.owners.is_empty());
+        assert!(turns.is_empty());
     }
 
     #[test]
     fn an_owner_whose_items_are_removed_has_no_turn() {
         let mut turns = Turns::new();
-        turns.push('a', 1);
-        turns.push('b', 2);
-        turns.push('b', 3);
-        turns.retain(|item| *item > 2);
-        turns.push('a', 4);
-        assert_eq!((turns.len(), turns.owners.len()), (2, 2));
+        push(&mut turns, 'a', 1..2);
+        push(&mut turns, 'b', 2..4);
+        push(&mut turns, 'c', 5..9);
+        turns.remove('a', 1);
+        turns.remove('b', 2);
+        turns.remove_all('c');
+        turns.remove('c', 5);
+        push(&mut turns, 'a', 4..5);
         assert_eq!(all(&mut turns), [3, 4]);
+        assert!(turns.is_empty());
     }
 }

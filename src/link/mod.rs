@@ -41,7 +41,7 @@ pub(crate) trait Link: Send + Sync {
 
 /// The time that the batches of a connection take before other tasks have their turn. A peer can
 /// make them as expensive as it likes, and its bytes may never end.
-pub(crate) const SLICE: Duration = Duration::from_micros(500);
+pub(crate) const SLICE: Duration = Duration::from_micros(200);
 
 /// Receives the batches of a connection, in order, from one task.
 pub(crate) trait Receiver: Send + Sync {

@@ -98,6 +98,34 @@ pub(crate) struct Announcement {
     pub(crate) withdrawn: Vec<ServiceName>,
 }
 
+impl Announcement {
+    /// The number of changes.
+    pub(crate) fn len(&self) -> usize {
+        let Self { seq: _, subscribed, unsubscribed, serving, withdrawn } = self;
+        subscribed.len() + unsubscribed.len() + serving.len() + withdrawn.len()
+    }
+
+    /// Takes the first changes, if there are more than that many. Ends come before beginnings.
+    pub(crate) fn take_part(&mut self, most: usize) -> Option<Self> {
+        if self.len() <= most {
+            return None;
+        }
+        fn take<T>(from: &mut Vec<T>, room: &mut usize) -> Vec<T> {
+            let taken: Vec<T> = from.drain(from.len().saturating_sub(*room)..).collect();
+            *room -= taken.len();
+            taken
+        }
+        let mut room = most;
+        Some(Self {
+            seq: self.seq,
+            unsubscribed: take(&mut self.unsubscribed, &mut room),
+            withdrawn: take(&mut self.withdrawn, &mut room),
+            subscribed: take(&mut self.subscribed, &mut room),
+            serving: take(&mut self.serving, &mut room),
+        })
+    }
+}
+
 /// The reason for which a link ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Bye {

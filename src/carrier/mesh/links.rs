@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::{ArcSwap, Guard};
 use smallvec::SmallVec;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::peer_link::PeerLink;
 use crate::address::{Recipient, ServiceName};
@@ -44,6 +45,9 @@ pub(super) struct Links {
     /// The memory for what peers send and don't take.
     pub(super) budget: Arc<Budget>,
     mesh: Mutex<Mesh>,
+    /// The turns of the links whose batches take long: one of the runtime's threads is left to all
+    /// others.
+    turns: Semaphore,
     table: Mutex<HashMap<LinkId, Arc<PeerLink>>>,
     numbers: AtomicU64,
     routing: ArcSwap<LiveRouting>,
@@ -91,18 +95,26 @@ impl Candidate for Instances<'_> {
 }
 
 impl Links {
-    pub(super) fn new(mesh: Mesh, timing: Timing, limits: Limits) -> Self {
+    pub(super) fn new(mesh: Mesh, timing: Timing, limits: Limits, threads: usize) -> Self {
         Self {
             timing,
             limits,
             budget: mesh.budget().clone(),
             mesh: Mutex::new(Rank::Mesh, mesh),
+            turns: Semaphore::new(threads.saturating_sub(1).max(1)),
             table: Mutex::new(Rank::Table, HashMap::new()),
             numbers: AtomicU64::new(1),
             routing: ArcSwap::default(),
             affinity: Mutex::new(Rank::Table, Affinity::default()),
             turn: AtomicUsize::new(0),
         }
+    }
+
+    /// Waits for a link's turn to handle a part of a long batch. Turns come in the order in which
+    /// they are asked for.
+    pub(super) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.turns.acquire().await.ok()
     }
 
     // The table.
@@ -159,10 +171,8 @@ impl Links {
         peer: NodeId,
         change: RouteChange,
     ) {
-        if let Some(route) = self.get(link).map(Route::new) {
-            let next = next.0.get_or_insert_with(|| Routing::clone(&self.routing.load()));
-            next.apply(peer, link, &route, change);
-        }
+        let next = next.0.get_or_insert_with(|| Routing::clone(&self.routing.load()));
+        next.apply(peer, link, || self.get(link).map(Route::new), change);
     }
 
     /// Replaces the snapshot, if there were changes.

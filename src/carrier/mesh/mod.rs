@@ -107,7 +107,8 @@ impl MeshCarrier {
             suspect: core.config.suspect_after,
             dead: core.config.dead_after,
         };
-        let links = Arc::new(Links::new(mesh, timing, limits));
+        let threads = core.runtime.metrics().num_workers();
+        let links = Arc::new(Links::new(mesh, timing, limits, threads));
         let alarm = Arc::new(Alarm::default());
         let durable = store.map(|store| Durable::new(core, &links, &alarm, store));
         Arc::new_cyclic(|carrier| {
@@ -205,7 +206,7 @@ impl MeshCarrier {
             reporter.counters.refused("protocol");
         }
         reporter.log(Line::LinkClosed { peer: link.peer, reason: reason.to_string() });
-        self.core.with_front(|front, _| front.handle_link_lost(id, link.peer, &loss));
+        self.core.lose_link(id, link.peer, &loss);
         link.close();
     }
 

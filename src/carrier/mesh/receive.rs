@@ -21,7 +21,7 @@ use crate::link::{Acceptor, Link, Receiver, SLICE};
 use crate::message::{Kind, Message, MessageId};
 use crate::report::DropReason;
 use crate::wire::{
-    Control, Decoded, INLINE_BODY, Lane, PROTOCOL_VERSION, Totals, WireError, decode,
+    Announcement, Control, Decoded, INLINE_BODY, Lane, PROTOCOL_VERSION, Totals, WireError, decode,
 };
 
 /// Adds each new connection to the mesh. Its reference is weak, since the transports hold it and
@@ -84,6 +84,21 @@ enum Progress {
 /// The records between two looks at the clock.
 const RECORDS_A_LOOK: u32 = 16;
 
+/// The changes of a long announcement that are handled at once.
+const CHANGES_AT_ONCE: usize = 64;
+
+/// The most bytes of a batch that is handled at once. A longer one waits for its turn, as does the
+/// rest of one that takes long.
+const SHORT: usize = 16 * 1024;
+
+/// A batch that is being handled.
+struct Batch<'a> {
+    records: Decoded<'a>,
+    events: Events<'a>,
+    /// The rest of a long announcement, which comes before the next record.
+    announcement: Option<Box<Announcement>>,
+}
+
 impl From<WireError> for Fault {
     fn from(error: WireError) -> Self {
         Self::Wire(error)
@@ -107,14 +122,16 @@ impl Receiver for LinkReceiver {
         if self.link.has_ended() {
             return None;
         }
-        let mut events = Events { receiver: self, batch: None };
+        if frames.iter().map(Bytes::len).sum::<usize>() > SHORT {
+            return Some(self.take_long(frames).boxed());
+        }
         let taken = self.open(frames).and_then(|mut batch| {
-            let progress = self.take_slice(&mut batch, &mut events)?;
+            let progress = self.take_slice(&mut batch)?;
             Ok((batch, progress))
         });
         match taken {
             Ok((_, Progress::Complete)) => None,
-            Ok((batch, Progress::More)) => Some(self.take_rest(batch, events).boxed()),
+            Ok((batch, Progress::More)) => Some(self.take_rest(batch).boxed()),
             Err(fault) => {
                 self.handle_fault(fault);
                 None
@@ -150,22 +167,39 @@ impl LinkReceiver {
         carrier.with_mesh(|mesh, now| mesh.handle_violation(now, link, text));
     }
 
-    fn open(&self, frames: Vec<Bytes>) -> Result<Decoded<'_>, Fault> {
+    fn open(&self, frames: Vec<Bytes>) -> Result<Batch<'_>, Fault> {
         let (core, link) = (&self.carrier.core, &self.link);
-        let batch = decode(frames, &core.id, &link.peer, core.config.max_body)?;
+        let records = decode(frames, &core.id, &link.peer, core.config.max_body)?;
         let now = core.now();
-        link.with_flow(|flow| flow.handle_preamble(now, &batch.preamble))?;
-        if batch.preamble.consumed.iter().any(|lane| lane.messages > 0) {
+        link.with_flow(|flow| flow.handle_preamble(now, &records.preamble))?;
+        if records.preamble.consumed.iter().any(|lane| lane.messages > 0) {
             link.prove();
         }
-        Ok(batch)
+        let events = Events { receiver: self, batch: None };
+        Ok(Batch { records, events, announcement: None })
+    }
+
+    /// Handles a batch in turns.
+    async fn take_long(&self, frames: Vec<Bytes>) {
+        let turn = self.carrier.links.turn().await;
+        let taken = self.open(frames).and_then(|mut batch| {
+            let progress = self.take_slice(&mut batch)?;
+            Ok((batch, progress))
+        });
+        drop(turn);
+        match taken {
+            Ok((_, Progress::Complete)) => {}
+            Ok((batch, Progress::More)) => self.take_rest(batch).await,
+            Err(fault) => self.handle_fault(fault),
+        }
     }
 
     /// Handles the rest of a batch, slice by slice.
-    async fn take_rest(&self, mut batch: Decoded<'_>, mut events: Events<'_>) {
+    async fn take_rest(&self, mut batch: Batch<'_>) {
         loop {
             yield_now().await;
-            match self.take_slice(&mut batch, &mut events) {
+            let _turn = self.carrier.links.turn().await;
+            match self.take_slice(&mut batch) {
                 Ok(Progress::More) => {}
                 Ok(Progress::Complete) => return,
                 Err(fault) => return self.handle_fault(fault),
@@ -174,36 +208,41 @@ impl LinkReceiver {
     }
 
     /// Handles the next records of a batch.
-    fn take_slice(
-        &self,
-        batch: &mut Decoded<'_>,
-        events: &mut Events<'_>,
-    ) -> Result<Progress, Fault> {
-        let taken = self.take_records(batch, events);
+    fn take_slice(&self, batch: &mut Batch<'_>) -> Result<Progress, Fault> {
+        let taken = self.take_records(batch);
         // Events that precede a fault are delivered all the same.
-        events.deliver()?;
+        batch.events.deliver()?;
         taken
     }
 
-    fn take_records(
-        &self,
-        batch: &mut Decoded<'_>,
-        events: &mut Events<'_>,
-    ) -> Result<Progress, Fault> {
+    fn take_records(&self, batch: &mut Batch<'_>) -> Result<Progress, Fault> {
         let (link, begun) = (&self.link, Instant::now());
+        let Batch { records, events, announcement } = batch;
         for number in 1_u32.. {
             if link.has_ended() {
                 break;
             }
-            while let Some((id, body)) = batch.next_successor() {
+            if let Some(long) = announcement {
+                match self.take_part(long) {
+                    true if begun.elapsed() >= SLICE => return Ok(Progress::More),
+                    true => {}
+                    false => *announcement = None,
+                }
+                continue;
+            }
+            while let Some((id, body)) = records.next_successor() {
                 events.add_successor(id, body)?;
             }
-            let Some(record) = batch.next_record()? else { break };
+            let Some(record) = records.next_record()? else { break };
             match incoming(record, link.peer, link.is_open(), &link.grants)? {
                 Incoming::Event(message) => events.add(message)?,
                 Incoming::Message { received, lane, cost } => {
                     events.deliver()?;
                     self.handle_message(received, lane, Totals::one(cost))?;
+                }
+                Incoming::Control(ReceivedControl::Mesh(Control::Announce(news))) => {
+                    events.deliver()?;
+                    *announcement = Some(news);
                 }
                 Incoming::Control(control) => {
                     events.deliver()?;
@@ -216,6 +255,18 @@ impl LinkReceiver {
             }
         }
         Ok(Progress::Complete)
+    }
+
+    /// Handles the next changes of an announcement. Returns false after the last.
+    fn take_part(&self, news: &mut Box<Announcement>) -> bool {
+        let link = self.link.id;
+        let part = news.take_part(CHANGES_AT_ONCE);
+        let is_part = part.is_some();
+        self.carrier.with_mesh(|mesh, now| match part {
+            Some(part) => mesh.handle_part(now, link, part),
+            None => mesh.handle_control(now, link, Control::Announce(std::mem::take(news))),
+        });
+        is_part
     }
 
     fn handle_message(

@@ -28,8 +28,7 @@ pub(crate) use incoming::{
 use requests::Requests;
 use service::{Admission, Service};
 
-use super::flow::LinkLoss;
-use super::{LinkId, Path, Time};
+use super::{FORGOTTEN_AT_ONCE, LinkId, LinkLoss, Path, Time};
 use crate::address::{Destination, Pattern, ServiceName};
 use crate::identity::NodeId;
 use crate::message::{Extra, Header, Message, MessageId, check_size};
@@ -169,6 +168,8 @@ pub(crate) struct Front<H: Host> {
     durable: BTreeMap<ServiceName, (Pattern, ServiceNumber)>,
     /// The services and durable subscriptions above, and withdrawn ones with unfinished calls.
     served: BTreeMap<ServiceNumber, Served<H>>,
+    /// The services with queued calls of lost paths.
+    losing: VecDeque<ServiceNumber>,
     numbers: u64,
     local_bytes: u64,
     broker_bytes: u64,
@@ -240,6 +241,7 @@ impl<H: Host> Front<H> {
             services: BTreeMap::new(),
             durable: BTreeMap::new(),
             served: BTreeMap::new(),
+            losing: VecDeque::new(),
             numbers: 0,
             local_bytes: 0,
             broker_bytes: 0,
@@ -555,8 +557,9 @@ impl<H: Host> Front<H> {
         self.forget_if_over(number);
     }
 
-    /// Handles the loss of the link to `peer`, with the messages lost in its flow.
-    pub(crate) fn handle_link_lost(&mut self, link: LinkId, peer: NodeId, lost: &LinkLoss) {
+    /// Handles the loss of the link to `peer`, with the messages lost in its flow. Returns true if
+    /// [`Front::forget_lost`] is due.
+    pub(crate) fn handle_link_lost(&mut self, link: LinkId, peer: NodeId, lost: &LinkLoss) -> bool {
         let path = Path::Link(link);
         if lost.unsent > 0 {
             let reason = DropReason::LinkLost;
@@ -570,37 +573,53 @@ impl<H: Host> Front<H> {
             self.effects
                 .push_back(Effect::Complete(waiter, RequestOutcome::PeerLost { maybe_executed }));
         }
-        let numbers: Vec<_> = self.served.keys().copied().collect();
-        for number in numbers {
-            self.lose_calls(number, path);
-            self.forget_if_over(number);
-        }
-    }
-
-    /// Drops the queued calls that arrived over a lost path, and interrupts the running ones.
-    fn lose_calls(&mut self, number: ServiceNumber, path: Path) {
-        let Some(served) = self.served.get_mut(&number) else { return };
-        let queued = served.calls.handle_path_lost(path);
-        for (key, running) in served.calls.all_kept() {
-            // The sender's outbox still waits for a guaranteed message.
-            if key.path == path && running.heading.delivery.is_none() {
-                self.effects.push_back(Effect::Interrupt(running.handle.clone()));
+        for (number, served) in &mut self.served {
+            if served.calls.handle_path_lost(path) {
+                self.losing.push_back(*number);
+            }
+            for (key, running) in served.calls.all_kept() {
+                // The sender's outbox still waits for a guaranteed message.
+                if key.path == path && running.heading.delivery.is_none() {
+                    self.effects.push_back(Effect::Interrupt(running.handle.clone()));
+                }
             }
         }
-        self.effects.push_back(Effect::CallEnded(served.service.clone()));
-        for (_, call) in queued {
-            let Call { message, hold, .. } = call;
-            let heading = Heading::of(path, &message);
-            self.effects.push_back(Effect::Discard(message));
-            match &heading.delivery {
-                Some(delivery) => {
-                    let settlement = heading.settlement(delivery.clone(), None);
-                    self.effects.push_back(Effect::Settle(hold, settlement, None));
-                }
+        self.forget_lost()
+    }
+
+    /// Forgets queued calls of lost links: some of them, since all others wait meanwhile. Returns
+    /// true while there are more.
+    pub(crate) fn forget_lost(&mut self) -> bool {
+        for _ in 0..FORGOTTEN_AT_ONCE {
+            let Some(number) = self.losing.front().copied() else { return false };
+            let served = self.served.get_mut(&number);
+            match served.and_then(|served| served.calls.take_lost()) {
+                Some((key, call)) => self.forget_call(key.path, call),
                 None => {
-                    self.effects.push_back(Effect::Release(hold));
-                    self.effects.push_back(Effect::Forget(DropReason::LinkLost));
+                    self.losing.pop_front();
+                    if let Some(served) = self.served.get(&number) {
+                        self.effects.push_back(Effect::CallEnded(served.service.clone()));
+                    }
+                    self.forget_if_over(number);
                 }
+            }
+        }
+        !self.losing.is_empty()
+    }
+
+    /// Forgets a call that arrived over a lost path.
+    fn forget_call(&mut self, path: Path, call: Call<H>) {
+        let Call { message, hold, .. } = call;
+        let heading = Heading::of(path, &message);
+        self.effects.push_back(Effect::Discard(message));
+        match &heading.delivery {
+            Some(delivery) => {
+                let settlement = heading.settlement(delivery.clone(), None);
+                self.effects.push_back(Effect::Settle(hold, settlement, None));
+            }
+            None => {
+                self.effects.push_back(Effect::Release(hold));
+                self.effects.push_back(Effect::Forget(DropReason::LinkLost));
             }
         }
     }

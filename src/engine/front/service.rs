@@ -4,7 +4,7 @@
 //! others run beside them. Queued calls run in turns of their paths: a peer with many of them does
 //! not delay those of others.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
 
@@ -42,16 +42,17 @@ pub(crate) struct Service<K, C, R> {
     concurrency: usize,
     running: HashMap<K, Running<R>>,
     /// The queued calls by path, so that a lost one takes no search; no path is without one.
-    queued: HashMap<Path, HashMap<K, Waiting<C>>>,
+    queued: HashMap<Path, BTreeMap<K, Waiting<C>>>,
     /// The number of all queued calls.
     queue_len: usize,
-    /// The tickets of queued calls that run as soon as there is room.
-    waiting: Turns<Path, Ticket<K>>,
-    /// For each ordering key of a running call or one in `waiting`: the calls behind that one.
-    behind: HashMap<Arc<str>, VecDeque<Ticket<K>>>,
-    tickets: u64,
-    /// The number of tickets in the queues whose calls were cancelled.
-    void: usize,
+    /// The queued calls of lost paths, which never run.
+    lost: VecDeque<(Path, BTreeMap<K, Waiting<C>>)>,
+    /// The queued calls that run as soon as there is room.
+    waiting: Turns<Path, K>,
+    /// For each ordering key of a running call or one in `waiting`: the calls behind that one, in
+    /// their order.
+    behind: HashMap<Arc<str>, BTreeMap<u64, (Path, K)>>,
+    last_number: u64,
 }
 
 #[derive(Debug)]
@@ -62,21 +63,13 @@ struct Running<R> {
 
 #[derive(Debug)]
 struct Waiting<C> {
+    /// Its place in the queue.
     number: u64,
     /// The call is in `waiting`, not behind another.
     is_next: bool,
     order: Option<Arc<str>>,
     expires: Option<Time>,
     call: C,
-}
-
-/// The place of a call in a queue. It is void once the call was cancelled, so that a cancellation
-/// takes no search.
-#[derive(Debug, Clone, Copy)]
-struct Ticket<K> {
-    key: K,
-    path: Path,
-    number: u64,
 }
 
 impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
@@ -86,10 +79,10 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             running: HashMap::default(),
             queued: HashMap::default(),
             queue_len: 0,
+            lost: VecDeque::new(),
             waiting: Turns::new(),
             behind: HashMap::default(),
-            tickets: 0,
-            void: 0,
+            last_number: 0,
         }
     }
 
@@ -109,18 +102,17 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         let order: Option<Arc<str>> = order.map(Arc::from);
         let before = order.as_ref().and_then(|order| self.behind.get_mut(order));
         if before.is_none() && self.running.len() < self.concurrency {
-            self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
+            self.behind.extend(order.clone().map(|order| (order, BTreeMap::new())));
             self.running.insert(key, Running { order, kept: None });
             return Admission::Start(call);
         }
-        self.tickets += 1;
-        let (number, is_next) = (self.tickets, before.is_none());
-        let ticket = Ticket { key, path, number };
+        self.last_number += 1;
+        let (number, is_next) = (self.last_number, before.is_none());
         match before {
-            Some(behind) => behind.push_back(ticket),
+            Some(behind) => _ = behind.insert(number, (path, key)),
             None => {
-                self.behind.extend(order.clone().map(|order| (order, VecDeque::new())));
-                self.waiting.push(path, ticket);
+                self.behind.extend(order.clone().map(|order| (order, BTreeMap::new())));
+                self.waiting.push(path, number, key);
             }
         }
         let waiting = Waiting { number, is_next, order, expires, call };
@@ -157,16 +149,16 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
             finished.kept = kept;
         }
         while self.running.len() < self.concurrency
-            && let Some(ticket) = self.waiting.pop()
+            && let Some((path, key)) = self.waiting.pop()
         {
-            let Some(next) = self.redeem(ticket) else { continue };
+            let Some(next) = self.unqueue(path, &key) else { continue };
             if next.expires.is_some_and(|expires| expires <= now) {
                 self.release(next.order);
-                finished.expired.push((ticket.key, next.call));
+                finished.expired.push((key, next.call));
                 continue;
             }
-            self.running.insert(ticket.key, Running { order: next.order, kept: None });
-            finished.next = Some((ticket.key, next.call));
+            self.running.insert(key, Running { order: next.order, kept: None });
+            finished.next = Some((key, next.call));
             break;
         }
         finished
@@ -176,31 +168,45 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
     /// stopped here.
     pub(crate) fn handle_cancel(&mut self, path: Path, key: K) -> Option<C> {
         let waiting = self.unqueue(path, &key)?;
-        self.void += 1;
-        Some(self.leave(waiting))
+        Some(self.leave(path, waiting))
     }
 
-    /// Removes and returns the queued calls of a path, in the order of their names.
-    pub(crate) fn handle_path_lost(&mut self, path: Path) -> Vec<(K, C)> {
-        let mut lost: Vec<_> = self.queued.remove(&path).into_iter().flatten().collect();
-        lost.sort_unstable_by_key(|(key, _)| *key);
+    /// Handles the loss of a path: its queued calls never run. [`Service::take_lost`] returns them.
+    /// Returns false if there are none.
+    pub(crate) fn handle_path_lost(&mut self, path: Path) -> bool {
+        let Some(lost) = self.queued.remove(&path) else { return false };
         self.queue_len -= lost.len();
-        self.void += lost.len();
-        lost.into_iter().map(|(key, waiting)| (key, self.leave(waiting))).collect()
+        self.waiting.remove_all(path);
+        self.lost.push_back((path, lost));
+        true
+    }
+
+    /// Removes and returns the next call of a lost path, in the order of their names.
+    pub(crate) fn take_lost(&mut self) -> Option<(K, C)> {
+        loop {
+            let (path, lost) = self.lost.front_mut()?;
+            let path = *path;
+            match lost.pop_first() {
+                Some((key, waiting)) => return Some((key, self.leave(path, waiting))),
+                None => _ = self.lost.pop_front(),
+            }
+        }
     }
 
     /// Removes and returns all queued calls, in the order of their names.
     pub(crate) fn take_queued(&mut self) -> Vec<(K, C)> {
-        let paths: Vec<Path> = self.queued.keys().copied().collect();
-        let mut taken: Vec<_> =
-            paths.into_iter().flat_map(|path| self.handle_path_lost(path)).collect();
-        taken.sort_unstable_by_key(|(key, _)| *key);
-        taken
+        let of_path = |(path, calls): (Path, BTreeMap<K, _>)| {
+            calls.into_iter().map(move |(key, waiting)| (path, key, waiting))
+        };
+        let mut taken: Vec<_> = self.queued.drain().flat_map(of_path).collect();
+        taken.sort_unstable_by_key(|(_, key, _)| *key);
+        self.queue_len = 0;
+        taken.into_iter().map(|(path, key, waiting)| (key, self.leave(path, waiting))).collect()
     }
 
-    /// Returns true if no call is running or queued.
+    /// Returns true if no call is running, queued or lost.
     pub(crate) fn is_idle(&self) -> bool {
-        self.unfinished() == 0
+        self.unfinished() == 0 && self.lost.is_empty()
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -226,59 +232,32 @@ impl<K: Copy + Ord + Hash, C, R> Service<K, C, R> {
         Some(waiting)
     }
 
-    /// Takes the call of a ticket, unless it was cancelled.
-    fn redeem(&mut self, ticket: Ticket<K>) -> Option<Waiting<C>> {
-        if !is_valid(&self.queued, &ticket) {
-            self.void -= 1;
-            return None;
+    /// Handles the departure of a call that is no longer in `queued`.
+    fn leave(&mut self, path: Path, waiting: Waiting<C>) -> C {
+        let Waiting { number, is_next, order, call, .. } = waiting;
+        if is_next {
+            self.waiting.remove(path, number);
+            self.release(order);
+        } else if let Some(behind) = order.and_then(|order| self.behind.get_mut(&order)) {
+            behind.remove(&number);
         }
-        self.unqueue(ticket.path, &ticket.key)
+        call
     }
 
-    /// Handles the departure of a call from the queue; its ticket is void already.
-    fn leave(&mut self, waiting: Waiting<C>) -> C {
-        if waiting.is_next {
-            self.release(waiting.order);
-        }
-        if self.void > self.unfinished() + MOST_VOID {
-            self.drop_void_tickets();
-        }
-        waiting.call
-    }
-
-    /// Releases an ordering key: the call behind the one that left is next.
+    /// Releases an ordering key: the call behind the one that left is next. Lost calls have no turn.
     fn release(&mut self, order: Option<Arc<str>>) {
         let Some(order) = order else { return };
-        while let Some(ticket) = self.behind.get_mut(&order).and_then(VecDeque::pop_front) {
-            let waiting = self.queued.get_mut(&ticket.path);
-            match waiting.and_then(|calls| calls.get_mut(&ticket.key)) {
-                Some(waiting) if waiting.number == ticket.number => {
-                    waiting.is_next = true;
-                    return self.waiting.push(ticket.path, ticket);
-                }
-                _ => self.void -= 1,
+        let behind = self.behind.get_mut(&order).into_iter();
+        for (_, (path, key)) in behind.flat_map(|it| std::iter::from_fn(|| it.pop_first())) {
+            let queued = self.queued.get_mut(&path);
+            if let Some(waiting) = queued.and_then(|calls| calls.get_mut(&key)) {
+                self.last_number += 1;
+                (waiting.number, waiting.is_next) = (self.last_number, true);
+                return self.waiting.push(path, waiting.number, key);
             }
         }
         self.behind.remove(&order);
     }
-
-    fn drop_void_tickets(&mut self) {
-        let Self { queued, waiting, behind, void, .. } = self;
-        waiting.retain(|ticket| is_valid(queued, ticket));
-        behind.values_mut().for_each(|queue| queue.retain(|ticket| is_valid(queued, ticket)));
-        *void = 0;
-    }
-}
-
-/// The void tickets that may outnumber the calls before they are searched for.
-const MOST_VOID: usize = 64;
-
-fn is_valid<K: Hash + Eq, C>(
-    queued: &HashMap<Path, HashMap<K, Waiting<C>>>,
-    ticket: &Ticket<K>,
-) -> bool {
-    let waiting = queued.get(&ticket.path).and_then(|calls| calls.get(&ticket.key));
-    waiting.is_some_and(|it| it.number == ticket.number)
 }
 
 #[cfg(test)]
@@ -374,15 +353,17 @@ mod tests {
         service.handle_call(3, lost, Some("x"), None, 'c');
         service.handle_call(4, PATH, Some("x"), None, 'd');
         service.handle_call(5, lost, Some("y"), None, 'e');
-        assert_eq!(service.handle_path_lost(lost), [(3, 'c'), (5, 'e')]);
+        assert!(service.handle_path_lost(lost));
         assert_eq!((service.unfinished(), service.queued.len()), (3, 1));
+        assert_eq!([service.take_lost(), service.take_lost()], [Some((3, 'c')), Some((5, 'e'))]);
+        assert_eq!(service.take_lost(), None);
         assert_eq!(finish(&mut service, at(6), 1), (Some('d'), vec!['b']), "b expired");
         assert_eq!(finish(&mut service, at(6), 4), (None, vec![]));
         assert!(service.is_idle() && service.behind.is_empty());
     }
 
     #[test]
-    fn calls_that_are_cancelled_at_once_leave_no_tickets_behind() {
+    fn calls_that_are_cancelled_at_once_leave_nothing_behind() {
         let mut service = Service::new(1);
         service.handle_call(0, PATH, Some("x"), None, 'a');
         for _ in 0..1000 {
@@ -391,13 +372,12 @@ mod tests {
                 assert_eq!(service.handle_cancel(PATH, 7), Some('b'));
             }
         }
-        let behind: usize = service.behind.values().map(VecDeque::len).sum();
-        assert!(service.waiting.len() + behind <= MOST_VOID + 2, "{}", service.void);
+        assert!(service.waiting.is_empty() && service.behind.values().all(BTreeMap::is_empty));
         service.handle_call(7, PATH, Some("x"), None, 'c');
         assert_eq!(finish(&mut service, at(1), 0), (Some('c'), vec![]), "its own ticket counts");
         finish(&mut service, at(1), 7);
         assert!(service.is_idle() && service.behind.is_empty());
-        assert_eq!((service.waiting.len(), service.void, service.queued.len()), (0, 0, 0));
+        assert!(service.waiting.is_empty() && service.queued.is_empty());
         service.handle_call(1, PATH, None, None, 'a');
         (2..5).for_each(|key| _ = service.handle_call(key, PATH, None, None, 'b'));
         assert_eq!(service.take_queued(), [(2, 'b'), (3, 'b'), (4, 'b')]);

@@ -189,3 +189,29 @@ fn a_lost_link_takes_its_queued_calls_along_and_interrupts_those_that_run() {
     front.handle_link_lost(LINK, PEER, &LinkLoss::default());
     assert_eq!(effects(&mut front).1, ["interrupt", "queued: release", "forget link_lost"]);
 }
+
+#[test]
+fn the_queued_calls_of_a_lost_link_are_forgotten_bit_by_bit_and_never_run() {
+    let (mut front, ids) = (front(), IdSource::new(1));
+    let number = front.serve(&"work".parse().unwrap(), 1, "work").unwrap();
+    for _ in 0..=200 {
+        front.handle_call(at(0), Path::Link(LINK), call(&ids, true), "queued");
+    }
+    front.handle_call(at(0), Path::Link(LinkId(8)), call(&ids, true), "other");
+    let (runs, _) = effects(&mut front);
+    let forgotten = |front: &mut Front<Names>| {
+        let told = effects(front).1;
+        told.iter().filter(|effect| *effect == "forget link_lost").count()
+    };
+    assert!(front.handle_link_lost(LINK, PEER, &LinkLoss::default()), "there are more");
+    assert_eq!(forgotten(&mut front), FORGOTTEN_AT_ONCE);
+    let next = front.handle_ended(at(1), number, runs[0].key, replied("done"));
+    assert!(next.is_some_and(|run| run.key.path == Path::Link(LinkId(8))), "no lost call runs");
+    let _reply = effects(&mut front);
+    let mut all = FORGOTTEN_AT_ONCE;
+    while front.forget_lost() {
+        all += forgotten(&mut front);
+    }
+    assert_eq!(all + forgotten(&mut front), 200);
+    assert!(!front.forget_lost());
+}

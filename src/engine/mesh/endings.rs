@@ -1,7 +1,7 @@
 //! Ends of connections and links.
 
-use super::{About, Action, DownReason, Mesh, MeshEvent, Phase};
-use crate::engine::{LinkId, RouteChange, Time};
+use super::{Action, DownReason, Leaving, Mesh, MeshEvent, Phase};
+use crate::engine::{FORGOTTEN_AT_ONCE, LinkId, RouteChange, Time};
 use crate::wire::Bye;
 
 impl Mesh {
@@ -50,16 +50,11 @@ impl Mesh {
     }
 
     pub(super) fn end_peer(&mut self, now: Time, link: LinkId, reason: DownReason) {
-        let Some(About { id, name, patterns, services, .. }) =
-            self.links.get_mut(&link).and_then(|link| link.about.take()).map(|about| *about)
-        else {
+        let Some((id, name)) = self.about(link).map(|about| (about.id, about.name.clone())) else {
             return;
         };
         self.peers.remove(&id);
         let newcomer = self.probes.remove(&id).map(|probe| probe.newcomer);
-        patterns.into_iter().for_each(|it| self.route(link, id, RouteChange::Unsubscribed(it)));
-        let names = services.into_keys();
-        names.for_each(|name| self.route(link, id, RouteChange::Withdrawn(name)));
         self.route(link, id, RouteChange::Down);
         let report = MeshEvent::PeerDown { id, name, reason: reason.clone() };
         self.actions.push_back(Action::Report(report));
@@ -74,8 +69,25 @@ impl Mesh {
         if let Some(entry) = self.links.remove(&link) {
             self.set_deadline(link, entry.phase, None);
             self.actions.push_back(Action::Close { link, reason });
+            if let Some(about) = entry.about {
+                self.leaving.push_back(Leaving { link, about, _share: entry.share });
+                self.forget_some(FORGOTTEN_AT_ONCE);
+            }
         }
         self.dialer.handle_ended(now, link);
         self.probes.retain(|_, probe| probe.newcomer != link);
+    }
+
+    /// Forgets patterns and services of links that have ended: at most so many, since other tasks
+    /// wait meanwhile.
+    pub(super) fn forget_some(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(leaving) = self.leaving.front_mut() else { return };
+            let (link, peer) = (leaving.link, leaving.about.id);
+            match leaving.about.forget_one() {
+                Some(change) => self.route(link, peer, change),
+                None => _ = self.leaving.pop_front(),
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     About, Action, Connection, DownReason, HELLO_TIMEOUT, Link, MAX_ANNOUNCED, Mesh, MeshEvent,
-    PROBE_TIMEOUT, Phase, Probe, kept_for,
+    PROBE_TIMEOUT, Phase, Probe,
 };
 use crate::address::{Pattern, ServiceName};
 use crate::engine::{LinkId, RouteChange, TargetKey, Time};
@@ -80,11 +80,19 @@ impl Mesh {
         let id = hello.id;
         let mut hello = hello;
         let denied = entry.connection.take_denied(&mut hello.patterns, &mut hello.services);
+        let first = Announcement {
+            subscribed: std::mem::take(&mut hello.patterns),
+            serving: std::mem::take(&mut hello.services),
+            ..Announcement::default()
+        };
         let about = entry.about.insert(Box::new(About::from(hello)));
-        if !entry.share.set(about.bytes) {
+        let changes = about.learn(first);
+        let within_share = entry.share.set(about.bytes);
+        changes.into_iter().for_each(|change| self.route(link, id, change));
+        if !within_share {
             return self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
         }
-        let answer = entry.announced.is_none();
+        let answer = self.links.get(&link).is_some_and(|entry| entry.announced.is_none());
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
         self.actions.push_back(Action::Admit(link));
         self.dialer.handle_identified(link, id);
@@ -172,76 +180,62 @@ impl Mesh {
         self.dialer.handle_success(link);
         if let Some(info) = self.peer_info(link) {
             self.route(link, id, RouteChange::Up);
-            let (patterns, services) =
-                (info.patterns.iter().cloned(), info.services.iter().cloned());
-            patterns.for_each(|pattern| self.route(link, id, RouteChange::Subscribed(pattern)));
-            services.for_each(|service| self.route(link, id, RouteChange::Serving(service)));
             self.actions.push_back(Action::Report(MeshEvent::PeerUp(Box::new(info))));
         }
         self.introduce(now, link, id);
     }
 
+    /// Handles a part of an announcement: its end follows.
+    pub(crate) fn handle_part(&mut self, now: Time, link: LinkId, part: Announcement) {
+        match self.links.get(&link).map(|link| link.phase) {
+            Some(Phase::Deciding { .. } | Phase::Up) => _ = self.learn(now, link, part),
+            _ => self.handle_control(now, link, Control::Announce(Box::new(part))),
+        }
+    }
+
     pub(super) fn handle_announcement(&mut self, now: Time, link: LinkId, news: Announcement) {
+        let seq = news.seq;
+        if self.learn(now, link, news)
+            && let Some(entry) = self.links.get_mut(&link)
+            && let Some(about) = &mut entry.about
+        {
+            about.seq = seq;
+            if !matches!(entry.phase, Phase::Up) {
+                self.decide_when_listed(now, link);
+            }
+        }
+    }
+
+    /// Enters a peer's changes. Returns false if they break the protocol.
+    fn learn(&mut self, now: Time, link: LinkId, mut news: Announcement) -> bool {
+        let count = news.len();
+        self.forget_some(2 * count);
         let Some(entry) = self.links.get_mut(&link) else {
-            return;
+            return false;
         };
-        let (Some(about), is_up) = (&mut entry.about, matches!(entry.phase, Phase::Up)) else {
-            return;
+        let Some(about) = &mut entry.about else {
+            return false;
         };
         if about.seq.checked_add(1) != Some(news.seq) {
-            return self.handle_violation(now, link, "an announcement is missing".into());
+            self.handle_violation(now, link, "an announcement is missing".into());
+            return false;
         }
-        about.seq = news.seq;
-        let (more, fewer) = (
-            news.subscribed.len() + news.serving.len(),
-            news.unsubscribed.len() + news.withdrawn.len(),
-        );
-        if more > MAX_ANNOUNCED {
-            return self.handle_violation(now, link, "it announces too much".into());
+        if !entry.allowance.take(now, count.max(1) as u64) {
+            self.handle_violation(now, link, "its announcements change too often".into());
+            return false;
         }
-        if !entry.allowance.take(now, (more + fewer).max(1) as u64) {
-            return self.handle_violation(now, link, "its announcements change too often".into());
-        }
-        let mut news = news;
         let denied = entry.connection.take_denied(&mut news.subscribed, &mut news.serving);
-        let (id, mut changes) = (about.id, Vec::new());
-        for pattern in news.unsubscribed {
-            if about.patterns.remove(&pattern) {
-                about.bytes -= kept_for(pattern.as_str());
-                changes.push(RouteChange::Unsubscribed(pattern));
-            }
-        }
-        for pattern in news.subscribed {
-            if about.patterns.insert(pattern.clone()) {
-                about.bytes += kept_for(pattern.as_str());
-                changes.push(RouteChange::Subscribed(pattern));
-            }
-        }
-        for name in news.withdrawn {
-            if about.services.remove(&name).is_some() {
-                about.bytes -= kept_for(name.as_str());
-                changes.push(RouteChange::Withdrawn(name));
-            }
-        }
-        for service in news.serving {
-            if about.services.insert(service.name.clone(), service.concurrency).is_none() {
-                about.bytes += kept_for(service.name.as_str());
-            }
-            changes.push(RouteChange::Serving(service));
-        }
+        let (id, changes) = (about.id, about.learn(news));
         let too_much = about.patterns.len() + about.services.len() > MAX_ANNOUNCED;
         let within_share = entry.share.set(about.bytes);
-        if is_up {
-            changes.into_iter().for_each(|change| self.route(link, id, change));
-        }
+        changes.into_iter().for_each(|change| self.route(link, id, change));
         self.deny(link, denied);
         if too_much {
             self.handle_violation(now, link, "it announces too much".into());
         } else if !within_share {
             self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
-        } else if !is_up {
-            self.decide_when_listed(now, link);
         }
+        !too_much && within_share
     }
 
     fn deny(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {

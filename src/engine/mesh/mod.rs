@@ -20,11 +20,11 @@ use std::time::Duration;
 
 use crate::address::{MeshName, Pattern, ServiceName};
 use crate::engine::dialer::{Dialer, MAX_ADDRESSES, Sighting, TargetKey};
-use crate::engine::{Bucket, Budget, LinkId, Rate, RouteChange, Share, Time};
+use crate::engine::{Bucket, Budget, FORGOTTEN_AT_ONCE, LinkId, Rate, RouteChange, Share, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
-use crate::wire::{Bye, Control, Hello, Limits};
+use crate::wire::{Announcement, Bye, Control, Hello, Limits};
 use gossip::{Gossip, NAMED};
 use interests::Interests;
 pub(crate) use interests::TooMany;
@@ -204,13 +204,9 @@ struct About {
 }
 
 impl From<Hello> for About {
+    /// What a hello says of its node. Its lists are still to be learnt.
     fn from(hello: Hello) -> Self {
-        let names = hello.patterns.iter().map(Pattern::as_str);
-        let names = names.chain(hello.services.iter().map(|service| service.name.as_str()));
-        let bytes = names.map(kept_for).sum();
-        let services = hello.services.into_iter();
         Self {
-            bytes,
             id: hello.id,
             incarnation: hello.incarnation,
             name: hello.name,
@@ -218,9 +214,48 @@ impl From<Hello> for About {
             addresses: hello.addresses.into_iter().take(MAX_ADDRESSES).collect(),
             seq: 0,
             listed_by: hello.seq,
-            patterns: hello.patterns.into_iter().collect(),
-            services: services.map(|info| (info.name, info.concurrency)).collect(),
+            patterns: BTreeSet::new(),
+            services: BTreeMap::new(),
+            bytes: 0,
         }
+    }
+}
+
+impl About {
+    /// Enters changes; returns those that change something.
+    fn learn(&mut self, news: Announcement) -> Vec<RouteChange> {
+        let mut changes = Vec::with_capacity(news.len());
+        for pattern in news.unsubscribed {
+            if self.patterns.remove(&pattern) {
+                self.bytes -= kept_for(pattern.as_str());
+                changes.push(RouteChange::Unsubscribed(pattern));
+            }
+        }
+        for pattern in news.subscribed {
+            if self.patterns.insert(pattern.clone()) {
+                self.bytes += kept_for(pattern.as_str());
+                changes.push(RouteChange::Subscribed(pattern));
+            }
+        }
+        for name in news.withdrawn {
+            if self.services.remove(&name).is_some() {
+                self.bytes -= kept_for(name.as_str());
+                changes.push(RouteChange::Withdrawn(name));
+            }
+        }
+        for service in news.serving {
+            if self.services.insert(service.name.clone(), service.concurrency).is_none() {
+                self.bytes += kept_for(service.name.as_str());
+            }
+            changes.push(RouteChange::Serving(service));
+        }
+        changes
+    }
+
+    /// Takes one of its patterns or services.
+    fn forget_one(&mut self) -> Option<RouteChange> {
+        let pattern = self.patterns.pop_first().map(RouteChange::Unsubscribed);
+        pattern.or_else(|| self.services.pop_first().map(|(name, _)| RouteChange::Withdrawn(name)))
     }
 }
 
@@ -228,6 +263,15 @@ impl From<Hello> for About {
 fn kept_for(name: &str) -> u64 {
     let tokens = 1 + name.bytes().filter(|byte| *byte == b'.').count();
     (256 + 2 * name.len() + 176 * tokens) as u64
+}
+
+/// The patterns and services of a link that has ended, which are still to be forgotten.
+#[derive(Debug)]
+struct Leaving {
+    link: LinkId,
+    about: Box<About>,
+    /// Their bytes, until they are forgotten.
+    _share: Share,
 }
 
 /// A probe of a peer's old link, on behalf of a new connection.
@@ -250,6 +294,7 @@ pub(crate) struct Mesh {
     /// The deadlines of connections that are not links yet.
     deadlines: BTreeSet<(Time, LinkId)>,
     peers: BTreeMap<NodeId, LinkId>,
+    leaving: VecDeque<Leaving>,
     probes: BTreeMap<NodeId, Probe>,
     dialer: Dialer,
     dialing: bool,
@@ -266,6 +311,7 @@ impl Mesh {
             links: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             peers: BTreeMap::new(),
+            leaving: VecDeque::new(),
             probes: BTreeMap::new(),
             dialer: Dialer::new(me.id, seed, me.dials_per_second),
             dialing: true,
@@ -409,6 +455,7 @@ impl Mesh {
             self.probes.remove(&id);
             self.accept(now, newcomer);
         }
+        self.forget_some(FORGOTTEN_AT_ONCE);
         self.gossip_due(now);
         self.announce_due(now);
         self.dial_due(now);
@@ -433,7 +480,8 @@ impl Mesh {
         let probes = self.probes.values().map(|probe| probe.deadline).min();
         let dials = self.dialing.then(|| self.dialer.poll_timeout()).flatten();
         let news = self.interests.poll_timeout();
-        [links, probes, dials, self.gossip_at(), news].into_iter().flatten().min()
+        let leaving = (!self.leaving.is_empty()).then(Time::default);
+        [links, probes, dials, self.gossip_at(), news, leaving].into_iter().flatten().min()
     }
 
     pub(crate) fn poll_action(&mut self) -> Option<Action> {

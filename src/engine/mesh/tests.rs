@@ -1,4 +1,5 @@
 use super::*;
+use crate::engine::Routing;
 use crate::trust::Grants;
 use crate::wire::{Announcement, Hint};
 
@@ -227,6 +228,56 @@ fn who_announces_without_end_loses_its_link() {
     let flood = Announcement { seq: 1, subscribed, ..Announcement::default() };
     a.handle_control(at(3), LinkId(1), Control::Announce(Box::new(flood)));
     assert!(!a.is_linked(&b.me.id));
+}
+
+/// Applies the changes of routing among a mesh's actions; returns their number.
+fn apply_routes(mesh: &mut Mesh, routing: &mut Routing) -> usize {
+    let routes = actions(mesh).into_iter().filter_map(|action| match action {
+        Action::Route { link, peer, change } => Some((link, peer, change)),
+        _ => None,
+    });
+    routes.map(|(link, peer, change)| routing.apply(peer, link, || Some(link), change)).count()
+}
+
+#[test]
+fn what_a_peer_announced_counts_while_it_is_up_and_is_forgotten_bit_by_bit() {
+    let (mut a, mut b) = (mesh(1, 1), mesh(2, 1));
+    let (link, mut routing) = (LinkId(1), Routing::default());
+    linked(&mut a, &mut b, link);
+    let up = RouteChange::Up;
+    routing.apply(b.me.id, link, || Some(link), up);
+    let patterns: Vec<Pattern> = (0..999).map(|n| pattern(format!("t.{n}"))).collect();
+    let mut news = Announcement { seq: 1, subscribed: patterns.clone(), ..Announcement::default() };
+    while let Some(part) = news.take_part(100) {
+        assert_eq!(part.len(), 100);
+        a.handle_part(at(3), link, part);
+        apply_routes(&mut a, &mut routing);
+    }
+    a.handle_control(at(3), link, Control::Announce(Box::new(news)));
+    apply_routes(&mut a, &mut routing);
+    let subscribers = |routing: &Routing| {
+        let topics = ["t.0", "t.998"].map(|topic| topic.parse().unwrap());
+        topics.map(|topic| routing.subscribers(&topic).len())
+    };
+    assert_eq!(subscribers(&routing), [1, 1]);
+    assert_eq!(a.peers()[0].patterns.len(), 999);
+    let next = Announcement { seq: 2, unsubscribed: patterns[..9].to_vec(), ..Default::default() };
+    a.handle_control(at(3), link, Control::Announce(Box::new(next)));
+    assert_eq!(apply_routes(&mut a, &mut routing), 9, "the next announcement is in its order");
+
+    a.handle_closed(at(4), link, DownReason::Closed);
+    let mut forgotten = apply_routes(&mut a, &mut routing);
+    assert_eq!(subscribers(&routing), [0, 0], "none of them counts from that moment on");
+    while !routing.is_empty() {
+        assert_eq!(a.poll_timeout(), Some(Time::default()), "the rest is due at once");
+        a.handle_timeout(at(4));
+        let more = apply_routes(&mut a, &mut routing);
+        assert!((1..=1 + FORGOTTEN_AT_ONCE).contains(&more), "{more} at once");
+        forgotten += more;
+    }
+    assert_eq!(forgotten, 991, "each of them, and the peer itself");
+    a.handle_timeout(at(4));
+    assert_ne!(a.poll_timeout(), Some(Time::default()));
 }
 
 #[test]

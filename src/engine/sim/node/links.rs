@@ -264,7 +264,10 @@ impl SimNode {
                 self.requests.push_back(Request::Close(link));
                 if let Some(mut end) = self.links.remove(&link) {
                     let loss = end.flow.close();
-                    self.front.handle_link_lost(link, end.peer, &loss);
+                    let mut more = self.front.handle_link_lost(link, end.peer, &loss);
+                    while more {
+                        more = self.front.forget_lost();
+                    }
                 }
             }
             Action::Report(MeshEvent::IdentityConflict { .. }) => panic!("ids are unique here"),
@@ -277,7 +280,7 @@ impl SimNode {
             }
             Action::Admit(_) | Action::Report(_) => {}
             Action::Route { link, peer, change } => {
-                self.routing.apply(peer, link, &link, change);
+                self.routing.apply(peer, link, || Some(link), change);
                 self.routes_changed = true;
             }
         }
