@@ -114,6 +114,21 @@ fn a_service_answers_requests_and_takes_one_way_messages() {
     assert_eq!(server.line(), "call to echo: one way\n");
 }
 
+/// Who reads the lines of a node may stop, as a pager does, or a terminal after Ctrl-S.
+#[test]
+fn a_node_whose_lines_nobody_reads_stays_with_its_peers() {
+    let shell = Shell::new();
+    let _unread = shell.start(&["serve", "echo", "--echo", "--name", "unread"]);
+    let threads = std::thread::available_parallelism().unwrap().get();
+    let body = "x".repeat(100_000);
+    let calls = (0..threads + 4).map(|_| shell.start(&["send", "echo", &body]));
+    // Those whose lines have no room are in doubt.
+    calls.collect::<Vec<_>>().iter_mut().for_each(|call| _ = call.child.wait().unwrap());
+    let output = shell.run(&["peers", "--count", "1", "--wait", "20s", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(value["peers"][0]["name"], "unread");
+}
+
 #[test]
 fn peers_lists_who_is_there() {
     let shell = Shell::new();

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::{Interval, interval};
 
 use crate::options::{NodeOptions, interrupted};
-use crate::output;
+use crate::output::{self, Printer};
 
 /// Runs until Ctrl-C.
 #[derive(Args)]
@@ -160,19 +160,23 @@ pub(crate) fn echo(
     json: bool,
     unprinted: UnboundedSender<anyhow::Error>,
 ) -> impl Fn(Call) -> BoxFuture<'static, Result<Body, HandlerError>> {
+    let printer = Printer::start();
     move |call| {
-        let message = call.message;
-        let mut value = output::message(&message);
-        value["event"] = json!("call");
-        let line = output::line(json, &value, || {
-            format!("call to {}: {}", message.header.destination, output::body(&message))
-        });
-        match line {
-            Ok(()) => future::ready(Ok(message.body.into())).boxed(),
-            Err(error) => {
-                let _ending = unprinted.send(error);
-                future::pending().boxed()
+        let (printer, unprinted) = (printer.clone(), unprinted.clone());
+        let echo = async move {
+            let message = call.message;
+            let mut value = output::message(&message);
+            value["event"] = json!("call");
+            let text =
+                || format!("call to {}: {}", message.header.destination, output::body(&message));
+            match printer.line(json, &value, text).await {
+                Ok(()) => Ok(message.body.into()),
+                Err(error) => {
+                    let _ending = unprinted.send(error);
+                    future::pending().await
+                }
             }
-        }
+        };
+        echo.boxed()
     }
 }

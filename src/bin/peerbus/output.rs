@@ -7,6 +7,7 @@ use anyhow::Context;
 use peerbus::text::{Json, Line, Lines};
 use peerbus::{Event, Message};
 use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
 
 /// Writes a line to stdout: `value` as JSON if `as_json`, else the result of `text`.
 pub(crate) fn line(
@@ -17,6 +18,40 @@ pub(crate) fn line(
     match as_json {
         true => say(Json(value)),
         false => say(text()),
+    }
+}
+
+/// Writes lines to stdout for tasks that must not block: who reads them may have stopped.
+#[derive(Clone)]
+pub(crate) struct Printer(mpsc::Sender<(Vec<u8>, oneshot::Sender<anyhow::Result<()>>)>);
+
+impl Printer {
+    /// Starts a thread that writes one line after the other, until no printer is left.
+    pub(crate) fn start() -> Self {
+        let (lines, mut unwritten) = mpsc::channel::<(Vec<u8>, oneshot::Sender<_>)>(64);
+        std::thread::spawn(move || {
+            while let Some((line, told)) = unwritten.blocking_recv() {
+                let _nobody_waits = told.send(write(&line));
+            }
+        });
+        Self(lines)
+    }
+
+    /// Writes a line as [`line`] does; returns once it is written.
+    pub(crate) async fn line(
+        &self,
+        as_json: bool,
+        value: &Value,
+        text: impl FnOnce() -> String,
+    ) -> anyhow::Result<()> {
+        let line = match as_json {
+            true => format!("{}\n", Json(value)),
+            false => format!("{}\n", Lines(text())),
+        };
+        let (told, written) = oneshot::channel();
+        let ended = "the thread that prints has ended";
+        self.0.send((line.into_bytes(), told)).await.context(ended)?;
+        written.await.context(ended)?
     }
 }
 

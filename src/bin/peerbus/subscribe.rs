@@ -9,7 +9,7 @@ use peerbus::{Consumer, HandlerError, Node, Pattern, ServiceName};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::options::{Interrupted, NodeOptions, interrupted};
-use crate::output;
+use crate::output::{self, Printer};
 
 /// Runs until Ctrl-C, or until the number of messages set by --count.
 #[derive(Args)]
@@ -119,22 +119,24 @@ fn durable(
     limit: Limit,
     printed: UnboundedSender<anyhow::Result<()>>,
 ) -> anyhow::Result<Consumer> {
-    let limit = Mutex::new(limit);
+    let (limit, printer) = (Arc::new(Mutex::new(limit)), Printer::start());
     let handler = move |call: peerbus::Call| {
-        let message = call.message;
-        let mut value = output::message(&message);
-        value["attempt"] = message.attempt().into();
-        value["redelivered"] = message.is_redelivered().into();
-        let line = output::line(json, &value, || {
-            let again = if message.is_redelivered() { " (redelivered)" } else { "" };
-            format!("{} {}{again}", message.header.destination, output::body(&message))
-        });
-        let is_printed = line.is_ok();
-        if is_printed {
-            lock(&limit).count();
-        }
-        let _ending = printed.send(line);
+        let (limit, printer, printed) = (limit.clone(), printer.clone(), printed.clone());
         async move {
+            let message = call.message;
+            let mut value = output::message(&message);
+            value["attempt"] = message.attempt().into();
+            value["redelivered"] = message.is_redelivered().into();
+            let text = || {
+                let again = if message.is_redelivered() { " (redelivered)" } else { "" };
+                format!("{} {}{again}", message.header.destination, output::body(&message))
+            };
+            let line = printer.line(json, &value, text).await;
+            let is_printed = line.is_ok();
+            if is_printed {
+                lock(&limit).count();
+            }
+            let _ending = printed.send(line);
             if !is_printed {
                 // This process is about to exit. The message is not at fault, and will be
                 // redelivered.
