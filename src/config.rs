@@ -13,7 +13,7 @@ use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::secret::Secret;
 use crate::trust::{MeshKey, Rules, RulesSource, Trust};
-use crate::tunnel::MAX_PROOFS;
+use crate::tunnel::{Latency, MAX_PROOFS};
 
 /// A node's configuration. [`Node::builder`](crate::Node::builder) makes one; [`Config::start`]
 /// starts the node.
@@ -51,6 +51,7 @@ pub struct Config {
     pub(crate) service_grace: Duration,
     pub(crate) fail_fast: bool,
     pub(crate) handshake_timeout: Duration,
+    pub(crate) latency: Latency,
     pub(crate) max_pending_handshakes: usize,
     pub(crate) max_connections: usize,
     pub(crate) peer_memory: u64,
@@ -115,6 +116,7 @@ impl Default for Config {
             service_grace: Duration::from_secs(1),
             fail_fast: true,
             handshake_timeout: Duration::from_secs(5),
+            latency: Latency::default(),
             max_pending_handshakes: 512,
             max_connections: 1024,
             peer_memory: 512 * 1024 * 1024,
@@ -286,6 +288,8 @@ impl Config {
         /// The limit of each local subscription's queue, in bytes: 2 MiB by default. Beyond it, the
         /// newest message is dropped, and counted at its sender.
         subscription_queue: u64;
+        /// Whether readers poll or sleep while they wait: [`Latency::Balanced`] by default.
+        latency: Latency;
         /// The silence in a direction after which an empty batch is sent: 1 s by default.
         heartbeat: Duration;
         /// The silence after which a peer is suspected: 3 s by default.

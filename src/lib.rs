@@ -161,6 +161,7 @@ pub use trust::{
     Action, MeshKey, MeshKeyError, MeshKeyFileError, ParseRulesError, Rules, RulesError,
     SubjectError, Trust, TrustedKeysError, TrustedLine,
 };
+pub use tunnel::Latency;
 
 #[cfg(debug_assertions)]
 #[doc(hidden)]

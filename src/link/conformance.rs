@@ -13,7 +13,7 @@ use crate::engine::{Connection, Origin, TargetKey};
 use crate::identity::{Identity, NodeId};
 use crate::peer::Address;
 use crate::trust::{LetIn, MeshKey};
-use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Tls, Watch};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Latency, Refusal, Tls, Watch};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -118,6 +118,7 @@ fn door(key: &Identity, let_in: &LetIn, acceptor: Arc<dyn Acceptor>) -> Arc<Fron
         },
         gate: GateLimits::for_bodies(1024 * 1024),
         handshake_timeout: SOON,
+        latency: Latency::default(),
         max_pending: 8,
         max_connections: 8,
         loopback_only: true,

@@ -20,6 +20,7 @@ use tokio::time::{timeout, timeout_at};
 use super::admissions::{Place, Standing};
 use super::ended::Ended;
 use super::gate::{Gate, Received};
+use super::patience::{Latency, Patience, Sent};
 use super::socket::Socket;
 use super::zmtp::{End, Ready};
 use super::{GateLimits, Refusal, Tls, zmtp};
@@ -45,6 +46,7 @@ pub(super) struct Context {
     /// TLS for connections from networks; `None` in open mode, which uses clear text.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) handshake_timeout: Duration,
+    pub(super) latency: Latency,
     pub(super) acceptor: Arc<dyn Acceptor>,
 }
 
@@ -199,7 +201,7 @@ impl Opening<'_> {
         }
         drop(link);
         let _no_longer_awaited = live.send(());
-        ends.run(from_peer, to_peer, input, &*receiver.0).await
+        ends.run(from_peer, to_peer, input, context.latency, &*receiver.0).await
     }
 }
 
@@ -246,10 +248,12 @@ impl LinkEnds {
         mut from_peer: impl AsyncRead + Unpin,
         to_peer: impl AsyncWrite + Unpin,
         mut input: Input,
+        latency: Latency,
         receiver: &dyn Receiver,
     ) -> Ended {
         let Self { batches, mut closed, started, heard_after_ms, admitted } = self;
         let (pong, pongs) = mpsc::channel(PONGS);
+        let (sent, mut patience) = (Sent::new(started), Patience::new(latency));
         let reading = async {
             let mut busy = Duration::ZERO;
             loop {
@@ -263,8 +267,6 @@ impl LinkEnds {
                             let begun = Instant::now();
                             if let Some(rest) = receiver.handle_batch(batch) {
                                 rest.await;
-                                busy = Duration::ZERO;
-                                continue;
                             }
                             busy += begun.elapsed();
                         }
@@ -276,7 +278,7 @@ impl LinkEnds {
                         yield_now().await;
                     }
                 }
-                if input.read_from(&mut from_peer).await? == 0 {
+                if patience.wait(input.read_from(&mut from_peer), &sent).await? == 0 {
                     return Ok::<(), Ended>(());
                 }
                 heard_after_ms.store(started.elapsed().as_millis() as u64, Ordering::Relaxed);
@@ -286,10 +288,12 @@ impl LinkEnds {
             let _link_lives = closed.wait_for(|closed| *closed).await;
         };
         let (asked, end_asked) = oneshot::channel();
-        let mut writing = std::pin::pin!(write(batches, pongs, to_peer, end_asked));
+        let mut writing = std::pin::pin!(write(batches, pongs, to_peer, end_asked, &sent));
         tokio::select! {
-            read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
+            // The writer first: what it sends tells the reader for how long to poll.
+            biased;
             written = &mut writing => written.map_or_else(Ended::from, |()| Ended::Closed),
+            read = reading => read.map_or_else(|ended| ended, |()| Ended::Closed),
             () = closed_here => {
                 let _writer_ended = asked.send(());
                 let _too_slow = timeout(FLUSH_TIMEOUT, writing).await;
@@ -364,6 +368,7 @@ async fn write(
     mut pongs: mpsc::Receiver<Bytes>,
     mut to_peer: impl AsyncWrite + Unpin,
     mut end_asked: oneshot::Receiver<()>,
+    sent: &Sent,
 ) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(FIRST_BUFFER);
     loop {
@@ -385,6 +390,7 @@ async fn write(
         to_peer.write_all(&buffer).await?;
         // TLS buffers what it could not write at once.
         to_peer.flush().await?;
+        sent.note();
         buffer.clear();
         buffer.shrink_to(READ_BUFFER);
     }

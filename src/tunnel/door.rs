@@ -17,7 +17,7 @@ use super::admissions::{Admissions, Most, Place};
 use super::connection::{self, Context};
 use super::ended::Ended;
 use super::socket::{Listener, Socket};
-use super::{End, GateLimits, Tls, Watch, descriptors};
+use super::{End, GateLimits, Latency, Tls, Watch, descriptors};
 use crate::engine::{Connection, MAX_ADDRESSES, TargetKey};
 use crate::link::{Acceptor, DialError};
 use crate::peer::Address;
@@ -32,6 +32,7 @@ pub(crate) struct FrontDoorConfig {
     pub(crate) gate: GateLimits,
     /// The time limit of a connection up to its READY.
     pub(crate) handshake_timeout: Duration,
+    pub(crate) latency: Latency,
     /// The most connections in their handshake, and after it.
     pub(crate) max_pending: usize,
     pub(crate) max_connections: usize,
@@ -66,8 +67,14 @@ impl FrontDoor {
         acceptor: Arc<dyn Acceptor>,
         watch: Arc<dyn Watch>,
     ) -> Self {
-        let (gate, handshake_timeout) = (config.gate, config.handshake_timeout);
-        let context = Context { end, gate, tls: config.tls.clone(), handshake_timeout, acceptor };
+        let context = Context {
+            end,
+            gate: config.gate,
+            tls: config.tls.clone(),
+            handshake_timeout: config.handshake_timeout,
+            latency: config.latency,
+            acceptor,
+        };
         let network = Most { open: config.max_connections, pending: config.max_pending };
         let [network, local] = descriptors::share([network, MOST_LOCAL]).map(Admissions::new);
         let tasks = Mutex::new(Rank::Leaf, JoinSet::new());

@@ -22,12 +22,14 @@ mod descriptors;
 mod door;
 mod ended;
 mod gate;
+mod patience;
 mod socket;
 mod tls;
 mod zmtp;
 
 pub(crate) use door::{FrontDoor, FrontDoorConfig};
 pub(crate) use gate::GateLimits;
+pub use patience::Latency;
 pub(crate) use tls::{MAX_PROOFS, Tls};
 pub(crate) use zmtp::End;
 

@@ -10,7 +10,7 @@ use rustls::sign::Signer;
 use tokio::sync::mpsc;
 
 use super::super::zmtp::{greeting, ready};
-use super::super::{End, FrontDoor, FrontDoorConfig, GateLimits, Watch};
+use super::super::{End, FrontDoor, FrontDoorConfig, GateLimits, Latency, Watch};
 use super::*;
 use crate::engine::Connection;
 use crate::link::{Acceptor, Link, Receiver, new_identity};
@@ -67,6 +67,7 @@ impl Scene {
             tls: Some(Arc::new(tls(&identity, key))),
             gate: GateLimits::for_bodies(1 << 20),
             handshake_timeout: Duration::from_secs(20),
+            latency: Latency::default(),
             max_pending: 8,
             max_connections: 8,
             loopback_only: true,

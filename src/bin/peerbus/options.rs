@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use peerbus::{
-    Address, Config, DeliveryError, MeshName, Node, NodeId, Receipt, Recipient, Secret, Trust,
+    Address, Config, DeliveryError, Latency, MeshName, Node, NodeId, Receipt, Recipient, Secret,
+    Trust,
 };
 use serde_json::json;
 
@@ -86,6 +87,10 @@ pub(crate) struct NodeOptions {
     /// Connections to accept from networks [default: 1024]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<usize>,
+    /// Processor time given for lower latency: eager readers poll for their peers' bytes, frugal
+    /// ones sleep, balanced ones poll where that paid lately [default: balanced]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub(crate) latency: Option<LatencyOption>,
     /// Memory that all peers together may take [default: 512]
     #[arg(long, value_name = "MIB")]
     peer_memory: Option<u32>,
@@ -95,6 +100,23 @@ pub(crate) struct NodeOptions {
     /// Don't announce peers to each other, and don't dial announced peers
     #[arg(long)]
     pub(crate) no_gossip: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LatencyOption {
+    Eager,
+    Balanced,
+    Frugal,
+}
+
+impl From<LatencyOption> for Latency {
+    fn from(option: LatencyOption) -> Self {
+        match option {
+            LatencyOption::Eager => Self::Eager,
+            LatencyOption::Balanced => Self::Balanced,
+            LatencyOption::Frugal => Self::Frugal,
+        }
+    }
 }
 
 impl NodeOptions {
@@ -128,6 +150,9 @@ impl NodeOptions {
     fn retrying(&self, mut config: Config) -> Config {
         if let Some(most) = self.max_connections {
             config = config.max_connections(most);
+        }
+        if let Some(latency) = self.latency {
+            config = config.latency(latency.into());
         }
         if let Some(mib) = self.peer_memory {
             config = config.peer_memory(u64::from(mib) << 20);

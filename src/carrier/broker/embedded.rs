@@ -25,7 +25,7 @@ use crate::message::MessageId;
 use crate::peer::Address;
 use crate::report::DropReason;
 use crate::sync::{Mutex, Rank, lock};
-use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Latency, Refusal, Watch};
 use crate::wire::Parcel;
 
 /// The interval at which a node sends a sign of life, which the broker answers.
@@ -80,6 +80,7 @@ impl EmbeddedSession {
             tls: None,
             gate: GateLimits::for_bodies(MAX_BODY as u64),
             handshake_timeout: ANSWER,
+            latency: Latency::default(),
             max_pending: 0,
             max_connections: 0,
             loopback_only: false,

@@ -18,7 +18,7 @@ use crate::link::{Acceptor, Link, Receiver};
 use crate::opaque::opaque;
 use crate::peer::Address;
 use crate::sync::{Mutex, Rank, lock};
-use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Refusal, Watch};
+use crate::tunnel::{End, FrontDoor, FrontDoorConfig, GateLimits, Latency, Refusal, Watch};
 
 /// The interval at which drops are reported and silent clients removed.
 const TICK: Duration = Duration::from_millis(100);
@@ -118,6 +118,7 @@ impl EmbeddedBroker {
             tls: None,
             gate: GateLimits { frames: MAX_FRAMES, ..GateLimits::for_bodies(MAX_BODY as u64) },
             handshake_timeout: Duration::from_secs(5),
+            latency: Latency::default(),
             max_pending: MAX_PENDING,
             max_connections: 1024,
             loopback_only: true,

@@ -231,6 +231,7 @@ fn front_door(
         tls,
         gate: GateLimits::for_bodies(config.max_body as u64),
         handshake_timeout: config.handshake_timeout,
+        latency: config.latency,
         max_pending: config.max_pending_handshakes,
         max_connections: config.max_connections,
         loopback_only: !config.trust.reaches_networks(),
