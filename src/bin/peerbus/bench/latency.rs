@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
-use peerbus::{Address, Call, Config, MeshName, Node, Trust};
+use peerbus::{Address, Call, Config, MeshName, Node, ServiceName, Trust};
 use serde_json::json;
 
-use super::process::{Far, Placement, affinity, name};
-use super::reference::{TcpClient, ZeromqClient, serve_tcp, serve_zeromq};
+use super::process::{Far, Placement, affinity, cpu_time, name};
+use super::reference::{EchoClient, ZeromqClient, serve_echo, serve_zeromq};
 use super::stats::{Samples, median};
+use crate::options::LatencyOption;
 use crate::output;
 use crate::scratch::Scratch;
 
@@ -18,6 +19,7 @@ use crate::scratch::Scratch;
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Contender {
     TcpEcho,
+    UnixEcho,
     ZeromqUnix,
     ZeromqTcp,
     PeerbusUnix,
@@ -29,6 +31,7 @@ impl Contender {
     pub(super) fn title(self) -> &'static str {
         match self {
             Self::TcpEcho => "tokio TCP echo (reference)",
+            Self::UnixEcho => "tokio Unix echo",
             Self::ZeromqUnix => "zeromq crate, Unix socket",
             Self::ZeromqTcp => "zeromq crate, TCP",
             Self::PeerbusUnix => "peerbus, Unix socket",
@@ -40,8 +43,8 @@ impl Contender {
     fn all() -> Vec<Self> {
         let unix = cfg!(unix);
         let all = Self::value_variants().iter().copied();
-        let wanted =
-            |contender: &Self| unix || !matches!(contender, Self::ZeromqUnix | Self::PeerbusUnix);
+        let on_unix = [Self::UnixEcho, Self::ZeromqUnix, Self::PeerbusUnix];
+        let wanted = |contender: &Self| unix || !on_unix.contains(contender);
         all.filter(wanted).collect()
     }
 }
@@ -62,6 +65,12 @@ pub(crate) struct Latency {
     /// Placement of the two sides
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     placement: Placement,
+    /// Pause after each round trip, in microseconds
+    #[arg(long, value_name = "MICROS", default_value_t = 0)]
+    gap: u64,
+    /// Whether peerbus's readers poll or sleep
+    #[arg(long, value_name = "HOW", value_enum, default_value = "balanced")]
+    latency: LatencyOption,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -69,17 +78,19 @@ pub(crate) struct Latency {
 
 /// The client of a contender.
 pub(super) enum Client {
-    Tcp(TcpClient),
+    Echo(EchoClient),
     Zeromq(ZeromqClient),
-    Peerbus { node: Node, body: Vec<u8> },
+    Peerbus { node: Node, service: ServiceName, body: Vec<u8> },
 }
 
 pub(super) struct Side {
     pub(super) contender: Contender,
     pub(super) client: Client,
-    _far: Far,
+    far: Far,
     all: Samples,
     medians: Vec<f64>,
+    /// The processor time of both sides for a round trip, in microseconds, by round.
+    cpu: Vec<f64>,
 }
 
 impl Latency {
@@ -97,18 +108,19 @@ impl Latency {
         let dir = Scratch::new()?;
         let mut sides = Vec::new();
         for contender in Contender::all() {
-            sides.push(Side::start(contender, self.size as usize, self.placement, &dir).await?);
+            let side =
+                Side::start(contender, self.size as usize, self.placement, self.latency, &dir);
+            sides.push(side.await?);
         }
+        let gap = Duration::from_micros(self.gap);
         // Warm-up, not counted.
         for side in &mut sides {
-            side.client.round(self.count as usize / 4 + 1).await?;
+            side.client.round(self.count as usize / 4 + 1, gap).await?;
         }
         for round in 1..=self.rounds {
             output::progress(Some(&format!("round {round} of {}", self.rounds)));
             for side in &mut sides {
-                let samples = side.client.round(self.count as usize).await?;
-                side.medians.push(samples.percentile(500));
-                side.all.extend(&samples);
+                side.round(self.count, gap).await?;
             }
         }
         output::progress(None);
@@ -124,33 +136,42 @@ impl Latency {
         };
         let mut results = Vec::new();
         let mut text = format!(
-            "Round trips of {} bytes, {} contenders in turn, {} rounds of {}, the two sides {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}\n",
+            "Round trips of {} bytes, {} contenders in turn, {} rounds of {}, {} µs between them, the two sides {}; peerbus {}; microseconds\n\n{:<36}{:>9}{:>9}{:>9}{:>12}{:>12}\n",
             self.size,
             sides.len(),
             self.rounds,
             self.count,
+            self.gap,
             placement,
+            name(self.latency),
             "",
             "p50",
             "p99",
             "p99.9",
-            "p50 ratio"
+            "p50 ratio",
+            "processor"
         );
         for side in sides {
             let ratios = side.medians.iter().zip(&reference.medians).map(|(a, b)| a / b).collect();
             let ratio = median(ratios);
             let [p50, p99, p999] = [500, 990, 999].map(|per_mille| side.all.percentile(per_mille));
+            let cpu = median(side.cpu.clone());
             text += &format!(
-                "{:<36}{p50:>9.1}{p99:>9.1}{p999:>9.1}{ratio:>12.2}\n",
+                "{:<36}{p50:>9.1}{p99:>9.1}{p999:>9.1}{ratio:>12.2}{cpu:>12.1}\n",
                 side.contender.title()
             );
             results.push(json!({
                 "contender": side.contender.title(), "samples": side.all.len(),
                 "p50_us": p50, "p99_us": p99, "p999_us": p999, "p50_ratio": ratio,
+                "processor_us": cpu,
             }));
         }
-        text += "\nThe ratio is the median, over the rounds, of the p50 against the reference's in that round.";
-        let value = json!({ "size": self.size, "rounds": self.rounds, "count": self.count, "placement": placement, "results": results });
+        text += "\nThe ratio is the median, over the rounds, of the p50 against the reference's in that round. \
+                 The processor's time is that of both sides together for a round trip, gaps included.";
+        let value = json!({
+            "size": self.size, "rounds": self.rounds, "count": self.count, "gap_us": self.gap,
+            "placement": placement, "latency": name(self.latency), "results": results,
+        });
         output::line(self.json, &value, || text)?;
         Ok(())
     }
@@ -161,10 +182,12 @@ impl Side {
         contender: Contender,
         size: usize,
         placement: Placement,
+        latency: LatencyOption,
         dir: &Scratch,
     ) -> anyhow::Result<Self> {
         let mut args = vec![
             format!("--contender={}", name(contender)),
+            format!("--latency={}", name(latency)),
             format!("--size={size}"),
             format!("--dir={}", dir.path().display()),
         ];
@@ -172,52 +195,79 @@ impl Side {
         let far = Far::start("echo", args).await?;
         let address = &far.address;
         let client = match contender {
-            Contender::TcpEcho => Client::Tcp(TcpClient::connect(address, size).await?),
+            Contender::TcpEcho | Contender::UnixEcho => {
+                Client::Echo(EchoClient::connect(address, size).await?)
+            }
             Contender::ZeromqUnix | Contender::ZeromqTcp => {
                 Client::Zeromq(ZeromqClient::connect(address, size).await?)
             }
             Contender::PeerbusUnix | Contender::PeerbusTcp | Contender::PeerbusTls => {
-                let mut config = config(contender, dir.path())?.name("near");
+                let mut config = config(contender, latency, dir.path())?.name("near");
                 if contender != Contender::PeerbusUnix {
                     config = config.peer(address.parse::<Address>()?);
                 }
                 let node = config.start().await?;
                 node.wait_for_service("echo", Duration::from_secs(10)).await?;
-                Client::Peerbus { node, body: vec![7; size] }
+                Client::Peerbus { node, service: "echo".parse()?, body: vec![7; size] }
             }
         };
-        Ok(Self { contender, client, _far: far, all: Samples::default(), medians: Vec::new() })
+        let (all, medians, cpu) = (Samples::default(), Vec::new(), Vec::new());
+        Ok(Self { contender, client, far, all, medians, cpu })
+    }
+
+    async fn round(&mut self, count: u32, gap: Duration) -> anyhow::Result<()> {
+        let before = self.cpu_time()?;
+        let samples = self.client.round(count as usize, gap).await?;
+        let cpu = self.cpu_time()?.saturating_sub(before);
+        self.cpu.push(cpu.as_secs_f64() * 1e6 / f64::from(count));
+        self.medians.push(samples.percentile(500));
+        self.all.extend(&samples);
+        Ok(())
+    }
+
+    /// The processor time of both processes so far.
+    fn cpu_time(&self) -> anyhow::Result<Duration> {
+        Ok(cpu_time(std::process::id())? + cpu_time(self.far.id()?)?)
     }
 }
 
 impl Client {
-    pub(super) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
+    pub(super) async fn trip(&mut self) -> anyhow::Result<()> {
         match self {
-            Self::Tcp(client) => client.round(count).await,
-            Self::Zeromq(client) => client.round(count).await,
-            Self::Peerbus { node, body } => {
-                let service: peerbus::ServiceName = "echo".parse()?;
-                let mut samples = Samples::default();
-                for _ in 0..count {
-                    let begun = Instant::now();
-                    let reply = node.request(&service, body.as_slice()).await?;
-                    samples.add(begun.elapsed());
-                    ensure!(reply.body.len() == body.len(), "the reply is not what was sent");
-                }
-                Ok(samples)
+            Self::Echo(client) => client.trip().await,
+            Self::Zeromq(client) => client.trip().await,
+            Self::Peerbus { node, service, body } => {
+                let reply = node.request(&*service, body.as_slice()).await?;
+                ensure!(reply.body.len() == body.len(), "the reply is not what was sent");
+                Ok(())
             }
         }
     }
+
+    async fn round(&mut self, count: usize, gap: Duration) -> anyhow::Result<Samples> {
+        let mut samples = Samples::default();
+        for _ in 0..count {
+            let begun = Instant::now();
+            self.trip().await?;
+            samples.add(begun.elapsed());
+            if !gap.is_zero() {
+                // The runtime's own timers count in milliseconds.
+                tokio::task::spawn_blocking(move || std::thread::sleep(gap)).await?;
+            }
+        }
+        Ok(samples)
+    }
 }
 
-fn config(contender: Contender, dir: &Path) -> anyhow::Result<Config> {
+fn config(contender: Contender, latency: LatencyOption, dir: &Path) -> anyhow::Result<Config> {
     let (mesh, local, trust) = match contender {
         Contender::PeerbusUnix => ("unix", true, Trust::ThisHost),
         Contender::PeerbusTls => ("tls", false, Trust::ThisHost),
         _ => ("tcp", false, Trust::Open { anywhere: false }),
     };
     let mesh: MeshName = mesh.parse()?;
-    Ok(Node::builder().mesh(mesh).local(local).trust(trust).mdns(false).runtime_dir(dir))
+    let config = Node::builder().mesh(mesh).local(local).trust(trust).mdns(false).runtime_dir(dir);
+    Ok(config.latency(latency.into()))
 }
 
 /// The remote side of one contender.
@@ -225,6 +275,8 @@ fn config(contender: Contender, dir: &Path) -> anyhow::Result<Config> {
 pub(crate) struct Echo {
     #[arg(long)]
     contender: Contender,
+    #[arg(long)]
+    latency: LatencyOption,
     #[arg(long)]
     size: usize,
     #[arg(long)]
@@ -245,13 +297,19 @@ impl Echo {
         let ready = |address: String| _ = output::say(address);
         let serving = async move {
             match self.contender {
-                Contender::TcpEcho => serve_tcp(self.size, ready).await,
+                Contender::TcpEcho => serve_echo(self.size, None, ready).await,
+                Contender::UnixEcho => {
+                    serve_echo(self.size, Some(self.dir.join("echo.sock")), ready).await
+                }
                 Contender::ZeromqUnix => {
                     serve_zeromq(Some(self.dir.join("zeromq.sock")), ready).await
                 }
                 Contender::ZeromqTcp => serve_zeromq(None, ready).await,
                 Contender::PeerbusUnix | Contender::PeerbusTcp | Contender::PeerbusTls => {
-                    let node = config(self.contender, &self.dir)?.name("far").start().await?;
+                    let node = config(self.contender, self.latency, &self.dir)?
+                        .name("far")
+                        .start()
+                        .await?;
                     let echo = |call: Call| std::future::ready(Ok(call.message.body));
                     let _service = node.serve("echo", echo).start()?;
                     let address = node.listening().first().map(ToString::to_string);

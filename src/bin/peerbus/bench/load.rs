@@ -79,7 +79,11 @@ impl Load {
             }
         }
         output::progress(None);
-        self.report(&sides, rate)
+        self.report(&sides, rate)?;
+        for side in sides {
+            side.stream.end().await;
+        }
+        Ok(())
     }
 
     fn report(&self, sides: &[Side], rate: f64) -> anyhow::Result<()> {

@@ -93,6 +93,23 @@ pub(crate) fn usage() -> anyhow::Result<(Duration, u64)> {
     bail!("CPU time and memory of a process are measured on Linux only")
 }
 
+/// The time that all threads of a process have run so far.
+#[cfg(target_os = "linux")]
+pub(crate) fn cpu_time(process: u32) -> anyhow::Result<Duration> {
+    let mut nanos = 0;
+    for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+        // A thread may end meanwhile.
+        let run = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+        nanos += run.split(' ').next().and_then(|run| run.parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(Duration::from_nanos(nanos))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn cpu_time(_: u32) -> anyhow::Result<Duration> {
+    Ok(Duration::ZERO)
+}
+
 /// The name of a value on the command line.
 pub(crate) fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
@@ -129,6 +146,11 @@ impl Far {
         far.tell(task).await?;
         far.address = far.line_within(within).await.context("the remote side did not start")?;
         Ok(far)
+    }
+
+    /// The number of its process.
+    pub(crate) fn id(&self) -> anyhow::Result<u32> {
+        self.child.id().context("the remote side has ended")
     }
 
     fn spawn<A: AsRef<OsStr>>(

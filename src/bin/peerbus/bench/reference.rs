@@ -1,51 +1,79 @@
-//! The references for peerbus: a plain tokio TCP echo, and the bare `zeromq` crate.
+//! The references for peerbus: plain tokio echoes, and the bare `zeromq` crate.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use anyhow::Context;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use zeromq::{DealerSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
-use super::stats::Samples;
+/// A connected stream of either kind.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Serves one TCP connection after the other; reports its address by `ready`.
-pub(crate) async fn serve_tcp(size: usize, ready: impl FnOnce(String)) -> anyhow::Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    ready(listener.local_addr()?.to_string());
-    loop {
-        let (mut stream, _) = listener.accept().await?;
-        stream.set_nodelay(true)?;
-        let mut buffer = vec![0; size];
-        while stream.read_exact(&mut buffer).await.is_ok() {
-            stream.write_all(&buffer).await?;
+/// Serves one connection after the other, on a Unix socket if a path is given, else on TCP; reports
+/// its address by `ready`.
+pub(crate) async fn serve_echo(
+    size: usize,
+    path: Option<PathBuf>,
+    ready: impl FnOnce(String),
+) -> anyhow::Result<()> {
+    match path {
+        #[cfg(unix)]
+        Some(path) => {
+            let listener = tokio::net::UnixListener::bind(&path)?;
+            ready(path.display().to_string());
+            loop {
+                echo(listener.accept().await?.0, size).await?;
+            }
+        }
+        _ => {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            ready(listener.local_addr()?.to_string());
+            loop {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                echo(stream, size).await?;
+            }
         }
     }
 }
 
-pub(crate) struct TcpClient {
-    stream: TcpStream,
+async fn echo(mut stream: impl Stream, size: usize) -> anyhow::Result<()> {
+    let mut buffer = vec![0; size];
+    while stream.read_exact(&mut buffer).await.is_ok() {
+        stream.write_all(&buffer).await?;
+    }
+    Ok(())
+}
+
+pub(crate) struct EchoClient {
+    stream: Box<dyn Stream>,
     buffer: Vec<u8>,
 }
 
-impl TcpClient {
+impl EchoClient {
     pub(crate) async fn connect(address: &str, size: usize) -> anyhow::Result<Self> {
-        let stream =
-            TcpStream::connect(address).await.context("the echo server can't be reached")?;
-        stream.set_nodelay(true)?;
+        let context = "the echo server can't be reached";
+        let stream: Box<dyn Stream> = match address.parse::<SocketAddr>() {
+            Ok(address) => {
+                let stream = TcpStream::connect(address).await.context(context)?;
+                stream.set_nodelay(true)?;
+                Box::new(stream)
+            }
+            #[cfg(unix)]
+            Err(_) => Box::new(tokio::net::UnixStream::connect(address).await.context(context)?),
+            #[cfg(not(unix))]
+            Err(error) => return Err(error.into()),
+        };
         Ok(Self { stream, buffer: vec![7; size] })
     }
 
-    pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
-        let mut samples = Samples::default();
-        for _ in 0..count {
-            let begun = Instant::now();
-            self.stream.write_all(&self.buffer).await?;
-            self.stream.read_exact(&mut self.buffer).await?;
-            samples.add(begun.elapsed());
-        }
-        Ok(samples)
+    pub(crate) async fn trip(&mut self) -> anyhow::Result<()> {
+        self.stream.write_all(&self.buffer).await?;
+        self.stream.read_exact(&mut self.buffer).await?;
+        Ok(())
     }
 }
 
@@ -79,14 +107,9 @@ impl ZeromqClient {
         Ok(Self { dealer, body: vec![7; size] })
     }
 
-    pub(crate) async fn round(&mut self, count: usize) -> anyhow::Result<Samples> {
-        let mut samples = Samples::default();
-        for _ in 0..count {
-            let begun = Instant::now();
-            self.dealer.send(ZmqMessage::from(self.body.clone())).await?;
-            self.dealer.recv().await?;
-            samples.add(begun.elapsed());
-        }
-        Ok(samples)
+    pub(crate) async fn trip(&mut self) -> anyhow::Result<()> {
+        self.dealer.send(ZmqMessage::from(self.body.clone())).await?;
+        self.dealer.recv().await?;
+        Ok(())
     }
 }

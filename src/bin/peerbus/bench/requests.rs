@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use super::latency::{Client, Contender, Side};
 use super::process::{Placement, name};
 use super::stats::median;
+use crate::options::LatencyOption;
 use crate::output;
 use crate::scratch::Scratch;
 
@@ -58,7 +59,8 @@ impl Requests {
         ];
         let mut sides = Vec::new();
         for contender in contenders.into_iter().flatten() {
-            let side = Side::start(contender, self.size as usize, self.placement, &dir).await?;
+            let (size, latency) = (self.size as usize, LatencyOption::Balanced);
+            let side = Side::start(contender, size, self.placement, latency, &dir).await?;
             sides.push((side, Vec::new()));
         }
         for round in 0..=self.rounds {
@@ -99,15 +101,16 @@ impl Requests {
     async fn round(&self, client: &mut Client) -> anyhow::Result<f64> {
         let begun = Instant::now();
         let count = self.count as usize;
-        let Client::Peerbus { node, body } = client else {
-            client.round(count * 10).await?;
+        let Client::Peerbus { node, service, body } = client else {
+            for _ in 0..count * 10 {
+                client.trip().await?;
+            }
             return Ok(count as f64 * 10.0 / begun.elapsed().as_secs_f64());
         };
         let mut callers = JoinSet::new();
         for _ in 0..self.in_flight {
-            let (node, body) = (node.clone(), body.clone());
+            let (node, service, body) = (node.clone(), service.clone(), body.clone());
             callers.spawn(async move {
-                let service: peerbus::ServiceName = "echo".parse()?;
                 for _ in 0..count {
                     node.request(&service, body.as_slice()).await?;
                 }

@@ -60,7 +60,7 @@ const TOPIC: &str = "bench.stream";
 /// The publisher of a contender.
 enum Source {
     Zeromq(PushSocket),
-    Peerbus { _node: Node, publisher: Publisher },
+    Peerbus { node: Node, publisher: Publisher },
 }
 
 /// A publisher here, and its subscribers in other processes.
@@ -68,7 +68,7 @@ pub(crate) struct Stream {
     source: Source,
     /// The subscribers that read.
     pub(crate) sinks: Vec<Far>,
-    _stalled: Vec<Far>,
+    stalled: Vec<Far>,
     _dir: Scratch,
 }
 
@@ -113,11 +113,22 @@ impl Stream {
                 let topic: Topic = TOPIC.parse()?;
                 let wanted = subscribers as usize;
                 node.wait_for_subscribers(&topic, wanted, Duration::from_secs(10)).await?;
-                Source::Peerbus { publisher: node.publisher(&topic)?, _node: node }
+                Source::Peerbus { publisher: node.publisher(&topic)?, node }
             }
         };
         let readers = sinks.split_off(stalled as usize);
-        Ok(Self { source, sinks: readers, _stalled: sinks, _dir: dir })
+        Ok(Self { source, sinks: readers, stalled: sinks, _dir: dir })
+    }
+
+    /// Ends the subscribers that never read, then the publisher, then the others.
+    pub(crate) async fn end(self) {
+        let Self { source, sinks, stalled, _dir } = self;
+        drop(stalled);
+        if let Source::Peerbus { node, publisher } = source {
+            drop(publisher);
+            node.shutdown().await;
+        }
+        drop(sinks);
     }
 
     /// Sends `count` messages at full speed; returns the deliveries per second, up to the last

@@ -94,7 +94,11 @@ impl Throughput {
             }
         }
         output::progress(None);
-        self.report(&sides)
+        self.report(&sides)?;
+        for side in sides {
+            side.stream.end().await;
+        }
+        Ok(())
     }
 
     async fn start(
