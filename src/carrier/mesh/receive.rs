@@ -85,7 +85,7 @@ enum Progress {
 const RECORDS_A_LOOK: u32 = 16;
 
 /// The changes of a long announcement that are handled at once.
-const CHANGES_AT_ONCE: usize = 64;
+const CHANGES_AT_ONCE: usize = 32;
 
 /// The most bytes of a batch that is handled at once. A longer one waits for its turn, as does the
 /// rest of one that takes long.
