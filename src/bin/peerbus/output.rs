@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use peerbus::text::{Json, Line, Lines};
 use peerbus::{Event, Message};
 use serde_json::{Value, json};
@@ -26,21 +26,12 @@ pub(crate) fn line(
 pub(crate) struct Printer(mpsc::Sender<(Vec<u8>, oneshot::Sender<anyhow::Result<()>>)>);
 
 impl Printer {
-    /// Starts a thread that writes the lines, all that wait at once, until no printer is left.
+    /// Starts a thread that writes one line after the other, until no printer is left.
     pub(crate) fn start() -> Self {
         let (lines, mut unwritten) = mpsc::channel::<(Vec<u8>, oneshot::Sender<_>)>(64);
         std::thread::spawn(move || {
-            while let Some((mut text, told)) = unwritten.blocking_recv() {
-                let mut waiting = vec![told];
-                while let Ok((line, told)) = unwritten.try_recv() {
-                    text.extend_from_slice(&line);
-                    waiting.push(told);
-                }
-                let written = write(&text);
-                for told in waiting {
-                    let error = written.as_ref().err().map(|error| anyhow!("{error:#}"));
-                    let _nobody_waits = told.send(error.map_or(Ok(()), Err));
-                }
+            while let Some((line, told)) = unwritten.blocking_recv() {
+                let _nobody_waits = told.send(write(&line));
             }
         });
         Self(lines)
