@@ -111,6 +111,8 @@ struct Open {
     phase: Phase,
     /// The start of its handler was counted.
     counted: bool,
+    /// It arrived once more, and that copy was dropped.
+    again: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -252,7 +254,7 @@ impl Inbox {
         };
         let seen = self.streams.get_mut(&place).expect("what is in `places` is there");
         if let Some(open) = seen.open.get_mut(&seq) {
-            open.attempt = delivery.attempt;
+            (open.attempt, open.again) = (delivery.attempt, true);
             return Verdict::Wait;
         }
         if delivery.floor > seen.floor {
@@ -291,7 +293,7 @@ impl Inbox {
         let Some(seen) = self.streams.get_mut(&place) else { return Verdict::Full };
         let (attempt, phase, seq) = (delivery.attempt, Phase::Running, delivery.id.seq);
         if !delivery.redelivered {
-            seen.open.insert(seq, Open { attempt, phase, counted: false });
+            seen.open.insert(seq, Open { attempt, phase, counted: false, again: false });
             let Some(later) = self.later.get_mut(&from) else { return Verdict::Run };
             later.push_back((delivery.id.clone(), true));
             return Verdict::RunLater;
@@ -301,7 +303,7 @@ impl Inbox {
             let text = format!("its handler was begun {begun} times and never ended");
             return Verdict::Answer(DeliveryOutcome::Rejected(text));
         }
-        seen.open.insert(seq, Open { attempt, phase, counted: false });
+        seen.open.insert(seq, Open { attempt, phase, counted: false, again: false });
         if begun >= SUSPECT {
             self.suspects.push_back((place, seq));
             self.next_suspect();
@@ -362,25 +364,32 @@ impl Inbox {
         self.append(&record, Pending::Processed(place, seq, whole), Persist::Sync);
     }
 
-    /// Handles a delivery whose link ended before its handler began: it won't run.
+    /// Handles a delivery whose link ended before its handler began: it won't run. A copy that came
+    /// over another link meanwhile is refused, so that it comes again.
     pub(crate) fn handle_unqueued(&mut self, from: NodeId, id: &DeliveryId) {
-        if let Some((place, seen)) = self.seen(from, &id.stream)
-            && seen.open.get(&id.seq).is_some_and(|open| open.phase == Phase::Running)
-        {
-            // The handler never began, so it did not kill its process either.
-            if seen.open.remove(&id.seq).is_some_and(|open| open.counted) {
-                let begun = seen.begun.get(&id.seq).copied().unwrap_or_default();
-                let before = begun.saturating_sub(1);
-                match before {
-                    0 => _ = seen.begun.remove(&id.seq),
-                    _ => _ = seen.begun.insert(id.seq, before),
-                }
-                let record = InboxRecord::Begun(seen.number, id.seq, before);
-                self.note(&record);
-            }
-            self.end_suspect(place, id.seq);
-            self.drop_if_unused(place);
+        let Some((place, seen)) = self.seen(from, &id.stream) else { return };
+        if seen.open.get(&id.seq).is_none_or(|open| open.phase != Phase::Running) {
+            return;
         }
+        let Some(open) = seen.open.remove(&id.seq) else { return };
+        // The handler never began, so it did not kill its process either.
+        if open.counted {
+            let begun = seen.begun.get(&id.seq).copied().unwrap_or_default();
+            let before = begun.saturating_sub(1);
+            match before {
+                0 => _ = seen.begun.remove(&id.seq),
+                _ => _ = seen.begun.insert(id.seq, before),
+            }
+            let record = InboxRecord::Begun(seen.number, id.seq, before);
+            self.note(&record);
+        }
+        self.end_suspect(place, id.seq);
+        if open.again {
+            let outcome = DeliveryOutcome::Refused;
+            let answer = Answer { id: id.clone(), attempt: open.attempt, outcome };
+            self.actions.push_back(InboxAction::Answer(from, answer));
+        }
+        self.drop_if_unused(place);
     }
 
     /// Handles the outcome of an append.

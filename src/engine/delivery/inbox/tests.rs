@@ -82,6 +82,23 @@ fn what_was_processed_is_answered_again_under_its_current_attempt_also_after_a_r
 }
 
 #[test]
+fn what_came_again_before_its_lost_copy_was_given_up_comes_once_more() {
+    let mut bench = Bench::new();
+    for seq in 1..3 {
+        assert_eq!(bench.deliver(delivery(seq, 1, 1)), Verdict::Run);
+    }
+    assert_eq!(bench.deliver(delivery(1, 1, 2)), Verdict::Wait, "over a new link");
+    for seq in 1..3 {
+        bench.inbox.handle_unqueued(SENDER, &delivery(seq, 1, 1).id);
+    }
+    bench.run();
+    let told: Vec<_> = bench.answers.iter().map(|it| (it.id.seq, it.attempt)).collect();
+    assert_eq!(told, [(1, 2)], "the sender of the other knows that its link was lost");
+    assert_eq!(bench.answers[0].outcome, DeliveryOutcome::Refused);
+    assert_eq!(bench.deliver(delivery(1, 1, 3)), Verdict::RunLater);
+}
+
+#[test]
 fn what_failed_runs_again() {
     let mut bench = Bench::new();
     bench.deliver(delivery(1, 1, 1));
