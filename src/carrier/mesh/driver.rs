@@ -17,10 +17,12 @@ pub(super) async fn run(carrier: Arc<MeshCarrier>) {
     let core = &carrier.core;
     carrier.pulse.begin();
     loop {
+        // Not counted anew when something wakes the driver: it would never come to its work.
+        let earliest = core.now() + SHORTEST_SLEEP;
         let next = || {
             let now = core.now();
             let next = next_timeout(&carrier, now).unwrap_or(now + LONGEST_SLEEP);
-            let next = next.min(now + LONGEST_SLEEP).max(now + SHORTEST_SLEEP);
+            let next = next.min(now + LONGEST_SLEEP).max(earliest);
             carrier.pulse.plan(next.since(now));
             Some(next)
         };

@@ -125,18 +125,7 @@ impl Receiver for LinkReceiver {
         if frames.iter().map(Bytes::len).sum::<usize>() > SHORT {
             return Some(self.take_long(frames).boxed());
         }
-        let taken = self.open(frames).and_then(|mut batch| {
-            let progress = self.take_slice(&mut batch)?;
-            Ok((batch, progress))
-        });
-        match taken {
-            Ok((_, Progress::Complete)) => None,
-            Ok((batch, Progress::More)) => Some(self.take_rest(batch).boxed()),
-            Err(fault) => {
-                self.handle_fault(fault);
-                None
-            }
-        }
+        self.take_first(frames).map(|rest| self.take_rest(rest).boxed())
     }
 
     fn handle_closed(&self) {
@@ -179,18 +168,25 @@ impl LinkReceiver {
         Ok(Batch { records, events, announcement: None })
     }
 
-    /// Handles a batch in turns.
-    async fn take_long(&self, frames: Vec<Bytes>) {
-        let turn = self.carrier.links.turn().await;
+    /// Handles the first slice of a batch; returns the rest, if there is more.
+    fn take_first(&self, frames: Vec<Bytes>) -> Option<Batch<'_>> {
         let taken = self.open(frames).and_then(|mut batch| {
             let progress = self.take_slice(&mut batch)?;
-            Ok((batch, progress))
+            Ok(matches!(progress, Progress::More).then_some(batch))
         });
+        taken.unwrap_or_else(|fault| {
+            self.handle_fault(fault);
+            None
+        })
+    }
+
+    /// Handles a long batch: its first slice waits for a turn too.
+    async fn take_long(&self, frames: Vec<Bytes>) {
+        let turn = self.carrier.links.turn().await;
+        let rest = self.take_first(frames);
         drop(turn);
-        match taken {
-            Ok((_, Progress::Complete)) => {}
-            Ok((batch, Progress::More)) => self.take_rest(batch).await,
-            Err(fault) => self.handle_fault(fault),
+        if let Some(rest) = rest {
+            self.take_rest(rest).await;
         }
     }
 
@@ -223,10 +219,11 @@ impl LinkReceiver {
                 break;
             }
             if let Some(long) = announcement {
-                match self.take_part(long) {
-                    true if begun.elapsed() >= SLICE => return Ok(Progress::More),
-                    true => {}
-                    false => *announcement = None,
+                if !self.take_part(long) {
+                    *announcement = None;
+                }
+                if begun.elapsed() >= SLICE {
+                    return Ok(Progress::More);
                 }
                 continue;
             }
