@@ -393,6 +393,10 @@ async fn write(
         sent.note();
         buffer.clear();
         buffer.shrink_to(READ_BUFFER);
+        if !batches.is_empty() {
+            // The writer is polled first: one that always has more to write leaves the reader time.
+            yield_now().await;
+        }
     }
 }
 
