@@ -164,12 +164,12 @@ pub(crate) fn echo(
     move |call| {
         let (printer, unprinted) = (printer.clone(), unprinted.clone());
         let echo = async move {
-            let message = call.message;
+            let message = call.message.clone();
             let mut value = output::message(&message);
             value["event"] = json!("call");
             let text =
                 || format!("call to {}: {}", message.header.destination, output::body(&message));
-            match printer.line(json, &value, text).await {
+            match printer.line(&call, json, &value, text).await {
                 Ok(()) => Ok(message.body.into()),
                 Err(error) => {
                     let _ending = unprinted.send(error);

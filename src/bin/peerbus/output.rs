@@ -2,12 +2,15 @@
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
+use std::pin::pin;
+use std::time::Duration;
 
 use anyhow::Context;
 use peerbus::text::{Json, Line, Lines};
-use peerbus::{Event, Message};
+use peerbus::{Call, Event, Message};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 
 /// Writes a line to stdout: `value` as JSON if `as_json`, else the result of `text`.
 pub(crate) fn line(
@@ -15,11 +18,23 @@ pub(crate) fn line(
     value: &Value,
     text: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
+    write(&shown_line(as_json, value, text))
+}
+
+fn shown_line(as_json: bool, value: &Value, text: impl FnOnce() -> String) -> Vec<u8> {
     match as_json {
-        true => say(Json(value)),
-        false => say(text()),
+        true => shown(Json(value)),
+        false => shown(text()),
     }
 }
+
+/// Returns one or more lines without hidden characters.
+fn shown(text: impl Display) -> Vec<u8> {
+    format!("{}\n", Lines(text)).into_bytes()
+}
+
+/// The interval at which a call's lease is renewed while its line waits.
+const RENEWED_EVERY: Duration = Duration::from_secs(5);
 
 /// Writes lines to stdout for tasks that must not block: who reads them may have stopped.
 #[derive(Clone)]
@@ -37,20 +52,28 @@ impl Printer {
         Self(lines)
     }
 
-    /// Writes a line as [`line`] does; returns once it is written.
+    /// Writes a line about a call as [`line`] does; returns once it is written. The call's lease is
+    /// renewed meanwhile: who reads the lines may take a break.
     pub(crate) async fn line(
         &self,
+        call: &Call,
         as_json: bool,
         value: &Value,
         text: impl FnOnce() -> String,
     ) -> anyhow::Result<()> {
-        let line = match as_json {
-            true => format!("{}\n", Json(value)),
-            false => format!("{}\n", Lines(text())),
-        };
+        let mut written = pin!(self.write(shown_line(as_json, value, text)));
+        loop {
+            tokio::select! {
+                written = &mut written => return written,
+                () = sleep(RENEWED_EVERY) => call.extend(),
+            }
+        }
+    }
+
+    async fn write(&self, line: Vec<u8>) -> anyhow::Result<()> {
         let (told, written) = oneshot::channel();
         let ended = "the thread that prints has ended";
-        self.0.send((line.into_bytes(), told)).await.context(ended)?;
+        self.0.send((line, told)).await.context(ended)?;
         written.await.context(ended)?
     }
 }
@@ -58,7 +81,7 @@ impl Printer {
 /// Writes one or more lines to stdout, without hidden characters. Text of others that must stay on
 /// its line needs a [`Line`] besides.
 pub(crate) fn say(text: impl Display) -> anyhow::Result<()> {
-    write(format!("{}\n", Lines(text)).as_bytes())
+    write(&shown(text))
 }
 
 /// Writes a body to stdout: unchanged to a file or a pipe, and as text that can't control it to a

@@ -123,7 +123,7 @@ fn durable(
     let handler = move |call: peerbus::Call| {
         let (limit, printer, printed) = (limit.clone(), printer.clone(), printed.clone());
         async move {
-            let message = call.message;
+            let message = call.message.clone();
             let mut value = output::message(&message);
             value["attempt"] = message.attempt().into();
             value["redelivered"] = message.is_redelivered().into();
@@ -131,7 +131,7 @@ fn durable(
                 let again = if message.is_redelivered() { " (redelivered)" } else { "" };
                 format!("{} {}{again}", message.header.destination, output::body(&message))
             };
-            let line = printer.line(json, &value, text).await;
+            let line = printer.line(&call, json, &value, text).await;
             let is_printed = line.is_ok();
             if is_printed {
                 lock(&limit).count();
