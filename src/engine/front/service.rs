@@ -63,7 +63,7 @@ struct Running<R> {
 
 #[derive(Debug)]
 struct Waiting<C> {
-    /// Its place in the queue.
+    /// The call's place in the queue.
     number: u64,
     /// The call is in `waiting`, not behind another.
     is_next: bool,

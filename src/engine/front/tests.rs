@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::address::Recipient;
+use crate::engine::{FORGOTTEN_AT_ONCE, LinkId, LinkLoss};
 use crate::message::{Header, IdSource, Kind};
 
 const ME: NodeId = NodeId::from_bytes([1; 32]);

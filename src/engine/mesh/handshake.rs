@@ -11,6 +11,7 @@ use crate::peer::ServiceInfo;
 use crate::trust;
 use crate::wire::{Announcement, Bye, Control, Hello};
 
+const TOO_MANY: &str = "it announces too much";
 const TOO_MUCH_MEMORY: &str = "what it announces takes more than its share of this node's memory";
 
 impl Connection {
@@ -45,7 +46,7 @@ impl Mesh {
             return self.refuse(now, link, text, true);
         }
         if hello.patterns.len() + hello.services.len() > MAX_ANNOUNCED {
-            return self.handle_violation(now, link, "it announces too much".into());
+            return self.handle_violation(now, link, TOO_MANY.into());
         }
         if entry.connection.claimed.is_some_and(|claimed| claimed != hello.id) {
             let text = "its hello names another node than its connection".to_owned();
@@ -78,19 +79,11 @@ impl Mesh {
             return self.handle_violation(now, link, text);
         }
         let id = hello.id;
-        let mut hello = hello;
-        let denied = entry.connection.take_denied(&mut hello.patterns, &mut hello.services);
-        let first = Announcement {
-            subscribed: std::mem::take(&mut hello.patterns),
-            serving: std::mem::take(&mut hello.services),
-            ..Announcement::default()
-        };
-        let about = entry.about.insert(Box::new(About::from(hello)));
-        let changes = about.learn(first);
-        let within_share = entry.share.set(about.bytes);
-        changes.into_iter().for_each(|change| self.route(link, id, change));
-        if !within_share {
-            return self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
+        let (about, lists) = About::new(hello);
+        entry.about = Some(Box::new(about));
+        let (denied, entered) = self.enter(link, lists);
+        if let Err(text) = entered {
+            return self.handle_violation(now, link, text.into());
         }
         let answer = self.links.get(&link).is_some_and(|entry| entry.announced.is_none());
         self.set_phase(link, Phase::Deciding { deadline: now + HELLO_TIMEOUT });
@@ -207,7 +200,7 @@ impl Mesh {
     }
 
     /// Enters a peer's changes. Returns false if they break the protocol.
-    fn learn(&mut self, now: Time, link: LinkId, mut news: Announcement) -> bool {
+    fn learn(&mut self, now: Time, link: LinkId, news: Announcement) -> bool {
         let count = news.len();
         self.forget_some(2 * count);
         let Some(entry) = self.links.get_mut(&link) else {
@@ -224,18 +217,34 @@ impl Mesh {
             self.handle_violation(now, link, "its announcements change too often".into());
             return false;
         }
+        let (denied, entered) = self.enter(link, news);
+        self.deny(link, denied);
+        if let Err(text) = entered {
+            self.handle_violation(now, link, text.into());
+        }
+        entered.is_ok()
+    }
+
+    /// Enters what a peer announces, as far as its rights go. Returns what they deny, and an error if
+    /// it is too much.
+    fn enter(
+        &mut self,
+        link: LinkId,
+        mut news: Announcement,
+    ) -> (Vec<(trust::Action, String)>, Result<(), &'static str>) {
+        let Some(entry) = self.links.get_mut(&link) else { return (Vec::new(), Ok(())) };
+        let Some(about) = &mut entry.about else { return (Vec::new(), Ok(())) };
         let denied = entry.connection.take_denied(&mut news.subscribed, &mut news.serving);
         let (id, changes) = (about.id, about.learn(news));
-        let too_much = about.patterns.len() + about.services.len() > MAX_ANNOUNCED;
+        let too_many = about.patterns.len() + about.services.len() > MAX_ANNOUNCED;
         let within_share = entry.share.set(about.bytes);
         changes.into_iter().for_each(|change| self.route(link, id, change));
-        self.deny(link, denied);
-        if too_much {
-            self.handle_violation(now, link, "it announces too much".into());
-        } else if !within_share {
-            self.handle_violation(now, link, TOO_MUCH_MEMORY.into());
-        }
-        !too_much && within_share
+        let entered = match (too_many, within_share) {
+            (true, _) => Err(TOO_MANY),
+            (false, false) => Err(TOO_MUCH_MEMORY),
+            (false, true) => Ok(()),
+        };
+        (denied, entered)
     }
 
     fn deny(&mut self, link: LinkId, denied: Vec<(trust::Action, String)>) {

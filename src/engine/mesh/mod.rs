@@ -8,6 +8,7 @@
 //!
 //! Of two nodes, the one with the smaller id decides which connection becomes their only link.
 
+mod about;
 mod announcements;
 mod endings;
 mod gossip;
@@ -18,13 +19,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::address::{MeshName, Pattern, ServiceName};
-use crate::engine::dialer::{Dialer, MAX_ADDRESSES, Sighting, TargetKey};
+use crate::address::{MeshName, ServiceName};
+use crate::engine::dialer::{Dialer, Sighting, TargetKey};
 use crate::engine::{Bucket, Budget, FORGOTTEN_AT_ONCE, LinkId, Rate, RouteChange, Share, Time};
 use crate::identity::{Incarnation, NodeId};
 use crate::peer::{Address, PeerInfo, ServiceInfo, Source, Unreachable};
 use crate::trust::{self, Grants};
-use crate::wire::{Announcement, Bye, Control, Hello, Limits};
+use crate::wire::{Bye, Control, Limits};
+use about::About;
 use gossip::{Gossip, NAMED};
 use interests::Interests;
 pub(crate) use interests::TooMany;
@@ -184,85 +186,6 @@ struct Link {
     share: Share,
     /// The peer's announced state, once its hello has arrived.
     about: Option<Box<About>>,
-}
-
-/// A peer's hello, kept up to date by its announcements.
-#[derive(Debug)]
-struct About {
-    id: NodeId,
-    incarnation: Incarnation,
-    name: String,
-    limits: Limits,
-    addresses: Vec<Address>,
-    /// The number of its last announcement, and of the one that completes its lists.
-    seq: u64,
-    listed_by: u64,
-    patterns: BTreeSet<Pattern>,
-    services: BTreeMap<ServiceName, u32>,
-    /// The estimated bytes of those, here and in the routing snapshot.
-    bytes: u64,
-}
-
-impl From<Hello> for About {
-    /// What a hello says of its node. Its lists are still to be learnt.
-    fn from(hello: Hello) -> Self {
-        Self {
-            id: hello.id,
-            incarnation: hello.incarnation,
-            name: hello.name,
-            limits: hello.limits,
-            addresses: hello.addresses.into_iter().take(MAX_ADDRESSES).collect(),
-            seq: 0,
-            listed_by: hello.seq,
-            patterns: BTreeSet::new(),
-            services: BTreeMap::new(),
-            bytes: 0,
-        }
-    }
-}
-
-impl About {
-    /// Enters changes; returns those that change something.
-    fn learn(&mut self, news: Announcement) -> Vec<RouteChange> {
-        let mut changes = Vec::with_capacity(news.len());
-        for pattern in news.unsubscribed {
-            if self.patterns.remove(&pattern) {
-                self.bytes -= kept_for(pattern.as_str());
-                changes.push(RouteChange::Unsubscribed(pattern));
-            }
-        }
-        for pattern in news.subscribed {
-            if self.patterns.insert(pattern.clone()) {
-                self.bytes += kept_for(pattern.as_str());
-                changes.push(RouteChange::Subscribed(pattern));
-            }
-        }
-        for name in news.withdrawn {
-            if self.services.remove(&name).is_some() {
-                self.bytes -= kept_for(name.as_str());
-                changes.push(RouteChange::Withdrawn(name));
-            }
-        }
-        for service in news.serving {
-            if self.services.insert(service.name.clone(), service.concurrency).is_none() {
-                self.bytes += kept_for(service.name.as_str());
-            }
-            changes.push(RouteChange::Serving(service));
-        }
-        changes
-    }
-
-    /// Takes one of its patterns or services.
-    fn forget_one(&mut self) -> Option<RouteChange> {
-        let pattern = self.patterns.pop_first().map(RouteChange::Unsubscribed);
-        pattern.or_else(|| self.services.pop_first().map(|(name, _)| RouteChange::Withdrawn(name)))
-    }
-}
-
-/// The estimated memory of an announced name: its tokens in the routing trie, and its text twice.
-fn kept_for(name: &str) -> u64 {
-    let tokens = 1 + name.bytes().filter(|byte| *byte == b'.').count();
-    (256 + 2 * name.len() + 176 * tokens) as u64
 }
 
 /// The patterns and services of a link that has ended, which are still to be forgotten.

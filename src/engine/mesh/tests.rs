@@ -1,4 +1,5 @@
 use super::*;
+use crate::address::Pattern;
 use crate::engine::Routing;
 use crate::trust::Grants;
 use crate::wire::{Announcement, Hint};
