@@ -288,7 +288,7 @@ impl Config {
         /// The limit of each local subscription's queue, in bytes: 2 MiB by default. Beyond it, the
         /// newest message is dropped, and counted at its sender.
         subscription_queue: u64;
-        /// Whether readers poll or sleep while they wait: [`Latency::Balanced`] by default.
+        /// The processor time given for lower latency: [`Latency::Balanced`] by default.
         latency: Latency;
         /// The silence in a direction after which an empty batch is sent: 1 s by default.
         heartbeat: Duration;

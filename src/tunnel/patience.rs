@@ -1,4 +1,4 @@
-//! Whether a reader polls or sleeps while it waits for its peer.
+//! A reader's choice between polling and sleeping while it waits for its peer.
 //!
 //! A reader that sleeps must be woken, which takes 5 µs on one machine and 40 on another, and as
 //! much of the processor's time. One that polls has its bytes at once, and pays for as long as it
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::yield_now;
 
-/// How much processor time a node gives for lower latency.
+/// The processor time that a node gives for lower latency.
 ///
 /// While a link waits for its peer, its reader can sleep until bytes arrive, or poll: look again
 /// and again, with all other tasks of its thread in between. Polling saves the time of a wake-up,

@@ -68,7 +68,7 @@ pub(crate) struct Latency {
     /// Pause after each round trip, in microseconds
     #[arg(long, value_name = "MICROS", default_value_t = 0)]
     gap: u64,
-    /// Whether peerbus's readers poll or sleep
+    /// Processor time that peerbus's nodes give for lower latency
     #[arg(long, value_name = "HOW", value_enum, default_value = "balanced")]
     latency: LatencyOption,
     /// Print one JSON object
